@@ -1,0 +1,272 @@
+"Generation under kills, damage, full disks and odd input. Most tests draw with a stand-in pipeline, for what is tested is the bookkeeping."
+import errno, hashlib, io, json, os, random, resource, shutil, signal, subprocess, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
+from PIL import Image
+
+import gmail_nb.runtime
+from gmail_nb import generate as g
+from gmail_nb.generate import generate, load_generated, read_captions
+from gmail_nb.plan import Plan, make_settings
+from gmail_nb.pipelines import load_generator, resolve_generator, tiny_stable_diffusion
+
+
+class NoisePipeline:
+    "Draws noise; the first row of an image tells which prompt it was given."
+    dtype, _execution_device, tokenizer = torch.float32, torch.device('cpu'), None
+
+    def __call__(self, prompt, generator, num_inference_steps, guidance_scale, output_type, height=64, width=64):
+        images = []
+        for p, gen in zip(prompt, generator, strict=True):
+            image = torch.rand(height, width, 3, generator=gen).numpy()
+            image[0, :32, 0] = np.frombuffer(hashlib.sha256(p.encode()).digest(), np.uint8)/255
+            images.append(image)
+        return SimpleNamespace(images=np.stack(images))
+
+
+def prompt_mark(row):
+    "The digest of the prompt that was drawn into an image."
+    return np.asarray(row['image'])[0, :32, 0].tobytes()
+
+def run(captions, out, **kwargs):
+    return generate(captions, 'embedded', out, pipeline=NoisePipeline(), show_progress=False, **kwargs)
+
+def shard_bytes(folder):
+    return {p.name: p.read_bytes() for p in sorted(Path(folder).glob('shard-*.parquet'))}
+
+CAPTIONS = {f'k{i}': f'caption number {i}' for i in range(23)}
+
+
+# ---- what a row says is what was drawn
+
+text = st.text(min_size=1, max_size=300).filter(lambda s: s.strip())
+odd_keys = st.one_of(text, st.sampled_from(['a/b/../c', '.', '..', 'ключ', '鍵', '🦊', 'x'*300, 'with space', 'new\nline', "quote'\"", 'NUL?', 'shard-00000-of-00001.parquet']))
+
+@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(captions=st.dictionaries(odd_keys, text, min_size=1, max_size=6), samples=st.sampled_from([1, 2, 7]), shard_size=st.integers(1, 11), batch_size=st.integers(1, 5))
+def test_every_image_stands_beside_its_caption(tmp_path_factory, captions, samples, shard_size, batch_size):
+    out = tmp_path_factory.mktemp('run')
+    ds = load_generated(run(captions, out, samples=samples, shard_size=shard_size, batch_size=batch_size))
+    assert [(r['key'], r['sample']) for r in ds] == [(k, s) for k in captions for s in range(samples)]
+    for row in ds:
+        assert row['caption'] == captions[row['key']]
+        assert prompt_mark(row) == hashlib.sha256(row['caption'].encode()).digest()
+    assert len(set(ds['sha256'])) == len(set(ds['seed'])) == len(ds)
+    shutil.rmtree(out)
+
+def test_layout_and_order_change_no_image(tmp_path):
+    def images(folder): return {(r['key'], r['sample']): r['sha256'] for r in load_generated(folder)}
+    first = images(run(CAPTIONS, tmp_path/'a', samples=3, shard_size=16, batch_size=4))
+    reverse = dict(reversed(CAPTIONS.items()))
+    assert first == images(run(reverse, tmp_path/'b', samples=3, shard_size=5, batch_size=3))
+    for i in (2, 0, 1): run(CAPTIONS, tmp_path/'c', samples=3, shard_size=4, part=(i, 3))
+    assert first == images(tmp_path/'c')
+
+def test_several_captions_of_a_key(tmp_path):
+    captions = {'a': ['one', 'two'], 'b': ['three']}
+    ds = load_generated(run(read_captions(captions, 'all'), tmp_path/'x', samples=2))
+    assert [(r['key'], r['sample'], r['caption']) for r in ds] == [('a', 0, 'one'), ('a', 1, 'one'), ('a', 2, 'two'), ('a', 3, 'two'), ('b', 0, 'three'), ('b', 1, 'three')]
+
+@pytest.mark.parametrize('captions, message', [
+    ([('a', 'x'), ('a', 'y')], "the key 'a' occurs more than once"),
+    ({'k': ''}, "empty caption for the key 'k'"), ({'k': ' \n\t'}, "empty caption for the key 'k'"), ([], 'not one caption'), ([('', 'x')], 'have no key')])
+def test_wrong_captions_are_named(tmp_path, captions, message):
+    with pytest.raises(ValueError, match=message): run(captions, tmp_path/'x')
+
+
+# ---- damage
+
+@pytest.mark.parametrize('damage', ['truncate', 'flip', 'empty', 'no receipt', 'bad receipt', 'list receipt', 'text', 'other run', 'lost'])
+def test_damage_is_repaired(tmp_path, damage, caplog):
+    out = run(CAPTIONS, tmp_path/'run', shard_size=8)
+    before, victim = shard_bytes(out), sorted(out.glob('shard-*.parquet'))[1]
+    content = victim.read_bytes()
+    if damage == 'truncate': victim.write_bytes(content[:-7])
+    if damage == 'flip': victim.write_bytes(content[:99] + bytes([content[99] ^ 8]) + content[100:])
+    if damage == 'empty': victim.write_bytes(b'')
+    if damage == 'text': victim.write_text('not parquet')
+    if damage == 'no receipt': victim.with_suffix('.json').unlink()
+    if damage == 'bad receipt': victim.with_suffix('.json').write_text('{')
+    if damage == 'list receipt': victim.with_suffix('.json').write_text('[]')
+    if damage == 'lost': victim.unlink()
+    if damage == 'other run':
+        other = run({k: c + '!' for k, c in CAPTIONS.items()}, tmp_path/'other', shard_size=8)
+        for s in ('.parquet', '.json'): shutil.copy((other/victim.name).with_suffix(s), victim.with_suffix(s))
+    run(CAPTIONS, out, shard_size=8)
+    assert shard_bytes(out) == before
+    assert (victim.name in caplog.text) == (damage != 'lost')
+
+def test_a_finished_run_loads_nothing(tmp_path, monkeypatch):
+    run(CAPTIONS, tmp_path/'run')
+    monkeypatch.setattr(g, 'load_generator', lambda *a, **k: pytest.fail('a model was loaded'))
+    generate(CAPTIONS, 'embedded', tmp_path/'run', show_progress=False)
+
+def test_settings_that_differ_stop_the_run(tmp_path):
+    run(CAPTIONS, tmp_path/'run', steps=3)
+    for change in (dict(steps=4), dict(samples=2), dict(guidance=1.), dict(negative='x'), dict(shard_size=9)):
+        with pytest.raises(ValueError, match=f'(?s)other settings.*{next(iter(change))}'): run(CAPTIONS, tmp_path/'run', **{'steps': 3, **change})
+    with pytest.raises(ValueError, match='captions'): run({**CAPTIONS, 'new': 'one more'}, tmp_path/'run', steps=3)
+
+def test_batches_halve_until_they_fit(tmp_path):
+    class Small(NoisePipeline):
+        def __call__(self, prompt, **kwargs):
+            if len(prompt) > 3: raise torch.OutOfMemoryError('CUDA out of memory')
+            return super().__call__(prompt, **kwargs)
+    a = generate(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Small(), batch_size=16, show_progress=False)
+    assert shard_bytes(a) == shard_bytes(run(CAPTIONS, tmp_path/'b'))
+
+def test_an_image_that_never_fits_is_a_recorded_failure(tmp_path):
+    class Never(NoisePipeline):
+        def __call__(self, prompt, **kwargs):
+            if 'caption number 7' in prompt: raise RuntimeError('out of memory')
+            return super().__call__(prompt, **kwargs)
+    out = generate(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Never(), batch_size=8, show_progress=False)
+    assert json.loads((out/'manifest.json').read_text())['failures'] == [dict(key='k7', sample=0, reason='out of memory')]
+    assert 'k7' not in load_generated(out)['key']
+    run(CAPTIONS, out)
+    assert len(load_generated(out)) == 22 # not retried unless asked
+    run(CAPTIONS, out, retry_failed=True)
+    assert shard_bytes(out) == shard_bytes(run(CAPTIONS, tmp_path/'b'))
+
+def test_other_errors_stop_the_run(tmp_path):
+    class Bug(NoisePipeline):
+        def __call__(self, prompt, **kwargs): raise KeyError('a bug')
+    with pytest.raises(KeyError): generate(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Bug(), show_progress=False)
+
+def test_safety_checker_blanks_are_failures(tmp_path):
+    class Checked(NoisePipeline):
+        def __call__(self, prompt, **kwargs):
+            result = super().__call__(prompt, **kwargs)
+            result.nsfw_content_detected = [p.endswith('5') for p in prompt]
+            return result
+    out = generate(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Checked(), show_progress=False)
+    assert {(f['key'], f['reason']) for f in json.loads((out/'manifest.json').read_text())['failures']} == {('k5', 'safety checker'), ('k15', 'safety checker')}
+
+
+# ---- a disk that fills
+
+def test_full_disk_by_file_size_limit(tmp_path):
+    "A quota that every system has: no file may grow beyond a limit."
+    script = f"""
+import resource, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_generate as t
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+try: t.run(t.CAPTIONS, {str(tmp_path/'run')!r}, shard_size=8)
+except OSError as e: print('STOPPED', e)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+t.run(t.CAPTIONS, {str(tmp_path/'run')!r}, shard_size=8)
+"""
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "STOPPED" in done.stdout and "no room left for the folder 'run'" in done.stdout
+    assert not list((tmp_path/'run').glob('.*.tmp'))
+    assert shard_bytes(tmp_path/'run') == shard_bytes(run(CAPTIONS, tmp_path/'calm', shard_size=8))
+
+def test_full_disk_on_a_small_file_system(tmp_path):
+    disk = tmp_path/'disk'; disk.mkdir()
+    mounted = os.geteuid() == 0 and subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=220k', 'tmpfs', str(disk)], capture_output=True).returncode == 0
+    if not mounted: pytest.skip('mounting a small tmpfs needs root')
+    try:
+        with pytest.raises(OSError, match='no room left'): run(CAPTIONS, disk/'run', shard_size=4)
+        finished = shard_bytes(disk/'run')
+        assert 0 < len(finished) < 6
+        subprocess.run(['mount', '-o', 'remount,size=20m', str(disk)], check=True)
+        run(CAPTIONS, disk/'run', shard_size=4)
+        assert shard_bytes(disk/'run') == shard_bytes(run(CAPTIONS, tmp_path/'calm', shard_size=4))
+        assert finished.items() <= shard_bytes(disk/'run').items()
+    finally: subprocess.run(['umount', str(disk)])
+
+
+# ---- kills
+
+SCRIPT = """
+import sys, pyarrow.parquet as pq
+from gmail_nb.generate import generate, read_captions
+generate(read_captions(pq.read_table(sys.argv[1])), 'embedded', sys.argv[2], samples=2, steps=int(sys.argv[3]), shard_size=int(sys.argv[4]), batch_size=8, show_progress=False)
+"""
+
+def killed_runs(folder, captions, out, kills, steps, shard_size, window, seed):
+    "Kill a run `kills` times, then let it finish; returns the kills that hit a running process, and the finished shards at each."
+    path, rng, hits, there = folder/'captions.parquet', random.Random(seed), 0, []
+    pq.write_table(captions, path)
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    while hits < kills:
+        process = subprocess.Popen([sys.executable, '-c', SCRIPT, str(path), str(out), str(steps), str(shard_size)], env=env, stderr=subprocess.PIPE, text=True)
+        begun, seen = None, set(out.glob('.shard*')) | set(out.glob('shard*')) if out.exists() else set()
+        limit = rng.uniform(0, window)
+        while process.poll() is None:
+            if begun is None and (rng.random() < .0005 or (out.exists() and (set(out.glob('.shard*')) | set(out.glob('shard*'))) - seen)): begun = time.time() # drawing, or now and then while loading
+            if begun is not None and time.time() - begun > limit: process.send_signal(signal.SIGKILL); break
+            time.sleep(.005)
+        if process.wait() == 0: break # finished before all kills were spent
+        assert process.returncode == -signal.SIGKILL, process.stderr.read()
+        hits += 1; there.append(len(list(out.glob('shard-*.json'))))
+    done = subprocess.run([sys.executable, '-c', SCRIPT, str(path), str(out), str(steps), str(shard_size)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return hits, there
+
+def check_killed(tmp_path, n_captions, kills, steps, shard_size, window):
+    from gmail_nb.data import emoji
+    captions = read_captions(emoji(['A', 'B'], 'noto')).slice(0, n_captions)
+    hits, there = killed_runs(tmp_path, captions, tmp_path/'killed', kills, steps, shard_size, window, seed=n_captions)
+    calm = subprocess.run([sys.executable, '-c', SCRIPT, str(tmp_path/'captions.parquet'), str(tmp_path/'calm'), str(steps), str(shard_size)], env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert calm.returncode == 0
+    print(f'{hits} kills; finished shards at each: {there}')
+    ds, text = load_generated(tmp_path/'killed'), dict(zip(captions['key'].to_pylist(), captions['caption'].to_pylist()))
+    assert hits == kills
+    assert len(ds) == 2*n_captions and len(set(zip(ds['key'], ds['sample']))) == 2*n_captions
+    assert all(text[k] == c for k, c in zip(ds['key'], ds['caption']))
+    assert shard_bytes(tmp_path/'killed') == shard_bytes(tmp_path/'calm')
+    assert not [p for p in (tmp_path/'killed').glob('.shard*.tmp')]
+
+def test_two_kills(tmp_path): check_killed(tmp_path, n_captions=24, kills=2, steps=2, shard_size=8, window=.5)
+
+@pytest.mark.slow
+def test_thirty_kills(tmp_path): check_killed(tmp_path, n_captions=400, kills=30, steps=4, shard_size=8, window=2.)
+
+@pytest.mark.slow
+def test_ray_workers_and_a_killed_one(tmp_path):
+    "Ray gives the bytes of the local engine, also when one of its workers is killed."
+    pytest.importorskip('ray')
+    psutil = pytest.importorskip('psutil')
+    import threading
+    from gmail_nb.data import emoji
+    captions = read_captions(emoji(['A', 'B'], 'noto')).slice(0, 60)
+    options = dict(samples=2, steps=8, shard_size=8, batch_size=8)
+    pipeline = load_generator('embedded')
+    calm = generate(captions, 'embedded', tmp_path/'calm', pipeline=pipeline, show_progress=False, **options)
+    killed = []
+    def kill():
+        "Once the second shard is there, kill the process that makes shards."
+        while len(list((tmp_path/'ray').glob('shard-*.json'))) < 2: time.sleep(.05)
+        for p in psutil.Process().children(recursive=True):
+            if 'ShardActor' in p.name() or any('ShardActor' in c for c in p.cmdline()): p.kill(); killed.append(p.pid); return
+    threading.Thread(target=kill, daemon=True).start()
+    generate(captions, 'embedded', tmp_path/'ray', engine='ray', workers=2, **options)
+    import ray; ray.shutdown()
+    assert killed and shard_bytes(tmp_path/'ray') == shard_bytes(calm)
+
+
+# ---- other pipelines
+
+def test_tiny_stable_diffusion_is_the_same_alone_and_in_a_batch(tmp_path):
+    folder = tiny_stable_diffusion(tmp_path/'sd')
+    def pixels(out, batch_size):
+        return np.stack([np.asarray(r['image']) for r in load_generated(generate(dict(list(CAPTIONS.items())[:5]), folder, tmp_path/out, steps=2, batch_size=batch_size, show_progress=False))]).astype(int)
+    assert np.abs(pixels('one', 1) - pixels('five', 5)).max() <= 1
+
+def test_embedded_pipeline_loads_with_from_pretrained(tmp_path):
+    from gmail_nb.pipelines import EmojiPipeline
+    pipe = load_generator('embedded')
+    pipe.save_pretrained(tmp_path/'saved')
+    again = EmojiPipeline.from_pretrained(tmp_path/'saved')
+    draw = lambda p: p('a red apple', generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type='np').images
+    np.testing.assert_array_equal(draw(pipe), draw(again))
+    assert resolve_generator(tmp_path/'saved').width == 64
