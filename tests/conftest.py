@@ -1,0 +1,15 @@
+"Settings that must stand before torch is imported, and the order of the tests."
+import os
+
+# Two processes with two threads each on two cores are many times slower than one process.
+for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ[name] = '1'
+os.environ['MPLBACKEND'] = 'agg'
+os.environ['HF_HUB_OFFLINE'] = '1'         # a test that wants the network must fail, not wait
+os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+
+def pytest_collection_modifyitems(items):
+    "Longest first, so that the last worker to finish does not start late: what a case weighs is set by its module."
+    def weight(item):
+        weigh = getattr(item.module, 'weight', None)
+        return -weigh(item) if weigh else 0
+    items.sort(key=weight)

@@ -1,0 +1,110 @@
+"""Build the pages: `python tools/site.py [--out _docs]`.
+
+nbdev turns the notebooks into pages with their API entries; Quarto renders them where it is installed,
+smalldocs (pure Python) where it is not. Works on a copy, so the tree and parallel builds stay untouched.
+The notebooks are shown as they were executed: nothing is run again but the definitions that the API entries need.
+"""
+import argparse, json, os, re, shutil, subprocess, sys, tempfile
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+katex = root/'tools'/'katex'
+
+def show_source(nb):
+    "Follow each exported definition by its source: nbdev alone would show the signature and hide the code."
+    cells = []
+    for cell in nb['cells']:
+        cells.append(cell)
+        source = ''.join(cell['source'])
+        exported = cell['cell_type'] == 'code' and re.match(r'#\|\s*export\s*\n', source)
+        if not exported or not re.search(r'^(def|class|@)', source, re.M): continue
+        code = re.sub(r'^#\|.*\n', '', source, flags=re.M)
+        options = '#| eval: false\n#| code-fold: show\n#| code-summary: "Source"\n'
+        cells.append({**cell, 'id': f"{cell['id']}-source", 'source': options + code, 'outputs': []})
+        cell['outputs'], cells[-1]['outputs'] = [], cell['outputs'] # nbdev drops the export cell with what it printed
+    nb['cells'] = cells
+
+def split_title(nb):
+    "Give prose that shares the title's cell a cell of its own: nbdev keeps only the title and the `>` line of that cell."
+    first = nb['cells'][0]
+    head, rest = [], ''.join(first['source']).splitlines(keepends=True)
+    while rest and (not rest[0].strip() or rest[0].startswith(('# ', '> '))): head.append(rest.pop(0))
+    if first['cell_type'] != 'markdown' or not head or not rest: return
+    first['source'] = ''.join(head).strip()
+    nb['cells'].insert(1, {'cell_type': 'markdown', 'id': 'after-title', 'metadata': {}, 'source': ''.join(rest)})
+
+def stage(work):
+    "Copy what the pages need into the folder `work`, with the sidebar cut to the notebooks that exist."
+    shutil.copytree(root/'nbs', work/'nbs', symlinks=False, ignore=shutil.ignore_patterns('.ipynb_checkpoints', '_*'))
+    for name in ('settings.ini', '_quarto.yml'): shutil.copy(root/name, work/name)
+    shutil.copy(root/'_quarto.yml', work/'nbs'/'_quarto.yml')
+    for path in work.glob('nbs/*.ipynb'):
+        nb = json.loads(path.read_text(encoding='utf-8'))
+        split_title(nb)
+        show_source(nb)
+        path.write_text(json.dumps(nb, ensure_ascii=False), encoding='utf-8')
+    sidebar = work/'nbs'/'sidebar.yml'
+    lines = sidebar.read_text(encoding='utf-8').splitlines()
+    listed = lambda line: (m := re.search(r'(\S+\.ipynb)', line)) is None or (work/'nbs'/m[1]).exists()
+    sidebar.write_text('\n'.join(filter(listed, lines)) + '\n', encoding='utf-8')
+
+def process(work):
+    "nbdev's processing of every notebook in one process (libraries are imported once); returns the folder of results."
+    os.chdir(work)
+    from nbdev.config import get_config
+    from nbdev.quarto import refresh_quarto_yml
+    from nbdev.serve import proc_nbs
+    refresh_quarto_yml()
+    done = proc_nbs(n_workers=0, force=True)
+    home = get_config()
+    for path in done.glob('*.ipynb'): # links among our own pages work from any folder, and without a network
+        text = path.read_text(encoding='utf-8')
+        path.write_text(text.replace(f'{home.doc_host}{home.doc_baseurl}/', ''), encoding='utf-8')
+    return done, home.doc_path.name
+
+def rename_outputs(done):
+    "Give each page the name nbdev chose for it (`00_core` becomes `core`): smalldocs does not read `output-file`."
+    names = {p.name: re.sub(r'^\d+[a-zA-Z0-9]*_', '', p.stem.lower()) for p in done.glob('*.ipynb')}
+    for path in [*done.glob('*.ipynb'), done/'sidebar.yml']:
+        text = path.read_text(encoding='utf-8')
+        for old, new in names.items():
+            text = re.sub(rf'(?<![\w/]){re.escape(Path(old).stem)}\.(ipynb|html)', rf'{new}.\1', text)
+        path.write_text(text, encoding='utf-8')
+    for old, new in names.items(): (done/old).rename(done/f'{new}.ipynb')
+
+def local_katex(site):
+    "Serve KaTeX from the site itself instead of a content delivery network."
+    shutil.copytree(katex, site/'site_libs'/'katex')
+    for page in site.glob('*.html'):
+        text = page.read_text(encoding='utf-8')
+        text = re.sub(r'https://[^"\s]*/katex@[\d.]+/dist/(contrib/)?', 'site_libs/katex/', text)
+        page.write_text(text, encoding='utf-8')
+
+def render(done, doc_path):
+    "Render the processed notebooks with Quarto, or else with smalldocs; returns the folder of the site."
+    if shutil.which('quarto'):
+        subprocess.run(['quarto', 'render', '--no-cache', '--no-execute'], cwd=done, check=True)
+        return done/doc_path
+    rename_outputs(done)
+    subprocess.run([sys.executable, '-m', 'smalldocs.cli', 'render', '.'], cwd=done, check=True)
+    local_katex(done/doc_path)
+    return done/doc_path
+
+def build(out):
+    "Build the site into the folder `out`, which is replaced."
+    out = Path(out).resolve()
+    if out.exists() and any(out.iterdir()) and not (out/'site_libs').exists():
+        raise SystemExit(f'{out.name} holds something that is not a site: give another folder')
+    with tempfile.TemporaryDirectory() as tmp:
+        work = Path(tmp).resolve()
+        stage(work)
+        try: site = render(*process(work))
+        finally: os.chdir(root) # nbdev finds settings.ini from the working folder, which is about to go
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(site, out)
+    print(f'{len(list(out.glob("*.html")))} pages in {out.name}')
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--out', default=root/'_docs', help='folder of the site (default: _docs)')
+    build(parser.parse_args().out)
