@@ -6,7 +6,7 @@ __all__ = ['GENERATED', 'log', 'CAPTION_SETS', 'encode_prompts', 'count_truncate
            'room_for', 'open_folder', 'shards_to_make', 'write_manifest', 'make_shards', 'generate', 'report',
            'ShardActor', 'make_shards_ray', 'load_generated', 'cost_at_scale']
 
-# %% ../nbs/02_generate.ipynb #886ce379
+# %% ../nbs/02_generate.ipynb #d7ddc9de
 import gmail_nb.runtime
 import errno, hashlib, inspect, io, json, logging, time
 import datasets, numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
@@ -17,6 +17,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from diffusers import DiffusionPipeline, FluxPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from fastcore.basics import patch
 from .data import read_parquet
 from .pipelines import PRESETS, EmojiPipeline, PatchAutoencoder, Preset, load_generator, resolve_generator
 from .plan import Item, Plan, Settings, make_settings, read_captions, settings_difference
@@ -74,7 +75,7 @@ def is_out_of_memory(
     "Whether an error says that the batch did not fit."
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and 'out of memory' in str(error).lower())
 
-# %% ../nbs/02_generate.ipynb #bbb030f2
+# %% ../nbs/02_generate.ipynb #3c4655ea
 class Sampler:
     "Draws items in batches with one loaded pipeline."
     def __init__(self,
@@ -85,6 +86,11 @@ class Sampler:
         self.pipeline, self.settings, self.batch_size = pipeline, settings, batch_size
         self.accepts = inspect.signature(type(pipeline).__call__).parameters
 
+    def precision(self):
+        "On a CPU half precision means autocast: weights and the sampler's state stay float32, products run in bfloat16."
+        half = self.settings.dtype != 'float32' and self.pipeline._execution_device.type == 'cpu'
+        return torch.autocast('cpu', torch.bfloat16, enabled=half)
+
     def call(self,
         items:list[Item],         # one batch
         embedded:dict[str, dict]  # prompt -> arguments, from `encode_prompts`
@@ -94,24 +100,29 @@ class Sampler:
         kwargs = {n: torch.cat([r[n] for r in rows]) if torch.is_tensor(rows[0][n]) else [r[n] for r in rows] for n in rows[0]}
         kwargs.update({n: getattr(s, n) for n in ('height', 'width') if n in self.accepts}, **s.options)
         generators = [torch.Generator('cpu').manual_seed(i.seed) for i in items]
-        with torch.inference_mode(): result = self.pipeline(**kwargs, generator=generators, num_inference_steps=s.steps, guidance_scale=s.guidance, output_type='np')
+        with torch.inference_mode(), self.precision(): result = self.pipeline(**kwargs, generator=generators, num_inference_steps=s.steps, guidance_scale=s.guidance, output_type='np')
         blocked = getattr(result, 'nsfw_content_detected', None) or [False]*len(items)
         faults = [image_fault(x, b) for x, b in zip(result.images, blocked)]
         return [(None, f) if f else ((x*255).round().astype(np.uint8), None) for x, f in zip(result.images, faults)]
 
-    def draw(self, items:list[Item], embedded:dict[str, dict]) -> Iterable[list]:
-        "Yield the results of `items` batch by batch; halve the batch when memory runs out, and give up on an image that does not fit alone."
-        start = 0
-        while start < len(items):
-            batch = items[start:start + self.batch_size]
-            try: results = self.call(batch, embedded)
-            except Exception as e:
-                if not is_out_of_memory(e): raise
-                if torch.cuda.is_available(): torch.cuda.empty_cache()
-                if len(batch) > 1: self.batch_size = len(batch)//2; continue
-                results = [(None, 'out of memory')]
-            yield list(zip(batch, results))
-            start += len(batch)
+# %% ../nbs/02_generate.ipynb #aa386847
+@patch
+def draw(self:Sampler,
+    items:list[Item],         # any number
+    embedded:dict[str, dict]  # prompt -> arguments
+) -> Iterable[list]: # of (item, result), a batch at a time
+    "Draw `items` batch by batch; halve the batch when memory runs out, and give up on an image that does not fit alone."
+    start = 0
+    while start < len(items):
+        batch = items[start:start + self.batch_size]
+        try: results = self.call(batch, embedded)
+        except Exception as e:
+            if not is_out_of_memory(e): raise
+            if torch.cuda.is_available(): torch.cuda.empty_cache()
+            if len(batch) > 1: self.batch_size = len(batch)//2; continue
+            results = [(None, 'out of memory')]
+        yield list(zip(batch, results))
+        start += len(batch)
 
 # %% ../nbs/02_generate.ipynb #f906aef1
 GENERATED = datasets.Features(dict(
@@ -209,7 +220,7 @@ def shard_rows(
         tick(len(batch))
     return rows, failures, truncated
 
-# %% ../nbs/02_generate.ipynb #fb0341ad
+# %% ../nbs/02_generate.ipynb #7921d58e
 def make_shard(
     out:Path,          # folder of the run
     plan:Plan,         # of the run
@@ -222,7 +233,7 @@ def make_shard(
 ): # a future of the receipt
     "Draw one shard and hand it to the writer."
     path, items, start, kept = out/plan.shard_name(k), plan.items(k), time.time(), {}
-    for stale in out.glob(f'.{path.stem}*.tmp'): stale.unlink(missing_ok=True) # of a run that was killed
+    for stale in out.glob(f'.{path.stem}.*.tmp'): stale.unlink(missing_ok=True) # of a run that was killed
     if retry: kept = {(r['key'], r['sample']): r for r in pq.read_table(path).to_pylist()}
     todo = [i for i in items if (i.key, i.sample) not in kept]
     futures, failures, truncated = shard_rows(sampler, todo, encoders, tick)
@@ -313,7 +324,7 @@ def make_shards(
             while len(waiting) > 1: waiting.pop(0).result()
         for future in waiting: future.result()
 
-# %% ../nbs/02_generate.ipynb #a6f466db
+# %% ../nbs/02_generate.ipynb #fda3ee19
 def generate(
     captions,                        # anything that `read_captions` takes
     generator:str|Path|Preset='embedded', # a preset's name, a pipeline folder, or a Hub id
@@ -344,7 +355,7 @@ def generate(
     with room_for(out):
         open_folder(out, captions, plan.settings)
         todo = {k: why for k, why in shards_to_make(out, plan, retry_failed, deep).items() if k % part[1] == part[0]}
-        load = partial(load_generator, preset, dtype=dtype, device=device, scheduler=None if plan.settings.scheduler == 'default' else plan.settings.scheduler, attention=attention, compile=compile)
+        load = partial(load_generator, preset, dtype=torch.float32 if device.type == 'cpu' else dtype, device=device, scheduler=None if plan.settings.scheduler == 'default' else plan.settings.scheduler, attention=attention, compile=compile)
         batch_size = batch_size or (32 if device.type == 'cpu' else 16)
         if todo and engine == 'ray': make_shards_ray(out, plan, todo, load, batch_size, workers)
         elif todo: make_shards(out, plan, todo, Sampler(pipeline or load(), plan.settings, batch_size), show_progress)
