@@ -11,5 +11,5 @@ def pytest_collection_modifyitems(items):
     "Longest first, so that the last worker to finish does not start late: what a case weighs is set by its module."
     def weight(item):
         weigh = getattr(item.module, 'weight', None)
-        return -weigh(item) if weigh else 0
+        return -weigh(item) if weigh else -30
     items.sort(key=weight)
