@@ -3,7 +3,7 @@ import shlex
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='], interpolation=None) # '=' alone: a requirement may hold a colon
@@ -32,7 +32,7 @@ setup(
         'Programming Language :: Python :: 3',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
-    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
+    packages=find_namespace_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*'], exclude=['*.__pycache__*']), # folders of assets too
     package_data={cfg['lib_name']: ['assets/*', 'assets/**/*']}, # pictures, heads, generator, and the NOTICE beside each
     include_package_data=True,
     python_requires='>=' + cfg['min_python'],
