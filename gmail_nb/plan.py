@@ -57,7 +57,7 @@ def _dataset_captions(ds, key, caption, name):
         if found.setdefault(str(k), new) != new: raise ValueError(f'{name}: the key {str(k)!r} occurs more than once, with different captions')
     return found
 
-# %% ../nbs/01c_plan.ipynb #df405f1c
+# %% ../nbs/01c_plan.ipynb #e9dfc276
 def read_captions(
     source,                    # a file, a folder of parquet, a Hub id, a Dataset, a dict, or a list of captions or (key, caption)
     which:str|int='first',     # of several captions of a key: 'first', 'all', or a number
@@ -78,6 +78,7 @@ def read_captions(
 
 def _read_source(source, key, caption, split):
     path = Path(source)
+    if path.suffix in ('.json', '.csv', '.tsv', '.jsonl', '.parquet') and not path.exists(): raise FileNotFoundError(f'there is no file {source!r} to read captions from')
     if path.suffix == '.json': return _coco_captions(path)
     if path.suffix in ('.csv', '.tsv', '.jsonl'): return from_table(path, caption or 'caption', key)
     if path.is_dir() or path.suffix == '.parquet':
