@@ -4,17 +4,17 @@
 __all__ = ['STYLE', 'contact_sheet', 'clip_scores', 'score_quality', 'quality_sections', 'write_report', 'dataset_card',
            'hub_layout', 'push_to_hub']
 
-# %% ../nbs/07_generate_report.ipynb #f203f119
+# %% ../nbs/07_generate_report.ipynb #7b0b6049
 import gmail_nb.runtime
-import base64, html, io, json
+import base64, html, io, json, tempfile
 import datasets, matplotlib.pyplot as plt, numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
 from pathlib import Path
 from .data import show_images
 from .encoders import load_encoder
 from .generate import load_generated
-from .pipelines import PRESETS
+from .pipelines import PRESETS, quiet_loading
 from .runtime import atomic_path, atomic_write, progress
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, HfApi
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -30,7 +30,7 @@ def contact_sheet(
     for i, image in enumerate(images): sheet.paste(image.convert('RGB').resize((side, side), Image.LANCZOS), (i % ncols*side, i//ncols*side))
     return sheet
 
-# %% ../nbs/07_generate_report.ipynb #b1659994
+# %% ../nbs/07_generate_report.ipynb #fbd2a4d8
 @torch.inference_mode()
 def clip_scores(
     ds:datasets.Dataset, # a generated set
@@ -54,7 +54,7 @@ def score_quality(
 ) -> Path: # quality.parquet
     "Measure every image of a folder once and keep the scores."
     folder, ds = Path(folder), load_generated(folder)
-    loaded = load_encoder(encoder) if isinstance(encoder, str) else encoder
+    with quiet_loading(): loaded = load_encoder(encoder) if isinstance(encoder, str) else encoder
     scores = clip_scores(ds, loaded, show_progress=show_progress)
     with atomic_path(folder/'quality.parquet') as tmp: pq.write_table(pa.table(dict(key=ds['key'][:], sample=ds['sample'][:], quality=scores)), tmp)
     return folder/'quality.parquet'
@@ -113,7 +113,7 @@ All images are synthetic. {len(manifest['failures'])} images failed and are abse
 The noise of an image is a function of its key, its sample number, the generator, its revision and these settings; `sha256` is that of the image file.\n"""
     return DatasetCard(text)
 
-# %% ../nbs/07_generate_report.ipynb #16b76f63
+# %% ../nbs/07_generate_report.ipynb #81c09ef2
 def hub_layout(
     folder:str|Path, # from `generate`
     out:str|Path     # made if absent
@@ -132,8 +132,6 @@ def push_to_hub(
     private:bool=True# made private unless told otherwise
 ) -> str: # the commit's address
     "Push a generated set with its card to the Hugging Face Hub; needs a login (`hf auth login`)."
-    import tempfile
-    from huggingface_hub import HfApi
     api = HfApi()
     api.create_repo(repo, repo_type='dataset', private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as d: return str(api.upload_folder(repo_id=repo, repo_type='dataset', folder_path=hub_layout(folder, d)))
