@@ -290,7 +290,7 @@ def make_shards(
             while len(waiting) > 1: waiting.pop(0).result()
         for future in waiting: future.result()
 
-# %% ../nbs/02_generate.ipynb #fda3ee19
+# %% ../nbs/02_generate.ipynb #8ad42d8f
 def generate(
     captions,                        # anything that `read_captions` takes
     generator:str|Path|Preset='embedded', # a preset's name, a pipeline folder, or a Hub id
@@ -322,6 +322,7 @@ def generate(
         open_folder(out, captions, plan.settings)
         todo = {k: why for k, why in shards_to_make(out, plan, retry_failed, deep).items() if k % part[1] == part[0]}
         load = partial(load_generator, preset, dtype=torch.float32 if device.type == 'cpu' else dtype, device=device, scheduler=None if plan.settings.scheduler == 'default' else plan.settings.scheduler, attention=attention, compile=compile)
+        if todo: (out/'manifest.json').unlink(missing_ok=True) # it says "complete", which is no longer true
         batch_size = batch_size or (32 if device.type == 'cpu' else 16)
         if todo and engine == 'ray': make_shards_ray(out, plan, todo, load, batch_size, workers)
         elif todo: make_shards(out, plan, todo, Sampler(pipeline or load(), plan.settings, batch_size), show_progress)
@@ -372,7 +373,7 @@ def make_shards_ray(
     made = shards.map_batches(ShardActor, fn_constructor_kwargs=args, batch_size=1, concurrency=workers, num_gpus=1 if torch.cuda.is_available() else 0)
     for _ in progress(made.iter_batches(batch_size=1), 'shards', total=len(todo)): pass
 
-# %% ../nbs/02_generate.ipynb #3f11516e
+# %% ../nbs/02_generate.ipynb #c8b30038
 def load_generated(
     folder:str|Path,    # from `generate`
     partial:bool=False, # also read a run that is not complete
@@ -383,6 +384,7 @@ def load_generated(
     if not (folder/'settings.json').exists(): raise FileNotFoundError(f'{folder.name!r} holds no generated images: there is no settings.json')
     if not partial and not (folder/'manifest.json').exists(): raise ValueError(f'the run in {folder.name!r} is not complete: run `generate` again, or pass partial=True')
     files = sorted(p for p in folder.glob('shard-*-of-*.parquet') if p.with_suffix('.json').exists())
+    if not partial and [p.name for p in files] != [s['shard'] for s in json.loads((folder/'manifest.json').read_text())['shards']]: raise ValueError(f'{folder.name!r} has lost shards since it was complete: run `generate` again')
     ds = read_parquet(files, cache_dir)
     if (folder/'quality.parquet').exists():
         scores = {(r['key'], r['sample']): r['quality'] for r in pq.read_table(folder/'quality.parquet').to_pylist()}

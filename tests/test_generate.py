@@ -103,6 +103,16 @@ def test_damage_is_repaired(tmp_path, damage, caplog):
     assert shard_bytes(out) == before
     assert (victim.name in caplog.text) == (damage != 'lost')
 
+def test_an_incomplete_run_is_not_loaded_by_mistake(tmp_path):
+    out = run(CAPTIONS, tmp_path/'run', shard_size=8)
+    sorted(out.glob('shard-*.json'))[0].unlink()
+    with pytest.raises(ValueError, match='lost shards'): load_generated(out)
+    class Bug(NoisePipeline):
+        def __call__(self, prompt, **kwargs): raise KeyError('a bug')
+    with pytest.raises(KeyError): generate(CAPTIONS, 'embedded', out, pipeline=Bug(), shard_size=8, show_progress=False)
+    with pytest.raises(ValueError, match='not complete'): load_generated(out)
+    assert len(load_generated(out, partial=True)) < len(CAPTIONS) == len(load_generated(run(CAPTIONS, out, shard_size=8)))
+
 def test_a_finished_run_loads_nothing(tmp_path, monkeypatch):
     run(CAPTIONS, tmp_path/'run')
     monkeypatch.setattr(g, 'load_generator', lambda *a, **k: pytest.fail('a model was loaded'))
