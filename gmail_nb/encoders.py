@@ -3,9 +3,8 @@
 # %% auto #0
 __all__ = ['Encoder', 'count', 'check_pixels', 'lite0_trunk', 'Lite0Tower', 'MiniLMTower', 'minilm_folder', 'Preprocess',
            'HFTokenizer', 'embedded_encoder', 'OpenClipVisual', 'OpenClipText', 'TorchvisionPreprocess',
-           'OpenClipTokenizer', 'open_clip_encoder', 'HFVisual', 'HFText', 'HFPreprocess', 'hf_encoder',
-           'clip_tokenizer', 'load_encoder', 'read_cache', 'write_cache', 'preprocess_images', 'in_batches',
-           'embed_images']
+           'OpenClipTokenizer', 'open_clip_encoder', 'HFVisual', 'HFText', 'HFPreprocess', 'hf_encoder', 'load_encoder',
+           'read_cache', 'write_cache', 'preprocess_images', 'in_batches', 'embed_images']
 
 # %% ../nbs/03_encoders.ipynb #5887fc53
 import json
@@ -229,15 +228,6 @@ def hf_encoder(
     preprocess = HFPreprocess(AutoImageProcessor.from_pretrained(model_id, revision=revision))
     dim = config.vision_config.hidden_size if siglip else config.projection_dim
     return Encoder(f'hf:{model_id}', visual, text, preprocess, tokenizer, dim, model.logit_scale.exp().item()).eval()
-
-# %% ../nbs/03_encoders.ipynb #ef497991
-def clip_tokenizer() -> 'transformers.CLIPTokenizer':
-    "CLIP's byte-pair tokenizer (49,408 entries, 77 positions) from the vocabulary inside open_clip, with no download."
-    from transformers import CLIPTokenizer
-    bpe = open_clip.tokenizer.SimpleTokenizer()
-    merges = [pair for pair, _ in sorted(bpe.bpe_ranks.items(), key=lambda kv: kv[1])]
-    vocab = {t.replace('<start_of_text>', '<|startoftext|>').replace('<end_of_text>', '<|endoftext|>'): i for t, i in bpe.encoder.items()}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 # %% ../nbs/03_encoders.ipynb #128467ba
 def load_encoder(
