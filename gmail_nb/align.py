@@ -67,7 +67,7 @@ def identity_projection(dim:int) -> nn.Linear:
     nn.init.eye_(projection.weight)
     return projection
 
-# %% ../nbs/04_align.ipynb #178b09ec
+# %% ../nbs/04_align.ipynb #338aa5ba
 class GenReal(nn.Module):
     "A frozen encoder `f_r`, its LoRA copy `f_g` for generated images, a projection for each, and the text tower `h`."
     def __init__(self,
@@ -89,10 +89,11 @@ class GenReal(nn.Module):
 
     def real_features(self, pixels): return F.normalize(self.encoder.visual(check_pixels(pixels)), dim=-1)       # f_r(x_r), what a cache holds
     def generated_features(self, pixels): return F.normalize(self.f_g(check_pixels(pixels)), dim=-1)             # f_g(x_g)
+    # features may have any length: projecting before normalising is what makes the untrained model equal the base bit for bit
     def project_real(self, features): return F.normalize(self.proj_real(features), dim=-1)
     def project_generated(self, features): return F.normalize(self.proj_gen(features), dim=-1)
-    def encode_real(self, pixels:torch.Tensor) -> torch.Tensor: return self.project_real(self.real_features(pixels))                 # (B, D), unit length
-    def encode_generated(self, pixels:torch.Tensor) -> torch.Tensor: return self.project_generated(self.generated_features(pixels))  # (B, D), unit length
+    def encode_real(self, pixels:torch.Tensor) -> torch.Tensor: return self.project_real(self.encoder.visual(check_pixels(pixels)))                 # (B, D), unit length
+    def encode_generated(self, pixels:torch.Tensor) -> torch.Tensor: return self.project_generated(self.f_g(check_pixels(pixels)))  # (B, D), unit length
     def encode_text(self, tokens:dict[str, torch.Tensor]) -> torch.Tensor: return self.encoder.encode_text(tokens)                   # (B, D), unit length
 
 # %% ../nbs/04_align.ipynb #4f0feecd
