@@ -16,7 +16,7 @@ def weight(item): return 60 if 'wheel' in item.fixturenames else 1
 def wheel(tmp_path_factory):
     "A wheel built from a copy, so that no build folder is left in the tree."
     copy, out = tmp_path_factory.mktemp('project')/'gmail_nb', tmp_path_factory.mktemp('wheel')
-    shutil.copytree(root, copy, ignore=shutil.ignore_patterns('.git', '.venv', '*.egg-info', 'build', 'dist', '_*cs', 'demo', '__pycache__', '.pytest_cache', 'nbs', '.hypothesis'))
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns('.git', '.venv', '*.egg-info', 'build', 'dist', '_*cs', '__pycache__', '.pytest_cache', 'nbs', '.hypothesis'))
     done = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '--quiet', '-w', str(out), str(copy)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     with zipfile.ZipFile(next(out.glob('*.whl'))) as z: yield z
@@ -45,7 +45,7 @@ def test_wheel_metadata(wheel):
     meta = read(wheel, 'METADATA')
     assert f"Version: {settings['version']}\n" in meta and f"Requires-Python: >={settings['min_python']}" in meta
     assert 'License: Apache-2.0' in meta or 'License-Expression: Apache-2.0' in meta
-    assert meta.count('Requires-Dist') == len(shlex.split(settings['requirements'])) + len(settings['dev_requirements'].split())
+    assert meta.count('Requires-Dist') == len(shlex.split(settings['requirements'])) + sum(len(settings[k].split()) for k in ('dev_requirements', 'ray_requirements'))
 
 def test_commands_exist():
     "Each console script names a function that can be imported."
