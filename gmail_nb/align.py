@@ -23,7 +23,7 @@ from .runtime import atomic_write, check_writable, versions
 # %% ../nbs/04_align.ipynb #8eeae259
 from peft import LoraConfig, PeftModel, get_peft_model
 
-# %% ../nbs/04_align.ipynb #f48da689
+# %% ../nbs/04_align.ipynb #dcf604a4
 def info_nce(
     generated_features:torch.Tensor, # f_g(x_g), (B, D), any length
     real_features:torch.Tensor,      # f_r(x_r), (B, D), row i the partner of generated row i; no gradient flows here
@@ -32,7 +32,7 @@ def info_nce(
     "Eq. 1: InfoNCE from generated to real. `ValueError` when the two shapes differ or tau is not positive."
     if generated_features.shape != real_features.shape or generated_features.ndim != 2:
         raise ValueError(f'expected two (B, D) tensors of pairs, got {tuple(generated_features.shape)} generated and {tuple(real_features.shape)} real')
-    if not float(tau) > 0: raise ValueError(f'tau must be positive, got {float(tau)}')
+    if not (value := float(torch.as_tensor(tau).detach())) > 0: raise ValueError(f'tau must be positive, got {value}')
     logits = F.normalize(generated_features, dim=-1) @ F.normalize(real_features.detach(), dim=-1).T / tau # (B, B), sim / tau
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
