@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['demo_parser', 'gmail_demo']
 
-# %% ../nbs/30_cli.ipynb #26b5aeb6
+# %% ../nbs/30_cli.ipynb #c67208e0
 import argparse
 import logging
 import sys
 import time
 
 from .experiments import demo, demo_settings, demo_table, table_text, verdict
+from .runtime import use_all_cores
 
 # %% ../nbs/30_cli.ipynb #b1ebbec6
 def demo_parser() -> argparse.ArgumentParser:
@@ -22,13 +23,14 @@ def demo_parser() -> argparse.ArgumentParser:
     p.add_argument('--seed', type=int, default=0, help='of noise, adapters and data order (default: 0)')
     return p
 
-# %% ../nbs/30_cli.ipynb #d3b86a22
+# %% ../nbs/30_cli.ipynb #f18d598b
 def gmail_demo(
     argv:list[str]|None=None # arguments; those of the process if absent
 ) -> int: # exit status: 0, or 2 for input that cannot be used
     "Console script: the whole method on the embedded world."
     args, started = demo_parser().parse_args(argv), time.time()
     logging.basicConfig(format='%(message)s', level=logging.WARNING)
+    use_all_cores()
     try: records = demo(args.out, demo_settings(args.quick, args.seed))
     except (ValueError, OSError) as e:
         print(f'gmail_demo: {e}', file=sys.stderr)

@@ -7,7 +7,7 @@ __all__ = ['ARMS', 'STYLE', 'DemoSettings', 'demo_settings', 'some_concepts', 'S
            'arm_hits', 'downstream', 'paired_interval', 'downstream_records', 'demo_table', 'table_text', 'save_figure',
            'report_page', 'verdict', 'demo', 'write_demo_report']
 
-# %% ../nbs/20_experiments.ipynb #ecfad7e8
+# %% ../nbs/20_experiments.ipynb #9b32be81
 import base64, html, io
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,22 +24,27 @@ from .data import emoji, pairs, show_pairs
 from .encoders import embed_images, in_batches, load_encoder, preprocess_images
 from .gap import centroid_distance, modality_probe, paired_cosines, ranks, recall_at_k, show_cosines, show_tsne
 from .generate import generate, load_generated
-from .runtime import atomic_path, atomic_write, check_writable, machine, progress, record, set_seed, stable_seed, write_results
+from .prefix import late_targets
+from .runtime import atomic_path, atomic_write, check_writable, fast_bfloat16, machine, noise_generator, progress, record, set_seed, stable_seed, write_results
 from .train import align, show_history, text_inputs, tune_text_head
 
-# %% ../nbs/20_experiments.ipynb #05be623f
+# %% ../nbs/20_experiments.ipynb #e2c9ed80
 @dataclass(frozen=True)
 class DemoSettings:
     "What a demo run depends on."
-    align_captions:int=448 # concepts of A that get a generated image
-    tune_captions:int=384  # concepts of B that get one
-    held_out:int=48        # of the former, kept out of the alignment to draw its curve
-    steps:int=8            # of the generator
-    epochs:int=12          # of the alignment
+    align_captions:int=772 # concepts of A that get generated images
+    tune_captions:int=697  # concepts of B that get one
+    samples:int=3          # images for each caption of A; the alignment sees them in turn
+    held_out:int=48        # concepts of A kept out of the alignment to draw its curve
+    steps:int=3            # of the generator
+    guidance:float=8.      # of the generator
+    style:str='noto'       # of the generator: that of the real partners
+    adapted:float=4/7      # share of the image tower's blocks that get LoRA, from the end
+    epochs:int=9           # of the alignment
     batch_size:int=96      # of the alignment
-    lr:float=2e-3          # of the alignment
+    lr:float=1e-3          # of the alignment
     tau:float=.07          # of Eq. 1
-    tune_steps:int=150     # of the text side
+    tune_steps:int=400     # of the text side, enough for the `real` arm to converge
     seeds:int=5            # of the text side, per arm
     seed:int=0             # of the generator's noise, the adapters and the data order
 
@@ -48,7 +53,7 @@ def demo_settings(
     seed:int=0
 ) -> DemoSettings:
     "The settings of `gmail_demo`, with or without `--quick`."
-    return DemoSettings(align_captions=112, tune_captions=96, held_out=16, epochs=8, batch_size=48, seeds=3, seed=seed) if quick else DemoSettings(seed=seed)
+    return DemoSettings(align_captions=256, tune_captions=192, samples=1, held_out=16, epochs=8, batch_size=48, tune_steps=200, seeds=3, seed=seed) if quick else DemoSettings(seed=seed)
 
 # %% ../nbs/20_experiments.ipynb #82d4091f
 def some_concepts(
@@ -62,35 +67,36 @@ def some_concepts(
     keys = list(ds['key'])
     return ds.select(sorted(sorted(range(len(ds)), key=lambda i: stable_seed('demo', seed, keys[i]))[:n]))
 
-# %% ../nbs/20_experiments.ipynb #97878943
+# %% ../nbs/20_experiments.ipynb #b34fc298
 @dataclass
 class Side:
-    "One split, embedded: pixels and `f_r` features of generated images, `f_r` features of real ones, in the same order."
+    "One split: N concepts with S generated images each, and their real images, in the same order."
     keys:list
     captions:list
-    generated_pixels:torch.Tensor     # (N, 3, H, W)
-    generated_features:torch.Tensor   # (N, D), through f_r
+    generated_pixels:torch.Tensor     # (S, N, 3, H, W)
+    generated_features:torch.Tensor   # (N, D), the first sample through f_r
     real_features:torch.Tensor        # (N, D), through f_r
     pairs:object                      # of images, to look at
 
-def make_side(encoder, split:str, n:int, settings:DemoSettings, out:Path) -> Side:
-    "Generate an image for each of n concepts of a split, and embed both sides once."
+def make_side(encoder, split:str, n:int, samples:int, settings:DemoSettings, out:Path) -> Side:
+    "Generate images for n concepts of a split, and embed both sides once."
     real = some_concepts(split, n, settings.seed)
-    folder = generate(real, 'embedded', out=out/f'generated_{split}_{n}_{settings.seed}', steps=settings.steps)
+    folder = generate(real, 'embedded', out=out/f'generated_{split}_{n}x{samples}_{settings.seed}', samples=samples, steps=settings.steps, guidance=settings.guidance, options=dict(style=settings.style), dtype=torch.bfloat16 if fast_bfloat16() else None)
     joined = pairs(real, load_generated(folder))
-    keys = joined.keys
-    items = list(progress(joined, f'decoding {split}'))
-    x_g, x_r = (preprocess_images(encoder, [p[side] for p in items]) for side in ('generated', 'real'))
-    features = [embed_images(encoder, x, keys, out/'cache'/f'{split}_{side}.safetensors', desc=f'f_r of {side} {split}') for side, x in (('generated', x_g), ('real', x_r))]
-    return Side(keys, [p['caption'] for p in items], x_g, *features, joined)
+    items = list(progress(joined, f'decoding {split}')) # by key, then by sample
+    x_g = preprocess_images(encoder, [p['generated'] for p in items]).unflatten(0, (n, samples)).transpose(0, 1).contiguous()
+    keys, x_r = joined.keys[::samples], preprocess_images(encoder, [p['real'] for p in items[::samples]])
+    features = [embed_images(encoder, x, keys, out/'cache'/f'{split}_{side}.safetensors', desc=f'f_r of {side} {split}') for side, x in (('generated', x_g[0]), ('real', x_r))]
+    return Side(keys, [p['caption'] for p in items[::samples]], x_g, *features, joined)
 
-# %% ../nbs/20_experiments.ipynb #547cf5da
+# %% ../nbs/20_experiments.ipynb #081023fc
 def align_side(encoder, side:Side, settings:DemoSettings) -> tuple[GenReal, list[dict]]:
-    "Eq. 1 on the pairs of A but the last `held_out`, which draw the curve."
+    "Eq. 1 on the pairs of A but `held_out` concepts, which draw the curve."
     set_seed(settings.seed)
-    model, n = GenReal(encoder), len(side.keys) - settings.held_out
-    def held_out(m): return dict(paired_cosine=paired_cosines(in_batches(m.encode_generated, side.generated_pixels[n:]), side.real_features[n:]).mean().item())
-    history = align(model, side.generated_pixels[:n], side.real_features[:n], settings.epochs, settings.batch_size, settings.lr, tau=settings.tau, seed=settings.seed, held_out=held_out)
+    order = torch.randperm(len(side.keys), generator=noise_generator('held out', settings.seed))
+    held, kept, model = order[:settings.held_out], order[settings.held_out:], GenReal(encoder, targets=late_targets(encoder.visual, settings.adapted))
+    def held_out(m): return dict(paired_cosine=paired_cosines(in_batches(m.encode_generated, side.generated_pixels[0, held]), side.real_features[held]).mean().item())
+    history = align(model, side.generated_pixels[:, kept], side.real_features[kept], held_out, epochs=settings.epochs, batch_size=settings.batch_size, lr=settings.lr, tau=settings.tau, seed=settings.seed, prefix=True)
     return model, history
 
 def gap_records(name:str, arm:str, generated:torch.Tensor, real:torch.Tensor, seed:int) -> list[dict]:
@@ -189,7 +195,7 @@ def verdict(records:list[dict]) -> str:
     said = 'helps' if r['low'] > 0 else 'hurts' if r['high'] < 0 else 'makes no difference that this run can show'
     return f"Aligning generated images first {said}: text-to-image R@1 on real images of an unseen style differs by {100 * r['value']:+.1f} points (95% interval {100 * r['low']:+.1f} to {100 * r['high']:+.1f}, {r['n']} concepts)."
 
-# %% ../nbs/20_experiments.ipynb #dfc8756f
+# %% ../nbs/20_experiments.ipynb #8a66e921
 def demo(
     out:str|Path='demo',                  # results, figures, report and the aligned model go here
     settings:DemoSettings=DemoSettings()
@@ -197,11 +203,11 @@ def demo(
     "Generate, align, learn from generated images, test on real ones, and write the report."
     out = check_writable(out)
     encoder = load_encoder('embedded')
-    a = make_side(encoder, 'A', settings.align_captions, settings, out)
-    b = make_side(encoder, 'B', settings.tune_captions, settings, out)
+    a = make_side(encoder, 'A', settings.align_captions, settings.samples, settings, out)
+    b = make_side(encoder, 'B', settings.tune_captions, 1, settings, out)
     inputs, test = text_inputs(encoder, b.captions), _test_features(encoder, b, out)
     model, history = align_side(encoder, a, settings)
-    aligned = in_batches(model.encode_generated, b.generated_pixels, desc='f_g of generated B')
+    aligned = in_batches(model.encode_generated, b.generated_pixels[0], desc='f_g of generated B')
     hits = downstream(encoder, dict(indiscriminate=b.generated_features, gmail=aligned, real=b.real_features), inputs, test, settings)
     records = gap_records('demo', 'base', b.generated_features, b.real_features, settings.seed) + gap_records('demo', 'gmail', aligned, b.real_features, settings.seed)
     records += downstream_records('demo', hits, len(test))

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['generate_parser', 'part_of', 'gmail_generate']
 
-# %% ../nbs/31_generate_cli.ipynb #c04a8473
+# %% ../nbs/31_generate_cli.ipynb #3b7fb304
 import gmail_nb.runtime
-import argparse, logging, sys
+import argparse, json, logging, sys
 import torch
 from .generate import generate
-from .generate_report import push_to_hub, score_quality, write_report
+from .generate_report import push_to_hub, score_quality, write_report, write_sheets
 from .pipelines import PRESETS
 
-# %% ../nbs/31_generate_cli.ipynb #442ac2cb
+# %% ../nbs/31_generate_cli.ipynb #a0bbb82e
 def generate_parser() -> argparse.ArgumentParser:
     "The options of `gmail_generate`."
     p = argparse.ArgumentParser('gmail_generate', description='Draw images for captions into parquet shards. Run the same command again to continue or repair.')
@@ -25,6 +25,7 @@ def generate_parser() -> argparse.ArgumentParser:
     p.add_argument('--which', default='first', help="of several captions of a key: 'first', 'all' or a number")
     for name, kind in (('steps', int), ('guidance', float), ('width', int), ('height', int), ('scheduler', str), ('prefix', str), ('suffix', str), ('negative', str), ('image_format', str)):
         p.add_argument(f'--{name.replace("_", "-")}', dest=name, type=kind, help="the generator's own unless given")
+    p.add_argument('--options', type=json.loads, metavar='JSON', help='''further arguments of the pipeline's call, such as '{"style": "noto"}' for the embedded one''')
     p.add_argument('--shard-size', type=int, default=256); p.add_argument('--batch-size', type=int)
     p.add_argument('--device'); p.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16')); p.add_argument('--attention', default='sdpa'); p.add_argument('--compile', action='store_true')
     p.add_argument('--retry-failed', action='store_true', help='draw recorded failures again')
@@ -32,11 +33,11 @@ def generate_parser() -> argparse.ArgumentParser:
     p.add_argument('--engine', default='local', help="'local' or 'ray'"); p.add_argument('--workers', type=int, default=1, help='of Ray')
     p.add_argument('--quiet', action='store_true', help='no progress bar')
     p.add_argument('--quality', metavar='ENCODER', help="measure CLIPScore with this encoder, such as 'embedded' or 'open_clip:ViT-B-32/openai'")
-    p.add_argument('--report', action='store_true', help='write report.html into the folder')
+    p.add_argument('--report', action='store_true', help='write report.html and a contact sheet per shard into the folder')
     p.add_argument('--push', metavar='OWNER/NAME', help='push to the Hub as a dataset')
     return p
 
-# %% ../nbs/31_generate_cli.ipynb #4a210715
+# %% ../nbs/31_generate_cli.ipynb #65d53952
 def part_of(
     text:str # such as '3/8'
 ) -> tuple[int, int]: # (3, 8)
@@ -58,7 +59,7 @@ def gmail_generate(
         args['dtype'] = getattr(torch, args['dtype']) if args['dtype'] else None
         out = generate(**args)
         if quality: score_quality(out, quality)
-        if html: print('report:', write_report(out))
+        if html: print('report:', write_report(out), f'and {len(write_sheets(out))} contact sheets')
         if push: print('pushed:', push_to_hub(out, push))
     except (ValueError, OSError) as e:
         print(f'gmail_generate: {e}', file=sys.stderr)
