@@ -27,7 +27,7 @@ from .encoders import embed_images, in_batches, load_encoder, preprocess_images
 from .experiments import DemoSettings, align_side, make_side, save_figure, table_text
 from .runtime import atomic_write, check_writable, fingerprint, progress, record, stable_seed, write_results
 
-# %% ../nbs/25_caption_experiment.ipynb #b5d57496
+# %% ../nbs/25_caption_experiment.ipynb #4d803d9e
 ARMS = ('base', 'indiscriminate', 'gmail', 'mix', 'real')
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class CaptionSettings:
     width:int=128          # of the decoder
     prefix_length:int=4
     mapper:str='mlp'
-    base_steps:int=300     # on real images of A
-    tune_steps:int=300     # on B, each arm
-    batch_size:int=64
-    lr:float=4e-3          # of the base
-    tune_lr:float=2e-3     # of each arm
-    noise:float=1.         # length of the noise on unit features: about the distance of one drawing from another
+    base_steps:int=1200    # on real images of A
+    tune_steps:int=1800    # on B, each arm
+    batch_size:int=16      # small: many updates count for more here than smooth ones
+    lr:float=3e-3          # of the base
+    tune_lr:float=3e-3     # of each arm
+    noise:float=.6         # length of the noise on unit features, against learning single images by heart
     max_new_tokens:int=32
     seeds:int=5
     seed:int=0
