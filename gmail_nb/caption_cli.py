@@ -115,7 +115,7 @@ def tune_parser() -> argparse.ArgumentParser:
     p.add_argument('--lr', type=float)
     return p
 
-# %% ../nbs/32_caption_cli.ipynb #18c654f9
+# %% ../nbs/32_caption_cli.ipynb #5c47f40f
 def gmail_tune(
     argv:list[str]|None=None # arguments; those of the process if absent
 ) -> int: # exit status: 0, or 2 for input that cannot be used
@@ -125,7 +125,7 @@ def gmail_tune(
         if args.preset not in PRESETS: raise unknown_name('preset', args.preset, PRESETS)
         if bool(args.annotations) != bool(args.images): raise ValueError('--annotations and --images belong together')
         if not args.annotations:
-            settings = CaptionSettings(base_steps=100, tune_steps=100, seeds=2, seed=args.seed) if args.quick else CaptionSettings(seed=args.seed)
+            settings = CaptionSettings(base_steps=300, tune_steps=400, seeds=2, seed=args.seed) if args.quick else CaptionSettings(seed=args.seed)
             records, _ = caption_experiment(args.out, settings, demo_settings(args.quick, args.seed))
             print(f'{table_text(caption_table(records))}\n\n{caption_verdict(records)}')
             return 0
