@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Encoder', 'count', 'check_pixels', 'lite0_trunk', 'Lite0Tower', 'MiniLMTower', 'minilm_folder', 'Preprocess',
            'HFTokenizer', 'embedded_encoder', 'OpenClipVisual', 'OpenClipText', 'TorchvisionPreprocess',
-           'OpenClipTokenizer', 'open_clip_encoder', 'HFVisual', 'HFText', 'HFPreprocess', 'hf_encoder', 'load_encoder',
-           'read_cache', 'write_cache', 'preprocess_images', 'in_batches', 'embed_images']
+           'OpenClipTokenizer', 'open_clip_encoder', 'HFVisual', 'HFText', 'HFPreprocess', 'hf_encoder', 'NoText',
+           'bare_state', 'TimmVisual', 'timm_encoder', 'load_encoder', 'read_cache', 'write_cache', 'preprocess_images',
+           'in_batches', 'embed_images']
 
 # %% ../nbs/03_encoders.ipynb #5887fc53
 import json
@@ -195,12 +196,12 @@ def open_clip_encoder(
     dim = open_clip.get_model_config(architecture)['embed_dim']
     return Encoder(f'open_clip:{spec}', OpenClipVisual(visual), OpenClipText(model), TorchvisionPreprocess(transform), OpenClipTokenizer(open_clip.get_tokenizer(architecture)), dim, model.logit_scale.exp().item()).eval()
 
-# %% ../nbs/03_encoders.ipynb #babec619
+# %% ../nbs/03_encoders.ipynb #80a9f575
 class HFVisual(nn.Module):
     "The image tower of a transformers CLIP or SigLIP, with its projection where it has one."
-    def __init__(self, tower:nn.Module, projection:nn.Module|None): super().__init__(); self.tower, self.projection = tower, projection or nn.Identity()
-    def forward(self, pixels): return self.projection(self.tower(pixel_values=pixels).pooler_output)   # (B, dim)
-    def tokens(self, pixels): return self.tower(pixel_values=pixels).last_hidden_state                 # (B, T, width)
+    def __init__(self, tower:nn.Module, projection:nn.Module|None): super().__init__(); self.vision_model, self.visual_projection = tower, projection or nn.Identity() # the library's names, so that an adapter fits its model
+    def forward(self, pixels): return self.visual_projection(self.vision_model(pixel_values=pixels).pooler_output)   # (B, dim)
+    def tokens(self, pixels): return self.vision_model(pixel_values=pixels).last_hidden_state                        # (B, T, width)
 
 class HFText(nn.Module):
     "The text tower of a transformers CLIP or SigLIP, with its projection where it has one."
@@ -214,14 +215,14 @@ class HFPreprocess:
     def __repr__(self): return json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
     def __call__(self, image): return self.processor(images=image.convert('RGB'), return_tensors='pt')['pixel_values'][0]
 
-# %% ../nbs/03_encoders.ipynb #570911e5
+# %% ../nbs/03_encoders.ipynb #050f3e16
 def hf_encoder(
     model_id:str,            # a Hub id, or a folder in the same layout
     revision:str|None=None   # the Hub revision to pin
 ) -> Encoder:
     "A transformers `CLIPModel` or `SiglipModel` as an `Encoder`; `ValueError` for another kind of model."
     config = AutoConfig.from_pretrained(model_id, revision=revision)
-    if config.model_type not in ('clip', 'siglip', 'siglip2'): raise ValueError(f'{model_id!r} is a {config.model_type!r} model; expected one of clip, siglip, siglip2')
+    if config.model_type not in ('clip', 'siglip'): raise ValueError(f'{model_id!r} is a {config.model_type!r} model; expected clip or siglip. Of SigLIP 2, take a checkpoint of fixed size, such as google/siglip2-base-patch16-224')
     model = AutoModel.from_pretrained(model_id, revision=revision).eval()
     siglip = config.model_type != 'clip'
     visual = HFVisual(model.vision_model, None if siglip else model.visual_projection)
@@ -229,19 +230,60 @@ def hf_encoder(
     tokenizer = HFTokenizer(AutoTokenizer.from_pretrained(model_id, revision=revision), config.text_config.max_position_embeddings, pad_to_length=siglip)
     preprocess = HFPreprocess(AutoImageProcessor.from_pretrained(model_id, revision=revision))
     dim = config.vision_config.hidden_size if siglip else config.projection_dim
-    return Encoder(f'hf:{model_id}', visual, text, preprocess, tokenizer, dim, model.logit_scale.exp().item()).eval()
+    return Encoder(f'hf:{model_id}' + (f'@{revision}' if revision else ''), visual, text, preprocess, tokenizer, dim, model.logit_scale.exp().item()).eval()
 
-# %% ../nbs/03_encoders.ipynb #128467ba
+# %% ../nbs/03_encoders.ipynb #e74d5887
+class NoText(nn.Module):
+    "Stands where a text tower would be."
+    def forward(self, *args, **tokens): raise ValueError('this encoder has no text side: use it for alignment, captioning or a linear probe')
+
+def bare_state(
+    file:str|Path # .safetensors, or a .pth that `weights_only=True` reads
+) -> dict[str, torch.Tensor]:
+    "Weights of an image tower, without the wrappers of the run that made them."
+    state = load_file(file) if str(file).endswith('.safetensors') else torch.load(file, weights_only=True, map_location='cpu')
+    for wrapper in ('model', 'state_dict'): state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    for prefix in ('module.', 'visual.'):
+        if any(k.startswith(prefix) for k in state): state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+    return state
+
+# %% ../nbs/03_encoders.ipynb #2bd8f905
+class TimmVisual(nn.Module):
+    "A timm model without its classifier."
+    def __init__(self, model:nn.Module): super().__init__(); self.model = model
+    def forward(self, pixels): return self.model(pixels)                                                     # (B, dim)
+    def tokens(self, pixels):
+        grid = self.model.forward_features(pixels)                                                           # (B, T, width), or (B, width, H, W) of a CNN
+        return grid if grid.ndim == 3 else grid.flatten(2).transpose(1, 2)
+
+def timm_encoder(
+    spec:str # 'ARCHITECTURE/WEIGHTS', such as 'vit_base_patch16_224/synclr.pth' or 'vit_tiny_patch16_224/random'
+) -> Encoder:
+    "An image tower of timm; `ValueError` for an unknown architecture or for weights that do not fit it."
+    architecture, _, weights = spec.partition('/')
+    if not timm.is_model(architecture): raise unknown_name('timm architecture', architecture, timm.list_models())
+    model = timm.create_model(architecture, pretrained=False, num_classes=0)
+    if weights not in ('', 'random'):
+        if not Path(weights).exists(): raise FileNotFoundError(f'{weights} is not here: download the weights of {architecture} first, or write random')
+        missing = model.load_state_dict(bare_state(weights), strict=False).missing_keys
+        if missing: raise ValueError(f'{Path(weights).name} does not fit {architecture}: it lacks {missing[:3]} and {len(missing)} in all')
+    cfg = timm.data.resolve_model_data_config(model)
+    return Encoder(f'timm:{spec}', TimmVisual(model), NoText(), Preprocess(cfg['input_size'][1], cfg['mean'], cfg['std']), NoText(), model.num_features).eval()
+
+# %% ../nbs/03_encoders.ipynb #eb779a67
 def load_encoder(
-    name:str='embedded', # 'embedded', 'open_clip:ARCHITECTURE/PRETRAINED' or 'hf:ID_OR_FOLDER'
-    **kwargs             # for `embedded_encoder`, `open_clip_encoder` or `hf_encoder`
+    name:str='embedded', # 'embedded', 'open_clip:ARCHITECTURE/PRETRAINED', 'hf:ID_OR_FOLDER' (with '@REVISION' to pin one) or 'timm:ARCHITECTURE/FILE'
+    **kwargs             # for `embedded_encoder`, `open_clip_encoder`, `hf_encoder` or `timm_encoder`
 ) -> Encoder:
     "Any encoder by one string; `ValueError` with the nearest known forms for anything else."
     kind, _, rest = name.partition(':')
     if name == 'embedded': return embedded_encoder(**kwargs)
     if kind == 'open_clip' and rest: return open_clip_encoder(rest, **kwargs)
-    if kind == 'hf' and rest: return hf_encoder(rest, **kwargs)
-    raise unknown_name('encoder', name, ['embedded', 'open_clip:ViT-B-32/openai', 'open_clip:ViT-L-14/openai', 'hf:openai/clip-vit-large-patch14', 'hf:google/siglip-base-patch16-224'])
+    if kind == 'hf' and rest:
+        model_id, _, revision = (rest, '', '') if Path(rest).exists() else rest.partition('@')
+        return hf_encoder(model_id, **({'revision': revision} if revision else {}), **kwargs)
+    if kind == 'timm' and rest: return timm_encoder(rest, **kwargs)
+    raise unknown_name('encoder', name, ['embedded', 'open_clip:ViT-B-32/openai', 'open_clip:ViT-L-14/openai', 'hf:openai/clip-vit-large-patch14', 'hf:google/siglip-base-patch16-224', 'timm:vit_base_patch16_224/synclr.pth'])
 
 # %% ../nbs/03_encoders.ipynb #228c11bb
 def read_cache(

@@ -41,7 +41,7 @@ def late_targets(
     begin = order.index(f'{name}.{first}') # modules are named in the order of the forward pass
     return [t for t in targets if order.index(t) >= begin]
 
-# %% ../nbs/04c_prefix.ipynb #90e444ee
+# %% ../nbs/04c_prefix.ipynb #bc099035
 class _Stop(Exception): pass
 
 class _Replay(nn.Module):
@@ -58,6 +58,7 @@ class FrozenPrefix:
     def __init__(self,
         model:GenReal # with LoRA in late blocks only
     ):
+        if model.tuning != 'lora': raise ValueError(f'tuning={model.tuning!r} leaves no block between a frozen and an adapted one: a cached prefix needs LoRA in late blocks')
         self.model, tower = model, model.f_g.base_model.model
         adapted = sorted({n.split('.lora_')[0] for n, p in tower.named_parameters() if p.requires_grad})
         self.name, self.blocks = block_list(tower, adapted)
