@@ -7,14 +7,15 @@ __all__ = ['check_captions', 'Score', 'ngrams', 'bleu', 'lcs_length', 'rouge_l',
            'java_missing', 'spice_missing', 'meteor', 'spice', 'WordVectors', 'transport', 'word_movers_distance',
            'wmd', 'clip_scores', 'CaptionScores', 'score_captions', 'bootstrap_interval', 'paired_difference']
 
-# %% ../nbs/13_caption_metrics.ipynb #d9df0e10
+# %% ../nbs/13_caption_metrics.ipynb #794cb6a0
 import importlib.util
 import os
 import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -81,7 +82,7 @@ def _bleu_of(counts, n):
     precision = ((matched[..., :n] + 1e-15) / (possible[..., :n] + 1e-9)).prod(-1)**(1 / n)
     return precision * np.exp(np.minimum(0, 1 - (reference + 1e-9) / (length + 1e-15)))
 
-# %% ../nbs/13_caption_metrics.ipynb #2a775e57
+# %% ../nbs/13_caption_metrics.ipynb #ba1d920e
 def bleu(
     hypotheses:list[list[str]],        # tokens of N captions
     references:list[list[list[str]]]   # tokens of each one's references
@@ -95,7 +96,7 @@ def bleu(
         row[0], row[1] = len(h), min((abs(len(r) - len(h)), len(r)) for r in refs)[1]
         row[2:6] = [(g & m).total() for g, m in zip(ngrams(h), most)]
         row[6:] = [max(0, len(h) - k) for k in range(4)]
-    return [Score(f'BLEU-{n}', _bleu_of(counts, n), counts, lambda c, n=n: _bleu_of(c, n)) for n in (1, 2, 3, 4)]
+    return [Score(f'BLEU-{n}', _bleu_of(counts, n), counts, partial(_bleu_of, n=n)) for n in (1, 2, 3, 4)]
 
 # %% ../nbs/13_caption_metrics.ipynb #104e531c
 def lcs_length(
@@ -150,7 +151,7 @@ def cider(
     each = [10 * np.mean([against(h, *_tf_idf(h, frequency, n), r) for r in refs]) for h, refs in zip(hypotheses, references)]
     return Score('CIDEr-plain' if plain else 'CIDEr', np.array(each))
 
-# %% ../nbs/13_caption_metrics.ipynb #b04d887b
+# %% ../nbs/13_caption_metrics.ipynb #193211b3
 def tokenized(
     hypotheses:dict[str, str],       # one caption for each key
     references:dict[str, list[str]]  # one or more for each key
@@ -161,7 +162,8 @@ def tokenized(
 
 def counting_scores(hypotheses:list[list[str]], references:list[list[list[str]]]) -> list[Score]:
     "The scores that need nothing but words."
-    return [*bleu(hypotheses, references), rouge_l(hypotheses, references), cider(hypotheses, references), cider(hypotheses, references, plain=True)]
+    d = cider(hypotheses, references)
+    return [*bleu(hypotheses, references), rouge_l(hypotheses, references), d, replace(d, name='CIDEr-D'), cider(hypotheses, references, plain=True)]
 
 # %% ../nbs/13_caption_metrics.ipynb #b34daca8
 def java_missing() -> str: # '' when there is nothing to say

@@ -187,7 +187,7 @@ def caption_loss(
     logits = captioner.lm(inputs_embeds=torch.cat([prefix.to(words.dtype), words], 1), attention_mask=mask).logits[:, prefix.shape[1] - 1:-1] # (B, L, V)
     return F.cross_entropy(logits[real].float(), tokens[real])
 
-# %% ../nbs/14_captioning.ipynb #897e844c
+# %% ../nbs/14_captioning.ipynb #b9149289
 def train_captioner(
     captioner:Captioner,           # trained in place
     features:torch.Tensor,         # (N, dim), or (S, N, dim): S images a row, taken in turn by epoch
@@ -207,7 +207,7 @@ def train_captioner(
     flat = caption_ids(captioner, [c for cs in captions for c in cs])
     first = np.cumsum([0] + [len(cs) for cs in captions])
     parameters, g = [p for p in captioner.parameters() if p.requires_grad], noise_generator('captioner', seed)
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=captioner.device.type in ('cpu', 'cuda')) # one call a step, not one a tensor
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine_rate(s, steps, warmup=min(20, steps // 10)))
     losses, captioner = [], captioner.train()
     with torch.random.fork_rng(): # dropout is seeded without touching anyone else's randomness
@@ -281,7 +281,7 @@ def write_captions(
     "A caption for each image."
     return caption_text(captioner, generate_ids(captioner, features, **kwargs))
 
-# %% ../nbs/14_captioning.ipynb #4b708918
+# %% ../nbs/14_captioning.ipynb #237e09e1
 def save_captioner(
     captioner:Captioner,
     folder:str|Path,  # made if absent
@@ -297,7 +297,8 @@ def save_captioner(
     return folder
 
 def load_captioner(
-    folder:str|Path # from `save_captioner`
+    folder:str|Path,        # from `save_captioner`
+    make:Callable=Captioner # builds it from a language model, a tokenizer and the card's settings
 ) -> Captioner:
     "A captioner from its folder, ready to write. `FileNotFoundError` for an unfinished folder, `ValueError` for weights that do not fit."
     folder = Path(folder)
@@ -306,7 +307,7 @@ def load_captioner(
     settings = {k: card[k] for k in ('dim', 'prefix_length', 'mapper', 'tune', 'rank', 'name')}
     named = card['name'] and card['tune'] != 'whole'
     lm = load_lm(card['name'])[0] if named else AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(folder/'lm')))
-    captioner = Captioner(lm, AutoTokenizer.from_pretrained(str(folder/'tokenizer')), **settings)
+    captioner = make(lm, AutoTokenizer.from_pretrained(str(folder/'tokenizer')), **settings)
     weights = load_file(folder/'captioner.safetensors')
     known = dict(captioner.named_parameters())
     wrong = [n for n, w in weights.items() if n not in known or known[n].shape != w.shape] or [n for n, p in known.items() if n not in weights and (p.requires_grad or not named)]
