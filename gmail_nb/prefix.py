@@ -104,20 +104,20 @@ def replay(self:FrozenPrefix,
         for i, block in enumerate(kept): self.blocks[i] = block
         self.replaced[0].activation = None
 
-# %% ../nbs/04c_prefix.ipynb #627fb8b3
+# %% ../nbs/04c_prefix.ipynb #278eef70
 def cache_prefix(
     prefix:FrozenPrefix,
-    pixels:torch.Tensor,        # (..., 3, H, W); leading dimensions are kept
+    pixels:torch.Tensor,        # (..., 3, H, W), leading dimensions are kept; or `PixelRows`
     path:str|Path|None=None,    # a .safetensors file; memory only if absent
     batch_size:int=64,
     max_bytes:int=8 * 2**30,    # stop rather than fill a disk
     desc:str='frozen prefix'    # beside the progress bar
 ) -> torch.Tensor: # (..., activation)
     "Activations of all images, from the file when it was made from the same weights and pixels. `ValueError` when they would not fit `max_bytes`."
-    flat = pixels.flatten(0, -4)
+    flat = pixels if pixels.ndim == 4 else pixels.flatten(0, -4)
     one = prefix.record(flat[:1]); size = one.numel() * one.element_size() * len(flat)
     if size > max_bytes: raise ValueError(f'activations of {len(flat)} images take {size / 2**30:.1f} GiB, the limit is {max_bytes / 2**30:.1f}: raise max_bytes, adapt later blocks, or train without a cached prefix')
-    made_from = fingerprint(prefix.fingerprint, flat) if path else ''
+    made_from = fingerprint(prefix.fingerprint, getattr(flat, 'fingerprint', flat)) if path else ''
     stored = read_prefix(path, made_from) if path else None
     if stored is None:
         stored = torch.cat([prefix.record(flat[i:i + batch_size]) for i in progress(range(0, len(flat), batch_size), desc)])
