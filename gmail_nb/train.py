@@ -6,7 +6,7 @@
 __all__ = ['log', 'epoch_order', 'cosine_rate', 'AlignSettings', 'alignment_parameters', 'batches', 'GeneratedSide', 'by_sample',
            'Alignment', 'align', 'show_history', 'contrastive', 'text_inputs', 'tune_text_head']
 
-# %% ../nbs/05_train.ipynb #bbc320df
+# %% ../nbs/05_train.ipynb #928dcaf3
 import gmail_nb.runtime
 import copy, json, logging, math, shutil
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from torch import nn
 from .align import GenReal
 from .encoders import Encoder, in_batches
 from .losses import LOSSES, Temperature, bank_info_nce, loss_by_name
-from .prefix import FrozenPrefix, cache_prefix
+from .prefix import FrozenPrefix, cache_prefix, channels_last
 from .runtime import atomic_path, atomic_write, check_writable, fingerprint, noise_generator, progress, unknown_name
 
 # %% ../nbs/05_train.ipynb #ba4fd774
@@ -91,7 +91,7 @@ def batches(n:int, batch_size:int, seed:int, epochs:int):
         parts = epoch_order(n, seed, epoch).split(batch_size)
         yield from (p for p in parts if len(p) == batch_size or len(parts) == 1)
 
-# %% ../nbs/05_train.ipynb #aa7de9aa
+# %% ../nbs/05_train.ipynb #63968a33
 class GeneratedSide(nn.Module):
     "`proj_gen(f_g(x))`, normalised: what is trained, as one module."
     def __init__(self, model:GenReal, settings:AlignSettings, prefix:FrozenPrefix|None=None, size:tuple=()):
@@ -100,6 +100,7 @@ class GeneratedSide(nn.Module):
         self.temperature = Temperature(settings.tau) if settings.learn_tau else None
 
     def forward(self, inputs:torch.Tensor) -> torch.Tensor: # (B, D), unit length
+        inputs = channels_last(inputs)
         if self._prefix is None: return F.normalize(self.proj_gen(self.f_g(inputs)), dim=-1)
         with self._prefix.replay(inputs): return F.normalize(self.proj_gen(self.f_g(inputs.new_zeros(len(inputs), *self.size))), dim=-1)
 
