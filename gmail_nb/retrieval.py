@@ -6,7 +6,8 @@
 __all__ = ['WAYS', 'HUB_TEST', 'RETRIEVAL_SETS', 'Ranks', 'check_features', 'check_owners', 'owners', 'own_scores', 'own_levels',
            'retrieval', 'recall_at', 'per_query', 'bootstrap', 'retrieval_scores', 'retrieval_records', 'Embedded',
            'embed_texts', 'embed_rows', 'embed_captioned', 'nearest', 'show_retrieval', 'retrieval_grid', 'show_recall',
-           'from_sharegpt4v', 'from_urban', 'RetrievalSet', 'load_retrieval_set', 'retrieval_in_folds']
+           'from_sharegpt4v', 'from_urban', 'RetrievalSet', 'load_retrieval_set', 'retrieval_in_folds',
+           'retrieval_miniature']
 
 # %% ../nbs/10_retrieval.ipynb #8539963c
 import gmail_nb.runtime
@@ -377,7 +378,7 @@ def from_urban(
         rows.append(dict(key=text.stem, image=str(image), captions=[text.read_text(encoding='utf-8').strip().split('\n')[0].strip()]))
     return _existing(rows, folder.name)
 
-# %% ../nbs/10_retrieval.ipynb #240bb77c
+# %% ../nbs/10_retrieval.ipynb #2ed24094
 @dataclass(frozen=True)
 class RetrievalSet:
     "A benchmark: how to read it from a root folder, and its protocol."
@@ -392,6 +393,8 @@ RETRIEVAL_SETS = {
     'coco-5k': RetrievalSet(lambda root: from_coco(root/'dataset_coco.json', root, 'test'), per_image=5, hub=HUB_TEST | dict(repo='nlphuji/mscoco_2014_5k_test_image_text_retrieval')),
     'coco-1k': RetrievalSet(lambda root: from_coco(root/'dataset_coco.json', root, 'test'), per_image=5, folds=5, hub=HUB_TEST | dict(repo='nlphuji/mscoco_2014_5k_test_image_text_retrieval')),
     'flickr30k': RetrievalSet(lambda root: from_coco(root/'dataset_flickr30k.json', root/'flickr30k-images', 'test'), per_image=5, hub=HUB_TEST | dict(repo='nlphuji/flickr_1k_test_image_text_retrieval')),
+    'coco-val2017': RetrievalSet(lambda root: from_coco(root/'annotations'/'captions_val2017.json', root/'val2017'), split='val', per_image=5),
+    'flickr30k-all': RetrievalSet(lambda root: from_coco(root/'dataset_flickr30k.json', root/'flickr30k-images'), split='all', per_image=5),
     'sharegpt4v-1k': RetrievalSet(lambda root: from_sharegpt4v(root/'share-captioner_coco_lcs_sam_1246k_1107.json', root)),
     'urban-1k': RetrievalSet(lambda root: from_urban(root/'Urban1k')),
     'emoji': RetrievalSet(lambda root: emoji('B', source='twemoji'), split='B-twemoji', per_image=1)}
@@ -425,3 +428,26 @@ def retrieval_in_folds(
         at = (e.image_of_text >= i) & (e.image_of_text < i + size)
         parts.append(retrieval(e.image_features[i:i + size], e.text_features[at], e.image_of_text[at] - i, **options))
     return Ranks(*(torch.cat([getattr(p, f) for p in parts]) for f in (*WAYS, 'average_precision')), gallery=parts[0].gallery)
+
+# %% ../nbs/10_retrieval.ipynb #cd8a5e08
+def retrieval_miniature(
+    root:str|Path, # an empty folder
+    n:int=10       # test images
+) -> Path:
+    "The files of every retrieval benchmark in miniature, of emoji: to try a pipeline before the downloads."
+    root, ds = Path(root), emoji('B', source='twemoji')
+    for folder in ('val2014', 'val2017', 'annotations', 'flickr30k-images', 'sam/images', 'Urban1k/image', 'Urban1k/caption'): (root/folder).mkdir(parents=True, exist_ok=True)
+    coco, flickr, long = [], [], []
+    for i, r in zip(range(n + 2), ds.select(range(0, 4 * (n + 2), 4))):
+        split, words = 'test' if i < n else 'train', [f'{r["label"]}, drawn {w}' for w in ('once', 'again', 'a third time', 'in colour', 'on white', 'too often')]
+        name = f'COCO_val2014_{i:012}.jpg'
+        for path in (f'val2014/{name}', f'val2017/{i:012}.jpg', f'flickr30k-images/{i}.jpg', f'sam/images/sa_{i}.jpg', f'Urban1k/image/{i}.jpg'): r['image'].convert('RGB').save(root/path)
+        coco.append(dict(filepath='val2014', filename=name, cocoid=i, imgid=i, split=split, sentences=[dict(raw=w, sentid=j) for j, w in enumerate(words)]))
+        flickr.append(dict(filename=f'{i}.jpg', imgid=i, split=split, sentences=[dict(raw=w, sentid=j) for j, w in enumerate(words[:5])]))
+        long.append(dict(id=str(i), image=f'sam/images/sa_{i}.jpg', conversations=[{'from': 'human', 'value': 'What do you see?\n<image>'}, {'from': 'gpt', 'value': r['description']}]))
+        (root/'Urban1k'/'caption'/f'{i}.txt').write_text(r['description'] + '\n')
+    (root/'dataset_coco.json').write_text(json.dumps(dict(images=coco, dataset='coco'))); (root/'dataset_flickr30k.json').write_text(json.dumps(dict(images=flickr, dataset='flickr30k')))
+    (root/'share-captioner_coco_lcs_sam_1246k_1107.json').write_text(json.dumps(long))
+    val = dict(images=[dict(id=i, file_name=f'{i:012}.jpg') for i in range(n)], annotations=[dict(id=9 * i + j, image_id=i, caption=s['raw']) for i in range(n) for j, s in enumerate(coco[i]['sentences'])])
+    (root/'annotations'/'captions_val2017.json').write_text(json.dumps(val))
+    return root
