@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['EPOCHS', 'fastest', 'plain_steps', 'our_steps', 'compare_towers', 'compare_loss', 'bench_align']
 
-# %% ../nbs/24c_bench_align.ipynb #313056c7
+# %% ../nbs/24c_bench_align.ipynb #a42b6fab
 import gmail_nb.runtime
 import copy, json, subprocess, sys, time
 import torch
 import torch.nn.functional as F
 
-from .align import GenReal, info_nce
+from peft.tuners.lora.layer import MultiheadAttention
+
+from .align import GenReal, LeanAttention, info_nce
 from .bench import comparison
 from .encoders import Encoder, embedded_encoder, in_batches, open_clip_encoder
 from .prefix import late_targets
@@ -57,24 +59,27 @@ def our_steps(
     for i in range(steps + 1): times.append(time.perf_counter()); run.advance()
     return [h['loss'] for h in run.history], fastest([*times, time.perf_counter()]) + once / EPOCHS
 
-# %% ../nbs/24c_bench_align.ipynb #9ecf6ff8
+# %% ../nbs/24c_bench_align.ipynb #72286b60
 def compare_towers(
     label:str,        # of the tower
     encoder:Encoder,  # adapted as a copy
     size:int,         # pixels a side
     batch:int,        # images a step
     share:float=1.,   # of the blocks that get LoRA, from the end; below 1 the prefix is recorded
-    steps:int=3
+    steps:int=4
 ) -> dict: # a comparison
     "Images per second of both ways; `AssertionError` when their losses differ."
     set_seed(0)
     generated, real = (torch.randn(batch, 3, size, size, device=default_device()) for _ in range(2))
     settings = AlignSettings(epochs=steps + 1, batch_size=batch, lr=1e-4)
-    def model():
+    def model(peft_attention=False):
         set_seed(0); e = copy.deepcopy(encoder)
-        return GenReal(e, targets=late_targets(e.visual, share)).to(default_device()).train()
+        m = GenReal(e, targets=late_targets(e.visual, share)).to(default_device()).train()
+        for layer in m.f_g.modules() if peft_attention else ():
+            if isinstance(layer, LeanAttention): layer.__class__ = MultiheadAttention
+        return m
     # rows of a batch are in the same order in both ways: the order only permutes the sum
-    plain, plain_seconds = plain_steps(model(), generated, real, settings, steps)
+    plain, plain_seconds = plain_steps(model(peft_attention=True), generated, real, settings, steps)
     ours, our_seconds = our_steps(model(), generated, real, settings, steps, share < 1)
     worst = max(abs(a - b) for a, b in zip(plain, ours))
     assert worst < 1e-3, f'{label}: the two ways part, losses {plain} and {ours}'
