@@ -1,5 +1,5 @@
 "The notebooks run, are committed as executed, and give the modules, the README and the pages that stand beside them."
-import filecmp, html.parser, json, os, re, shutil, subprocess, sys
+import ast, filecmp, html.parser, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -101,8 +101,9 @@ def test_notebook_imports_only_lower_numbers(name):
     for path in notebooks:
         if exported := re.search(r'#\|\s*default_exp\s+(\w+)', path.read_text(encoding='utf-8')): order[exported[1]] = path.stem
     code = '\n'.join(source_of(c) for c in cells_of(root/'nbs'/f'{name}.ipynb') if c['cell_type'] == 'code' and flags_of(c) & {'export', 'exports', 'exporti'})
-    used = set(re.findall(r'^\s*from gmail_nb\.(\w+) import|^\s*import gmail_nb\.(\w+)', code, re.M))
-    for module in {a or b for a, b in used}: assert order[module] < name, f'{name} imports {module}, which {order[module]} makes'
+    used = [m for node in ast.walk(ast.parse(code)) if isinstance(node, (ast.Import, ast.ImportFrom)) # imports, not text that shows one
+            for m in ([node.module or ''] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])]
+    for module in {m.split('.')[1] for m in used if m.startswith('gmail_nb.')}: assert order[module] < name, f'{name} imports {module}, which {order[module]} makes'
 
 def test_sidebar_and_table_of_rooms_name_every_notebook():
     listed = re.findall(r'(\S+)\.ipynb', (root/'nbs'/'sidebar.yml').read_text(encoding='utf-8'))
