@@ -90,6 +90,13 @@ def test_notebook_is_committed_executed(name):
     assert sum(seen) >= len(seen)/2, f'{sum(seen)} of {len(seen)} visible cells have an output'
 
 @pytest.mark.parametrize('name', names)
+def test_notebook_keeps_no_progress_bars(name):
+    "The state of a bar is long, differs at every run, and shows zero on the pages."
+    nb = json.loads((root/'nbs'/f'{name}.ipynb').read_text(encoding='utf-8'))
+    assert 'widgets' not in nb['metadata'], 'remove metadata.widgets'
+    assert not [o for c in nb['cells'] for o in c.get('outputs', []) if any('widget' in mime for mime in o.get('data', {}))]
+
+@pytest.mark.parametrize('name', names)
 def test_notebook_opens_with_title_and_purpose(name):
     "An H1, then a `>` line; both are what the pages and the table of rooms show."
     opening = '\n'.join(source_of(c) for c in cells_of(root/'nbs'/f'{name}.ipynb')[:3] if c['cell_type'] == 'markdown')
