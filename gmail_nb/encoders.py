@@ -29,7 +29,7 @@ import open_clip
 import timm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-# %% ../nbs/03_encoders.ipynb #9044434d
+# %% ../nbs/03_encoders.ipynb #52aea98a
 class Encoder(nn.Module):
     "An image tower and a text tower into one space of `dim` dimensions."
     def __init__(self,
@@ -47,9 +47,9 @@ class Encoder(nn.Module):
         self.register_buffer('logit_scale', torch.tensor(float(logit_scale)))
 
     def tokenize(self, texts:list[str]) -> dict[str, torch.Tensor]: return self.tokenizer(list(texts))
-    def encode_image(self, pixels:torch.Tensor) -> torch.Tensor: return F.normalize(self.visual(check_pixels(pixels)), dim=-1)       # (B, dim)
-    def encode_text(self, tokens:dict[str, torch.Tensor]) -> torch.Tensor: return F.normalize(self.text(**tokens), dim=-1)           # (B, dim)
-    def image_tokens(self, pixels:torch.Tensor) -> torch.Tensor: return self.visual.tokens(check_pixels(pixels))                     # (B, T, width)
+    def encode_image(self, pixels:torch.Tensor) -> torch.Tensor: return F.normalize(self.visual(check_pixels(pixels).to(self.device)), dim=-1)  # (B, dim)
+    def encode_text(self, tokens:dict[str, torch.Tensor]) -> torch.Tensor: return F.normalize(self.text(**{k: v.to(self.device) for k, v in tokens.items()}), dim=-1)  # (B, dim)
+    def image_tokens(self, pixels:torch.Tensor) -> torch.Tensor: return self.visual.tokens(check_pixels(pixels).to(self.device))  # (B, T, width)
     @cached_property # once: an encoder is frozen, and hashing a large one takes seconds
     def fingerprint(self) -> str: return fingerprint(module_fingerprint(self.visual), module_fingerprint(self.text), repr(self.preprocess))
     @property
@@ -140,30 +140,32 @@ class HFTokenizer:
         batch = self.tokenizer(texts, padding=self.padding, truncation=True, max_length=self.length, return_tensors='pt')
         return {k: batch[k] for k in ('input_ids', 'attention_mask') if k in batch}
 
-# %% ../nbs/03_encoders.ipynb #00638376
+# %% ../nbs/03_encoders.ipynb #81e988f0
 def embedded_encoder(
     heads:str|Path|None=None, # a folder with heads.safetensors and config.json; the shipped one if absent; 'none' for fresh heads
-    size:int=112              # pixels a side
+    size:int|None=None        # pixels a side; those of the heads' training, 112, if absent
 ) -> Encoder:
     "The encoder that ships with the package: Lite0 and MiniLM with trained heads into one space."
     folder = Path(heads) if heads else asset('encoder')
-    config = dict(dim=256, size=size, logit_scale=1 / .07) if str(heads) == 'none' else json.loads((folder/'config.json').read_text())
+    config = dict(dim=256, size=112, logit_scale=1 / .07) if str(heads) == 'none' else json.loads((folder/'config.json').read_text())
     visual, text = Lite0Tower(config['dim']), MiniLMTower(config['dim'])
     if str(heads) != 'none':
         weights = load_file(folder/'heads.safetensors')
         for name, tower in (('visual', visual), ('text', text)):
             tower.head.load_state_dict({k.split('.', 1)[1]: v.float() for k, v in weights.items() if k.startswith(name + '.')})
     tokenizer = HFTokenizer(AutoTokenizer.from_pretrained(minilm_folder()), length=128)
-    return Encoder('embedded', visual, text, Preprocess(config['size']), tokenizer, config['dim'], config['logit_scale']).eval()
+    return Encoder('embedded', visual, text, Preprocess(size or config['size']), tokenizer, config['dim'], config['logit_scale']).eval()
 
-# %% ../nbs/03_encoders.ipynb #dc09646a
+# %% ../nbs/03_encoders.ipynb #8d3660cf
 class OpenClipVisual(nn.Module):
     "The image tower of an open_clip model."
     def __init__(self, visual:nn.Module): super().__init__(); self.visual = visual
-    def forward(self, pixels): return self.visual(pixels)
+    def forward(self, pixels):
+        out = self.visual(pixels)
+        return out[0] if isinstance(out, tuple) else out # CoCa returns its tokens too
     def tokens(self, pixels):
-        out = self.visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt='NLC')
-        return out['image_intermediates'][-1] # (B, T, width)
+        out = self.visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt='NCHW') # what transformers and CNNs both give
+        return out['image_intermediates'][-1].flatten(2).transpose(1, 2) # (B, T, width)
 
 class OpenClipText(nn.Module):
     "The text side of an open_clip model: the model without its image tower."
@@ -182,14 +184,15 @@ class OpenClipTokenizer:
     def __init__(self, tokenizer): self.tokenizer = tokenizer
     def __call__(self, texts): return {'input_ids': self.tokenizer(texts)}
 
-# %% ../nbs/03_encoders.ipynb #b66140fe
+# %% ../nbs/03_encoders.ipynb #19314965
 def open_clip_encoder(
-    spec:str # 'ARCHITECTURE/PRETRAINED', such as 'ViT-B-32/openai', 'ViT-B-32/random' or 'ViT-B-32/folder/weights.safetensors'
+    spec:str # 'ARCHITECTURE/PRETRAINED', such as 'ViT-B-32/openai', 'ViT-B-32/random' or 'ViT-B-32/folder/weights.safetensors'; or 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER' in open_clip's own layout
 ) -> Encoder:
     "An open_clip model as an `Encoder`; `ValueError` with near names for an unknown architecture."
-    architecture, _, pretrained = spec.partition('/')
-    if architecture not in open_clip.list_models(): raise unknown_name('open_clip architecture', architecture, open_clip.list_models())
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    whole = spec.startswith(('hf-hub:', 'local-dir:')) # a configuration and its weights under one name
+    architecture, pretrained = (spec, '') if whole else (spec.partition('/')[0], spec.partition('/')[2])
+    if not whole and architecture not in open_clip.list_models(): raise unknown_name('open_clip architecture', architecture, open_clip.list_models())
+    tags = [] if whole else open_clip.list_pretrained_tags_by_model(architecture)
     if pretrained not in ('', 'random') and not Path(pretrained).exists() and pretrained not in tags: raise unknown_name(f'pretrained weights of {architecture}', pretrained, ['random', *tags])
     model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=None if pretrained in ('', 'random') else pretrained, weights_only=True)
     visual, model.visual = model.visual, nn.Identity()
@@ -215,7 +218,7 @@ class HFPreprocess:
     def __repr__(self): return json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
     def __call__(self, image): return self.processor(images=image.convert('RGB'), return_tensors='pt')['pixel_values'][0]
 
-# %% ../nbs/03_encoders.ipynb #050f3e16
+# %% ../nbs/03_encoders.ipynb #04f10a5a
 def hf_encoder(
     model_id:str,            # a Hub id, or a folder in the same layout
     revision:str|None=None   # the Hub revision to pin
@@ -223,7 +226,7 @@ def hf_encoder(
     "A transformers `CLIPModel` or `SiglipModel` as an `Encoder`; `ValueError` for another kind of model."
     config = AutoConfig.from_pretrained(model_id, revision=revision)
     if config.model_type not in ('clip', 'siglip'): raise ValueError(f'{model_id!r} is a {config.model_type!r} model; expected clip or siglip. Of SigLIP 2, take a checkpoint of fixed size, such as google/siglip2-base-patch16-224')
-    model = AutoModel.from_pretrained(model_id, revision=revision).eval()
+    model = AutoModel.from_pretrained(model_id, revision=revision).float().eval() # a checkpoint in half precision too
     siglip = config.model_type != 'clip'
     visual = HFVisual(model.vision_model, None if siglip else model.visual_projection)
     text = HFText(model.text_model, None if siglip else model.text_projection)
@@ -247,14 +250,15 @@ def bare_state(
         if any(k.startswith(prefix) for k in state): state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
     return state
 
-# %% ../nbs/03_encoders.ipynb #2bd8f905
+# %% ../nbs/03_encoders.ipynb #dab08fa4
 class TimmVisual(nn.Module):
     "A timm model without its classifier."
     def __init__(self, model:nn.Module): super().__init__(); self.model = model
     def forward(self, pixels): return self.model(pixels)                                                     # (B, dim)
     def tokens(self, pixels):
-        grid = self.model.forward_features(pixels)                                                           # (B, T, width), or (B, width, H, W) of a CNN
-        return grid if grid.ndim == 3 else grid.flatten(2).transpose(1, 2)
+        grid = self.model.forward_features(pixels)                                                           # (B, T, width), (B, width, H, W) of a CNN or (B, H, W, width) of a Swin
+        if grid.ndim == 3: return grid
+        return grid.flatten(1, 2) if getattr(self.model, 'output_fmt', 'NCHW') == 'NHWC' else grid.flatten(2).transpose(1, 2)
 
 def timm_encoder(
     spec:str # 'ARCHITECTURE/WEIGHTS', such as 'vit_base_patch16_224/synclr.pth' or 'vit_tiny_patch16_224/random'
@@ -285,7 +289,7 @@ def load_encoder(
     if kind == 'timm' and rest: return timm_encoder(rest, **kwargs)
     raise unknown_name('encoder', name, ['embedded', 'open_clip:ViT-B-32/openai', 'open_clip:ViT-L-14/openai', 'hf:openai/clip-vit-large-patch14', 'hf:google/siglip-base-patch16-224', 'timm:vit_base_patch16_224/synclr.pth'])
 
-# %% ../nbs/03_encoders.ipynb #228c11bb
+# %% ../nbs/03_encoders.ipynb #dd40e11a
 def read_cache(
     path:str|Path,     # the .safetensors file
     fingerprint:str,   # what the features must have been made from
@@ -297,7 +301,7 @@ def read_cache(
         card = json.loads(path.with_suffix('.json').read_text())
         if card['fingerprint'] != fingerprint or card['keys'] != list(keys): return None
         with safe_open(path, 'pt') as f: features = f.get_tensor('features')
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError): return None
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError): return None # whatever does not read back is made again
     return features if len(features) == len(keys) else None
 
 def write_cache(path:str|Path, features:torch.Tensor, fingerprint:str, keys:list[str]) -> None:
@@ -306,7 +310,7 @@ def write_cache(path:str|Path, features:torch.Tensor, fingerprint:str, keys:list
     atomic_write(path, save({'features': features.contiguous()}))
     atomic_write(path.with_suffix('.json'), json.dumps(dict(fingerprint=fingerprint, keys=list(keys), dim=features.shape[1])))
 
-# %% ../nbs/03_encoders.ipynb #951c51a6
+# %% ../nbs/03_encoders.ipynb #5a8e209e
 def preprocess_images(encoder:Encoder, images:list[Image.Image]) -> torch.Tensor: # (N, 3, H, W)
     "All images through the encoder's own preprocessing, stacked."
     return torch.stack([encoder.preprocess(im) for im in images])
@@ -318,11 +322,11 @@ def in_batches(
     batch_size:int=64,    # inputs a call
     desc:str|None=None    # shown beside a progress bar; no bar if absent
 ) -> torch.Tensor: # (N, D), on the CPU
-    "Apply an encoder in batches without gradients. A row does not depend on its batch."
+    "Apply an encoder in batches without gradients; each moves its inputs to its own device. A row depends on its batch by no more than rounding."
     starts = range(0, len(inputs), batch_size)
     return torch.cat([function(inputs[i:i + batch_size]).float().cpu() for i in (progress(starts, desc) if desc else starts)])
 
-# %% ../nbs/03_encoders.ipynb #84897ca6
+# %% ../nbs/03_encoders.ipynb #0e915a65
 def embed_images(
     encoder:Encoder,              # the frozen encoder
     pixels:torch.Tensor,          # (N, 3, H, W), preprocessed
@@ -336,6 +340,6 @@ def embed_images(
     made_from = fingerprint(encoder.fingerprint, pixels) if cache else ''
     features = read_cache(cache, made_from, keys) if cache else None
     if features is None:
-        features = in_batches(encoder.encode_image, pixels.to(encoder.device), batch_size, desc)
+        features = in_batches(encoder.encode_image, pixels, batch_size, desc)
         if cache: write_cache(cache, features, made_from, keys)
     return features

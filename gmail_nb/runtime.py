@@ -165,7 +165,7 @@ def module_fingerprint(
     "The fingerprint of a module's whole state."
     return fingerprint(dict(module.state_dict()))
 
-# %% ../nbs/00_runtime.ipynb #0dbd22fa
+# %% ../nbs/00_runtime.ipynb #a713f39b
 def unknown_name(
     kind:str,  # what was asked for, such as 'encoder'
     name:str,  # what the caller wrote
@@ -174,7 +174,7 @@ def unknown_name(
     "A `ValueError` (to raise) that names the wrong name and the nearest known ones."
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=.4)
-    hint = f'did you mean {" or ".join(map(repr, near))}?' if near else f'known: {", ".join(map(repr, known))}.'
+    hint = f'did you mean {" or ".join(map(repr, near))}?' if near else f'known: {", ".join(map(repr, known[:12]))}{f" and {len(known) - 12} more" if len(known) > 12 else ""}.'
     return ValueError(f'unknown {kind} {name!r}: {hint}')
 
 # %% ../nbs/00_runtime.ipynb #bf8c21be
@@ -195,7 +195,7 @@ def progress(
     "A tqdm bar that also shows up in logs: one line every few seconds when the output is not a terminal."
     return tqdm(iterable, desc=desc, total=total, mininterval=.2 if sys.stderr.isatty() else 5, **kwargs)
 
-# %% ../nbs/00_runtime.ipynb #a37dcd6f
+# %% ../nbs/00_runtime.ipynb #ebffa68f
 def versions() -> dict[str, str|None]: # None for a library that is not installed
     "Installed versions of the libraries that decide a number."
     names = ('gmail_nb', 'torch', 'transformers', 'diffusers', 'open_clip_torch', 'peft', 'timm', 'datasets', 'numpy')
@@ -207,9 +207,10 @@ def _version(name):
 
 def commit() -> str|None: # None outside a git checkout
     "The commit of the checkout the package is imported from."
+    def git(*args): return subprocess.run(['git', *args], capture_output=True, text=True, cwd=str(resources.files('gmail_nb')))
     try:
-        run = subprocess.run(['git', 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True, cwd=str(resources.files('gmail_nb')))
-        return run.stdout.strip() or None
+        ours = git('ls-files', '--error-unmatch', '__init__.py').returncode == 0 # an environment may lie inside a checkout of something else
+        return git('rev-parse', '--short=12', 'HEAD').stdout.strip() or None if ours else None
     except OSError: return None # no git on this machine
 
 # %% ../nbs/00_runtime.ipynb #5b5b074d
@@ -229,7 +230,7 @@ def record(
     return dict(experiment=experiment, arm=arm, dataset=dataset, split=split, metric=metric, value=float(value), seed=int(seed), n=int(n), **extra,
                 versions=versions(), commit=commit(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'))
 
-# %% ../nbs/00_runtime.ipynb #0dcbccd2
+# %% ../nbs/00_runtime.ipynb #1f131a08
 def write_results(
     path:str|Path,       # a .jsonl file
     records:list[dict]   # from `record`
@@ -242,7 +243,8 @@ def read_results(
 ) -> list[dict]:
     "Read records back; a line that is not JSON is named by its number."
     rows = []
-    for i, line in enumerate(Path(path).read_text(encoding='utf-8').splitlines(), 1):
+    for i, line in enumerate(Path(path).read_text(encoding='utf-8').split('\n'), 1): # not splitlines, which cuts at U+2028 inside a string too
+        if not line.strip(): continue
         try: rows.append(json.loads(line))
         except json.JSONDecodeError as e: raise ValueError(f'{Path(path).name} line {i} is not JSON ({e.msg}): delete the file and run again') from e
     return rows
