@@ -57,7 +57,7 @@ def cosine_rate(
     t = (step - warmup) / max(1, total - warmup)
     return .5 * (1 + math.cos(math.pi * (cycles * t % 1)))
 
-# %% ../nbs/05_train.ipynb #9ea53879
+# %% ../nbs/05_train.ipynb #2706f78b
 log = logging.getLogger('gmail_nb.train')
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ class AlignSettings:
         loss_by_name(self.loss), native_precision(self.precision, 'cpu')
         self.check_loss()
 
-    def check_loss(self, processes:int=1) -> None:
-        "`ValueError` for a loss that cannot be had in parts."
+    def check_loss(self, processes:int=1, ids:bool=False) -> None:
+        "`ValueError` for a loss that cannot be had in parts, or knows no ids."
+        if self.loss in ('symmetric', 'sigmoid') and ids: raise ValueError(f'{self.loss} takes every other pair of a batch for a negative: use info_nce with ids of equal captions')
         if self.loss in ('symmetric', 'sigmoid') and (self.negatives != 'batch' or self.accumulation > 1 or processes > 1): raise ValueError(f'{self.loss} needs its whole batch at once: use info_nce for more negatives, accumulation or several processes')
         if self.loss == 'cosine' and self.negatives != 'batch': raise ValueError('cosine has no negatives: leave them out')
 
@@ -155,7 +156,7 @@ def check_pairs(model:GenReal, samples:list, real_features) -> None:
     if tuple(real_features.shape) != (n, d): raise ValueError(f'the real features are {tuple(real_features.shape)}, but {model.encoder.name!r} makes ({n}, {d}): embed the real images with the encoder that is aligned')
     if made_by != model.base_fingerprint: raise ValueError(f'the real features were made by weights {made_by}, but {model.encoder.name!r} has {model.base_fingerprint}: embed the real images with the encoder that is aligned')
 
-# %% ../nbs/05_train.ipynb #0a4fcea6
+# %% ../nbs/05_train.ipynb #dc55e31e
 class Alignment:
     "One alignment run; `align` drives it."
     def __init__(self,
@@ -171,7 +172,7 @@ class Alignment:
         samples, n = by_sample(generated_pixels), len(real_features)
         check_pairs(model, samples, real_features)
         self.accelerator = acc = accelerator or processes()
-        settings.check_loss(acc.num_processes)
+        settings.check_loss(acc.num_processes, ids is not None)
         self.model, self.settings, self.ids, self.real = model.to(acc.device), settings, ids, real_features
         if acc.mixed_precision not in ('no', 'bf16'): raise ValueError(f"mixed precision {acc.mixed_precision!r} was asked of accelerate: 'bf16' and 'no' are what this loop has")
         self.precision = 'bf16' if settings.precision == 'auto' and acc.mixed_precision == 'bf16' else native_precision(settings.precision, acc.device)
@@ -179,6 +180,7 @@ class Alignment:
         self.inputs = self.recorded(frozen, samples, prefix) if frozen else samples
         self.data = fingerprint([getattr(s, 'fingerprint', s) for s in samples], getattr(real_features, 'fingerprint', real_features), settings.batch_size if ids is None else ids)
         self.bank = None; self.bank = self.bank_rows(slice(None)) if 4 * n * model.encoder.dim <= max_bank else None
+        if self.bank is None and settings.negatives == 'all': raise ValueError(f'all {n} real features take {4 * n * model.encoder.dim / 2**30:.1f} GiB on the device, max_bank is {max_bank / 2**30:.1f}: raise it, or draw a number of negatives')
         self.plan = list(batches(n, settings.batch_size, settings.seed, settings.epochs))
         self.per_epoch = len(self.plan) // settings.epochs
         side = GeneratedSide(model, settings, frozen, samples[0].shape[1:], self.precision).to(acc.device)
