@@ -184,7 +184,7 @@ class OpenClipTokenizer:
     def __init__(self, tokenizer): self.tokenizer = tokenizer
     def __call__(self, texts): return {'input_ids': self.tokenizer(texts)}
 
-# %% ../nbs/03_encoders.ipynb #19314965
+# %% ../nbs/03_encoders.ipynb #2ac1ac50
 def open_clip_encoder(
     spec:str # 'ARCHITECTURE/PRETRAINED', such as 'ViT-B-32/openai', 'ViT-B-32/random' or 'ViT-B-32/folder/weights.safetensors'; or 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER' in open_clip's own layout
 ) -> Encoder:
@@ -194,7 +194,8 @@ def open_clip_encoder(
     if not whole and architecture not in open_clip.list_models(): raise unknown_name('open_clip architecture', architecture, open_clip.list_models())
     tags = [] if whole else open_clip.list_pretrained_tags_by_model(architecture)
     if pretrained not in ('', 'random') and not Path(pretrained).exists() and pretrained not in tags: raise unknown_name(f'pretrained weights of {architecture}', pretrained, ['random', *tags])
-    model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=None if pretrained in ('', 'random') else pretrained, weights_only=True)
+    quick = pretrained in tags and open_clip.get_pretrained_cfg(architecture, pretrained).get('quick_gelu', False) # the activation is of the weights; open_clip only warns
+    model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=None if pretrained in ('', 'random') else pretrained, force_quick_gelu=quick, weights_only=True)
     visual, model.visual = model.visual, nn.Identity()
     dim = open_clip.get_model_config(architecture)['embed_dim']
     return Encoder(f'open_clip:{spec}', OpenClipVisual(visual), OpenClipText(model), TorchvisionPreprocess(transform), OpenClipTokenizer(open_clip.get_tokenizer(architecture)), dim, model.logit_scale.exp().item()).eval()
