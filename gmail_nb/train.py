@@ -108,7 +108,7 @@ def batches(n:int, batch_size:int, seed:int, epochs:int):
         parts = epoch_order(n, seed, epoch).split(batch_size)
         yield from (p for p in parts if len(p) == batch_size or len(parts) == 1)
 
-# %% ../nbs/05_train.ipynb #4f861f87
+# %% ../nbs/05_train.ipynb #1222c87e
 class GeneratedSide(nn.Module):
     "`proj_gen(f_g(x))`, normalised: what is trained, as one module."
     def __init__(self, model:GenReal, settings:AlignSettings, prefix:FrozenPrefix|None=None, size:tuple=(), precision:str='no'):
@@ -126,7 +126,6 @@ class GeneratedSide(nn.Module):
 
 def in_precision(precision:str, device:torch.device): return torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16') # off inside another one, too
 
-# %% ../nbs/05_train.ipynb #664c7bf1
 def processes(
     trackers:tuple=(),    # of accelerate: 'tensorboard', 'wandb', 'trackio', or a `GeneralTracker`
     folder:str|Path='.'   # for what they write
@@ -293,7 +292,7 @@ def move_average(self:Alignment):
     for k, p in self.parameters.items():
         if self.average: self.average[k].lerp_(p, 1 - self.settings.ema)
 
-# %% ../nbs/05_train.ipynb #00c7e24a
+# %% ../nbs/05_train.ipynb #18abec20
 @patch
 @contextmanager
 def averaged(self:Alignment):
@@ -323,7 +322,16 @@ def watch(self:Alignment, value:float) -> None:
     if value > self.best[0]: self.best, self.best_weights = (value, self.step), self.copied() if patience else None
     self.stopped = patience is not None and self.step - self.best[1] >= patience * self.per_epoch
 
-# %% ../nbs/05_train.ipynb #cd7baa75
+@patch
+def finish(self:Alignment) -> None:
+    "Leave the model ready to use: with the best weights under early stopping, with averaged ones if they were asked for."
+    self.put(self.best_weights or self.average or {})
+    if self.stopped: log.info('no progress since step %d of %d, whose weights are kept', self.best[1], len(self.plan))
+    if self.bad: log.warning('%d of %d steps had a loss that is no number and changed nothing', self.bad, self.step)
+    self.model.tau = self.tau_value()
+    self.model.eval()
+
+# %% ../nbs/05_train.ipynb #61dbdecd
 def rng_state(device:torch.device) -> dict: # of lists, numbers and tensors
     "Where the random generators of this process stand: torch's, the device's, numpy's and Python's."
     python, (name, keys, *rest) = random.getstate(), np.random.get_state()
@@ -335,7 +343,6 @@ def set_rng_state(state:dict, device:torch.device) -> None: # from `rng_state`
     random.setstate((state['python'][0], tuple(state['python'][1]), state['python'][2]))
     if state['cuda'] is not None and device.type == 'cuda': torch.cuda.set_rng_state(state['cuda'], device)
 
-# %% ../nbs/05_train.ipynb #941b1a6b
 def model_settings(model:GenReal) -> dict:
     "What the trained weights of a model fit to: its base, and its adapters."
     lora = model.f_g.peft_config['default'] if model.tuning == 'lora' else None
@@ -441,16 +448,6 @@ def align(
             if checkpoints and (run.step % save_every == 0 or run.step == len(run.plan) or run.stopped): run.save(checkpoints, keep)
     run.finish()
     return run.history
-
-# %% ../nbs/05_train.ipynb #3f12a48b
-@patch
-def finish(self:Alignment) -> None:
-    "Leave the model ready to use: with the best weights under early stopping, with averaged ones if they were asked for."
-    self.put(self.best_weights or self.average or {})
-    if self.stopped: log.info('no progress since step %d of %d, whose weights are kept', self.best[1], len(self.plan))
-    if self.bad: log.warning('%d of %d steps had a loss that is no number and changed nothing', self.bad, self.step)
-    self.model.tau = self.tau_value()
-    self.model.eval()
 
 # %% ../nbs/05_train.ipynb #905f3f2e
 def show_history(
