@@ -56,7 +56,7 @@ def caption_ids(captions:list[str]) -> torch.Tensor: # (N,)
     known = {}
     return torch.tensor([known.setdefault(' '.join(c.lower().split()), len(known)) for c in captions])
 
-# %% ../nbs/34_align_cli.ipynb #ab6e0efe
+# %% ../nbs/34_align_cli.ipynb #9c0bebb5
 def align_sets(
     real:str|datasets.Dataset,   # a captioned set: parquet, a pattern, or a folder
     generated:str|Path,          # from `gmail_generate`
@@ -92,6 +92,7 @@ def align_sets(
     acc.wait_for_everyone()
     return model
 
+# %% ../nbs/34_align_cli.ipynb #51569139
 @torch.inference_mode()
 def encode_rows(
     model:GenReal, pixels:PixelRows,

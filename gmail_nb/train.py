@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'epoch_order', 'cosine_rate', 'AlignSettings', 'alignment_parameters', 'batches', 'GeneratedSide',
-           'in_precision', 'processes', 'by_sample', 'check_pairs', 'Alignment', 'draw_others', 'rng_state',
-           'set_rng_state', 'model_settings', 'differences', 'checkpoints_in', 'align', 'show_history', 'contrastive',
-           'text_inputs', 'tune_text_head']
+           'in_precision', 'processes', 'by_sample', 'check_pairs', 'Alignment', 'sigmoid_rows', 'draw_others',
+           'rng_state', 'set_rng_state', 'model_settings', 'differences', 'checkpoints_in', 'align', 'show_history',
+           'contrastive', 'text_inputs', 'tune_text_head']
 
 # %% ../nbs/05_train.ipynb #dc8a1a68
 import gmail_nb.runtime
@@ -57,7 +57,7 @@ def cosine_rate(
     t = (step - warmup) / max(1, total - warmup)
     return .5 * (1 + math.cos(math.pi * (cycles * t % 1)))
 
-# %% ../nbs/05_train.ipynb #2706f78b
+# %% ../nbs/05_train.ipynb #e92d86b1
 log = logging.getLogger('gmail_nb.train')
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class AlignSettings:
 
     def check_loss(self, processes:int=1, ids:bool=False) -> None:
         "`ValueError` for a loss that cannot be had in parts, or knows no ids."
-        if self.loss in ('symmetric', 'sigmoid') and ids: raise ValueError(f'{self.loss} takes every other pair of a batch for a negative: use info_nce with ids of equal captions')
-        if self.loss in ('symmetric', 'sigmoid') and (self.negatives != 'batch' or self.accumulation > 1 or processes > 1): raise ValueError(f'{self.loss} needs its whole batch at once: use info_nce for more negatives, accumulation or several processes')
+        if self.loss == 'symmetric' and ids: raise ValueError('symmetric takes every other pair of a batch for a negative: use info_nce or sigmoid with ids of equal captions')
+        if self.loss == 'symmetric' and (self.negatives != 'batch' or self.accumulation > 1 or processes > 1): raise ValueError('symmetric needs its whole batch at once: use info_nce or sigmoid for more negatives, accumulation or several processes')
         if self.loss == 'cosine' and self.negatives != 'batch': raise ValueError('cosine has no negatives: leave them out')
 
 # %% ../nbs/05_train.ipynb #1d37006d
@@ -191,7 +191,22 @@ class Alignment:
         self.average, self.best_weights = self.copied() if settings.ema else None, None
         self.step, self.bad, self.best, self.stopped, self.history = 0, 0, (-math.inf, 0), False, []
 
-# %% ../nbs/05_train.ipynb #f4478db3
+# %% ../nbs/05_train.ipynb #38c5a0b7
+def sigmoid_rows(
+    generated_features:torch.Tensor, # (B, D), any length
+    bank:torch.Tensor,               # (M, D), unit length
+    targets:torch.Tensor,            # (B,), the partner's row in the bank
+    tau:float|torch.Tensor=.1,
+    bank_ids:torch.Tensor|None=None, # (M,), equal where rows belong to one caption
+    bias:float=-10.
+) -> torch.Tensor: # a scalar
+    "`sigmoid_loss` of some rows against a bank."
+    logits = F.normalize(generated_features, dim=-1) @ bank.T / tau + bias # (B, M)
+    own = logits.gather(1, targets[:, None])
+    if bank_ids is not None: logits = logits.masked_fill((bank_ids == bank_ids[targets, None]).scatter(1, targets[:, None], False), -math.inf) # softplus 0
+    return (F.softplus(logits).sum(1, keepdim=True) - own).mean()
+
+# %% ../nbs/05_train.ipynb #ffb60e47
 @patch
 def recorded(self:Alignment, frozen:FrozenPrefix, samples:list, prefix:bool|str|Path) -> list: # a tensor (N, ...) a sample
     "Activations before the first adapted block; with a file, by the first process for all."
@@ -208,7 +223,18 @@ def bank_rows(self:Alignment, index) -> torch.Tensor: # (M, D), unit length, on 
 @patch
 def copied(self:Alignment) -> dict: return {k: p.detach().clone() for k, p in self.parameters.items()}
 
-# %% ../nbs/05_train.ipynb #8ec07644
+@patch
+def sample(self:Alignment, step:int):
+    "The images of the epoch that a step is in."
+    return self.inputs[step // self.per_epoch % len(self.inputs)]
+
+@patch
+def look_ahead(self:Alignment):
+    "Let the next step's images decode while this one trains."
+    step, acc = self.step + 1, self.accelerator
+    if step < len(self.plan) and hasattr(self.sample(step), 'prefetch'): self.sample(step).prefetch(self.plan[step][acc.process_index::acc.num_processes])
+
+# %% ../nbs/05_train.ipynb #03482d4e
 @patch
 def rate(self:Alignment) -> float:
     "The learning rate of this step."
@@ -243,20 +269,8 @@ def tau_value(self:Alignment) -> float: return t.item() if isinstance(t := self.
 def loss(self:Alignment, inputs:torch.Tensor, bank:torch.Tensor, targets:torch.Tensor, ids) -> torch.Tensor:
     "The loss of some rows of a batch against the real features of the whole of it."
     features, name = self.side(inputs), self.settings.loss
-    if name == 'info_nce': return bank_info_nce(features, bank, targets, self.tau(), ids)
+    if name in (rows := dict(info_nce=bank_info_nce, sigmoid=sigmoid_rows)): return rows[name](features, bank, targets, self.tau(), ids)
     return loss_by_name(name)(features, bank[targets], self.tau())
-
-# %% ../nbs/05_train.ipynb #e0ad0646
-@patch
-def sample(self:Alignment, step:int):
-    "The images of the epoch that a step is in."
-    return self.inputs[step // self.per_epoch % len(self.inputs)]
-
-@patch
-def look_ahead(self:Alignment):
-    "Let the next step's images decode while this one trains."
-    step, acc = self.step + 1, self.accelerator
-    if step < len(self.plan) and hasattr(self.sample(step), 'prefetch'): self.sample(step).prefetch(self.plan[step][acc.process_index::acc.num_processes])
 
 # %% ../nbs/05_train.ipynb #5cd5aa19
 @patch
@@ -292,7 +306,7 @@ def move_average(self:Alignment):
     for k, p in self.parameters.items():
         if self.average: self.average[k].lerp_(p, 1 - self.settings.ema)
 
-# %% ../nbs/05_train.ipynb #18abec20
+# %% ../nbs/05_train.ipynb #64148fb0
 @patch
 @contextmanager
 def averaged(self:Alignment):
@@ -312,7 +326,7 @@ def measure(self:Alignment, held_out:Callable) -> dict:
     "What `held_out` returns, measured by the first process and known to all."
     with self.averaged():
         found = broadcast_object_list([held_out(self.model) if self.accelerator.is_main_process else None])[0]
-        self.watch(next(iter(found.values())))
+        if found: self.watch(next(iter(found.values())))
     return found
 
 @patch

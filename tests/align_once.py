@@ -38,7 +38,7 @@ def look(model): # by the first process only: the others must stop when it does
 out = Path(sys.argv[1])
 if len(sys.argv) > 2: found = {'kept': one(sys.argv[2], epochs=12, save_every=1)}
 else:
-    ways = dict(even=dict(), odd=dict(batch_size=15, epochs=3), two=dict(batch_size=2, epochs=1), tau=dict(batch_size=15, epochs=3, learn_tau=True), parts=dict(batch_size=15, epochs=2, accumulation=3), cosine=dict(loss='cosine', negatives='batch', batch_size=15, epochs=2), all=dict(negatives='all', epochs=2), stops=dict(held_out=look, patience=2, epochs=9))
+    ways = dict(even=dict(), odd=dict(batch_size=15, epochs=3), two=dict(batch_size=2, epochs=1), tau=dict(batch_size=15, epochs=3, learn_tau=True), parts=dict(batch_size=15, epochs=2, accumulation=3), cosine=dict(loss='cosine', negatives='batch', batch_size=15, epochs=2), all=dict(negatives='all', epochs=2), sigmoid=dict(loss='sigmoid', batch_size=15, epochs=2, accumulation=2), stops=dict(held_out=look, patience=2, epochs=9))
     found = {name: one(**how) for name, how in ways.items()}
 if PartialState().is_main_process:
     for name, (history, weights) in found.items():
