@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CAPTIONED', 'FEATURES', 'SOURCES', 'SPLITS', 'IMAGE_SUFFIXES', 'emoji', 'show_images', 'decode_image',
-           'check_captioned', 'quiet_datasets', 'as_captioned', 'read_parquet', 'from_folder', 'from_coco', 'from_hub',
-           'load_captioned', 'from_table', 'captions_of', 'Pairs', 'pairs', 'show_pairs']
+           'check_captioned', 'quiet_datasets', 'as_captioned', 'read_parquet', 'parquet_files', 'from_folder',
+           'read_coco', 'from_coco', 'from_hub', 'load_captioned', 'from_table', 'captions_of', 'Pairs', 'pairs',
+           'show_pairs']
 
 # %% ../nbs/01_data.ipynb #4de0071c
 from .runtime import asset, unknown_name # first: it mends torchvision where needed
@@ -74,7 +75,7 @@ def show_images(
 def _short(text, n):
     return text if len(text) <= n else text[:n-1].rstrip() + '…'
 
-# %% ../nbs/01_data.ipynb #810aae3f
+# %% ../nbs/01_data.ipynb #d80a75a7
 def decode_image(
     image,      # a PIL image, encoded bytes, a path, or a row's {'bytes', 'path'}
     key:str='?' # the row it belongs to, for the error message
@@ -88,10 +89,15 @@ def decode_image(
         if opened is None: raise ValueError('neither bytes nor a path')
         opened = opened if isinstance(opened, Image.Image) else Image.open(opened)
         opened = ImageOps.exif_transpose(opened)
+        if opened.mode.startswith('I'): opened = _eight_bits(opened)
         if opened.mode in ('RGBA', 'LA', 'PA') or 'transparency' in opened.info: return _on_white(opened)
         return opened.convert('RGB')
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(f'the image of {key!r} ({name}) does not decode: {e}. Replace or remove this row.') from e
+
+def _eight_bits(image):
+    values = np.asarray(image).astype(float)
+    return Image.fromarray((values/257 if values.max() > 255 else values).round().clip(0, 255).astype(np.uint8)) # 65535/257 = 255
 
 def _on_white(image):
     image = image.convert('RGBA')
@@ -114,7 +120,7 @@ def _undecoded(ds, *columns):
     "Images as they are stored, so that a broken one can be named."
     return ds.select_columns([*columns, 'image']).cast_column('image', datasets.Image(decode=False))
 
-# %% ../nbs/01_data.ipynb #4d40b921
+# %% ../nbs/01_data.ipynb #43c271c0
 def check_captioned(
     ds:datasets.Dataset,      # a captioned set
     name:str='the dataset',   # what to call it in messages
@@ -123,6 +129,8 @@ def check_captioned(
     "Raise a `ValueError` that names missing columns, duplicate keys, empty captions or images that do not decode."
     _check_columns(ds, CAPTIONED, name)
     if not len(ds): raise ValueError(f'{name} has no rows')
+    bare = [i for i, k in enumerate(ds['key']) if k is None or not str(k).strip()]
+    if bare: raise ValueError(f'{name}: row {_named([i + 1 for i in bare])} has no key')
     by_source = 'source' in ds.column_names # one concept may be there once in each style
     _check_unique(zip(ds['key'], ds['source']) if by_source else ds['key'], name, '(key, source)' if by_source else 'key')
     for key, captions in zip(ds['key'], ds['captions']):
@@ -143,7 +151,7 @@ def quiet_datasets():
     finally:
         if shown: datasets.enable_progress_bars()
 
-# %% ../nbs/01_data.ipynb #c213827f
+# %% ../nbs/01_data.ipynb #580f5023
 def as_captioned(
     ds:datasets.Dataset,        # any dataset with images and text
     key:str='key',              # its column of names, unique over the rows
@@ -155,14 +163,18 @@ def as_captioned(
     if captions not in ds.column_names and captions == 'captions' and 'caption' in ds.column_names: captions = 'caption'
     _check_columns(ds, (key, image, captions), name)
     rename = {old: new for old, new in ((key, 'key'), (image, 'image'), (captions, 'captions')) if old != new}
+    text, stored = getattr(ds.features[captions], 'dtype', None), getattr(ds.features[image], 'dtype', None)
+    if not isinstance(ds.features[image], (datasets.Image, dict)) and stored not in ('string', 'large_string', 'binary', 'large_binary'):
+        raise ValueError(f'{name}: the column {image!r} holds no images but {ds.features[image]}')
+    if not isinstance(ds.features[captions], (datasets.List, datasets.LargeList)) and text not in ('string', 'large_string'): raise ValueError(f'{name}: the column {captions!r} holds no text but {ds.features[captions]}')
     with quiet_datasets():
-        ds = ds.rename_columns(rename)
-        if ds.features['captions'] == _text: ds = ds.map(lambda c: {'captions': [[x] for x in c]}, input_columns='captions', batched=True)
+        ds = ds.remove_columns([new for old, new in rename.items() if new in ds.column_names]).rename_columns(rename) # a column that was not chosen gives way
+        if text in ('string', 'large_string'): ds = ds.map(lambda c: {'captions': [[x] for x in c]}, input_columns='captions', batched=True)
         target = ds.features.copy(); target.update({c: FEATURES[c] for c in CAPTIONED})
         ds = ds.cast(target) if ds.features != target else ds
     return ds.select_columns([*CAPTIONED, *(c for c in ds.column_names if c not in CAPTIONED)])
 
-# %% ../nbs/01_data.ipynb #8499ab29
+# %% ../nbs/01_data.ipynb #bba1cd7a
 def read_parquet(
     files:list[str|Path],       # one or more parquet files, in this order
     cache_dir:str|None=None,    # where large sets are cached; the library's own folder by default
@@ -178,6 +190,14 @@ def read_parquet(
         if sum(f.stat().st_size for f in files) <= in_memory:
             return datasets.concatenate_datasets([_typed(datasets.Dataset(pq.read_table(f))) for f in files])
         return _typed(datasets.load_dataset('parquet', data_files=[str(f) for f in files], split='train', cache_dir=cache_dir))
+
+def parquet_files(
+    source:str|Path # a parquet file, a pattern such as 'shards/*.parquet', or a folder of them
+) -> list[Path]: # sorted; empty when there are none
+    "The parquet files that a name stands for."
+    path = Path(source)
+    if path.is_file(): return [path]
+    return [Path(f) for f in sorted(glob.glob(str(path/'*.parquet' if path.is_dir() else path)))]
 
 def _typed(ds):
     "Images as `Image`, also in files written without the library's own schema."
@@ -222,7 +242,7 @@ def from_folder(
     rows = [dict(key=Path(f).with_suffix('').as_posix(), image=str(p), captions=captions[f]) for f, p in files.items()]
     return check_captioned(datasets.Dataset.from_list(rows, features=datasets.Features({c: FEATURES[c] for c in CAPTIONED})), folder.name)
 
-# %% ../nbs/01_data.ipynb #16884e20
+# %% ../nbs/01_data.ipynb #8078c36f
 def _karpathy_rows(annotations, split):
     present = Counter(i['split'] for i in annotations['images'])
     wanted = set(split.split('+')) if split else set(present)
@@ -230,12 +250,26 @@ def _karpathy_rows(annotations, split):
     for i in annotations['images']:
         if i['split'] in wanted: yield str(i.get('cocoid', i.get('imgid'))), (i.get('filepath', ''), i['filename']), [s['raw'].strip() for s in i['sentences']]
 
+def read_coco(
+    path:str|Path # Karpathy's dataset_coco.json, or a captions_*.json of COCO
+) -> dict: # as in the file
+    "A COCO caption file; `ValueError` naming the file when it is not JSON, holds no captions (as instances_*.json) or an annotation without text."
+    path = Path(path)
+    try: found = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e: raise ValueError(f'{path.name} is not JSON in UTF-8: {e}') from e
+    if not isinstance(found, dict) or not (found.get('images') or found.get('annotations')):
+        raise ValueError(f"{path.name} is no COCO caption file: it has {_named(found, 8) if isinstance(found, dict) else 'a list'}; expected is 'images', and 'annotations' unless it is Karpathy's")
+    texts = [(a, 'image_id', a.get('caption')) for a in found['annotations']] if 'annotations' in found else [(s, 'raw', s.get('raw')) for i in found['images'] for s in i.get('sentences', [{}])]
+    for row, name, text in texts:
+        if name not in row or not isinstance(text, str): raise ValueError(f'{path.name} is no COCO caption file: an annotation has no caption but {_named(row, 8)}')
+    return found
+
 def _coco_rows(annotations):
     captions = {}
     for a in annotations['annotations']: captions.setdefault(a['image_id'], []).append(a['caption'].strip())
     for i in annotations['images']: yield str(i['id']), ('', i['file_name']), captions.get(i['id'], [])
 
-# %% ../nbs/01_data.ipynb #819fe8db
+# %% ../nbs/01_data.ipynb #d6f29a48
 def from_coco(
     annotations:str|Path,   # Karpathy's dataset_coco.json, or a captions_*.json of COCO
     images:str|Path,        # folder with train2014/ and val2014/, or directly with the images
@@ -243,8 +277,8 @@ def from_coco(
 ) -> datasets.Dataset: # `key` is COCO's image id
     "COCO's or Flickr30k's captioned images; files stay where they are and are read when needed."
     annotations, images = Path(annotations), Path(images)
-    found = json.loads(annotations.read_text(encoding='utf-8'))
-    if not found.get('images'): raise ValueError(f"{annotations.name} is no COCO caption file: it has {_named(found, 8)}; expected is 'images', and 'annotations' unless it is Karpathy's")
+    found = read_coco(annotations)
+    if not found.get('images'): raise ValueError(f'{annotations.name} names no images: it has {_named(found, 8)}')
     plain = 'annotations' in found
     if plain and split: raise ValueError(f"{annotations.name} is COCO's own file and has no splits: leave `split` out, or use Karpathy's dataset_coco.json")
     rows = []
@@ -269,7 +303,7 @@ def from_hub(
     with quiet_datasets(): ds = datasets.load_dataset(repo, split=split, **kwargs)
     return check_captioned(as_captioned(ds, key, image, captions, name=repo), repo)
 
-# %% ../nbs/01_data.ipynb #ab6aab86
+# %% ../nbs/01_data.ipynb #a7fd619d
 def load_captioned(
     source,                     # a Dataset, a .parquet file, a pattern such as 'shards/*.parquet', or a folder of parquet files or images
     key:str='key',              # its column of unique names
@@ -281,46 +315,65 @@ def load_captioned(
     if isinstance(source, datasets.Dataset): ds, name = source, 'the dataset'
     else:
         path, name = Path(source), Path(source).name
-        pattern = path/'*.parquet' if path.is_dir() else path
-        files = sorted(glob.glob(str(pattern))) if not path.is_file() else [path]
+        files = parquet_files(path)
         if not files and path.is_dir(): return from_folder(path)
         if not files: raise FileNotFoundError(f'nothing at {str(source)!r}: expected a parquet file, a pattern over them, or a folder of parquet files or images')
-        if Path(files[0]).suffix != '.parquet': raise ValueError(f'{name} is not parquet: use `from_coco` for annotations, `from_table` for captions without images')
+        if files[0].suffix.lower() != '.parquet': raise ValueError(f'{name} is not parquet: use `from_coco` for annotations, `from_table` for captions without images')
         ds = read_parquet(files, cache_dir)
     return check_captioned(as_captioned(ds, key, image, captions, name), name)
 
-# %% ../nbs/01_data.ipynb #840c5b9c
+# %% ../nbs/01_data.ipynb #fd98516e
 def _table_rows(path, header):
     "Rows as dictionaries; columns of a file without a header are named '0', '1', ..."
-    if path.suffix in ('.jsonl', '.json'):
-        for i, line in enumerate(path.read_text(encoding='utf-8-sig').splitlines(), 1):
-            try: yield json.loads(line)
-            except json.JSONDecodeError as e: raise ValueError(f'{path.name} line {i} is not JSON: {e.msg}') from e
-        return
-    with open(path, encoding='utf-8-sig', newline='') as f:
-        rows = csv.reader(f, delimiter='\t' if path.suffix == '.tsv' else ',')
+    tabs = path.suffix.lower() == '.tsv'
+    with open(path, encoding='utf-8-sig', newline='\n' if path.suffix.lower() in ('.jsonl', '.json') else '') as f:
+        if path.suffix.lower() in ('.jsonl', '.json'): # lines end at a line feed only: U+2028 may stand in a caption
+            for i, line in enumerate(f, 1):
+                if line.strip(): yield _json_row(path, i, line)
+            return
+        rows = csv.reader(f, delimiter='\t', quoting=csv.QUOTE_NONE) if tabs else csv.reader(f, strict=True) # a quote in a TSV is a character like any other
         names = next(rows, []) if header else None
-        for r in rows: yield dict(zip(names or map(str, range(len(r))), r))
+        for r in rows:
+            if names and any(r[len(names):]): raise ValueError(f'{path.name} line {rows.line_num} has {len(r)} fields, but there are {len(names)} columns: quote a caption that holds the separator')
+            if any(r): yield dict(zip(names or map(str, range(len(r))), r))
 
-# %% ../nbs/01_data.ipynb #ab422442
+def _json_row(path, i, line):
+    try: row = json.loads(line)
+    except json.JSONDecodeError as e: raise ValueError(f'{path.name} line {i} is not JSON: {e.msg}') from e
+    if not isinstance(row, dict): raise ValueError(f'{path.name} line {i} is no JSON object with names')
+    return row
+
+def _texts(value, where):
+    "The caption or captions of a row, without space around them."
+    texts = value if isinstance(value, list) else [value]
+    if not texts or any(t is None or (isinstance(t, str) and not t.strip()) for t in texts): raise ValueError(f'{where} has an empty caption')
+    if not all(isinstance(t, str) for t in texts): raise ValueError(f'{where} has a caption that is not text: {value!r}')
+    return [t.strip() for t in texts]
+
+# %% ../nbs/01_data.ipynb #7d8bfb77
 def from_table(
     path:str|Path,              # .csv, .tsv or .jsonl
-    caption:str='caption',      # column of captions
+    caption:str='caption',      # column of captions; 'captions' is taken where only that is there
     key:str|None='key',         # column of unique names; None: the row's number
     header:bool=True            # False: no line of names, columns are '0', '1', ... (CC3M: caption='0', key=None)
-) -> datasets.Dataset: # columns `key`, `caption`
-    "Captions without images, for generation; `ValueError` naming the file and row of an empty caption or a missing column."
+) -> datasets.Dataset: # columns `key` and `caption`, or `captions` where a row holds a list
+    "Captions without images, for generation; `ValueError` naming the file and line of an empty caption, a missing column or a broken line."
     path, rows = Path(path), []
-    if path.suffix not in ('.csv', '.tsv', '.jsonl', '.json'): raise ValueError(f'{path.name}: expected .csv, .tsv or .jsonl')
-    for i, r in enumerate(_table_rows(path, header)):
-        missing = [c for c in (caption, key) if c is not None and c not in r]
-        if missing: raise ValueError(f'{path.name} row {i + 1} has no {_named(missing)}: it has {_named(r, 8)}')
-        if not str(r[caption] or '').strip(): raise ValueError(f'{path.name} row {i + 1} has an empty caption')
-        rows.append(dict(key=f'{i:09}' if key is None else str(r[key]), caption=r[caption].strip()))
+    if path.suffix.lower() not in ('.csv', '.tsv', '.jsonl', '.json'): raise ValueError(f'{path.name}: expected .csv, .tsv or .jsonl')
+    try:
+        for r in _table_rows(path, header):
+            column, where = 'captions' if caption == 'caption' and caption not in r and 'captions' in r else caption, f'{path.name} row {len(rows) + 1}'
+            missing = [c for c in (column, key) if c is not None and c not in r]
+            if missing: raise ValueError(f'{where} has no {_named(missing)}: it has {_named(r, 8)}. Name the columns, or number the rows with key=None.')
+            if key is not None and (r[key] is None or not str(r[key]).strip()): raise ValueError(f'{where} has an empty key')
+            rows.append((f'{len(rows):09}' if key is None else str(r[key]), _texts(r[column], where), isinstance(r[column], list)))
+    except (UnicodeDecodeError, csv.Error) as e: raise ValueError(f'{path.name} after row {len(rows)}: {"not UTF-8" if isinstance(e, UnicodeDecodeError) else e}') from e
     if not rows: raise ValueError(f'{path.name} has no rows')
-    _check_unique((r['key'] for r in rows), path.name)
-    return datasets.Dataset.from_list(rows)
+    _check_unique((r[0] for r in rows), path.name)
+    several = any(r[2] for r in rows)
+    return datasets.Dataset.from_dict({'key': [r[0] for r in rows], 'captions' if several else 'caption': [r[1] if several else r[1][0] for r in rows]})
 
+# %% ../nbs/01_data.ipynb #e661198f
 def captions_of(
     ds:datasets.Dataset,   # a captioned set
     which:int=0            # which of a row's captions; one that has fewer gives its last

