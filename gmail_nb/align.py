@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TUNINGS', 'info_nce', 'lora_targets', 'FrozenTower', 'keep_base_weights', 'output_factor', 'LeanAttention',
-           'train_beside_weights', 'identity_projection', 'weight_side', 'lora_tower', 'generated_tower', 'GenReal',
-           'trained_parameters', 'save_gen_real', 'load_gen_real']
+           'train_beside_weights', 'identity_projection', 'weight_side', 'lora_tower', 'generated_tower',
+           'load_adapter', 'GenReal', 'trained_parameters', 'save_gen_real', 'load_gen_real']
 
 # %% ../nbs/04_align.ipynb #5591096f
 import copy
@@ -41,7 +41,7 @@ def info_nce(
     logits = F.normalize(generated_features, dim=-1) @ F.normalize(real_features.detach(), dim=-1).T / tau # (B, B), sim / tau
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
-# %% ../nbs/04_align.ipynb #d2fa8850
+# %% ../nbs/04_align.ipynb #be524e6e
 def lora_targets(
     tower:nn.Module # an image tower
 ) -> list[str]: # full module names, for `LoraConfig.target_modules`
@@ -49,6 +49,7 @@ def lora_targets(
     named = dict(tower.named_modules())
     last = lambda name: name.rsplit('.', 1)[-1]
     reads_weights = [n + '.' for n, m in named.items() if type(m).__name__ == 'AttentionPool2d'] # of CLIP's ResNets
+    reads_weights += [f'{n}.qkv' for n, m in named.items() if getattr(m, 'q_bias', None) is not None] # of BEiT
     linear = lambda *names: [n for n, m in named.items() if last(n) in names and isinstance(m, nn.Linear) and not n.startswith(tuple(reads_weights))]
     if found := linear('q_proj', 'v_proj'): return found
     attention = [n for n, m in named.items() if isinstance(m, nn.MultiheadAttention)]
@@ -68,7 +69,7 @@ class FrozenTower(nn.Module):
     def tokens(self, pixels):
         with self._off(): return self._adapted[0].base_model.model.tokens(pixels)
 
-# %% ../nbs/04_align.ipynb #ad9785c8
+# %% ../nbs/04_align.ipynb #353d74ca
 def keep_base_weights(adapted:PeftModel) -> None:
     "Put the frozen weights of every adapted `nn.MultiheadAttention` back after each call, bit for bit."
     for layer in adapted.modules():
@@ -77,7 +78,7 @@ def keep_base_weights(adapted:PeftModel) -> None:
         true = {n: p.data for n, p in frozen(layer).items()}
         def restore(layer, *_, true=true):
             for n, p in frozen(layer).items():
-                if true[n].device != p.device: true[n] = true[n].to(p.device)
+                if (true[n].device, true[n].dtype) != (p.device, p.dtype): true[n] = true[n].to(p) # the model was moved
                 p.data = true[n]
         layer.register_forward_hook(restore)
 
@@ -92,7 +93,7 @@ def output_factor() -> int:
         after = adapted.merge_and_unload()[0].out_proj.weight.detach()
     return round(((after - before) / update).mean().item())
 
-# %% ../nbs/04_align.ipynb #710c4edd
+# %% ../nbs/04_align.ipynb #5810eb25
 class LeanAttention(MultiheadAttention):
     "peft's adapted `nn.MultiheadAttention`, with the update beside the weights while it is trained."
     def is_plain(self, query, key=None, value=None, need_weights=True, attn_mask=None, **others) -> bool:
@@ -104,12 +105,12 @@ class LeanAttention(MultiheadAttention):
         base = self.base_layer
         x = query if base.batch_first else query.transpose(0, 1)                                        # (B, L, E)
         qkv = F.linear(x, base.in_proj_weight, base.in_proj_bias)
-        for name in self.active_adapters: qkv = qkv + self.scaling[name] * self.lora_B[name](self.lora_A[name](x))
+        for name in self.active_adapters: qkv = qkv + self.scaling[name] * self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x)))
         q, k, v = qkv.unflatten(-1, (3, base.num_heads, base.head_dim)).permute(2, 0, 3, 1, 4)          # (B, heads, L, E / heads) each
         y = F.scaled_dot_product_attention(q, k, v, kwargs.get('attn_mask'), base.dropout if self.training else 0.)
         z = y.transpose(1, 2).flatten(2); out = base.out_proj                                           # (B, L, E)
         y = F.linear(z, out.base_layer.weight, out.base_layer.bias)
-        for name in out.active_adapters: y = y + output_factor() * out.scaling[name] * out.lora_B[name](out.lora_A[name](z))
+        for name in out.active_adapters: y = y + output_factor() * out.scaling[name] * out.lora_B[name](out.lora_A[name](out.lora_dropout[name](z)))
         return y if base.batch_first else y.transpose(0, 1), None
 
 def train_beside_weights(adapted:PeftModel) -> None:
@@ -159,7 +160,19 @@ def generated_tower(
     if tuning == 'projections': return tower
     raise unknown_name('tuning', tuning, TUNINGS)
 
-# %% ../nbs/04_align.ipynb #86503d79
+# %% ../nbs/04_align.ipynb #7e4ac3ae
+def load_adapter(
+    encoder:Encoder,
+    folder:Path # a PEFT adapter; a `card.json` beside it says for which base
+) -> PeftModel: # f_g
+    "The encoder's image tower with saved adapters. `ValueError` when they were made for another base."
+    card = folder.parent/'card.json'
+    made_for = json.loads(card.read_text()) if card.exists() else {}
+    if made_for.get('base_fingerprint', encoder.fingerprint) != encoder.fingerprint: raise ValueError(f"{folder.name} was made for {made_for['base']!r} with fingerprint {made_for['base_fingerprint']}, but this encoder is {encoder.name!r} with {encoder.fingerprint}: load the same base weights")
+    try: return PeftModel.from_pretrained(encoder.visual, str(folder), is_trainable=True)
+    except (RuntimeError, ValueError) as e: raise ValueError(f'{folder.name} does not fit {encoder.name!r}: it was made for another architecture ({str(e).splitlines()[0]})') from e
+
+# %% ../nbs/04_align.ipynb #e81cb19a
 class GenReal(nn.Module):
     "A frozen encoder `f_r`, its copy `f_g` for generated images (by LoRA), a projection for each, and the text tower `h`."
     def __init__(self,
@@ -172,24 +185,32 @@ class GenReal(nn.Module):
         adapter:str|Path|None=None    # a PEFT adapter folder to load instead of beginning afresh
     ):
         super().__init__()
+        if isinstance(encoder.visual, FrozenTower): raise ValueError(f'{encoder.name} is adapted already: load it again, or hand in a copy made before')
         self.encoder, self.base_fingerprint, self.tuning = encoder.requires_grad_(False).eval(), encoder.fingerprint, tuning
         if adapter:
-            self.f_g = PeftModel.from_pretrained(encoder.visual, str(adapter), is_trainable=True)
+            self.f_g = load_adapter(encoder, Path(adapter))
             keep_base_weights(self.f_g); train_beside_weights(self.f_g)
         else: self.f_g = generated_tower(encoder.visual, tuning, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
         if tuning == 'lora': encoder.visual = FrozenTower(self.f_g)
         self.proj_real, self.proj_gen = identity_projection(encoder.dim), identity_projection(encoder.dim)
 
+    def train(self, mode:bool=True):
+        super().train(mode)
+        for m in self.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval() # f_r has the same statistics, and they must not move
+        return self
+
     @property
     def device(self) -> torch.device: return self.proj_gen.weight.device
-    def generated_tokens(self, pixels): return getattr(self.f_g, 'base_model', SimpleNamespace(model=self.f_g)).model.tokens(check_pixels(pixels)) # (B, T, width)
-    def real_features(self, pixels): return F.normalize(self.encoder.visual(check_pixels(pixels)), dim=-1)       # f_r(x_r), what a cache holds
-    def generated_features(self, pixels): return F.normalize(self.f_g(check_pixels(pixels)), dim=-1)             # f_g(x_g)
+    def checked(self, pixels): return check_pixels(pixels).to(self.device)
+    def generated_tokens(self, pixels): return getattr(self.f_g, 'base_model', SimpleNamespace(model=self.f_g)).model.tokens(self.checked(pixels)) # (B, T, width)
+    def real_features(self, pixels): return F.normalize(self.encoder.visual(self.checked(pixels)), dim=-1)        # f_r(x_r), what a cache holds
+    def generated_features(self, pixels): return F.normalize(self.f_g(self.checked(pixels)), dim=-1)              # f_g(x_g)
     # features may have any length: projecting before normalising is what makes the untrained model equal the base bit for bit
     def project_real(self, features): return F.normalize(self.proj_real(features), dim=-1)
     def project_generated(self, features): return F.normalize(self.proj_gen(features), dim=-1)
-    def encode_real(self, pixels:torch.Tensor) -> torch.Tensor: return self.project_real(self.encoder.visual(check_pixels(pixels)))                 # (B, D), unit length
-    def encode_generated(self, pixels:torch.Tensor) -> torch.Tensor: return self.project_generated(self.f_g(check_pixels(pixels)))  # (B, D), unit length
+    def encode_real(self, pixels:torch.Tensor) -> torch.Tensor: return self.project_real(self.encoder.visual(self.checked(pixels)))                  # (B, D), unit length
+    def encode_generated(self, pixels:torch.Tensor) -> torch.Tensor: return self.project_generated(self.f_g(self.checked(pixels)))   # (B, D), unit length
     def encode_text(self, tokens:dict[str, torch.Tensor]) -> torch.Tensor: return self.encoder.encode_text(tokens)                   # (B, D), unit length
 
 # %% ../nbs/04_align.ipynb #4f0feecd
@@ -201,7 +222,7 @@ def trained_parameters(
     trained, whole = sum(p.numel() for p in module.parameters() if p.requires_grad), whole or count(module)
     return trained, trained / whole
 
-# %% ../nbs/04_align.ipynb #f77ef021
+# %% ../nbs/04_align.ipynb #27262009
 def save_gen_real(
     model:GenReal,         # an aligned model
     folder:str|Path,       # made if absent
@@ -212,7 +233,9 @@ def save_gen_real(
     if model.tuning == 'lora': model.f_g.save_pretrained(str(folder/'adapter'), safe_serialization=True)
     if model.tuning == 'full': atomic_write(folder/'tower.safetensors', save({k: v.detach().cpu().contiguous() for k, v in model.f_g.state_dict().items()}))
     atomic_write(folder/'projections.safetensors', save({'proj_real': model.proj_real.weight.detach().cpu().contiguous(), 'proj_gen': model.proj_gen.weight.detach().cpu().contiguous()}))
-    card = dict(format=1, base=model.encoder.name, base_fingerprint=model.base_fingerprint, dim=model.encoder.dim, tuning=model.tuning, trained=trained_parameters(model.f_g), **facts, versions=versions())
+    own, image = 0 if model.tuning == 'projections' else trained_parameters(model.f_g)[0], count(model.encoder.visual if model.tuning != 'lora' else model.f_g)
+    trained = own + model.proj_gen.weight.numel() # what makes f_g differ from f_r
+    card = dict(format=1, base=model.encoder.name, base_fingerprint=model.base_fingerprint, dim=model.encoder.dim, tuning=model.tuning, trained=(trained, trained / image), **facts, versions=versions())
     atomic_write(folder/'card.json', json.dumps(card, indent=1))
     return folder
 

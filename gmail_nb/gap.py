@@ -59,7 +59,7 @@ def recall_at_k(
     if not 0 < k <= len(ranks): raise ValueError(f'k is {k}, but the gallery has {len(ranks)} items: choose 1 <= k <= {len(ranks)}')
     return (ranks < k).float().mean().item()
 
-# %% ../nbs/06_gap.ipynb #4b97c220
+# %% ../nbs/06_gap.ipynb #8e06de14
 def modality_probe(
     generated_features:torch.Tensor, # (N, D)
     real_features:torch.Tensor,      # (N, D)
@@ -68,6 +68,7 @@ def modality_probe(
 ) -> float: # in [0, 1]; 0.5 when the modalities cannot be told apart
     "Cross-validated accuracy or AUC of a logistic regression that tells generated from real."
     check_paired(generated_features, real_features)
+    if len(real_features) < folds: raise ValueError(f'{len(real_features)} pairs cannot be split into {folds} folds: measure more pairs, or choose fewer folds')
     n, x = len(real_features), F.normalize(torch.cat([generated_features, real_features]), dim=-1).cpu().numpy()
     side, pair = np.repeat([1, 0], n), np.tile(np.arange(n), 2)
     return cross_val_score(LogisticRegression(max_iter=500), x, side, groups=pair, cv=GroupKFold(folds), scoring=scoring).mean().item()

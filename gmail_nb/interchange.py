@@ -61,17 +61,17 @@ features = model.encode_real(model.encoder.preprocess(image)[None])
 Versions: {', '.join(f'{k} {v}' for k, v in card['versions'].items())}.
 ''')
 
-# %% ../nbs/08_interchange.ipynb #c204c957
+# %% ../nbs/08_interchange.ipynb #26a96c95
 @patch
 def save_pretrained(self:GenReal,
     folder:str|Path,         # made if absent
-    repo:str='OWNER/NAME',   # for the card
+    repo:str|None=None,      # for the card; the folder's name if absent
     **facts                  # for the card: `settings`, `data`, `results`, `license`
 ) -> Path:
     "Write the model and a README.md that is its model card."
     folder = save_gen_real(self, folder, **facts)
     (folder/'adapter'/'README.md').unlink(missing_ok=True) # peft's empty template
-    atomic_write(folder/'README.md', str(model_card(json.loads((folder/'card.json').read_text()), repo)))
+    atomic_write(folder/'README.md', str(model_card(json.loads((folder/'card.json').read_text()), repo or folder.name)))
     return folder
 
 # %% ../nbs/08_interchange.ipynb #94c65502
@@ -86,7 +86,7 @@ def from_pretrained(cls:GenReal,
     folder = Path(name) if Path(name).exists() else Path(snapshot_download(str(name), revision=revision, **hub))
     return load_gen_real(folder, encoder)
 
-# %% ../nbs/08_interchange.ipynb #7b962d3b
+# %% ../nbs/08_interchange.ipynb #c0470c72
 SHARED = ['README.md', 'card.json', 'projections.safetensors', 'tower.safetensors', 'adapter/*', '*.png', 'results.jsonl'] # not checkpoints, nor cached features
 
 @patch
@@ -97,9 +97,11 @@ def push_to_hub(self:GenReal,
     api:HfApi|None=None,   # logged in (`hf auth login`)
     **facts                # for the card
 ) -> str: # the commit's address
-    "Save with a model card, and upload to the Hugging Face Hub."
-    api = api or HfApi()
-    folder = self.save_pretrained(folder, repo, **facts)
+    "Save with a model card, and upload to the Hugging Face Hub. Facts of an earlier save in the folder stay on the card."
+    api, known = api or HfApi(), Path(folder)/'card.json'
+    kept = json.loads(known.read_text()) if known.exists() else {}
+    kept = {k: v for k, v in kept.items() if k in ('settings', 'data', 'results', 'license', 'tau')} if kept.get('base_fingerprint') == self.base_fingerprint else {} # of an earlier save
+    folder = self.save_pretrained(folder, repo, **kept | facts)
     api.create_repo(repo, private=private, exist_ok=True)
     return str(api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=SHARED))
 

@@ -47,53 +47,62 @@ def cosine_loss(
     "One minus the cosine of partners: a regression, no negatives."
     return 1 - F.cosine_similarity(generated_features, real_features.detach(), dim=-1).mean()
 
-# %% ../nbs/04b_losses.ipynb #129a6891
+# %% ../nbs/04b_losses.ipynb #8d63bd3b
 class Temperature(nn.Module):
     "A learnable temperature: `forward()` gives tau, which never falls below `lowest`."
     def __init__(self, tau:float=.07, lowest:float=.01):
         super().__init__()
         self.log_scale, self.most = nn.Parameter(torch.tensor(math.log(1 / tau))), math.log(1 / lowest)
-    def forward(self) -> torch.Tensor: return (-self.log_scale.clamp(max=self.most)).exp()
+    def forward(self) -> torch.Tensor:
+        with torch.no_grad(): self.log_scale.clamp_(max=self.most) # the value, not the graph: at the bound a gradient can still lead back
+        return (-self.log_scale).exp()
 
-# %% ../nbs/04b_losses.ipynb #4fce6241
+# %% ../nbs/04b_losses.ipynb #8844429d
 class StreamedInfoNCE(torch.autograd.Function):
     "Mean over rows of logsumexp(g bank' / tau) - g . bank[target] / tau, with the gradient taken along."
     @staticmethod
-    def forward(ctx, g, bank, targets, tau, bank_ids, rows):
+    def forward(ctx, g, bank, targets, tau, bank_ids, rows, columns):
         grad, grad_tau, total = torch.empty_like(g), g.new_zeros(()), g.new_zeros(())
         for i in range(0, len(g), rows):
             part, t = slice(i, i + rows), targets[i:i + rows]
-            logits = g[part] @ bank.T / tau # (rows, M)
-            if bank_ids is not None: logits.masked_fill_((bank_ids == bank_ids[t, None]).scatter_(1, t[:, None], False), -math.inf)
-            own, norm = logits.gather(1, t[:, None]), logits.logsumexp(1, keepdim=True)
+            toward, norm, partner = 0, None, bank[t].to(g)
+            for j in range(0, len(bank), columns):
+                tile = bank[j:j + columns].to(g)
+                logits = g[part] @ tile.T / tau # (rows, columns)
+                if bank_ids is not None: logits.masked_fill_((bank_ids[j:j + columns] == bank_ids[t, None]) & (torch.arange(j, j + len(tile), device=g.device) != t[:, None]), -math.inf)
+                seen = logits.logsumexp(1, keepdim=True)
+                both = seen if norm is None else torch.logaddexp(norm, seen)
+                toward = (logits.sub_(both).exp_() @ tile) + (0 if norm is None else toward * (norm - both).exp()) # what the softmax of all tiles so far expects to see
+                norm = both
+            own = (g[part] * partner).sum(1, keepdim=True) / tau
             total += (norm - own).sum()
-            p = logits.sub_(norm).exp_() # softmax, in place
-            toward = p @ bank # what the softmax expects to see
             grad_tau -= ((toward * g[part]).sum() / tau - own.sum()) / tau
-            grad[part] = (toward - bank[t]) / tau
+            grad[part] = (toward - partner) / tau
         ctx.save_for_backward(grad / len(g), grad_tau / len(g))
         return total / len(g)
 
     @staticmethod
     def backward(ctx, grad_output):
         grad, grad_tau = ctx.saved_tensors
-        return grad_output * grad, None, None, grad_output * grad_tau, None, None
+        return grad_output * grad, None, None, grad_output * grad_tau, None, None, None
 
-# %% ../nbs/04b_losses.ipynb #94636ec4
+# %% ../nbs/04b_losses.ipynb #69bb5e77
 def bank_info_nce(
     generated_features:torch.Tensor, # (B, D), any length
-    bank:torch.Tensor,               # (M, D), unit length: cached real features, of a tensor or a memory-mapped file
+    bank:torch.Tensor,               # (M, D), unit length: cached real features, in memory or mapped from a file, of any float type
     targets:torch.Tensor,            # (B,), the partner's row in the bank
     tau:float|torch.Tensor=.07,
     bank_ids:torch.Tensor|None=None, # (M,), equal where rows belong to one caption: those are not negatives of each other
-    rows:int|None=None               # rows at a time; as many as fit 64 MiB if absent
+    rows:int|None=None,              # generated rows at a time; as many as fit 64 MiB, but no fewer than 64, if absent
+    columns:int|None=None            # rows of the bank at a time; as many as fit 64 MiB if absent
 ) -> torch.Tensor: # a scalar
     "Eq. 1 against a bank of M real features. `IndexError` for a target outside it, `ValueError` for widths that differ."
     if generated_features.shape[-1] != bank.shape[-1]: raise ValueError(f'generated features are {generated_features.shape[-1]} wide, the bank {bank.shape[-1]}: they come from different encoders')
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < len(bank): raise IndexError(f'targets reach from {int(targets.min())} to {int(targets.max())}, the bank has {len(bank)} rows')
     g = F.normalize(generated_features, dim=-1)
-    rows = rows or max(1, 2**26 // (bank.element_size() * len(bank)))
-    return StreamedInfoNCE.apply(g, bank.detach(), targets, torch.as_tensor(tau, dtype=g.dtype, device=g.device), bank_ids, rows)
+    cells = 2**26 // g.element_size()
+    rows = rows or max(64, cells // len(bank))
+    return StreamedInfoNCE.apply(g, bank.detach(), targets, torch.as_tensor(tau, dtype=g.dtype, device=g.device), bank_ids, rows, columns or max(1, cells // rows))
 
 # %% ../nbs/04b_losses.ipynb #a366a5ad
 LOSSES = dict(info_nce=info_nce, symmetric=symmetric_info_nce, sigmoid=sigmoid_loss, cosine=lambda g, r, tau=None: cosine_loss(g, r))

@@ -42,17 +42,18 @@ def late_targets(
     begin = order.index(f'{name}.{first}') # modules are named in the order of the forward pass
     return [t for t in targets if order.index(t) >= begin]
 
-# %% ../nbs/04c_prefix.ipynb #bc099035
+# %% ../nbs/04c_prefix.ipynb #5826487c
 class _Stop(Exception): pass
 
 class _Replay(nn.Module):
     "Stands for the blocks before the first adapted one: gives back what they would have computed."
-    def __init__(self): super().__init__(); self.activation = None
-    def forward(self, *args, **kwargs): return self.activation
+    def __init__(self): super().__init__(); self.activation, self.in_tuple = None, False
+    def forward(self, *args, **kwargs): return (self.activation,) if self.in_tuple else self.activation
 
 class _Pass(nn.Module):
     "A block that hands its first argument on, whatever else it is given."
-    def forward(self, x, *args, **kwargs): return x
+    def __init__(self): super().__init__(); self.in_tuple = False
+    def forward(self, x, *args, **kwargs): return (x,) if self.in_tuple else x
 
 class FrozenPrefix:
     "The blocks of `f_g` that no adapter touches, at the beginning of the tower."
@@ -80,7 +81,7 @@ def channels_last(
     "Feature maps in the layout that convolutions prefer; anything else as it is."
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
-# %% ../nbs/04c_prefix.ipynb #9f7ea6aa
+# %% ../nbs/04c_prefix.ipynb #81cce558
 @patch
 @torch.no_grad()
 def record(self:FrozenPrefix,
@@ -89,10 +90,12 @@ def record(self:FrozenPrefix,
     "Run the tower up to the first adapted block."
     caught = []
     def stop(block, args): caught.append(args[0]); raise _Stop
-    handle = self.blocks[self.first].register_forward_pre_hook(stop)
-    try: self.model.f_g(channels_last(pixels))
+    def note(block, args, out): # some versions of transformers let blocks give tuples
+        for stand_in in self.replaced: stand_in.in_tuple = isinstance(out, tuple)
+    handles = [self.blocks[self.first].register_forward_pre_hook(stop), self.blocks[self.first - 1].register_forward_hook(note)]
+    try: self.model.f_g(channels_last(pixels.to(self.model.device)))
     except _Stop: pass
-    finally: handle.remove()
+    finally: [h.remove() for h in handles]
     return caught[0]
 
 @patch
@@ -110,7 +113,7 @@ def replay(self:FrozenPrefix,
         for i, block in enumerate(kept): self.blocks[i] = block
         self.replaced[0].activation = None
 
-# %% ../nbs/04c_prefix.ipynb #278eef70
+# %% ../nbs/04c_prefix.ipynb #d2322323
 def cache_prefix(
     prefix:FrozenPrefix,
     pixels:torch.Tensor,        # (..., 3, H, W), leading dimensions are kept; or `PixelRows`
@@ -118,15 +121,16 @@ def cache_prefix(
     batch_size:int=64,
     max_bytes:int=8 * 2**30,    # stop rather than fill a disk
     desc:str='frozen prefix'    # beside the progress bar
-) -> torch.Tensor: # (..., activation)
+) -> torch.Tensor: # (..., activation), on the CPU
     "Activations of all images, from the file when it was made from the same weights and pixels. `ValueError` when they would not fit `max_bytes`."
     flat = pixels if pixels.ndim == 4 else pixels.flatten(0, -4)
     one = prefix.record(flat[:1]); size = one.numel() * one.element_size() * len(flat)
-    if size > max_bytes: raise ValueError(f'activations of {len(flat)} images take {size / 2**30:.1f} GiB, the limit is {max_bytes / 2**30:.1f}: raise max_bytes, adapt later blocks, or train without a cached prefix')
+    if size > max_bytes: raise ValueError(f'activations of {len(flat)} images take {size / 2**30:.1f} GiB, `max_bytes` of `cache_prefix` is {max_bytes / 2**30:.1f}: adapt later blocks (they are smaller in CNNs), or train without a cached prefix')
     made_from = fingerprint(prefix.fingerprint, getattr(flat, 'fingerprint', flat)) if path else ''
     stored = read_prefix(path, made_from) if path else None
     if stored is None:
-        stored = torch.cat([prefix.record(flat[i:i + batch_size]) for i in progress(range(0, len(flat), batch_size), desc)])
+        stored = torch.empty((len(flat), *one.shape[1:]), dtype=one.dtype) # filled in place, so that they are held once
+        for i in progress(range(0, len(flat), batch_size), desc): stored[i:i + batch_size] = prefix.record(flat[i:i + batch_size])
         if path: write_prefix(path, stored, made_from)
     return stored.unflatten(0, pixels.shape[:-3])
 
