@@ -350,7 +350,7 @@ def _texts(value, where):
     if not all(isinstance(t, str) for t in texts): raise ValueError(f'{where} has a caption that is not text: {value!r}')
     return [t.strip() for t in texts]
 
-# %% ../nbs/01_data.ipynb #7d8bfb77
+# %% ../nbs/01_data.ipynb #0dd3d078
 def from_table(
     path:str|Path,              # .csv, .tsv or .jsonl
     caption:str='caption',      # column of captions; 'captions' is taken where only that is there
@@ -364,7 +364,7 @@ def from_table(
         for r in _table_rows(path, header):
             column, where = 'captions' if caption == 'caption' and caption not in r and 'captions' in r else caption, f'{path.name} row {len(rows) + 1}'
             missing = [c for c in (column, key) if c is not None and c not in r]
-            if missing: raise ValueError(f'{where} has no {_named(missing)}: it has {_named(r, 8)}. Name the columns, or number the rows with key=None.')
+            if missing: raise ValueError(f'{where} has no {_named(missing)}: it has {_named(r, 8)}. Name the columns, or number the rows with key=None (--no-key).')
             if key is not None and (r[key] is None or not str(r[key]).strip()): raise ValueError(f'{where} has an empty key')
             rows.append((f'{len(rows):09}' if key is None else str(r[key]), _texts(r[column], where), isinstance(r[column], list)))
     except (UnicodeDecodeError, csv.Error) as e: raise ValueError(f'{path.name} after row {len(rows)}: {"not UTF-8" if isinstance(e, UnicodeDecodeError) else e}') from e

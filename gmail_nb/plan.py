@@ -40,7 +40,7 @@ def _few(items, n=3):
     shown = [repr(str(i) if len(str(i)) <= 80 else str(i)[:77] + '...') for i in items[:n]]
     return ', '.join(shown) + (f' and {len(items) - n} more' if len(items) > n else '')
 
-# %% ../nbs/01c_plan.ipynb #b403d7dc
+# %% ../nbs/01c_plan.ipynb #2fae7da6
 def _coco_captions(path):
     found = read_coco(path)
     if 'annotations' in found: rows = [(str(a['image_id']), a['caption'].strip()) for a in found['annotations']]
@@ -53,7 +53,7 @@ def _dataset_captions(ds, key, caption, name):
     "Key -> captions. A key comes once, but for sets that hold each concept in several styles, with `source` and the same captions."
     caption = caption or next((c for c in ('captions', 'caption', 'text') if c in ds.column_names), 'caption')
     missing = [c for c in (key, caption) if c is not None and c not in ds.column_names]
-    if missing: raise ValueError(f'{name} has no column {_few(missing)}: it has {_few(ds.column_names, 12)}. Name the columns of keys and captions, or number the rows with key=None')
+    if missing: raise ValueError(f'{name} has no column {_few(missing)}: it has {_few(ds.column_names, 12)}. Name the columns of keys and captions, or number the rows with key=None (--no-key)')
     keys, found = [f'{i:09}' for i in range(len(ds))] if key is None else ds[key], {}
     for i, (k, c) in enumerate(zip(keys, ds[caption])):
         if k is None: raise ValueError(f'{name}: row {i + 1} has no key')
@@ -87,7 +87,7 @@ def read_captions(
     rows = [(k, i, c) for k, cs in listed.items() for i, c in enumerate(cs) if which == 'all' or i == (0 if which == 'first' else which)]
     return caption_table([r[0] for r in rows], [r[2] for r in rows], [0 if which != 'all' else r[1] for r in rows], name)
 
-# %% ../nbs/01c_plan.ipynb #418dbaff
+# %% ../nbs/01c_plan.ipynb #d5d49606
 def _read_source(source, key, caption, split, header=True):
     path = Path(source); suffix = path.suffix.lower()
     files = parquet_files(path) if path.is_dir() or suffix == '.parquet' else []
@@ -108,7 +108,7 @@ def _parquet_captions(files, key, caption):
         there = pq.read_schema(files[0]).names
         names = [n for n in there if n in (key, caption, 'captions', 'caption', 'text', 'source')]
         lacking = [n for n in (key, caption) if n is not None and n not in there] or ([] if {*names} - {key, 'source'} else ['caption'])
-        if lacking: raise ValueError(f'{files[0].name} has no column {_few(lacking)}: it has {_few(there, 12)}. Name the columns of keys and captions, or number the rows with key=None')
+        if lacking: raise ValueError(f'{files[0].name} has no column {_few(lacking)}: it has {_few(there, 12)}. Name the columns of keys and captions, or number the rows with key=None (--no-key)')
         return datasets.Dataset(pa.concat_tables([pq.read_table(f, columns=names) for f in files]).replace_schema_metadata(None)) # images are not read
     except (pa.ArrowException, OSError) as e: raise ValueError(f'{files[0].parent.name}/{files[0].name} or a file beside it is not the parquet it should be: {e}') from e
 
