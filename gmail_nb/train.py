@@ -272,7 +272,7 @@ def loss(self:Alignment, inputs:torch.Tensor, bank:torch.Tensor, targets:torch.T
     if name in (rows := dict(info_nce=bank_info_nce, sigmoid=sigmoid_rows)): return rows[name](features, bank, targets, self.tau(), ids)
     return loss_by_name(name)(features, bank[targets], self.tau())
 
-# %% ../nbs/05_train.ipynb #5cd5aa19
+# %% ../nbs/05_train.ipynb #7a094f93
 @patch
 def advance(self:Alignment) -> dict: # the step's row of the history
     "One optimiser step."
@@ -289,6 +289,7 @@ def advance(self:Alignment) -> dict: # the step's row of the history
         with nullcontext() if k == len(parts) - 1 else acc.no_sync(self.side):
             loss = self.loss((wanted[k] if wanted else sample[rows[part]]).to(acc.device), bank, targets[part].to(acc.device), ids) * (counts * len(part) * world) / len(rows)
             acc.backward(loss); total += loss.detach()
+    if not self.step and (silent := [n for n, p in self.parameters.items() if 'lora_' in n and p.grad is None]): raise ValueError(f'{len(silent)} adapted weights take no part, {silent[0]} the first: their tower reads weights without calling the layer; name other modules with `targets`')
     total = acc.reduce(total, 'mean').item()
     for group in self.optimizer.param_groups: group['lr'] = self.rate()
     norm = acc.clip_grad_norm_(self.parameters.values(), s.clip)
@@ -477,7 +478,7 @@ def show_history(
     fig.tight_layout(); plt.close(fig)
     return fig
 
-# %% ../nbs/05_train.ipynb #eebce5ee
+# %% ../nbs/05_train.ipynb #97915bd0
 def contrastive(image_features:torch.Tensor, text_features:torch.Tensor, tau:float=.07) -> torch.Tensor:
     "CLIP's symmetric loss over a batch of unit vectors (B, D); row i of one belongs to row i of the other."
     logits, y = image_features @ text_features.T / tau, torch.arange(len(image_features), device=image_features.device)
@@ -486,9 +487,9 @@ def contrastive(image_features:torch.Tensor, text_features:torch.Tensor, tau:flo
 @torch.inference_mode()
 def text_inputs(encoder:Encoder, captions:list[str], batch_size:int=64) -> torch.Tensor: # (N, W)
     "What the text tower's last layer reads, once for all captions."
-    return torch.cat([encoder.text.features(**encoder.tokenize(captions[i:i + batch_size])) for i in range(0, len(captions), batch_size)]).clone()
+    return torch.cat([encoder.text.features(**{k: v.to(encoder.device) for k, v in encoder.tokenize(captions[i:i + batch_size]).items()}).cpu() for i in range(0, len(captions), batch_size)]).clone()
 
-# %% ../nbs/05_train.ipynb #260cff1d
+# %% ../nbs/05_train.ipynb #bba26f5f
 def tune_text_head(
     head:nn.Linear,               # the text tower's last layer; a trained copy is returned
     image_features:torch.Tensor,  # (N, D), unit length
@@ -501,12 +502,13 @@ def tune_text_head(
 ) -> nn.Linear:
     "A copy of `head` trained contrastively on fixed image features."
     if len(image_features) != len(inputs): raise ValueError(f'{len(image_features)} images but {len(inputs)} captions')
-    head, g = copy.deepcopy(head).requires_grad_(True).train(), noise_generator('tune', seed)
+    device, g = head.weight.device, noise_generator('tune', seed) # noise is drawn on the CPU: the same on every device
+    head = copy.deepcopy(head).requires_grad_(True).train()
     order = list(batches(len(inputs), min(batch_size, len(inputs)), seed, epochs=steps))[:steps]
     optimizer = torch.optim.AdamW(head.parameters(), lr, weight_decay=.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine_rate(s, steps))
     for j in order:
         t = inputs[j] + noise * torch.randn(inputs[j].shape, generator=g) / inputs.shape[1]**.5
-        loss = contrastive(image_features[j], F.normalize(head(F.normalize(t, dim=-1)), dim=-1))
+        loss = contrastive(image_features[j].to(device), F.normalize(head(F.normalize(t, dim=-1).to(device)), dim=-1))
         optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
     return head.eval()
