@@ -106,10 +106,10 @@ def gap_records(name:str, arm:str, generated:torch.Tensor, real:torch.Tensor, se
     values |= {f'gen_to_real_recall_at_{k}': recall_at_k(r, k) for k in (1, 5, 10)}
     return [record(name, arm, 'emoji', 'B', m, v, seed, n) for m, v in values.items()]
 
-# %% ../nbs/20_experiments.ipynb #10735c26
+# %% ../nbs/20_experiments.ipynb #8884b9fc
 def arm_hits(encoder, head, image_features:torch.Tensor, inputs:torch.Tensor) -> dict[str, torch.Tensor]:
     "Ranks both ways of real test images against their captions under a text head."
-    with torch.inference_mode(): text_features = F.normalize(head(inputs), dim=-1)
+    with torch.inference_mode(): text_features = F.normalize(head(inputs.to(next(head.parameters()).device)), dim=-1).cpu()
     return {'text_to_image': ranks(text_features, image_features), 'image_to_text': ranks(image_features, text_features)}
 
 def downstream(encoder, features:dict[str, torch.Tensor], inputs:torch.Tensor, test_features:torch.Tensor, settings:DemoSettings) -> dict[str, list[dict]]:
