@@ -41,7 +41,7 @@ def cost_at_scale(
     rows = {n: dict(images=c, days=c/images_per_second/86_400, paper_a100_days=d, paper_images_per_second=c/d/86_400) for n, (c, d) in CAPTION_SETS.items()}
     return pd.DataFrame(rows).T.round(2)
 
-# %% ../nbs/24_bench.ipynb #5144d9ea
+# %% ../nbs/24_bench.ipynb #146600a9
 def plain_loop(
     pipeline,     # loaded
     items:list,   # what to draw
@@ -57,9 +57,9 @@ def bench_generate(
 ) -> list[dict]: # comparisons 'generate' (the fastest setting of this machine) and 'generate_float32' (the plain loop's arithmetic)
     "Images per second of `generate` and of the plain loop, embedded generator, same captions and seeds."
     captions = read_captions(captions_of(emoji('B', 'noto'))).slice(0, n)
-    pipeline, times = load_generator('embedded'), {}
+    pipeline, times = load_generator('embedded', dtype=torch.float32), {}
     items = Plan(captions, make_settings(captions, resolve_generator('embedded'), shard_size=n)).items(0)
-    ways = {'plain': None, 'generate_float32': torch.float32, **({'generate': torch.bfloat16} if fast_bfloat16() else {})}
+    ways = {'plain': None, 'generate_float32': torch.float32, **({'generate': torch.bfloat16} if fast_bfloat16() and pipeline.device.type == 'cpu' else {})}
     pipeline(items[0].prompt, num_inference_steps=1) # warm up
     for _ in range(rounds):
         for name, dtype in ways.items():
