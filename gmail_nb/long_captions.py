@@ -24,7 +24,7 @@ from .pipelines import clip_tokenizer
 from .retrieval import Ranks, embed_texts, retrieval
 from .runtime import check_writable
 
-# %% ../nbs/12_long_captions.ipynb #7f607b44
+# %% ../nbs/12_long_captions.ipynb #d1592754
 LONG, KEPT = 248, 20 # tokens of Long-CLIP, and the positions it keeps
 
 def stretch_positions(
@@ -36,10 +36,10 @@ def stretch_positions(
     p = len(positions)
     if not 0 <= keep < p - 1: raise ValueError(f'keep {keep} of {p} positions: choose 0 <= keep < {p - 1}')
     if length < p: raise ValueError(f'{p} positions are to become {length}: stretching cannot shorten')
-    at = keep + torch.arange(length - keep, device=positions.device, dtype=positions.dtype) * (p - keep) / (length - keep)
+    at = keep + torch.arange(length - keep, device=positions.device, dtype=torch.float32) * (p - keep) / (length - keep)
     low = at.floor().long().clamp(max=p - 2)              # past the last position, the last step goes on
-    part = (at - low)[:, None]
-    return torch.cat([positions[:keep], positions[low] * (1 - part) + positions[low + 1] * part])
+    part, wide = (at - low)[:, None], positions.float()   # half precision cannot tell positions past 256 apart, nor their quarters
+    return torch.cat([positions[:keep], (wide[low] * (1 - part) + wide[low + 1] * part).to(positions.dtype)])
 
 # %% ../nbs/12_long_captions.ipynb #c1dfd8c7
 def stretch_text(
