@@ -31,7 +31,11 @@ from .retrieval import RETRIEVAL_SETS, WAYS, RetrievalSet, bootstrap, embed_capt
 from .runtime import atomic_path, check_writable, default_device, fingerprint, read_results, record, unknown_name, use_all_cores, write_results
 from .tune import ProjectedTower, load_tuned
 
-# %% ../nbs/33_eval_cli.ipynb #9f88452b
+# %% ../nbs/33_eval_cli.ipynb #3354fb6b
+def _safe(name): # a file's name; two names never share one
+    plain = ''.join(c if c.isalnum() or c in '-.' else '_' for c in Path(name).name)
+    return plain if plain == name else f'{plain}-{fingerprint(name)[:6]}'
+
 def stretched_by_name(name:str) -> Encoder:
     "An encoder by the name on a card, which ends in '+248' where its positions were stretched."
     stretched = re.fullmatch(r'(.+)\+(\d+)', name)
@@ -44,7 +48,7 @@ def aligned_encoder(folder:Path) -> Encoder:
     out.generated_side = ProjectedTower(model.f_g, model.proj_gen)
     return out
 
-# %% ../nbs/33_eval_cli.ipynb #f7bc5656
+# %% ../nbs/33_eval_cli.ipynb #700f82e4
 MODEL_FORMS = ('embedded', 'open_clip:ARCHITECTURE/PRETRAINED', 'hf:ID_OR_FOLDER', 'timm:ARCHITECTURE/FILE', 'synclr:ARCHITECTURE/FILE', 'tuned:FOLDER', 'tuned-f_g:FOLDER', 'aligned:FOLDER', 'longclip:FILE', 'stretched:MODEL')
 
 def eval_model(
@@ -62,7 +66,12 @@ def eval_model(
         return encoder
     if kind == 'longclip' and rest:
         if not (models/rest).exists(): raise FileNotFoundError(f'{rest} is not here: download the Long-CLIP weights first, and name their folder with --models')
-        return load_encoder(f'hf:{convert_longclip(models/rest, out/"converted"/Path(rest).stem)}')
+        folder, card = out/'converted'/f'{_safe(rest)}', (models/rest).stat()
+        made = folder/f'from-{card.st_size}-{card.st_mtime_ns}'                  # converted once
+        if not made.exists():
+            for old in folder.glob('from-*'): old.unlink()
+            convert_longclip(models/rest, folder); made.touch()
+        return load_encoder(f'hf:{folder}')
     if kind == 'hf' and (models/rest).is_dir(): return load_encoder(f'hf:{models/rest}')
     if kind == 'timm' and (models/rest.partition('/')[2]).is_file(): return load_encoder(f'timm:{rest.partition("/")[0]}/{models/rest.partition("/")[2]}')
     if kind not in ('embedded', 'open_clip', 'hf', 'timm'): raise unknown_name('model', spec, MODEL_FORMS)
@@ -105,7 +114,7 @@ def captioned_set(name:str, root:Path|None) -> tuple: # captioned set, protocol
     ds = emoji('B', source='twemoji')
     return ds.remove_columns('captions').add_column('captions', [[d] for d in ds['description']]), RetrievalSet(lambda root: ds, split='B-twemoji')
 
-# %% ../nbs/33_eval_cli.ipynb #d427083f
+# %% ../nbs/33_eval_cli.ipynb #6b64e596
 @dataclass
 class EvalRun:
     "What the measurements of one call share."
@@ -116,10 +125,6 @@ class EvalRun:
     how:str='probe'            # of a model without a text side: 'probe' or 'fine-tune'
     train:Path|None=None       # generated images for the probe of an aligned model, their keys CLASS/NUMBER
     say:Callable=print         # told what is done and what is left out
-
-def _safe(name): # a file's name; two names never share one
-    plain = ''.join(c if c.isalnum() or c in '-.' else '_' for c in Path(name).name)
-    return plain if plain == name else f'{plain}-{fingerprint(name)[:6]}'
 
 def stem_of(run:EvalRun, name:str, arm:str) -> str: return f'{_safe(name)}_{_safe(arm)}'
 
