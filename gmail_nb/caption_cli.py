@@ -7,7 +7,7 @@ __all__ = ['CLIPCAP', 'PRESETS', 'TUNE_ARMS', 'TunePreset', 'coco_rows', 'check_
            'new_captioner', 'tune_captioner', 'score_captioner', 'tune_parser', 'gmail_tune', 'caption_parser',
            'gmail_caption']
 
-# %% ../nbs/32_caption_cli.ipynb #cb76e64c
+# %% ../nbs/32_caption_cli.ipynb #1d93f69b
 import argparse
 import json
 import sys
@@ -26,6 +26,7 @@ from .encoders import NoText, load_encoder
 from .experiments import demo_settings, table_text
 from .generate import load_generated
 from .runtime import check_writable, default_device, record, set_seed, unknown_name, use_all_cores, write_results
+from .tune import TEXT_RECIPES, tune_text_command
 
 # %% ../nbs/32_caption_cli.ipynb #bda79f29
 @dataclass(frozen=True)
@@ -149,16 +150,16 @@ def score_captioner(captioner, encoder, keys, features, references, arm, dataset
     values = {m: s.value for m, s in scores.scores.items()} | caption_statistics(texts, [row[-1] == captioner.end for row in ids]) | dict(images_left_out=len(broken))
     return [record('caption', arm, dataset, split, m, v, seed, len(keys)) for m, v in values.items()]
 
-# %% ../nbs/32_caption_cli.ipynb #f56580c8
+# %% ../nbs/32_caption_cli.ipynb #80f917d0
 def tune_parser() -> argparse.ArgumentParser:
     "The options of `gmail_tune`."
     p = argparse.ArgumentParser('gmail_tune', description='Train captioners. Without --annotations: the experiment in five arms on the embedded set.')
-    p.add_argument('--task', default='caption', choices=['caption'], help='what to train (default: caption)')
+    p.add_argument('--task', default='caption', choices=['caption', 'text'], help="what to train: captioners, or a text side on --generated images through --model, for retrieval (default: caption)")
     p.add_argument('--out', default='captions', help='output folder (default: captions)')
     p.add_argument('--rows', default='main', choices=['main', 'all'], help='of the experiment: the five arms, or also other backbones, ranks and generators')
     p.add_argument('--quick', action='store_true', help='the experiment on fewer concepts and seeds')
     p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--preset', default='small', help=f'{", ".join(PRESETS)} (default: small)')
+    p.add_argument('--preset', default='small', help=f'{", ".join(PRESETS)} (default: small); with --task text: {", ".join(TEXT_RECIPES)}')
     p.add_argument('--annotations', help="Karpathy's dataset_coco.json or a captions_*.json")
     p.add_argument('--images', help='the folder its images are in')
     p.add_argument('--splits', nargs=2, default=('train', 'test'), metavar=('TRAIN', 'TEST'), help='such as train+restval test')
@@ -170,13 +171,14 @@ def tune_parser() -> argparse.ArgumentParser:
     p.add_argument('--lr', type=float)
     return p
 
-# %% ../nbs/32_caption_cli.ipynb #705d18b4
+# %% ../nbs/32_caption_cli.ipynb #7a801eee
 def gmail_tune(
     argv:list[str]|None=None # arguments; those of the process if absent
 ) -> int: # exit status: 0, or 2 for input that cannot be used
     "Console script: train captioners."
     args = tune_parser().parse_args(argv); use_all_cores()
     try:
+        if args.task == 'text': return tune_text_command(args)
         if args.preset not in PRESETS: raise unknown_name('preset', args.preset, PRESETS)
         if bool(args.annotations) != bool(args.images): raise ValueError('--annotations and --images belong together')
         if not args.annotations:
