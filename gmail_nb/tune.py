@@ -340,7 +340,7 @@ TEXT_RECIPES = {
     'gmail-clip-cc3m': TextRecipe(B16, 'the 3,318,333 captions of CC3M', _epoch(3_318_333), 'table 7'),
     'gmail-clip-cc12m': TextRecipe(B16, 'the 12,423,374 captions of CC12M', _epoch(12_423_374), 'table 7')}
 
-# %% ../nbs/05b_tune.ipynb #6547dace
+# %% ../nbs/05b_tune.ipynb #6f78f8c3
 TEXT_ARMS = ('gmail', 'indiscriminate', 'real', 'mix')
 
 def pairs_of_files(
@@ -355,7 +355,7 @@ def pairs_of_files(
     if arm in ('real', 'mix') and captioned is None: raise ValueError(f'{arm} learns from real images: name a captioned set with --images')
     if arm == 'gmail' and model is None: raise ValueError('generated images go through f_g: name an aligned model with --model')
     side = dict(model=encoder) if model is None else dict(model=model, side='generated' if arm == 'gmail' else 'real')
-    def features(ds, name, **side): return torch.from_numpy(np.array(embed(ds, out=out/'features'/name, **side).features))
+    def features(ds, name, **side): return embed(ds, out=out/'features'/name, **side).features.clone()
     if arm == 'real':
         x, rows = features(captioned, 'real', **side), [(i, c) for i, cs in enumerate(captioned['captions']) for c in cs]
         return _whole(x[[i for i, _ in rows]], [c for _, c in rows])
