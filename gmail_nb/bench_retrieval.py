@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dense_recall_at_k', 'clip_benchmark_recall', 'plain_recalls', 'our_recalls', 'random_features', 'measure',
-           'compare_retrieval', 'bench_retrieval']
+           'compare_retrieval', 'bench_retrieval', 'bench_retrieval_large']
 
 # %% ../nbs/24b_bench_retrieval.ipynb #b2f64a5e
 import gmail_nb.runtime
@@ -96,7 +96,7 @@ def measure(
     if done.returncode: raise RuntimeError(f'retrieval of {n} x {m} failed, probably for lack of memory: {done.stderr[-300:]}')
     return json.loads(done.stdout)
 
-# %% ../nbs/24b_bench_retrieval.ipynb #59e4ed0d
+# %% ../nbs/24b_bench_retrieval.ipynb #b2bfb78d
 def compare_retrieval(n:int=5_000, m:int=25_000, d:int=512) -> list[dict]: # comparisons of time and of memory
     "Both ways on the same features. `AssertionError` when their numbers differ by more than two queries, which float rounding of near ties can do."
     found = measure(n, m, d); a, b = found['ours'], found['plain']
@@ -110,3 +110,10 @@ def bench_retrieval(
 ) -> list[dict]: # comparisons
     "COCO's test set in size: our ranks beside clip-benchmark's recall."
     return compare_retrieval(n, m, d)
+
+def bench_retrieval_large(
+    n:int=100_000, m:int=500_000, d:int=512
+) -> list[dict]: # one comparison, with our `seconds`
+    "A gallery too large for clip-benchmark: our memory above the features beside the bytes of its matrix of scores."
+    ours = measure(n, m, d, ('ours',))['ours']
+    return [dict(comparison('retrieval memory', ours['mib'], 4 * n * m / 2**20, 'MiB', n * m, higher_is_better=False), seconds=round(ours['seconds'], 1))]
