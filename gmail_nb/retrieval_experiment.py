@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'FRACTIONS', 'Hits', 'DIFFERENCES', 'COLORS', 'Shown', 'World', 'arm_features', 'aligned_model', 'shown',
-           'retrieval_world', 'arm_ranks', 'nested', 'tune_arms', 'hit_records', 'recall_table', 'show_arms',
-           'show_answers', 'scaling', 'show_scaling', 'retrieval_verdict', 'retrieval_experiment']
+           'retrieval_world', 'in_text_batches', 'arm_ranks', 'nested', 'tune_arms', 'median_interval', 'hit_records',
+           'recall_table', 'show_arms', 'found_by_any', 'show_answers', 'scaling', 'show_scaling', 'retrieval_verdict',
+           'retrieval_experiment']
 
-# %% ../nbs/21_retrieval_experiment.ipynb #d73f08a7
+# %% ../nbs/21_retrieval_experiment.ipynb #5123cab2
 import gmail_nb.runtime
 import json
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +26,7 @@ from .encoders import Encoder, in_batches, load_encoder, preprocess_images
 from .experiments import DemoSettings, align_side, make_side, paired_interval, save_figure, table_text
 from .retrieval import WAYS, bootstrap, embed_texts, nearest, retrieval, show_retrieval
 from .runtime import atomic_write, check_writable, fingerprint, progress, record, stable_seed, write_results
-from .tune import TunedText, TuneSettings, head_inputs, save_tuned, tune_text
+from .tune import TunedText, TuneSettings, head_inputs, last_linear, save_tuned, tune_text
 
 # %% ../nbs/21_retrieval_experiment.ipynb #85d5b135
 @dataclass
@@ -93,11 +94,16 @@ def retrieval_world(
     tests = {n: Shown(t['keys'], t['captions'], x[f'{n}.f_r'], x[f'{n}.f_g']) for n, t in card['tests'].items()}
     return load_encoder('embedded'), World(card['captions'], arm_features(x['generated'], x['aligned'], x['real']), tests)
 
-# %% ../nbs/21_retrieval_experiment.ipynb #4b14e17c
+# %% ../nbs/21_retrieval_experiment.ipynb #58ec2a6d
 ARMS = ('base', 'indiscriminate', 'gmail', 'mix', 'real')
 FRACTIONS = (1/8, 1/4, 1/2, 1)
 
 Hits = dict[str, dict[str, dict[str, torch.Tensor]]] # arm -> test -> way -> ranks (seeds, queries)
+
+def in_text_batches(encode, tokens:dict[str, torch.Tensor], batch_size:int=1024) -> torch.Tensor: # (N, D), on the CPU
+    "Texts in batches; `encode` moves each to where the tower is."
+    n = len(next(iter(tokens.values())))
+    return torch.cat([encode({k: v[i:i + batch_size] for k, v in tokens.items()}).cpu() for i in range(0, n, batch_size)])
 
 def arm_ranks(
     encoder:Encoder, tuned:TunedText|None, # None: the base
@@ -108,12 +114,12 @@ def arm_ranks(
     out = {}
     for name, t in tests.items():
         x = getattr(t, through)
-        with torch.inference_mode(): text = encoder.encode_text(encoder.tokenize(t.captions)) if tuned is None else tuned.encode_text(encoder.tokenize(t.captions))
-        r = retrieval(x if tuned is None else tuned.project(x), text)
+        with torch.inference_mode(): text = in_text_batches((encoder if tuned is None else tuned).encode_text, encoder.tokenize(t.captions))
+        r = retrieval(x if tuned is None else tuned.project(x).cpu(), text)
         out[name] = {way: r[way] for way in WAYS}
     return out
 
-# %% ../nbs/21_retrieval_experiment.ipynb #d220e4e0
+# %% ../nbs/21_retrieval_experiment.ipynb #8beb6180
 def nested(
     n:int, fraction:float, seed:int=0
 ) -> torch.Tensor: # rows, in order
@@ -135,7 +141,8 @@ def tune_arms(
     if unknown: raise ValueError(f'no features for the arm {unknown[0]!r}: the world has {list(world.arms)}')
     rows, runs = nested(len(world.captions), fraction), {}
     captions = [world.captions[i] for i in rows]
-    inputs = head_inputs(encoder.text, encoder.text.head, encoder.tokenize(captions)) if settings.part == 'head' else None
+    head = last_linear(encoder.text) if settings.part == 'head' else None
+    inputs = None if head is None else head_inputs(encoder.text, head, encoder.tokenize(captions))
     if 'base' in arms: runs['base'] = [arm_ranks(encoder, None, world.tests)] * seeds
     for seed, arm in progress([(s, a) for s in range(seeds) for a in arms if a != 'base'], f'{len(rows)} captions'):
         tuned = tune_text(encoder, world.arms[arm][..., rows, :], captions, inputs, **asdict(replace(settings, seed=stable_seed(settings.seed, seed))))
@@ -144,8 +151,18 @@ def tune_arms(
         if keep: keep(arm, seed, tuned)
     return {a: {t: {w: torch.stack([r[t][w] for r in rs]) for w in WAYS} for t in world.tests} for a, rs in runs.items()}
 
-# %% ../nbs/21_retrieval_experiment.ipynb #5b3c3350
+# %% ../nbs/21_retrieval_experiment.ipynb #69032b47
 DIFFERENCES = (('gmail', 'indiscriminate'), ('gmail', 'base'), ('gmail f_g', 'gmail'))
+
+def median_interval(
+    ranks:torch.Tensor, # (seeds, N), from 0
+    draws:int=1000, seed:int=0
+) -> tuple[float, float, float]: # the median rank from 1, and its 95% interval
+    "Bootstrap over queries and seeds."
+    r, rng = ranks.numpy() + 1., np.random.default_rng(seed)
+    s, n = r.shape
+    medians = [np.median(r[rng.integers(0, s, s)][:, rng.integers(0, n, n)]) for _ in range(draws)]
+    return float(np.median(r)), *np.quantile(medians, (.025, .975)).tolist()
 
 def hit_records(
     experiment:str,
@@ -154,16 +171,18 @@ def hit_records(
     draws:int=1000,
     **extra
 ) -> list[dict]: # of each arm, over its seeds, and of each difference, with intervals
-    "Recalls at k with bootstrap intervals over queries and seeds, and paired differences of arms."
-    out = []
+    "Recalls at k, mAP and the median rank, with bootstrap intervals over queries and seeds, and paired differences of arms."
+    out, (seeds, _) = [], next(iter(next(iter(hits.values())).values()))[WAYS[0]].shape
+    def keep(arm, test, metric, n, found): out.append(record(experiment, arm, 'emoji', test, metric, found[0], 0, n, low=found[1], high=found[2], seeds=seeds, **extra))
     for test in next(iter(hits.values())):
         for way in WAYS:
-            for k in ks:
-                found = {a: (r[test][way] < k).float() for a, r in hits.items()}
-                rows = {a: paired_interval(x, torch.zeros_like(x), draws) for a, x in found.items()}
-                rows |= {f'{a}-{b}': paired_interval(found[a], found[b], draws) for a, b in DIFFERENCES if a in found and b in found}
-                n, seeds = found[next(iter(found))].shape[1], found[next(iter(found))].shape[0]
-                out += [record(experiment, a, 'emoji', test, f'{way}_recall_at_{k}', v, 0, n, low=lo, high=hi, seeds=seeds, **extra) for a, (v, lo, hi) in rows.items()]
+            ranks = {a: r[test][way] for a, r in hits.items()}; n = next(iter(ranks.values())).shape[1]
+            values = {f'recall_at_{k}': {a: (r < k).float() for a, r in ranks.items()} for k in ks} | dict(map={a: 1 / (r + 1.) for a, r in ranks.items()})
+            for m, found in values.items():
+                for a, x in found.items(): keep(a, test, f'{way}_{m}', n, paired_interval(x, torch.zeros_like(x), draws))
+                for a, b in DIFFERENCES:
+                    if a in found and b in found: keep(f'{a}-{b}', test, f'{way}_{m}', n, paired_interval(found[a], found[b], draws))
+            for a, r in ranks.items(): keep(a, test, f'{way}_median_rank', n, median_interval(r, draws))
     return out
 
 # %% ../nbs/21_retrieval_experiment.ipynb #39f799d8
@@ -199,7 +218,17 @@ def show_arms(
     axes[0, 0].set_ylabel(f'recall at {k} in %', fontsize=8); fig.tight_layout(); plt.close(fig)
     return fig
 
-# %% ../nbs/21_retrieval_experiment.ipynb #354b81ca
+# %% ../nbs/21_retrieval_experiment.ipynb #891027ac
+def found_by_any(
+    encoder:Encoder, tuned:dict[str, TunedText], test:Shown,
+    n:int=4, k:int=5, seed:int=0
+) -> tuple[list[int], dict]: # rows of n queries, in order; and of how many queries, by how many towers
+    "Queries drawn at random among those whose right answer some tower has in its first k."
+    ranks = torch.stack([arm_ranks(encoder, t, {'': test})['']['text_to_image'] for t in tuned.values()])
+    good = (ranks < k).any(0).nonzero()[:, 0]
+    rows = good[torch.randperm(len(good), generator=torch.Generator().manual_seed(seed))[:n]].sort().values.tolist()
+    return rows, dict(queries=len(test.captions), by_any=len(good)) | {name: int((r < k).sum()) for name, r in zip(tuned, ranks)}
+
 def show_answers(
     encoder:Encoder, tuned:dict[str, TunedText], test:Shown, split:str,
     rows:list[int],      # queries
@@ -239,15 +268,19 @@ def show_scaling(
     axes[0].set_ylabel(f'recall at {k} in %'); axes[0].legend(fontsize=7); fig.tight_layout(); plt.close(fig)
     return fig
 
-# %% ../nbs/21_retrieval_experiment.ipynb #81e02029
+# %% ../nbs/21_retrieval_experiment.ipynb #bf31b2ce
 def retrieval_verdict(records:list[dict]) -> str:
-    "What the paired intervals allow one to say, of concepts of B and of unseen ones."
+    "What the paired intervals allow one to say, of concepts of B and of unseen ones, and what zero-shot ability was lost."
     lines = []
     for test in dict.fromkeys(r['split'] for r in records):
         for way in WAYS:
-            r = next(r for r in records if (r['arm'], r['split'], r['metric']) == ('gmail-indiscriminate', test, f'{way}_recall_at_1'))
-            said = 'helps' if r['low'] > 0 else 'hurts' if r['high'] < 0 else 'makes no difference that this run can show'
-            lines.append(f"{test}, {way.replace('_', ' ')}: aligning first {said}; R@1 {100 * r['value']:+.1f} points (95% interval {100 * r['low']:+.1f} to {100 * r['high']:+.1f}; {r['n']} concepts, {r['seeds']} seeds).")
+            found = [next(r for r in records if (r['arm'], r['split'], r['metric']) == ('gmail-indiscriminate', test, f'{way}_recall_at_{k}')) for k in (1, 5, 10)]
+            def said(r): return 'helps' if r['low'] > 0 else 'hurts' if r['high'] < 0 else 'makes no difference that this run can show'
+            points = '; '.join(f"at {k} it {said(r)}, {100 * r['value']:+.1f} points ({100 * r['low']:+.1f} to {100 * r['high']:+.1f})" for k, r in zip((1, 5, 10), found))
+            lines.append(f"{test}, {way.replace('_', ' ')}, aligning first: {points}. {found[0]['n']} concepts, {found[0]['seeds']} seeds, 95% intervals.")
+    for arm in ('gmail', 'indiscriminate'): # what tuning costs on concepts that stand in no caption
+        rows = {(r['arm'], r['metric']): r for r in records if r['split'].startswith('unseen')}
+        if rows: lines.append(f'Unseen concepts, text to image, before and after {arm}: ' + ', '.join(f"R@{k} {100 * rows['base', f'text_to_image_recall_at_{k}']['value']:.1f} -> {100 * rows[arm, f'text_to_image_recall_at_{k}']['value']:.1f}" for k in (1, 5, 10)) + '.')
     return '\n'.join(lines)
 
 def retrieval_experiment(
@@ -260,7 +293,7 @@ def retrieval_experiment(
     "All arms and the scaling. Writes retrieval_results.jsonl, retrieval_table.txt, arms.png, scaling.png and tuned/."
     encoder, world = retrieval_world(out, demo); out = Path(out)
     def keep(arm, seed, tuned):
-        if (arm, seed) == ('gmail', 0): save_tuned(tuned, encoder, out/'tuned', aligned=out/'model', settings=asdict(settings))
+        if (arm, seed) == ('gmail', 0): save_tuned(tuned, encoder, out/'tuned', aligned=out/'model', settings=asdict(replace(settings, seed=stable_seed(settings.seed, seed))))
     records = hit_records('retrieval', tune_arms(encoder, world, settings, seeds, keep=keep))
     text = '\n\n'.join(table_text(recall_table(records, t)) for t in world.tests) + '\n\n' + retrieval_verdict(records) + '\n'
     atomic_write(out/'retrieval_table.txt', text); save_figure(show_arms(records), out/'arms.png')
