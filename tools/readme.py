@@ -12,7 +12,7 @@ def text(value): return ''.join(value) if isinstance(value, list) else value
 
 def relink(markdown):
     "Links to notebooks as seen from the README, one folder up."
-    return re.sub(r'\]\((?!https?:|#|/)([\w.-]+\.ipynb)', r'](nbs/\1', markdown)
+    return re.sub(r'\]\((?!https?:|#|/)([\w./-]+\.ipynb)', r'](nbs/\1', markdown)
 
 def render_output(out, name):
     "One stored output as markdown, and the picture it needs as {file name: bytes}."

@@ -40,7 +40,7 @@ def stage(work):
     shutil.copytree(root/'nbs', work/'nbs', symlinks=False, ignore=shutil.ignore_patterns('.ipynb_checkpoints', '_*'))
     for name in ('settings.ini', '_quarto.yml'): shutil.copy(root/name, work/name)
     shutil.copy(root/'_quarto.yml', work/'nbs'/'_quarto.yml')
-    for path in work.glob('nbs/*.ipynb'):
+    for path in work.glob('nbs/**/*.ipynb'):
         nb = json.loads(path.read_text(encoding='utf-8'))
         split_title(nb)
         show_source(nb)
@@ -60,28 +60,35 @@ def process(work):
     refresh_quarto_yml()
     done = proc_nbs(n_workers=0, force=True)
     home = get_config()
-    for path in done.glob('*.ipynb'): # links among our own pages work from any folder, and without a network
+    for path in done.glob('**/*.ipynb'): # links among our own pages work from any folder, and without a network
         text = path.read_text(encoding='utf-8')
-        path.write_text(text.replace(f'{home.doc_host}{home.doc_baseurl}/', ''), encoding='utf-8')
+        path.write_text(text.replace(f'{home.doc_host}{home.doc_baseurl}/', to_top(path, done)), encoding='utf-8')
     return done, home.doc_path.name
 
+def to_top(page, site):
+    "The relative way from a page to the folder that the site is in: empty, '../', ..."
+    return '../' * (len(page.relative_to(site).parts) - 1)
+
+def page_name(stem):
+    "The name nbdev gives a page: `00_core` becomes `core`."
+    return re.sub(r'^\d+[a-zA-Z0-9]*_', '', stem.lower())
+
 def rename_outputs(done):
-    "Give each page the name nbdev chose for it (`00_core` becomes `core`): smalldocs does not read `output-file`."
-    names = {p.name: re.sub(r'^\d+[a-zA-Z0-9]*_', '', p.stem.lower()) for p in done.glob('*.ipynb')}
-    for path in [*done.glob('*.ipynb'), done/'sidebar.yml']:
+    "Give each page the name nbdev chose for it: smalldocs does not read `output-file`."
+    numbered = re.compile(r'(?<!\w)\d+[a-zA-Z0-9]*_(\w+\.(?:ipynb|html))')
+    pages = list(done.glob('**/*.ipynb'))
+    for path in [*pages, done/'sidebar.yml']:
         text = path.read_text(encoding='utf-8')
-        for old, new in names.items():
-            text = re.sub(rf'(?<![\w/]){re.escape(Path(old).stem)}\.(ipynb|html)', rf'{new}.\1', text)
-        path.write_text(text, encoding='utf-8')
-    for old, new in names.items(): (done/old).rename(done/f'{new}.ipynb')
+        path.write_text(numbered.sub(r'\1', text), encoding='utf-8')
+    for path in pages: path.rename(path.with_name(f'{page_name(path.stem)}.ipynb'))
 
 def local_katex(site):
     "Serve KaTeX from the site itself instead of a content delivery network."
     shutil.copytree(katex, site/'site_libs'/'katex')
-    for page in site.glob('*.html'):
+    for page in site.glob('**/*.html'):
         text = page.read_text(encoding='utf-8')
-        text = re.sub(r'https://[^"\s]*/katex@[\d.]+/dist/(contrib/)?', 'site_libs/katex/', text)
-        page.write_text(text, encoding='utf-8')
+        ours = f'{to_top(page, site)}site_libs/katex/'
+        page.write_text(re.sub(r'https://[^"\s]*/katex@[\d.]+/dist/(contrib/)?', ours, text), encoding='utf-8')
 
 def render(done, doc_path):
     "Render the processed notebooks with Quarto, or else with smalldocs; returns the folder of the site."
@@ -105,7 +112,7 @@ def build(out):
         finally: os.chdir(root) # nbdev finds settings.ini from the working folder, which is about to go
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(site, out)
-    print(f'{len(list(out.glob("*.html")))} pages in {out.name}')
+    print(f'{len(list(out.glob("**/*.html")))} pages in {out.name}')
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])

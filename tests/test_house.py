@@ -1,0 +1,100 @@
+"How the house is built and how its notebooks read: rooms in order, nothing private borrowed, short lines, lessons between."
+import ast
+import re
+import statistics
+import sys
+
+import pytest
+from house import cells_of, exported, flags_of, modules, names, path_of, place, root, run, source_of, tracked
+
+def lines_of(cell):
+    return [l for l in source_of(cell).splitlines() if l.strip() and not l.startswith('#|')]
+
+def is_definition(cell):
+    "Exports more than imports."
+    return exported(cell) and bool(re.search(r'^(def |class |async |@|[A-Za-z_][\w.]*\s*[=:(])', source_of(cell), re.M))
+
+def is_lesson(cell):
+    return cell['cell_type'] == 'code' and not exported(cell) and not flags_of(cell) & {'hide', 'default_exp'}
+
+def imports(code):
+    "(module, name) of everything imported from this package; a whole module has no name."
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('gmail_nb'):
+            yield from ((node.module, a.name) for a in node.names)
+        if isinstance(node, ast.Import):
+            yield from ((a.name, None) for a in node.names if a.name.startswith('gmail_nb.'))
+
+def exported_code(name): return '\n'.join(source_of(c) for c in cells_of(name) if exported(c))
+
+@pytest.mark.parametrize('name', names)
+def test_notebook_opens_with_title_and_purpose(name):
+    "An H1, then a `>` line; both are what the pages and the table of rooms show."
+    opening = '\n'.join(source_of(c) for c in cells_of(name)[:3] if c['cell_type'] == 'markdown')
+    assert re.match(r'# \S', opening) and re.search(r'^> \S', opening, re.M)
+
+@pytest.mark.parametrize('name', names)
+def test_notebook_imports_only_lower_rooms(name):
+    made_by = modules()
+    for module, _ in imports(exported_code(name)):
+        if module == 'gmail_nb': continue
+        lower = made_by[module.removeprefix('gmail_nb.')]
+        assert place(lower) < place(name), f'{name} imports {module}, which {lower} makes'
+
+@pytest.mark.parametrize('name', names)
+def test_nothing_private_is_borrowed(name):
+    borrowed = [n for _, n in imports(exported_code(name)) if n and n.startswith('_') and not n.startswith('__')]
+    assert not borrowed, f'{name} imports {borrowed}: make it public, or keep it in its room'
+
+@pytest.mark.parametrize('name', names)
+def test_lines_fit_the_page(name):
+    "No line of code over 120 characters, and few over 100."
+    lines = [l for c in cells_of(name) if c['cell_type'] == 'code' for l in lines_of(c)]
+    long = [l for l in lines if len(l) > 120]
+    assert not long, f'{len(long)} lines over 120 characters, such as {long[0]!r}'
+    wide = [l for l in lines if len(l) > 100]
+    assert len(wide) <= max(3, .03 * len(lines)), f'{len(wide)} of {len(lines)} lines over 100 characters'
+
+@pytest.mark.parametrize('name', names)
+def test_exports_are_short_and_lessons_stand_between(name):
+    "No exported cell over 40 lines, and no more than 60 exported lines without a lesson that runs."
+    run_of = 0
+    for i, cell in enumerate(cells_of(name)):
+        if is_lesson(cell): run_of = 0
+        if not is_definition(cell): continue
+        n = len(lines_of(cell))
+        run_of += n
+        assert n <= 40, f'cell {i} exports {n} lines'
+        assert run_of <= 60, f'cell {i}: {run_of} exported lines without a lesson'
+
+def test_an_exported_cell_has_at_most_twelve_lines_in_the_middle():
+    sizes = [len(lines_of(c)) for n in names for c in cells_of(n) if is_definition(c)]
+    assert statistics.median(sizes) <= 12, statistics.median(sizes)
+
+def test_hidden_cells_are_short():
+    "Walls of assertions are files of tests, where they fail by name."
+    long = [f'{n}: cell {i}' for n in names for i, c in enumerate(cells_of(n))
+            if c['cell_type'] == 'code' and 'hide' in flags_of(c) and not exported(c) and len(lines_of(c)) > 25]
+    assert not long, long
+
+def test_sidebar_names_every_notebook():
+    listed = re.findall(r'(\S+)\.ipynb', (root/'nbs'/'sidebar.yml').read_text(encoding='utf-8'))
+    assert sorted(listed) == sorted(names), f'nbs/sidebar.yml: {set(listed) ^ set(names)}'
+
+def test_list_of_rooms_names_every_notebook():
+    index = path_of('index').read_text(encoding='utf-8')
+    missing = [n for n in names if n != 'index' and f'({n}.ipynb)' not in index]
+    assert not missing, f'run index.ipynb again: its list of rooms lacks {missing}'
+
+def test_readme_is_what_the_index_gives():
+    run(sys.executable, root/'tools'/'readme.py', '--check', cwd=root)
+
+def test_no_file_names_a_path_of_one_machine():
+    path_of_one_machine = re.compile(r'(?<![\w.:/-])/(?:work|tmp|root|home)/[\w.]')
+    bad = []
+    for path in tracked():
+        data = path.read_bytes()
+        if b'\0' in data[:4096]: continue # parquet, weights, pictures
+        text = re.sub(r'"image/png": "[^"]*"', '', data.decode('utf-8', 'replace'))
+        bad += [f'{path.relative_to(root)}: {m[0]}' for m in path_of_one_machine.finditer(text)]
+    assert not bad, bad
