@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'RECALLS', 'ROWS', 'AGAINST', 'TABLE2', 'TABLE3', 'EIGHT', 'TABLE4_ROWS', 'TABLE4_NUMBERS', 'TABLE4', 'TABLE5',
-           'TABLE7', 'TABLE7_ROWS', 'EVAL_PRESETS', 'MODEL_FORMS', 'TASKS', 'OWN', 'B16', 'L14', 'COCO', 'CC3M',
-           'CC12M', 'LONGCLIP', 'TEXT_RECIPES', 'GPT2', 'LLAMA', 'SIGLIP', 'CLIPCAP', 'LLAMACAP', 'CAPTIONER_PRESETS',
-           'ARMS', 'EvalPreset', 'reported', 'TextRecipe', 'one_epoch', 'CaptionerPreset']
+           'TABLE7', 'TABLE7_ROWS', 'EVAL_PRESETS', 'MODEL_FORMS', 'TASKS', 'OWN', 'SET_NAMES', 'B16', 'L14', 'COCO',
+           'CC3M', 'CC12M', 'LONGCLIP', 'TEXT_RECIPES', 'GPT2', 'LLAMA', 'SIGLIP', 'CLIPCAP', 'LLAMACAP',
+           'CAPTIONER_PRESETS', 'ARMS', 'EvalPreset', 'reported', 'TextRecipe', 'one_epoch', 'CaptionerPreset']
 
 # %% ../../nbs/runs/00_presets.ipynb #0a7d9b8f
 from dataclasses import dataclass, field, replace
@@ -88,13 +88,17 @@ EVAL_PRESETS = {
                                ('image_to_text_recall_at_1', 'text_to_image_recall_at_1'), TABLE5),
     'paper-table7': EvalPreset('retrieval', TABLE7_ROWS, ('flickr30k-all',), RECALLS, TABLE7)}
 
-# %% ../../nbs/runs/00_presets.ipynb #148aeb39
+# %% ../../nbs/runs/00_presets.ipynb #6540e091
 MODEL_FORMS = (
     'embedded', 'open_clip:ARCHITECTURE/PRETRAINED', 'hf:ID_OR_FOLDER', 'timm:ARCHITECTURE/FILE',
     'synclr:ARCHITECTURE/FILE', 'tuned:FOLDER', 'tuned-f_g:FOLDER', 'aligned:FOLDER',
     'longclip:FILE', 'stretched:MODEL')
 TASKS = ('retrieval', 'classification', 'long')
 OWN = dict(retrieval='emoji', classification='emoji-group', long='emoji-long') # the package's own sets
+
+SET_NAMES = (
+    'coco-5k', 'coco-1k', 'coco-val2017', 'flickr30k', 'flickr30k-all', 'sharegpt4v-1k', 'urban-1k',
+    'emoji', 'emoji-long', *EIGHT, 'emoji-group')
 
 # %% ../../nbs/runs/00_presets.ipynb #72e63d99
 @dataclass(frozen=True)
