@@ -10,54 +10,103 @@ import re
 from functools import cache
 
 # %% ../nbs/33_caption_tokens.ipynb #3fd056c3
-ABBREVIATIONS = '''adj adm adv al ala apr ariz assn assoc asst atty attys aug ave bancorp bhd bldg blvd brig bros calif capt cf cie cmdr co col colo comdr conn corp cos cpl
-ct dak dec dept det dr drs elec ens esq est etc ext feb fla fri ft ga gen gov govs hon inc ind insp intl invt jan jos jr jul jun kan ky lieut lt ltd maj mar md messrs mfg
-mich minn mlle mme mo mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph ph.d plc prof profs pte pty pvt rd rep reps rev rt sen sens sep sept seq sfc sgt
-spc sq sr st ste supt supts sys tel tenn thu thurs tue tues univ va vs vt wed wis wisc wm wyo'''.split()
-STATES = 'Ark Az Del Ill La Mass Miss Ore Pa Tex Wash'.split() # only with a capital: "ill." ends a sentence
+ABBREVIATIONS = '''
+    adj adm adv al ala apr ariz assn assoc asst atty attys aug ave bancorp bhd bldg blvd
+    brig bros calif capt cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det
+    dr drs elec ens esq est etc ext feb fla fri ft ga gen gov govs hon inc ind insp intl
+    invt jan jos jr jul jun kan ky lieut lt ltd maj mar md messrs mfg mich minn mlle mme mo
+    mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph ph.d plc prof profs
+    pte pty pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt supts
+    sys tel tenn thu thurs tue tues univ va vs vt wed wis wisc wm wyo'''.split()
+# these only with a capital, since "ill." ends a sentence
+STATES = 'Ark Az Del Ill La Mass Miss Ore Pa Tex Wash'.split()
+
+# %% ../nbs/33_caption_tokens.ipynb #h8tok020
+def _abbreviation():
+    "An abbreviation with its period; some are one before a number alone, such as *no. 5*."
+    short = '|'.join(map(re.escape, sorted(ABBREVIATIONS, key=len, reverse=True)))
+    states = f"(?-i:{'|'.join(STATES)})"
+    return rf"(?:{short}|{states})\.|(?:ca|figs?|nos?|art|pp|op)\.(?= ?\d)"
 
 # %% ../nbs/33_caption_tokens.ipynb #f5485794
+_APOSTROPHE, _MARK, _LETTER = "['’]", "['’‘`]", r'[^\W\d_²³¹¼-¾]'
+_CLITIC = rf'{_APOSTROPHE}(?:[msd]|re|ve|ll)'
+
+def _elided():
+    "Words with an apostrophe that belongs to them."
+    return '|'.join((
+        rf'{_APOSTROPHE}n{_APOSTROPHE}?',                            # rock 'n' roll
+        rf'{_APOSTROPHE}(?:em|till?|cause|[2-9]0s)',
+        rf'[dlj]{_APOSTROPHE}', rf'(?:dunkin|somethin|ol){_APOSTROPHE}',
+        "c'mon|e'er|li'l|nor'easter",
+        rf'[a-hj-xz]{_MARK}{_LETTER}{{2,}}',                         # o'clock
+        rf'{_LETTER}+[aeiouy]{_MARK}[aeiou]{_LETTER}*'))             # ma'am
+
+# %% ../nbs/33_caption_tokens.ipynb #h8tok004
 def _word_rules():
-    "Words and what clings to them: the token is group 1, and whatever follows it in the match is context."
-    apostrophe, mark, letter = "['’]", "['’‘`]", r'[^\W\d_²³¹¼-¾]'
-    word = rf'{letter}(?:{letter}|\d)*(?:[.!?]{letter}(?:{letter}|\d)*)*'
-    clitic = rf'{apostrophe}(?:[msd]|re|ve|ll)'
-    elided = '|'.join((rf'{apostrophe}n{apostrophe}?', rf'{apostrophe}(?:em|till?|cause|[2-9]0s)', rf'[dlj]{apostrophe}', rf'(?:dunkin|somethin|ol){apostrophe}',
-                       "c'mon|e'er|li'l|nor'easter", rf'[a-hj-xz]{mark}{letter}{{2,}}', rf'{letter}+[aeiouy]{mark}[aeiou]{letter}*'))
-    short = '|'.join(map(re.escape, sorted(ABBREVIATIONS, key=len, reverse=True)))
-    abbreviation = rf"(?:{short}|(?-i:{'|'.join(STATES)}))\.|(?:ca|figs?|nos?|art|pp|op)\.(?= ?\d)"
-    return [r'(can|gon|got|lem|gim|wan)(?:not|na|ta|me)(?![^\W_])', rf'({word}){clitic}', rf'([a-z]*[a-mo-z])n{mark}t', rf'({mark}t)(?:is|was)\b', rf'({word})', rf'({elided})',
-            rf'(y{apostrophe}){letter}', rf'({clitic})(?:[^a-z]|$)', rf'(n{mark}t)', rf'({abbreviation})', r'([a-z](?:\.[a-z])*\.)', rf'({apostrophe}\d\d)(?!\S)']
+    "Words and what clings to them: the token is group 1, and what follows it in the match is context."
+    word = rf'{_LETTER}(?:{_LETTER}|\d)*(?:[.!?]{_LETTER}(?:{_LETTER}|\d)*)*'
+    return [
+        r'(can|gon|got|lem|gim|wan)(?:not|na|ta|me)(?![^\W_])',      # cannot, gonna
+        rf'({word}){_CLITIC}', rf'([a-z]*[a-mo-z])n{_MARK}t',        # man's, doesn't
+        rf'({_MARK}t)(?:is|was)\b', rf'({word})', rf'({_elided()})',
+        rf'(y{_APOSTROPHE}){_LETTER}',                               # y'all
+        rf'({_CLITIC})(?:[^a-z]|$)', rf'(n{_MARK}t)',
+        rf'({_abbreviation()})', r'([a-z](?:\.[a-z])*\.)',           # St., U.S.
+        rf'({_APOSTROPHE}\d\d)(?!\S)']                               # '80
 
 # %% ../nbs/33_caption_tokens.ipynb #3498f132
-def _compound_rules():
-    "Numbers, compounds and addresses; in a tie the earlier rule wins."
-    number, mark = r'(?:\d*(?:[.:,]\d+)+|\d+)', "['’‘`]"
-    part = rf'(?:[dlo]{mark})?[a-z\d]+'
-    either = r'[a-z\d]+(?:-[a-z]+){0,2}'
+def _address_rules():
+    "Addresses of pages and people, and names behind @ or #."
     end = r'[^\s<>|.!?(){},-]'
-    return [rf'((?:https?|ftp)://[^\s<>|(){{}}]+{end})', rf'((?:www\.(?:[^\s<>|.!?(){{}},]+\.)+[a-z]{{2,4}}|(?:[^\s`<>|.!?(){{}},$-]+\.)+(?:com|net|org|edu))(?:/[^\s<>|()]+{end})?)',
-            r'([a-z\d][^\s"<>|(){}]*@(?:[^\s"<>|(){}.]+\.)*[^\s"<>|(){}\[\].,;:]+)', r'([@#][a-z_]\w*)', r'(\d{1,2}[-/]\d{1,2}[-/]\d{2,4})', rf'([-+]?{number})', r'((?:\d{1,4}[- ])?\d{1,4}/\d{1,4})',
-            rf'({either}(?:/{either}){{1,2}})', r'([A-Z]*\$)', r'((?:\(\d{2,3}\) ?|(?:\d{2,4}[- ])?\d{2,4}[- ])\d{3,4}[- ]?\d{3,5}|(?:\d{2,4}\.)?\d{2,4}\.\d{3,4}\.\d{3,5})',
-            r'([a-z\d](?:[a-z\d.,])*(?:[-_](?:[a-z\d]+|(?:[a-z]\.)+))+)', rf'({part}(?:-(?:{part}|{number}))*)', r'((?-i:[A-Z]+(?:[+&][A-Z]+)+)|c\+\+)']
+    host = r'www\.(?:[^\s<>|.!?(){},]+\.)+[a-z]{2,4}'
+    domain = r'(?:[^\s`<>|.!?(){},$-]+\.)+(?:com|net|org|edu)'
+    return [rf'((?:https?|ftp)://[^\s<>|(){{}}]+{end})',
+            rf'((?:{host}|{domain})(?:/[^\s<>|()]+{end})?)',
+            r'([a-z\d][^\s"<>|(){}]*@(?:[^\s"<>|(){}.]+\.)*[^\s"<>|(){}\[\].,;:]+)',
+            r'([@#][a-z_]\w*)']
+
+# %% ../nbs/33_caption_tokens.ipynb #h8tok006
+def _compound_rules():
+    "Numbers and compounds; in a tie the earlier rule wins."
+    number = r'(?:\d*(?:[.:,]\d+)+|\d+)'
+    part = rf'(?:[dlo]{_MARK})?[a-z\d]+'
+    either = r'[a-z\d]+(?:-[a-z]+){0,2}'
+    spaced_phone = r'(?:\(\d{2,3}\) ?|(?:\d{2,4}[- ])?\d{2,4}[- ])\d{3,4}[- ]?\d{3,5}'
+    dotted_phone = r'(?:\d{2,4}\.)?\d{2,4}\.\d{3,4}\.\d{3,5}'
+    return [r'(\d{1,2}[-/]\d{1,2}[-/]\d{2,4})', rf'([-+]?{number})',          # a date, a number
+            r'((?:\d{1,4}[- ])?\d{1,4}/\d{1,4})', rf'({either}(?:/{either}){{1,2}})', # 1/2, on/off
+            r'([A-Z]*\$)', rf'({spaced_phone}|{dotted_phone})',
+            r'([a-z\d](?:[a-z\d.,])*(?:[-_](?:[a-z\d]+|(?:[a-z]\.)+))+)',
+            rf'({part}(?:-(?:{part}|{number}))*)',                            # 20-year-old
+            r'((?-i:[A-Z]+(?:[+&][A-Z]+)+)|c\+\+)']                           # AT&T
 
 # %% ../nbs/33_caption_tokens.ipynb #03662c8e
 _QUOTES = "«»‹›“”„‟‘’‚‛'`\""
 
 def _symbol_rules():
     "Smileys, dots, dashes, marks, quotes, and any other character alone."
-    return [r"([<>]?[:;=][-o*']?(?-i:[()DPdpO\\{@|\[\]]))(?:[^A-Za-z]|$)", r'(\.{3,}|\.(?: \.){2,}|…)', r'(-+|[–—―]|&[mn]dash;)', r'(@+|#+|_+|\*+|[?!]+|</?[a-z!?][^>]*>|&(?:amp|lt|gt|quot);)',
+    return [r"([<>]?[:;=][-o*']?(?-i:[()DPdpO\\{@|\[\]]))(?:[^A-Za-z]|$)",
+            r'(\.{3,}|\.(?: \.){2,}|…)', r'(-+|[–—―]|&[mn]dash;)',
+            r'(@+|#+|_+|\*+|[?!]+|</?[a-z!?][^>]*>|&(?:amp|lt|gt|quot);)',
             rf"(''|``|[{_QUOTES}]{{1,2}})", r'(.)']
 
 @cache
-def _rules(): return [re.compile(r, re.I | re.S) for r in (*_word_rules(), *_compound_rules(), *_symbol_rules())]
+def _rules():
+    "All rules, in the order in which a tie is decided."
+    rules = (*_word_rules(), *_address_rules(), *_compound_rules(), *_symbol_rules())
+    return [re.compile(r, re.I | re.S) for r in rules]
 
 # %% ../nbs/33_caption_tokens.ipynb #323bd3e8
-DROPPED = {"''", "'", '``', '`', '.', '?', '!', ',', ':', '-', '--', '...', ';'} # what pycocoevalcap takes out
-SPELLED = {'(': '-lrb-', ')': '-rrb-', '{': '-lcb-', '}': '-rcb-', '[': '-lsb-', ']': '-rsb-', '¢': 'cents', '£': '#', '€': '$', '¼': '1/4', '½': '1/2', '¾': '3/4', '&amp;': '&', '&lt;': '<', '&gt;': '>'}
+# what pycocoevalcap takes out
+DROPPED = {"''", "'", '``', '`', '.', '?', '!', ',', ':', '-', '--', '...', ';'}
+SPELLED = {'(': '-lrb-', ')': '-rrb-', '{': '-lcb-', '}': '-rcb-', '[': '-lsb-', ']': '-rsb-',
+           '¢': 'cents', '£': '#', '€': '$', '¼': '1/4', '½': '1/2', '¾': '3/4',
+           '&amp;': '&', '&lt;': '<', '&gt;': '>'}
 
+# %% ../nbs/33_caption_tokens.ipynb #h8tok021
 def _spell(token):
-    "A token as the Penn Treebank writes it; all quotes, dashes and dots as one of those that are dropped."
+    "A token as the Penn Treebank writes it; quotes, dashes and dots as one of those that are dropped."
     if token in SPELLED: return SPELLED[token]
     if token == '&quot;' or (len(token) <= 2 and set(token) <= set(_QUOTES)): return "'"
     if re.fullmatch(r'-+|[–—―]|&[mn]dash;', token): return '-'
@@ -67,7 +116,14 @@ def _spell(token):
     return token.replace(' ', '\xa0') # a fraction or a telephone number is one token
 
 # %% ../nbs/33_caption_tokens.ipynb #65c7363d
-_plain, _joined = re.compile(r'([a-z]+)(?=\s|$)'), {'cannot', 'gonna', 'gotta', 'lemme', 'gimme', 'wanna'}
+_plain = re.compile(r'([a-z]+)(?=\s|$)')
+_joined = {'cannot', 'gonna', 'gotta', 'lemme', 'gimme', 'wanna'}
+
+def _longest_match(caption, i):
+    "The match that reaches furthest from position `i`; the first of those that reach equally far."
+    plain = _plain.match(caption, i) # most words of most captions
+    if plain and plain[0] not in _joined: return plain
+    return max((m for r in _rules() if (m := r.match(caption, i))), key=re.Match.end)
 
 def tokenize_caption(
     caption:str # as a person or a model wrote it
@@ -75,8 +131,10 @@ def tokenize_caption(
     "The words of a caption as `pycocoevalcap`'s `PTBTokenizer` cuts them."
     out, i = [], 0
     while i < len(caption):
-        if caption[i].isspace(): i += 1; continue
-        m = _plain.match(caption, i) # most words of most captions
-        if not m or m[0] in _joined: m = max((m for r in _rules() if (m := r.match(caption, i))), key=re.Match.end)
-        out.append(_spell(m[1].lower())); i = m.end(1)
+        if caption[i].isspace():
+            i += 1
+            continue
+        m = _longest_match(caption, i)
+        out.append(_spell(m[1].lower()))
+        i = m.end(1)
     return [t for t in out if t not in DROPPED]
