@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
-from .data import CAPTIONED, FEATURES, _check_unique, _named, _text, as_captioned, check_captioned, parquet_files, quiet_datasets, read_parquet, show_images
+from .files import name_some as _named
+from .data import CAPTIONED, FEATURES, check_unique as _check_unique, _text, as_captioned, check_captioned, parquet_files, quiet_datasets, read_parquet, show_images
 
 # %% ../nbs/06_sources.ipynb #65477cc1
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')

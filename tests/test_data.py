@@ -1,24 +1,51 @@
-"Readers of captioned sets: what comes back, and what a wrong file is told."
-import csv, json, string
+"The emoji set, decoding, checks of captioned sets, parquet, and pairs."
+import string
 
-import numpy as np, pytest
-from gmail_nb.data import (FEATURES, SOURCES, SPLITS, as_captioned, captions_of, check_captioned, decode_image, emoji, from_coco, from_folder,
-                           from_table, load_captioned, pairs, quiet_datasets, read_parquet, show_images, show_pairs)
 import datasets
+import numpy as np
+import pytest
+from gmail_nb.data import (CAPTIONED, FEATURES, SOURCES, SPLITS, as_captioned, check_captioned, decode_image, emoji, pairs,
+                           parquet_files, quiet_datasets, read_parquet, show_images, show_pairs)
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-names = st.lists(st.text(string.ascii_letters + string.digits, min_size=1, max_size=8), min_size=1, max_size=5, unique_by=str.lower)
-captions = st.text(st.characters(codec='utf-8', exclude_categories=('Cc', 'Cs', 'Zl', 'Zp')), min_size=1, max_size=30).map(str.strip).filter(bool)
-CAPTIONED = datasets.Features({c: FEATURES[c] for c in ('key', 'image', 'captions')})
-GENERATED = datasets.Features(key=FEATURES['key'], caption=FEATURES['label'], image=datasets.Image(), sample=datasets.Value('int64'))
+names = st.lists(st.text(string.ascii_letters + string.digits, min_size=1, max_size=8), min_size=1, max_size=5,
+                 unique_by=str.lower)
+captions = (st.text(st.characters(codec='utf-8', exclude_categories=('Cc', 'Cs', 'Zl', 'Zp')), min_size=1, max_size=30)
+            .map(str.strip).filter(bool))
+REAL = datasets.Features({c: FEATURES[c] for c in CAPTIONED})
+GENERATED = datasets.Features(key=FEATURES['key'], caption=FEATURES['label'], image=datasets.Image(),
+                              sample=datasets.Value('int64'))
 
 def picture(i=0): return Image.fromarray(np.full((8, 8, 3), i * 37 % 256, np.uint8))
-def captioned(keys, text='a thing'): return datasets.Dataset.from_list([dict(key=k, image=picture(i), captions=[text]) for i, k in enumerate(keys)], features=CAPTIONED)
-def generated(ids): return datasets.Dataset.from_list([dict(key=k, caption=f'a {k}', image=picture(i), sample=s) for i, (k, s) in enumerate(ids)], features=GENERATED)
+
+def captioned(keys, text='a thing'):
+    rows = [dict(key=k, image=picture(i), captions=[text]) for i, k in enumerate(keys)]
+    return datasets.Dataset.from_list(rows, features=REAL)
+
+def generated(ids):
+    rows = [dict(key=k, caption=f'a {k}', image=picture(i), sample=s) for i, (k, s) in enumerate(ids)]
+    return datasets.Dataset.from_list(rows, features=GENERATED)
 
 # the emoji set
+def test_a_row_is_named_by_key_and_source():
+    ds = emoji()
+    assert len(ds) == 3 * len(set(ds['key'])) and set(ds['source']) == set(SOURCES)
+    assert len(set(zip(ds['key'], ds['source']))) == len(ds) and ds.features == FEATURES
+    assert len(emoji('A', 'noto')) + len(emoji(['B', 'unseen'], 'noto')) == len(emoji(source='noto'))
+
+def test_families_and_concepts_have_one_split():
+    ds, further = emoji(), emoji(extra=True)
+    assert len({(f, t) for f, t in zip(ds['family'], ds['split'])}) == len(set(ds['family']))
+    assert len({(k, t) for k, t in zip(ds['key'], ds['split'])}) == len(set(ds['key']))
+    seen = set(emoji(['A', 'B'])['key']) | set(further['key'])
+    assert not seen & set(emoji('unseen')['key'])
+    assert not set(further['key']) & set(ds['key'])
+    assert 'twemoji' not in further['source']
+    tones = {f for f, g in zip(further['family'], further['group']) if g != 'flags'}
+    assert tones <= set(emoji('A')['family']) # tones of A only
+
 def test_every_selection_is_disjoint_and_complete():
     n = {(t, s): len(emoji(t, s)) for t in SPLITS for s in SOURCES}
     assert sum(n.values()) == len(emoji()) == 3 * len(set(emoji()['key']))
@@ -65,7 +92,7 @@ def test_a_repeated_key_is_named(keys, i):
 @pytest.mark.parametrize('bad, message', [([], 'no caption'), ([''], 'an empty caption'), (['fine', ' \t'], 'an empty caption')])
 def test_an_empty_caption_is_named(bad, message):
     rows = [dict(key='one', image=picture(), captions=['fine']), dict(key='two', image=picture(), captions=bad)]
-    with pytest.raises(ValueError, match=f"my set: 'two' has {message}"): check_captioned(datasets.Dataset.from_list(rows, features=CAPTIONED), 'my set')
+    with pytest.raises(ValueError, match=f"my set: 'two' has {message}"): check_captioned(datasets.Dataset.from_list(rows, features=REAL), 'my set')
 
 @pytest.mark.parametrize('column', ['key', 'image', 'captions'])
 def test_a_missing_column_is_named_beside_those_present(column):
@@ -74,14 +101,14 @@ def test_a_missing_column_is_named_beside_those_present(column):
 
 def test_a_broken_image_is_named():
     rows = [dict(key='fine', image=dict(bytes=b'oops', path='a.png'), captions=['x'])]
-    with pytest.raises(ValueError, match="the image of 'fine'"): check_captioned(datasets.Dataset.from_list(rows, features=CAPTIONED))
+    with pytest.raises(ValueError, match="the image of 'fine'"): check_captioned(datasets.Dataset.from_list(rows, features=REAL))
 
 # parquet
 @quick
 @given(names, captions)
 def test_parquet_round_trip(tmp_path, keys, text):
     with quiet_datasets(): captioned(keys, text).to_parquet(tmp_path/'a.parquet')
-    back = load_captioned(tmp_path/'a.parquet')
+    back = check_captioned(as_captioned(read_parquet([tmp_path/'a.parquet'])))
     assert list(back['key']) == keys and back['captions'][0] == [text]
     assert [np.asarray(i).tolist() for i in back['image']] == [np.asarray(picture(i)).tolist() for i in range(len(keys))]
 
@@ -95,9 +122,12 @@ def test_damaged_and_absent_files(tmp_path):
     (tmp_path/'cut.parquet').write_bytes((tmp_path/'a.parquet').read_bytes()[:-30])
     with pytest.raises(ValueError, match='cut.parquet is not a whole parquet file'): read_parquet([tmp_path/'cut.parquet'])
     with pytest.raises(FileNotFoundError, match='no parquet file'): read_parquet([tmp_path/'none.parquet'])
-    with pytest.raises(FileNotFoundError, match='expected a parquet file'): load_captioned(tmp_path/'none.parquet')
-    (tmp_path/'words.csv').write_text('a,b\n')
-    with pytest.raises(ValueError, match='is not parquet'): load_captioned(tmp_path/'words.csv')
+
+def test_columns_alone_are_read(tmp_path):
+    with quiet_datasets(): captioned(['a', 'b']).to_parquet(tmp_path/'a.parquet')
+    words = read_parquet(parquet_files(tmp_path), columns=['key', 'captions'])
+    assert words.column_names == ['key', 'captions'] and words['key'][:] == ['a', 'b']
+    assert parquet_files(tmp_path/'none') == [] and parquet_files(f'{tmp_path}/*.parquet') == [tmp_path/'a.parquet']
 
 def test_progress_bars_come_back():
     datasets.enable_progress_bars()
@@ -107,100 +137,21 @@ def test_progress_bars_come_back():
 def test_columns_by_another_name():
     ds = captioned(['a', 'b']).remove_columns('captions').add_column('caption', ['x', 'y']).rename_column('key', 'img_id')
     assert as_captioned(ds, key='img_id')['captions'][:] == [['x'], ['y']]
-    with pytest.raises(ValueError, match="no column 'key'"): as_captioned(ds)
+    with pytest.raises(ValueError, match="no column 'key': it has 'img_id', 'image', 'caption'"):
+        as_captioned(ds.select_columns(['img_id', 'image', 'caption']))
 
-# folders
-@quick
-@given(names, st.lists(captions, min_size=1, max_size=3), st.sampled_from(['metadata', 'tabs', 'beside']))
-def test_folder_forms_agree(tmp_path_factory, keys, texts, form):
-    folder = tmp_path_factory.mktemp('folder')
-    for k in keys: picture().save(folder/f'{k}.png')
-    if form == 'metadata':
-        with open(folder/'metadata.csv', 'w', encoding='utf-8', newline='') as f: csv.writer(f).writerows([['file_name', 'caption'], *([f'{k}.png', t] for k in keys for t in texts)])
-    elif form == 'tabs': (folder/'captions.txt').write_text(''.join(f'{k}.png\t{t}\n' for k in keys for t in texts), encoding='utf-8')
-    else:
-        for k in keys: (folder/f'{k}.txt').write_text('\n'.join(texts), encoding='utf-8')
-    if form == 'beside' and 'captions' in keys: return # that name is taken by the other form
-    ds = from_folder(folder)
-    assert dict(zip(ds['key'], ds['captions'])) == {k: texts for k in keys}
+def test_rows_without_names_are_numbered():
+    assert as_captioned(captioned(['a', 'b']), key=None)['key'][:] == ['000000000', '000000001']
 
-def test_folder_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no folder'): from_folder(tmp_path/'nowhere')
-    with pytest.raises(ValueError, match='holds no images'): from_folder(tmp_path)
-    picture().save(tmp_path/'a.png'); picture().save(tmp_path/'b.png')
-    (tmp_path/'captions.txt').write_text('image,caption\na.png#0,one, two\na.png#1,three\n')
-    with pytest.raises(ValueError, match="no caption for 'b.png'"): from_folder(tmp_path)
-    (tmp_path/'captions.txt').write_text('a.png,one\nb.png,two\nc.png,three\n')
-    with pytest.raises(FileNotFoundError, match="'c.png'"): from_folder(tmp_path)
-    (tmp_path/'captions.txt').write_text('a.png,one\nnonsense\n')
-    with pytest.raises(ValueError, match='line 2'): from_folder(tmp_path)
-    (tmp_path/'metadata.csv').write_text('name,text\na.png,x\n')
-    with pytest.raises(ValueError, match="metadata.csv has the columns 'name', 'text'"): from_folder(tmp_path)
+def test_captions_alone_are_a_set_too():
+    words = as_captioned(captioned(['a']).remove_columns('image'), image=None)
+    assert words.column_names == ['key', 'captions'] and check_captioned(words, images=0) is words
+    with pytest.raises(ValueError, match="no column 'image'"): check_captioned(words)
 
-# COCO
-@pytest.fixture
-def coco(tmp_path):
-    images = [dict(filepath='val2014', filename=f'COCO_{i}.png', cocoid=i, imgid=i, split=s, sentences=[dict(raw=f'caption {i}.{j} ') for j in range(2)]) for i, s in enumerate(['test', 'val', 'restval'])]
-    (tmp_path/'val2014').mkdir()
-    for i in images: picture(i['cocoid']).save(tmp_path/'val2014'/i['filename'])
-    (tmp_path/'karpathy.json').write_text(json.dumps(dict(images=images)))
-    plain = dict(images=[dict(id=i['cocoid'], file_name=i['filename']) for i in images], annotations=[dict(image_id=i['cocoid'], caption=s['raw']) for i in images for s in i['sentences']])
-    (tmp_path/'plain.json').write_text(json.dumps(plain))
-    return tmp_path
-
-def test_both_files_of_coco_agree(coco):
-    karpathy, plain = from_coco(coco/'karpathy.json', coco), from_coco(coco/'plain.json', coco/'val2014')
-    assert karpathy['captions'][:] == plain['captions'][:] and karpathy['key'][:] == plain['key'][:] == ['0', '1', '2']
-    assert from_coco(coco/'karpathy.json', coco, split='val+restval')['key'][:] == ['1', '2']
-
-def test_coco_errors(coco):
-    with pytest.raises(ValueError, match="unknown split 'tset': did you mean 'test'"): from_coco(coco/'karpathy.json', coco, split='tset')
-    with pytest.raises(ValueError, match='has no splits'): from_coco(coco/'plain.json', coco/'val2014', split='test')
-    with pytest.raises(FileNotFoundError, match='does not hold 3 of 3 images'): from_coco(coco/'plain.json', coco)
-    (coco/'other.json').write_text('{"licenses": []}')
-    with pytest.raises(ValueError, match="it has 'licenses'"): from_coco(coco/'other.json', coco)
-
-# tables
-@quick
-@given(names, captions)
-def test_tables_agree(tmp_path_factory, keys, text):
-    folder = tmp_path_factory.mktemp('tables')
-    for suffix, mark in (('csv', ','), ('tsv', '\t')):
-        with open(folder/f't.{suffix}', 'w', encoding='utf-8', newline='') as f:
-            if suffix == 'csv': csv.writer(f, delimiter=mark).writerows([['key', 'caption'], *([k, text] for k in keys)])
-            else: f.write(''.join(f'{k}\t{c}\n' for k, c in [('key', 'caption'), *((k, text) for k in keys)])) # quotes are characters
-    (folder/'t.jsonl').write_text('\n'.join(json.dumps(dict(key=k, caption=text)) for k in keys), encoding='utf-8')
-    for suffix in ('csv', 'tsv', 'jsonl'): assert from_table(folder/f't.{suffix}').to_dict() == dict(key=keys, caption=[text]*len(keys))
-
-@pytest.mark.parametrize('lines, message', [
-    ('{"key": "a", "caption": "one"}\n{"key": "b", "caption": " "}', 'row 2 has an empty caption'), ('{"key": "a", "caption": "x"}\n{"key": "a", "caption": "y"}', "more than one row has the key 'a'"),
-    ('{"key": "a", "caption": 5}', 'not text'), ('{"key": null, "caption": "x"}', 'row 1 has an empty key'), ('[1]', 'no JSON object'), ('{"key": "a", "captions": ["x", ""]}', 'row 1 has an empty caption'),
-    ('{"key": "a", "text": "one"}', "row 1 has no 'caption'"), ('{"key": "a"', 'line 1 is not JSON'), ('', 'has no rows')])
-def test_table_errors(tmp_path, lines, message):
-    (tmp_path/'t.jsonl').write_text(lines)
-    with pytest.raises(ValueError, match=message): from_table(tmp_path/'t.jsonl')
-
-@pytest.mark.parametrize('content, message', [
-    ('key,caption\na,"hello there\nb,a dog\nc,a "cat"\n', "t.CSV after row 0: ',' expected"), ('key,caption\na,hello, there\n', 'line 2 has 3 fields, but there are 2 columns'),
-    ('key,caption\na,' + 'x'*200_000, 't.CSV after row 0: field larger'), ('key,caption\na,\xe9'.encode('latin-1'), 't.CSV after row .: not UTF-8')])
-def test_broken_tables_name_their_file(tmp_path, content, message):
-    (tmp_path/'t.CSV').write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=message): from_table(tmp_path/'t.CSV')
-
-def test_no_row_of_a_table_is_lost(tmp_path):
-    (tmp_path/'t.tsv').write_text('key\tcaption\na\t"hello there\nb\ta dog\nc\ta "cat"\nd\tfour\n\n')
-    assert from_table(tmp_path/'t.tsv').to_dict() == dict(key=list('abcd'), caption=['"hello there', 'a dog', 'a "cat"', 'four'])
-    (tmp_path/'t.jsonl').write_text('{"key": "a", "caption": "x\u2028y"}\n\n', encoding='utf-8')
-    assert from_table(tmp_path/'t.jsonl')['caption'][:] == ['x\u2028y']
-    (tmp_path/'t.jsonl').write_text('{"key": "a", "captions": ["x", "y"]}\n{"key": "b", "captions": ["z"]}')
-    assert from_table(tmp_path/'t.jsonl')['captions'][:] == [['x', 'y'], ['z']]
-
-@pytest.mark.parametrize('content, message', [
-    (dict(images=[dict(id=1, file_name='a.png')], annotations=[dict(id=1, image_id=1, bbox=[])]), "has no caption but 'id', 'image_id', 'bbox'"),
-    (dict(images=[dict(id=1, file_name='a.png')], annotations=[dict(image_id=1, caption=None)]), 'has no caption'), ([1], 'it has a list')])
-def test_other_json_is_no_caption_file(tmp_path, content, message):
-    (tmp_path/'instances.json').write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f'instances.json is no COCO caption file: .*{message}'): from_coco(tmp_path/'instances.json', tmp_path)
+def test_samples_of_a_key_are_told_apart():
+    ds = captioned(['a', 'b']).remove_columns('key').add_column('key', ['a', 'a'])
+    check_captioned(ds.add_column('sample', [0, 1]))
+    with pytest.raises(ValueError, match=r"the \(key, sample\) \('a', 0\)"): check_captioned(ds.add_column('sample', [0, 0]))
 
 def test_columns_of_other_types():
     ds = captioned(['a'])
@@ -216,10 +167,6 @@ def test_sixteen_bits_are_scaled(tmp_path):
     Image.fromarray(np.full((4, 4), 30_000, np.uint16)).save(tmp_path/'a.png')
     assert decode_image(tmp_path/'a.png').getpixel((0, 0)) == (117, 117, 117) # 30000/257
     assert decode_image(Image.new('I', (2, 2), 77)).getpixel((0, 0)) == (77, 77, 77)
-
-def test_captions_of_a_set():
-    ds = emoji('unseen')
-    assert captions_of(ds)['key'][:] == list(dict.fromkeys(ds['key'])) and captions_of(captioned(['a']), which=5)['caption'][:] == ['a thing']
 
 # pairs
 @quick
