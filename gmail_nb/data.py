@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CAPTIONED', 'FEATURES', 'SOURCES', 'SPLITS', 'emoji', 'show_images', 'decode_image', 'check_columns', 'check_unique',
-           'undecoded', 'check_captioned', 'quiet_datasets', 'as_captioned', 'read_parquet', 'parquet_files', 'Pairs',
-           'pairs', 'show_pairs']
+           'undecoded', 'check_captioned', 'quiet_datasets', 'as_captioned', 'check_parquet', 'read_parquet',
+           'parquet_files', 'Pairs', 'pairs', 'show_pairs']
 
 # %% ../nbs/05_data.ipynb #4de0071c
 import contextlib
@@ -138,18 +138,17 @@ def decode_image(
 # %% ../nbs/05_data.ipynb #e3167534
 def check_columns(ds, expected:tuple, name:str) -> None:
     "`ValueError` that names missing columns beside those present."
-    missing = [c for c in expected if c not in ds.column_names]
-    if not missing: return
-    there = name_some(ds.column_names, 12)
-    raise ValueError(f'{name} has no column {name_some(missing)}: it has {there}; expected are '
-                     f'{name_some(expected, 12)}. Rename columns with `as_captioned`.')
+    missing, there = [c for c in expected if c not in ds.column_names], name_some(ds.column_names, 12)
+    if missing:
+        raise ValueError(f'{name} has no column {name_some(missing)}: it has {there}; expected are '
+                         f'{name_some(expected, 12)}. Rename columns with `as_captioned`.')
 
 def check_unique(ids, name:str, what:str='key') -> None:
     "`ValueError` that names what occurs twice."
     twice = [k for k, n in Counter(ids).items() if n > 1]
-    if not twice: return
-    raise ValueError(f'{name}: more than one row has the {what} {name_some(twice)}; '
-                     'every row needs its own.')
+    if twice:
+        raise ValueError(f'{name}: more than one row has the {what} {name_some(twice)}; '
+                         'every row needs its own.')
 
 # %% ../nbs/05_data.ipynb #6b0c2e9f
 def undecoded(ds:datasets.Dataset, *columns:str) -> datasets.Dataset:
@@ -254,13 +253,15 @@ def as_captioned(
     return ds.select_columns([*first, *(c for c in ds.column_names if c not in first)])
 
 # %% ../nbs/05_data.ipynb #35e8b7d2
-def _check_parquet(file:Path):
-    try: pq.read_metadata(file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'there is no parquet file {str(file)!r}') from None
-    except Exception as e:
-        raise ValueError(f'{file.name} is not a whole parquet file ({e}): '
-                         'make or download it again') from e
+def check_parquet(files:list[Path]) -> None:
+    "`FileNotFoundError` or `ValueError` naming a file that is absent or cut."
+    for file in map(Path, files):
+        try: pq.read_metadata(file)
+        except FileNotFoundError:
+            raise FileNotFoundError(f'there is no parquet file {str(file)!r}') from None
+        except Exception as e:
+            raise ValueError(f'{file.name} is not a whole parquet file ({e}): '
+                             'make or download it again') from e
 
 def _typed(ds):
     "Images as `Image`, also in files written without the library's own schema."
@@ -276,7 +277,7 @@ def read_parquet(
 ) -> datasets.Dataset:
     "Rows of parquet files; `ValueError` naming the file when one is not whole."
     files = [Path(f) for f in files]
-    for f in files: _check_parquet(f)
+    check_parquet(files)
     with quiet_datasets():
         if columns is not None or sum(f.stat().st_size for f in files) <= in_memory:
             parts = [_typed(datasets.Dataset(pq.read_table(f, columns=columns))) for f in files]
