@@ -7,6 +7,8 @@ os.environ['MPLBACKEND'] = 'agg'
 os.environ['HF_HUB_OFFLINE'] = '1'         # a test that wants the network must fail, not wait
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 
+import gmail_nb.runtime # mends torchvision, before open_clip or timm are imported by a test
+
 def pytest_collection_modifyitems(items):
     "Longest first, so that the last worker to finish does not start late: what a case weighs is set by its module."
     def weight(item):
