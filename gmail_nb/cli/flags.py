@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'ERRORS', 'comments', 'word_or_number', 'json_object', 'reader', 'Option', 'derived', 'options_of_settings',
-           'preset_or', 'options_of', 'flag_names', 'Parser', 'how_to_read', 'help_of', 'add_option', 'with_named',
-           'one_line', 'run_command', 'call_with', 'add_preset', 'preset_named', 'Command', 'command', 'Commands']
+           'preset_or', 'options_of', 'flag_names', 'Help', 'Parser', 'how_to_read', 'help_of', 'add_option',
+           'with_named', 'one_line', 'run_command', 'call_with', 'add_preset', 'preset_named', 'Command', 'command',
+           'Commands']
 
-# %% ../../nbs/cli/00_flags.ipynb #3c087fd9
+# %% ../../nbs/cli/00_flags.ipynb #cf690f1d
 import argparse
 import difflib
 import functools
@@ -16,6 +17,7 @@ import json
 import logging
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
@@ -26,15 +28,16 @@ from fastcore.docments import docments
 
 from ..files import unknown_name
 
-# %% ../../nbs/cli/00_flags.ipynb #d5a74d5f
+# %% ../../nbs/cli/00_flags.ipynb #4cd2d89c
 def comments(
     of # a function, or a dataclass
 ) -> dict[str, str]: # '' where there is none
     "The comment behind each parameter or field."
-    found = docments(of, returns=False)
+    try: found = docments(of, returns=False)
+    except OSError: return {} # no source on this machine
     return {name: ' '.join((text or '').split()) for name, text in found.items()}
 
-# %% ../../nbs/cli/00_flags.ipynb #938a53d3
+# %% ../../nbs/cli/00_flags.ipynb #c484fd1c
 def word_or_number(
     text:str # such as 'all' or '4096'
 ) -> str|int:
@@ -44,11 +47,12 @@ def word_or_number(
 def json_object(
     text:str # such as '{"style": "noto"}'
 ) -> dict:
-    "JSON of an object; `ValueError` otherwise."
+    "JSON of an object; `ArgumentTypeError` otherwise."
     try: found = json.loads(text)
-    except json.JSONDecodeError as e: raise ValueError(f'{text!r} is not JSON: {e.msg}') from e
-    if not isinstance(found, dict): raise ValueError(f'{text!r} is no object such as {{"style": "noto"}}')
-    return found
+    except json.JSONDecodeError as e:
+        raise argparse.ArgumentTypeError(f'{text!r} is not JSON: {e.msg}') from e
+    if isinstance(found, dict): return found
+    raise argparse.ArgumentTypeError(f'{text!r} is no object such as {{"style": "noto"}}')
 
 # %% ../../nbs/cli/00_flags.ipynb #15c40e64
 def reader(
@@ -131,11 +135,17 @@ def flag_names(
     parts = {o.dest: o.path[-1:] if short(o) else o.path[-2:] for o in options}
     return {dest: '-'.join(part).replace('_', '-') for dest, part in parts.items()}
 
-# %% ../../nbs/cli/00_flags.ipynb #9b9ed3c2
+# %% ../../nbs/cli/00_flags.ipynb #4dcb3beb
+class Help(argparse.HelpFormatter):
+    "Help whose lines break at spaces alone, so that names such as `sdxl-turbo` stay whole."
+    def _split_lines(self, text:str, width:int) -> list[str]:
+        return textwrap.wrap(' '.join(text.split()), width, break_on_hyphens=False, break_long_words=False)
+
 class Parser(argparse.ArgumentParser):
     "A parser whose errors are a `ValueError` with near names."
-    def __init__(self, name:str, description:str):
-        super().__init__(name, description=description.replace('%', '%%'), allow_abbrev=False)
+    def __init__(self, name:str, description:str|None):
+        described = (description or '').replace('%', '%%')
+        super().__init__(name, description=described, allow_abbrev=False, formatter_class=Help)
         self.add_argument('--debug', action='store_true', help='show where an error came from')
 
     def error(self, message:str): raise ValueError(f'{message} ({self.prog} --help lists all)')
@@ -175,7 +185,7 @@ def help_of(o:Option, more:str='') -> str:
     said = ' '.join(part for part in (o.comment, more, f'(default: {o.default})' if plain else '') if part)
     return said.strip().replace('%', '%%')
 
-# %% ../../nbs/cli/00_flags.ipynb #ea541aab
+# %% ../../nbs/cli/00_flags.ipynb #beaaf41d
 WORDS = {int: 'N', float: 'X', json_object: 'JSON'} # what stands for a value in the help
 
 def add_option(
@@ -186,8 +196,8 @@ def add_option(
 ) -> None:
     "Give the parser one argument or flag; what is not typed is not in its answer."
     if o.required:
-        many = '+' if o.several else None
-        parser.add_argument(o.dest, nargs=many, metavar=o.path[-1], help=help_of(o, more))
+        how = dict(nargs='+' if o.several else None, type=reader(o.annotation), metavar=o.path[-1])
+        parser.add_argument(o.dest, help=help_of(o, more), **how)
         return
     how = how_to_read(o)
     takes_value = how.get('action') in (None, 'append') and 'choices' not in how

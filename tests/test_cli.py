@@ -1,0 +1,251 @@
+"The commands answer: quickly where nothing is computed, in one line where something is wrong."
+import argparse
+import functools
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gmail_nb.cli import commands
+from gmail_nb.cli.commands import COMMANDS, gmail_demo, gmail_eval, gmail_experiment, gmail_generate, gmail_tune
+from gmail_nb.cli.flags import Commands, call_with, command, derived, options_of, reader, run_command, with_named
+from gmail_nb.settings import PAPER_ALIGN, AdapterSettings, AlignRunSettings, AlignSettings, TuneSettings
+
+def weight(item): return 5
+
+def all_commands():
+    "(name, command) of everything that can be run, kinds of commands too."
+    for name, c in COMMANDS.commands.items():
+        if isinstance(c, Commands): yield from ((f'{name} {kind}', found) for kind, found in c.commands.items())
+        else: yield name, c
+
+def answer(capsys, command, *argv):
+    "Exit status, and what is printed on both streams."
+    status = command(list(map(str, argv)))
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+# How quick they are, and what they load
+
+ASKED = '''
+import resource, sys
+from gmail_nb.cli.commands import COMMANDS
+status = COMMANDS(sys.argv[1:])
+used = resource.getrusage(resource.RUSAGE_SELF)
+heavy = [m for m in ("torch", "numpy", "datasets", "transformers", "matplotlib") if m in sys.modules]
+print("\\nasked", status, round(used.ru_utime + used.ru_stime, 2), *heavy, file=sys.stderr)
+'''
+
+def asked(*argv):
+    "Exit status, seconds of the processor, and heavy modules that were loaded, of a process of its own."
+    done = subprocess.run([sys.executable, '-c', ASKED, *argv], capture_output=True, text=True)
+    line = next(l for l in done.stderr.splitlines() if l.startswith('asked'))
+    _, status, seconds, *heavy = line.split()
+    return int(status), float(seconds), heavy, done
+
+@pytest.mark.parametrize('name', [n for n, _ in all_commands()] + ['tune', 'experiment'])
+def test_help_is_quick_and_loads_nothing_heavy(name):
+    status, seconds, heavy, done = asked(*name.split(), '--help')
+    assert status == 0 and not heavy and seconds < 1.5, (seconds, heavy)
+    assert 'usage:' in done.stdout
+
+@pytest.mark.parametrize('name', [n for n, _ in all_commands()])
+def test_a_mistyped_flag_is_answered_quickly_with_the_nearest(name):
+    status, seconds, heavy, done = asked(*name.split(), '--debgu')
+    assert status == 2 and not heavy and seconds < 1.5, (seconds, heavy)
+    said = [l for l in done.stderr.splitlines() if l.startswith(('gmail', 'python'))]
+    assert len(said) == 1 and "did you mean '--debug'?" in said[0], done.stderr
+
+def test_the_module_runs_as_a_script():
+    "What `accelerate launch -m gmail_nb.cli.commands align` does."
+    done = subprocess.run([sys.executable, '-m', 'gmail_nb.cli.commands', 'align', '--epohcs', '3'], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "gmail_align: unknown flag '--epohcs': did you mean '--epochs'?\n"
+
+def test_every_console_script_is_a_command():
+    from configparser import ConfigParser
+    ini = ConfigParser(delimiters=['='], interpolation=None)
+    ini.read(Path(__file__).resolve().parent.parent/'settings.ini', encoding='utf-8')
+    scripts = dict(s.split('=') for s in ini['DEFAULT']['console_scripts'].split())
+    assert set(scripts) == {f'gmail_{n}' for n in COMMANDS.commands}
+    for name, at in scripts.items():
+        assert at == f'gmail_nb.cli.commands:{name}'
+        assert getattr(commands, name) is COMMANDS.commands[name.removeprefix('gmail_')]
+
+# Flags are the fields of the settings
+
+@pytest.mark.parametrize('name, c', list(all_commands()))
+def test_every_flag_has_a_help_or_a_plain_name(name, c):
+    told = c.parser().format_help()
+    names = {o.dest for o in options_of(c.work, c.presets, c.leave)}
+    assert len(names) == len(options_of(c.work, c.presets, c.leave))
+    for o in options_of(c.work, c.presets, c.leave):
+        plain = ('epochs', 'batch_size', 'lr', 'weight_decay', 'steps', 'seed', 'how', 'side')
+        assert o.comment or o.path[-1] in plain or len(o.path) > 1, o
+    assert '--debug' in told
+
+def test_defaults_are_those_of_the_settings():
+    found = {o.dest: o.default for o in options_of(commands.gmail_align.work)}
+    assert found['settings.align.lr'] == AlignSettings().lr == 1e-3
+    assert found['settings.align.batch_size'] == AlignSettings().batch_size
+    assert found['settings.adapters.rank'] == AdapterSettings().rank
+    assert found['settings.validation_share'] == AlignRunSettings().validation_share
+
+def seen_settings(c, *argv):
+    "What a command would call its function with."
+    seen = {}
+    named = vars(c.parser().parse_args([str(a) for a in argv]))
+    preset = c.quick if named.get('quick') else None
+    if c.presets: preset = c.presets[named.pop('preset')]
+    @functools.wraps(c.work)
+    def note(*args, **kwargs): seen.update(kwargs, args=args)
+    call_with(note, {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}, preset)
+    return seen
+
+def test_a_preset_stands_but_for_the_flags_beside_it():
+    seen = seen_settings(commands.gmail_align, 'photos', 'drawn', '--preset', 'paper', '--batch-size', '64', '--rank', '2')
+    assert seen['settings'].align == replace(PAPER_ALIGN, batch_size=64)
+    assert seen['settings'].adapters == AdapterSettings(rank=2) and seen['real'] == 'photos'
+
+def test_the_temperature_follows_the_loss():
+    assert seen_settings(commands.gmail_align, 'a', 'b', '--loss', 'sigmoid')['settings'].align.tau == .1
+    assert seen_settings(commands.gmail_align, 'a', 'b', '--loss', 'sigmoid', '--tau', '.2')['settings'].align.tau == .2
+    assert derived(AlignSettings()) == {'tau'} and derived(AlignSettings(tau=.3)) == set()
+
+@pytest.mark.parametrize('typed, value', [('batch', 'batch'), ('all', 'all'), ('4096', 4096)])
+def test_negatives_are_a_word_or_a_number(typed, value):
+    assert seen_settings(commands.gmail_align, 'a', 'b', '--negatives', typed)['settings'].align.negatives == value
+
+def test_flags_of_generate_reach_their_settings():
+    seen = seen_settings(gmail_generate, 'captions.csv', '--no-key', '--no-header', '--caption', '0', '--samples', '2',
+                         '--options', '{"style": "noto"}', '--no-verify', '--retry-failed', '--image-format', 'webp',
+                         '--which', '3', '--part', '3/8', '--quality', '--workers', '4', '--engine', 'ray')
+    assert seen['source'].key is None and seen['source'].header is False and seen['source'].caption == '0'
+    assert seen['draw'].samples == 2 and seen['draw'].options == dict(style='noto') and seen['draw'].image_format == 'webp'
+    assert seen['source'].which == 3 and seen['part'] == '3/8' and seen['quality'] is True
+    assert seen['work'].verify is False and seen['work'].retry_failed and seen['work'].engine == 'ray'
+    assert seen_settings(gmail_generate, 'x', '--quality', 'open_clip:ViT-B-32/openai')['quality'].startswith('open_clip')
+
+def test_flags_of_tune_reach_their_recipes():
+    text = seen_settings(gmail_tune.commands['text'], '--preset', 'gmail-clip', '--steps', '3', '--tuning', 'head',
+                         '--encoder', 'embedded', '--no-projection', '--no-patience', '--lr', '1e-3', '--seed', '7')
+    recipe = text['recipe']
+    assert (recipe.encoder, recipe.settings.steps, recipe.settings.tuning, recipe.settings.seed) == ('embedded', 3, 'head', 7)
+    assert recipe.settings.batch_size == 512 and recipe.settings.patience is None and not recipe.settings.projection
+    caption = seen_settings(gmail_tune.commands['caption'], '--preset', 'paper-table1', '--lm', 'small', '--splits',
+                            'train+restval', 'test', '--real', 'dataset_coco.json', '--images', 'coco')
+    assert caption['preset'].settings.lm == 'small' and caption['preset'].settings.prefix_length == 10
+    assert caption['splits'] == ('train+restval', 'test') and caption['source'].images == 'coco'
+
+def test_repeated_flags_of_eval():
+    seen = seen_settings(gmail_eval, '--model', 'A=embedded', '--model', 'hf:clip', '--data', 'emoji', '--rows', 'CLIP')
+    assert seen['model'] == ('A=embedded', 'hf:clip') and seen['data'] == ('emoji',) and seen['rows'] == ('CLIP',)
+
+def test_quick_starts_from_smaller_settings():
+    seen = seen_settings(gmail_experiment.commands['captioning'], '--quick', '--seeds', '1')
+    assert seen['settings'].base_steps == 300 and seen['settings'].seeds == 1 and seen['quick'] is True
+    assert seen_settings(gmail_experiment.commands['captioning'])['settings'].base_steps == 1200
+
+def test_help_names_what_can_be_chosen(capsys):
+    for c, words in ((gmail_generate, ('flux-schnell', 'sdxl-turbo')), (gmail_eval, ('paper-table7', 'longclip:FILE', 'sun397')),
+                     (gmail_tune.commands['text'], ('gmail-clip-cc12m',)), (gmail_tune.commands['caption'], ('paper-table17',))):
+        status, out, _ = answer(capsys, c, '--help')
+        assert status == 0 and all(w in out for w in words)
+
+def test_sets_named_in_the_help_are_those_there_are():
+    from gmail_nb.classification import CLASSIFICATION_SETS
+    from gmail_nb.retrieval import RETRIEVAL_SETS
+    from gmail_nb.runs.presets import SET_NAMES
+    assert set(SET_NAMES) == {*RETRIEVAL_SETS, *CLASSIFICATION_SETS, 'emoji-long', 'emoji-group'}
+
+# Errors
+
+def raising(error):
+    def work(): raise error
+    return work
+
+@pytest.mark.parametrize('error', [ValueError('no\nsuch  name'), OSError('no\nsuch  name'), ImportError('no\nsuch  name'),
+                                   RuntimeError('no\nsuch  name'), FloatingPointError('no\nsuch  name')])
+def test_an_error_is_one_line_and_status_2(error, capsys):
+    assert run_command('gmail_try', raising(error)) == 2
+    assert capsys.readouterr().err == 'gmail_try: no such name\n'
+
+def test_debug_shows_the_traceback(capsys):
+    assert run_command('gmail_try', raising(ValueError('here')), debug=True) == 2
+    said = capsys.readouterr().err
+    assert 'Traceback (most recent call last)' in said and said.splitlines()[-1] == 'gmail_try: here'
+    status, _, err = answer(capsys, gmail_eval, '--preset', 'paper-table22', '--debug')
+    assert status == 2 and 'Traceback' in err
+
+def test_stopping_is_one_line(capsys):
+    assert run_command('gmail_try', raising(KeyboardInterrupt())) == 130
+    assert 'Traceback' not in capsys.readouterr().err
+
+def test_other_errors_are_not_hidden():
+    with pytest.raises(KeyError): run_command('gmail_try', raising(KeyError('a fault of ours')))
+
+def test_an_error_without_words_is_named(capsys):
+    assert run_command('gmail_try', raising(OSError())) == 2
+    assert capsys.readouterr().err == 'gmail_try: OSError\n'
+
+@pytest.mark.parametrize('command, argv, said', [
+    (gmail_tune, ['text', '--preset', 'gmail-clop'], "unknown preset 'gmail-clop'"),
+    (gmail_tune, ['caption', '--preset', 'paper-table2'], "did you mean 'paper-table"),
+    (gmail_tune, ['--task', 'text'], 'the kind comes first: gmail_tune text|caption'),
+    (gmail_tune, ['speech'], "unknown kind 'speech'"),
+    (gmail_experiment, ['alignmnt'], "did you mean 'alignment'"),
+    (commands.gmail_align, ['photos'], 'the following arguments are required: generated'),
+    (commands.gmail_align, ['a', 'b', '--epochs', 'many'], "invalid int value: 'many'"),
+    (commands.gmail_align, ['a', 'b', '--tuning', 'lorra'], "did you mean 'lora'"),
+    (commands.gmail_align, ['a', 'b', '--validation-share', '2'], 'validation_share is 2.0'),
+    (commands.gmail_embed, ['a', '--side', 'reel'], "invalid choice: 'reel'"),
+    (gmail_generate, ['a', '--options', '{style}'], 'is not JSON'),
+    (commands.gmail_caption, [], 'required: images')])
+def test_what_a_person_gets_wrong(command, argv, said, capsys):
+    status, _, err = answer(capsys, command, *argv)
+    assert status == 2 and said in err and len(err.splitlines()) == 1
+
+def test_beginnings_of_flags_are_not_guessed(capsys):
+    status, _, err = answer(capsys, gmail_demo, '--qui')
+    assert status == 2 and "did you mean '--quick'?" in err
+
+def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path, capsys):
+    (tmp_path/'file').write_text('')
+    status, _, err = answer(capsys, gmail_demo, '--out', tmp_path/'file')
+    assert status == 2 and err.splitlines()[-1].startswith('gmail_demo: cannot write into the folder')
+
+def test_lists_of_kinds(capsys):
+    for c, names in ((gmail_tune, ('text', 'caption')), (gmail_experiment, ('demo', 'retrieval', 'alignment', 'captioning', 'ifcap'))):
+        status, out, _ = answer(capsys, c, '--list')
+        assert status == 0 and all(n in out for n in names)
+        assert answer(capsys, c)[0] == 2
+
+# The parts
+
+def test_a_function_becomes_a_command(capsys):
+    @command()
+    def add(a:int, b:int=2, loud:bool=True):
+        "Add numbers."
+        print(a + b, 'loud' if loud else 'quiet')
+    assert add(['3', '--b', '4', '--no-loud']) == 0 and capsys.readouterr().out == '7 quiet\n'
+    assert add.__doc__ == 'Add numbers.' and add.name == 'add' and add.work(1) is None
+
+def test_status_of_a_function_is_that_of_its_command():
+    @command()
+    def lost(): return 3
+    assert lost([]) == 3
+
+def test_readers():
+    assert reader(int|None)('3') == 3 and reader(float)('1e-3') == 1e-3 and reader(str|None)('3') == '3'
+    assert reader(str|int)('3') == 3 and reader(dict|None)('{"a": 1}') == {'a': 1}
+    for text in ('[1]', '{a}'):
+        with pytest.raises(argparse.ArgumentTypeError): reader(dict)(text)
+
+def test_named_values_go_to_any_depth():
+    changed = with_named(AlignRunSettings(), {('align', 'lr'): .1, ('align', 'seed'): 3, ('workers',): 9})
+    assert changed.align == AlignSettings(lr=.1, seed=3) and changed.workers == 9
+    assert with_named(TuneSettings(), {}) == TuneSettings()
+
+def test_bench_is_called_by_name(monkeypatch, capsys):
+    status, _, err = answer(capsys, commands.gmail_bench, 'generatr')
+    assert status == 2 and "did you mean 'generate'" in err
