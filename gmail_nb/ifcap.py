@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FUNCTION_WORDS', 'image_like', 'matching_noise', 'retrieve', 'entity_vocabulary', 'frequent_entities',
-           'entity_prompt', 'Fusion', 'IFCap', 'ifcap_loss', 'train_ifcap', 'ifcap_ids', 'write_ifcap', 'save_ifcap',
-           'load_ifcap']
+           'entity_prompt', 'Fusion', 'IFCap', 'joined', 'ifcap_loss', 'IFCapBatches', 'train_ifcap', 'write_after',
+           'ifcap_ids', 'write_ifcap', 'save_ifcap', 'load_ifcap']
 
-# %% ../nbs/36_ifcap.ipynb #f94114ab
+# %% ../nbs/36_ifcap.ipynb #cdd1b07b
 import json
 import math
 from collections import Counter
@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from .caption_tokens import tokenize_caption
-from .captioning import Captioner, MAPPERS, caption_batches, caption_ids, caption_text, load_captioner, save_captioner
+from .captioning import (
+    MAPPERS, Captioner, caption_batches, caption_ids, caption_text, load_captioner, save_captioner)
 from .files import atomic_write, progress
 from .runtime import noise_generator, stable_seed
 from .train import cosine_rate
 
-# %% ../nbs/36_ifcap.ipynb #01f2ea39
+# %% ../nbs/36_ifcap.ipynb #65896376
 def image_like(
     features:torch.Tensor,   # (N, D)
     sigma:float,             # length of the noise on unit features
@@ -39,35 +40,46 @@ def matching_noise(
     text_features:torch.Tensor,  # (N, D) of captions
     image_features:torch.Tensor  # (N, D) of their images
 ) -> float: # sigma
-    "The noise that puts captions as far from themselves as their images are. `ValueError` when images are not even on their captions' side."
+    "The noise that puts captions as far from themselves as images are. `ValueError` for pairs that are none."
     cosine = F.cosine_similarity(text_features, image_features, dim=-1).mean().item()
-    if cosine <= 0: raise ValueError(f'the mean cosine of captions and images is {cosine:.3f}: these pairs do not belong together')
+    if cosine <= 0:
+        raise ValueError(f'the mean cosine of captions and images is {cosine:.3f}: '
+                         'these pairs do not belong together')
     return math.sqrt(1 / cosine**2 - 1)
 
-# %% ../nbs/36_ifcap.ipynb #5da7ac92
+# %% ../nbs/36_ifcap.ipynb #5aee9a05
 def retrieve(
     queries:torch.Tensor,            # (N, D)
     bank:torch.Tensor,               # (M, D) of captions
     k:int=5,
-    own:torch.Tensor|None=None,      # (N,), the row of the bank that each query may not find
-    rows:int=1024                    # queries at a time
-) -> torch.Tensor: # (N, k) rows of the bank, nearest first
+    own:torch.Tensor|None=None,      # (N,), the index in the bank that each query may not find
+    chunk:int=1024                   # queries at a time
+) -> torch.Tensor: # (N, k) indices in the bank, nearest first
     "The k nearest captions of each query. `ValueError` when the bank is too small."
-    if k > len(bank) - (own is not None): raise ValueError(f'{k} captions of a bank of {len(bank)}: choose a smaller k, or a larger bank')
+    if k > len(bank) - (own is not None):
+        raise ValueError(f'{k} captions of a bank of {len(bank)}: '
+                         'choose a smaller k, or a larger bank')
     bank, out = F.normalize(bank, dim=-1), []
-    for i in range(0, len(queries), rows):
-        scores = F.normalize(queries[i:i + rows], dim=-1) @ bank.T
-        if own is not None: scores[torch.arange(len(scores)), own[i:i + rows]] = -math.inf
+    for i in range(0, len(queries), chunk):
+        scores = F.normalize(queries[i:i + chunk], dim=-1) @ bank.T      # (chunk, M)
+        if own is not None: scores[torch.arange(len(scores)), own[i:i + chunk]] = -math.inf
         out.append(scores.topk(k).indices)
     return torch.cat(out)
 
-# %% ../nbs/36_ifcap.ipynb #aca679ea
-FUNCTION_WORDS = frozenset("a an the of in on at to for with without and or not no is are be was by from as it its 's this that these those into over under up down out off near next two three one some other another there".split())
+# %% ../nbs/36_ifcap.ipynb #5093c003
+FUNCTION_WORDS = frozenset((
+    "a an the of in on at to for with without and or not no is are be was by from as it its 's "
+    'this that these those into over under up down out off near next two three one some other '
+    'another there').split())
 
-def entity_vocabulary(captions:list[str], nouns:set[str]|None=None) -> set[str]:
-    "Words of these captions that count as entities: those among `nouns`, or those that are no function words, numbers or signs."
+def entity_vocabulary(
+    captions:list[str],
+    nouns:set[str]|None=None # the words that may count; all but function words and numbers if absent
+) -> set[str]:
+    "Words of these captions that count as entities."
     words = {w for c in captions for w in tokenize_caption(c)}
-    return words & nouns if nouns is not None else {w for w in words - FUNCTION_WORDS if any(ch.isalpha() for ch in w)}
+    if nouns is not None: return words & nouns
+    return {w for w in words - FUNCTION_WORDS if any(ch.isalpha() for ch in w)}
 
 def frequent_entities(
     captions:list[str],          # what was retrieved for one image
@@ -76,32 +88,39 @@ def frequent_entities(
     most:int=4
 ) -> list[str]: # the most frequent first, then as they come
     "Words that stand out among retrieved captions."
-    counts = Counter(w for c in captions for w in dict.fromkeys(tokenize_caption(c)) if w in vocabulary)
-    if not counts: return []
+    words = [w for c in captions for w in dict.fromkeys(tokenize_caption(c)) if w in vocabulary]
+    if not words: return []
+    counts = Counter(words)
     f = np.array(list(counts.values()))
     threshold = f.mean() + f.std() if threshold is None else threshold
     return [w for w, n in counts.most_common(most) if n >= threshold]
 
-def entity_prompt(entities:list[str]) -> str: return f'there are {", ".join(entities)} in the image.' if entities else 'there is something in the image.'
+# %% ../nbs/36_ifcap.ipynb #9042fafd
+def entity_prompt(entities:list[str]) -> str:
+    "What the captioner reads before it writes."
+    if not entities: return 'there is something in the image.'
+    return f'there are {", ".join(entities)} in the image.'
 
-# %% ../nbs/36_ifcap.ipynb #3726ddea
+# %% ../nbs/36_ifcap.ipynb #b9ebfe48
 class Fusion(nn.Module):
     "Features (B, dim) and retrieved text features (B, K, dim) to a prefix (B, length, width)."
     def __init__(self, dim:int, length:int, embeddings:nn.Embedding, mapper:str='mlp', heads:int=4):
         super().__init__()
+        width = embeddings.embedding_dim
         self.scale, self.inputs, self.memory = dim**.5, nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.mapper, self.norm = MAPPERS[mapper](dim, length, embeddings.embedding_dim), nn.LayerNorm(embeddings.embedding_dim)
+        self.mapper, self.norm = MAPPERS[mapper](dim, length, width), nn.LayerNorm(width)
         nn.init.constant_(self.norm.weight, embeddings.weight.detach().float().std().item())
+
     def forward(self, features, retrieved):
         x = F.normalize(features, dim=-1) * self.scale
         memory = self.memory(F.normalize(retrieved, dim=-1) * self.scale)
-        answer, _ = self.attention(self.inputs(x)[:, None], memory, memory, need_weights=False) # (B, 1, dim)
-        return self.norm(self.mapper(x + answer[:, 0]))
+        answer, _ = self.attention(self.inputs(x)[:, None], memory, memory, need_weights=False)
+        return self.norm(self.mapper(x + answer[:, 0]))                 # answer: (B, 1, dim)
 
-# %% ../nbs/36_ifcap.ipynb #1eadef21
+# %% ../nbs/36_ifcap.ipynb #a06020cf
 class IFCap(Captioner):
-    "A captioner with a bank of captions that it looks things up in."
+    "A captioner with a bank of captions that it looks things up in. `ValueError` unless each has a feature."
     def __init__(self,
         lm:nn.Module, tokenizer, dim:int,   # as of `Captioner`
         bank:torch.Tensor,                  # (M, dim), text features
@@ -113,43 +132,85 @@ class IFCap(Captioner):
         **settings                          # of `Captioner`
     ):
         super().__init__(lm, tokenizer, dim, **settings)
-        if len(bank) != len(captions): raise ValueError(f'{len(bank)} features but {len(captions)} captions: one feature a caption')
-        self.prefix = Fusion(dim, self.settings['prefix_length'], lm.get_input_embeddings(), self.settings['mapper'])
+        if len(bank) != len(captions):
+            raise ValueError(f'{len(bank)} features but {len(captions)} captions: '
+                             'one feature a caption')
+        s = self.settings
+        self.prefix = Fusion(dim, s['prefix_length'], lm.get_input_embeddings(), s['mapper'])
         self.register_buffer('bank', F.normalize(bank.detach(), dim=-1), persistent=False)
         self.captions, self.vocabulary = list(captions), entity_vocabulary(captions, nouns)
         self.lookup = dict(k=k, k_entities=k_entities, threshold=threshold)
-    def prompt_ids(self, entities:list[str]) -> list[int]: return self.tokenizer(entity_prompt(entities), add_special_tokens=False)['input_ids']
-    def entities_of(self, caption:str) -> list[str]: return [w for w in dict.fromkeys(tokenize_caption(caption)) if w in self.vocabulary]
+
+    def prompt_ids(self, entities:list[str]) -> list[int]:
+        return self.tokenizer(entity_prompt(entities), add_special_tokens=False)['input_ids']
+
+    def entities_of(self, caption:str) -> list[str]:
+        return [w for w in dict.fromkeys(tokenize_caption(caption)) if w in self.vocabulary]
+
     def seen_entities(self, features:torch.Tensor) -> list[list[str]]:
         "Frequent words among what each feature (N, dim) retrieves."
-        found = retrieve(features.to(self.bank.device), self.bank, self.lookup['k_entities'])
-        return [frequent_entities([self.captions[j] for j in row], self.vocabulary, self.lookup['threshold']) for row in found.tolist()]
+        found = retrieve(features.to(self.bank.device), self.bank, self.lookup['k_entities']).tolist()
+        near = [[self.captions[j] for j in indices] for indices in found]
+        return [frequent_entities(c, self.vocabulary, self.lookup['threshold']) for c in near]
 
-# %% ../nbs/36_ifcap.ipynb #68ef45a6
+# %% ../nbs/36_ifcap.ipynb #9f7ad466
+def joined(
+    prompts:list[list[int]], # tokens that are given
+    ids:list[list[int]]      # tokens that are learned
+) -> tuple[torch.Tensor, ...]: # tokens, which are real, which are learned; (B, L) each
+    "Prompts and captions in one padded batch. What is real follows from lengths alone."
+    whole = [torch.tensor(p + c) for p, c in zip(prompts, ids)]
+    tokens = nn.utils.rnn.pad_sequence(whole, batch_first=True)
+    place = torch.arange(tokens.shape[1])
+    starts, ends = (torch.tensor([len(x) for x in xs])[:, None] for xs in (prompts, whole))
+    return tokens, place < ends, (place >= starts) & (place < ends)
+
+# %% ../nbs/36_ifcap.ipynb #962da2bd
 def ifcap_loss(
     model:IFCap,
     features:torch.Tensor,      # (B, dim)
-    retrieved:torch.Tensor,     # (B, K), rows of the bank
+    retrieved:torch.Tensor,     # (B, K), indices in the bank
     prompts:list[list[int]],    # tokens that are given
     ids:list[list[int]]         # tokens that are learned, from `caption_ids`
 ) -> torch.Tensor:
     "Mean cross entropy per token of the captions; prefix and prompt are only read."
-    device, embed = model.device, model.lm.get_input_embeddings()
-    whole = [torch.tensor(p + c) for p, c in zip(prompts, ids)]
-    tokens = nn.utils.rnn.pad_sequence(whole, batch_first=True).to(device)                          # (B, L)
-    place, starts, ends = torch.arange(tokens.shape[1]), *(torch.tensor([len(x) for x in xs])[:, None] for xs in (prompts, whole))
-    real, learned = ((place < ends).to(device), ((place >= starts) & (place < ends)).to(device))     # (B, L), from lengths alone
+    device = model.device
+    tokens, real, learned = (t.to(device) for t in joined(prompts, ids))
     prefix = model.prefix(features.to(device), model.bank[retrieved.to(device)])
-    mask = torch.cat([torch.ones(prefix.shape[:2], dtype=torch.long, device=device), real.long()], 1)
-    words = embed(tokens)
-    logits = model.lm(inputs_embeds=torch.cat([prefix.to(words.dtype), words], 1), attention_mask=mask).logits[:, prefix.shape[1] - 1:-1]
+    n, words = prefix.shape[1], model.lm.get_input_embeddings()(tokens)
+    ones = torch.ones(prefix.shape[:2], dtype=torch.long, device=device)
+    mask = torch.cat([ones, real.long()], 1)
+    inputs = torch.cat([prefix.to(words.dtype), words], 1)
+    logits = model.lm(inputs_embeds=inputs, attention_mask=mask).logits[:, n - 1:-1]
     return F.cross_entropy(logits[learned].float(), tokens[learned])
 
-# %% ../nbs/36_ifcap.ipynb #eb25bbf5
+# %% ../nbs/36_ifcap.ipynb #4b170a15
+class IFCapBatches:
+    "What each step of a training reads: noisy features, what they retrieve, prompts with words hidden."
+    def __init__(self, model:IFCap, features:torch.Tensor, indices:list[int],
+                 noise:float, hidden:float, seed:int):
+        self.model, self.features, self.noise, self.hidden = model, features, noise, hidden
+        self.g, self.rng = noise_generator('ifcap', seed), np.random.default_rng(seed)
+        self.own, captions = torch.tensor(indices), [model.captions[i] for i in indices]
+        self.ids = caption_ids(model, captions)
+        self.entities = [model.entities_of(c) for c in captions]
+
+    def prompt(self, i:int) -> list[int]:
+        kept = [w for w in self.entities[i] if self.rng.random() >= self.hidden]
+        return self.model.prompt_ids(kept)
+
+    def __call__(self, j:torch.Tensor) -> tuple: # the arguments of `ifcap_loss` behind the model
+        m, x = self.model, self.features[j]
+        x = image_like(x, self.noise, self.g) if self.noise else F.normalize(x, dim=-1)
+        device = m.bank.device
+        found = retrieve(x.to(device), m.bank, m.lookup['k'], self.own[j].to(device))
+        return x, found, [self.prompt(i) for i in j.tolist()], [self.ids[i] for i in j.tolist()]
+
+# %% ../nbs/36_ifcap.ipynb #60295c4c
 def train_ifcap(
     model:IFCap,               # trained in place
     features:torch.Tensor,     # (N, dim): text features, or image features
-    rows:list[int],            # (N,), the row of the bank with the caption of each
+    indices:list[int],         # (N,), where the bank has the caption of each
     steps:int=300,
     batch_size:int=64,
     lr:float=2e-3,
@@ -158,29 +219,49 @@ def train_ifcap(
     seed:int=0,
     desc:str|None='IFCap'      # beside the progress bar; none if absent
 ) -> list[float]: # the loss of each step
-    "Teach fusion and language model. `ValueError` for unpaired input, `FloatingPointError` when the loss is no number."
-    if len(features) != len(rows): raise ValueError(f'{len(features)} features but {len(rows)} captions')
-    g, rng, own = noise_generator('ifcap', seed), np.random.default_rng(seed), torch.tensor(rows)
-    ids, entities = caption_ids(model, [model.captions[r] for r in rows]), [model.entities_of(model.captions[r]) for r in rows]
+    """Teach fusion and language model. `ValueError` for unpaired input, `FloatingPointError` when the
+    loss is no number."""
+    if len(features) != len(indices):
+        raise ValueError(f'{len(features)} features but {len(indices)} captions')
+    read = IFCapBatches(model, features, indices, noise, hidden, seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine_rate(s, steps, warmup=min(20, steps // 10)))
-    losses, batches = [], caption_batches(len(rows), batch_size, seed, steps)
+    rate = lambda s: cosine_rate(s, steps, warmup=min(20, steps // 10))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    losses, batches = [], caption_batches(len(indices), batch_size, seed, steps)
     model.train()
     with torch.random.fork_rng():
         torch.manual_seed(stable_seed('dropout', seed))
-        for step, (_, j) in enumerate(progress(batches, desc) if desc else batches):
-            x = image_like(features[j], noise, g) if noise else F.normalize(features[j], dim=-1)
-            found = retrieve(x.to(model.bank.device), model.bank, model.lookup['k'], own[j].to(model.bank.device))
-            prompts = [model.prompt_ids([w for w in entities[i] if rng.random() >= hidden]) for i in j.tolist()]
-            loss = ifcap_loss(model, x, found, prompts, [ids[i] for i in j.tolist()])
-            if not torch.isfinite(loss): raise FloatingPointError(f'the loss is {loss.item()} at step {step + 1}: lower the learning rate, or look for damaged features')
-            optimizer.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(parameters, 1.); optimizer.step(); schedule.step()
+        for _, j in progress(batches, desc) if desc else batches:
+            loss = ifcap_loss(model, *read(j))
             losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f'the loss is {losses[-1]} at step {len(losses)}: '
+                                         'lower the learning rate, or look for damaged features')
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.)
+            optimizer.step()
+            schedule.step()
     model.eval()
     return losses
 
-# %% ../nbs/36_ifcap.ipynb #b624b82b
+# %% ../nbs/36_ifcap.ipynb #31f3ef0c
+def write_after(
+    model:IFCap,
+    prefix:torch.Tensor,      # (B, length, width)
+    prompts:list[list[int]],  # of equal length
+    **options                 # of transformers' `generate`
+) -> list[list[int]]: # tokens, the end token last if it was reached
+    "What the language model writes after a prefix and a prompt."
+    words = model.lm.get_input_embeddings()(torch.tensor(prompts, device=model.device))
+    inputs = torch.cat([prefix.to(words.dtype), words], 1)
+    mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=model.device)
+    ends = dict(eos_token_id=model.end, pad_token_id=model.end)
+    given = dict(inputs_embeds=inputs, attention_mask=mask)
+    ids = model.lm.generate(**given, do_sample=False, **ends, **options)
+    return [row[:row.index(model.end) + 1] if model.end in row else row for row in ids.tolist()]
+
 @torch.inference_mode()
 def ifcap_ids(
     model:IFCap,
@@ -188,39 +269,49 @@ def ifcap_ids(
     beams:int=1,
     max_new_tokens:int=24,
     batch_size:int=64
-) -> list[list[int]]: # for each image its tokens, the end token last if it was reached
-    "Retrieve, count, fuse, write."
-    if features.ndim != 2 or features.shape[1] != model.settings['dim']: raise ValueError(f'expected features (N, {model.settings["dim"]}), got {tuple(features.shape)}')
-    prompts, found, out = [model.prompt_ids(e) for e in model.seen_entities(features)], retrieve(features.to(model.bank.device), model.bank, model.lookup['k']), {}
+) -> list[list[int]]: # for each image its tokens
+    "Retrieve, count, fuse, write. `ValueError` for features of another width, or captions longer than the window."
+    dim = model.settings['dim']
+    if features.ndim != 2 or features.shape[1] != dim:
+        raise ValueError(f'expected features (N, {dim}), got {tuple(features.shape)}')
+    prompts = [model.prompt_ids(e) for e in model.seen_entities(features)]
+    found = retrieve(features.to(model.bank.device), model.bank, model.lookup['k'])
     model.check_fits(max(map(len, prompts)) + max_new_tokens)
+    options, out = dict(max_new_tokens=max_new_tokens, num_beams=beams), {}
     for length in sorted({len(p) for p in prompts}):
-        for part in torch.tensor([i for i, p in enumerate(prompts) if len(p) == length]).split(batch_size):
+        alike = torch.tensor([i for i, p in enumerate(prompts) if len(p) == length])
+        for part in alike.split(batch_size):
             prefix = model.prefix(features[part].to(model.device), model.bank[found[part]])
-            words = model.lm.get_input_embeddings()(torch.tensor([prompts[i] for i in part.tolist()], device=model.device))
-            inputs = torch.cat([prefix.to(words.dtype), words], 1)
-            ids = model.lm.generate(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long, device=model.device), max_new_tokens=max_new_tokens, num_beams=beams, do_sample=False, eos_token_id=model.end, pad_token_id=model.end)
-            out |= {i: row[:row.index(model.end) + 1] if model.end in row else row for i, row in zip(part.tolist(), ids.tolist())}
+            texts = write_after(model, prefix, [prompts[i] for i in part], **options)
+            out |= zip(part.tolist(), texts)
     return [out[i] for i in range(len(features))]
 
+# %% ../nbs/36_ifcap.ipynb #efbd2bd1
 def write_ifcap(model:IFCap, features:torch.Tensor, **kwargs) -> list[str]:
     "A caption for each image; keywords of `ifcap_ids`."
     return caption_text(model, ifcap_ids(model, features, **kwargs))
 
-# %% ../nbs/36_ifcap.ipynb #d125a648
+# %% ../nbs/36_ifcap.ipynb #e3a77eb0
 def save_ifcap(
     model:IFCap,
     folder:str|Path,  # made if absent
     **facts           # more for the card
 ) -> Path:
     "A captioner's folder with the bank beside it."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    bank = dict(captions=model.captions, vocabulary=sorted(model.vocabulary))
     atomic_write(folder/'bank.safetensors', save({'bank': model.bank.cpu().contiguous()}))
-    atomic_write(folder/'bank.json', json.dumps(dict(captions=model.captions, vocabulary=sorted(model.vocabulary)), ensure_ascii=False))
+    atomic_write(folder/'bank.json', json.dumps(bank, ensure_ascii=False))
     return save_captioner(model, folder, kind='ifcap', lookup=model.lookup, **facts)
 
 def load_ifcap(folder:str|Path) -> IFCap:
-    "From `save_ifcap`. `FileNotFoundError` for an unfinished folder, `ValueError` for weights that do not fit."
+    "From `save_ifcap`. `FileNotFoundError` for an unfinished folder, `ValueError` for other weights."
+    folder = Path(folder)
+    def read(name): return json.loads((folder/name).read_text(encoding='utf-8'))
     def make(lm, tokenizer, **settings):
-        bank, card = json.loads((Path(folder)/'bank.json').read_text(encoding='utf-8')), json.loads((Path(folder)/'card.json').read_text())
-        return IFCap(lm, tokenizer, bank=load_file(Path(folder)/'bank.safetensors')['bank'], captions=bank['captions'], nouns=set(bank['vocabulary']), **card['lookup'], **settings)
+        bank, lookup = read('bank.json'), read('card.json')['lookup']
+        features, nouns = load_file(folder/'bank.safetensors')['bank'], set(bank['vocabulary'])
+        known = dict(bank=features, captions=bank['captions'], nouns=nouns)
+        return IFCap(lm, tokenizer, **known, **lookup, **settings)
     return load_captioner(folder, make)
