@@ -4,30 +4,35 @@
 
 # %% auto #0
 __all__ = ['MEMORY_TEXTS', 'GENERATED', 'image_fault', 'is_out_of_memory', 'Sampler', 'encode_image_file', 'image_row',
-           'file_sha256', 'sync_folder', 'write_shard', 'shard_fault', 'encode_halving', 'shard_rows', 'shard_notes',
-           'make_shard']
+           'file_sha256', 'sync_folder', 'write_shard', 'receipt_fault', 'schema_fault', 'rows_fault', 'shard_fault',
+           'encode_halving', 'encode_shard', 'shard_rows', 'shard_notes', 'finished_rows', 'make_shard']
 
 # %% ../nbs/09_shards.ipynb #51616302
 import gmail_nb.runtime
-import errno, hashlib, importlib.util, inspect, io, json, logging, os, time
-import datasets, numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import partial
+import hashlib
+import inspect
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 from diffusers import DiffusionPipeline
 from fastcore.basics import patch
-from .data import read_parquet
-from .pipelines import PRESETS, EmojiPipeline, PatchAutoencoder, Preset, check_call, encode_prompts, load_generator, resolve_generator, truncated_prompts
-from .plan import Item, Plan, Settings, make_settings, read_captions, settings_difference
-from .files import atomic_path, atomic_write, check_writable, progress, unknown_name, versions
-from .runtime import default_device, default_dtype, fingerprint, machine
 from PIL import Image
 
-try: import fcntl
-except ImportError: fcntl = None # Windows: two runs on one folder are not kept apart there
+from .files import atomic_path, atomic_write
+from .pipelines import check_call, encode_prompts, truncated_prompts
+from .plan import Item, Plan, Settings
+from .runtime import fingerprint
 
 # %% ../nbs/09_shards.ipynb #a27e5a84
 def image_fault(
@@ -40,14 +45,16 @@ def image_fault(
     if image.max() <= 1/255: return 'black'
     return None
 
-MEMORY_TEXTS = ('out of memory', "can't allocate memory", 'not enough memory', 'alloc_failed') # of CUDA, of the CPU's allocators, of cuBLAS and cuDNN
+# %% ../nbs/09_shards.ipynb #9c7d368a
+MEMORY_TEXTS = ('out of memory', "can't allocate memory", 'not enough memory', 'alloc_failed')
 
 def is_out_of_memory(
     error:BaseException # anything raised while drawing
 ) -> bool:
     "Whether an error says that the batch did not fit."
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)): return True
     text = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and any(m in text for m in MEMORY_TEXTS))
+    return isinstance(error, RuntimeError) and any(m in text for m in MEMORY_TEXTS)
 
 # %% ../nbs/09_shards.ipynb #7bd63550
 class Sampler:
@@ -57,31 +64,58 @@ class Sampler:
         settings:Settings,          # of the run
         batch_size:int              # halved when it does not fit
     ):
-        check_call(pipeline, settings.guidance, settings.negative, settings.scheduler, settings.dtype, settings.options)
+        s = settings
+        check_call(pipeline, s.guidance, s.negative, s.scheduler, s.dtype, s.options)
         self.pipeline, self.settings, self.batch_size = pipeline, settings, batch_size
         self.accepts = inspect.signature(type(pipeline).__call__).parameters
 
     def precision(self):
-        "On a CPU half precision means autocast: weights and the sampler's state stay float32, products run in bfloat16."
+        """On a CPU half precision means autocast.
+        Weights and the sampler's state stay float32, products run in bfloat16."""
         half = self.settings.dtype != 'float32' and self.pipeline._execution_device.type == 'cpu'
         return torch.autocast('cpu', torch.bfloat16, enabled=half)
 
-    def call(self,
-        items:list[Item],         # one batch
-        embedded:dict[str, dict]  # prompt -> arguments, from `encode_prompts`
-    ) -> list[tuple[np.ndarray|None, str|None]]: # (H, W, 3) uint8, or a reason
-        "Draw one batch."
-        s, rows = self.settings, [embedded[i.prompt] for i in items]
-        kwargs = {n: torch.cat([r[n] for r in rows]) if torch.is_tensor(rows[0][n]) else [r[n] for r in rows] for n in rows[0]}
-        kwargs.update({n: getattr(s, n) for n in ('height', 'width') if n in self.accepts and getattr(s, n) is not None}, **s.options)
-        kwargs.update({n: v for n, v in (('num_inference_steps', s.steps), ('guidance_scale', s.guidance)) if v is not None})
-        generators = [torch.Generator('cpu').manual_seed(i.seed) for i in items]
-        with torch.inference_mode(), self.precision(): result = self.pipeline(**kwargs, generator=generators, output_type='np')
-        for n, drawn in zip(('height', 'width'), result.images[0].shape):
-            if getattr(s, n) not in (None, drawn): raise ValueError(f'this generator draws images of {n} {drawn}, not {getattr(s, n)}: leave {n!r} out')
-        blocked = getattr(result, 'nsfw_content_detected', None) or [False]*len(items)
-        faults = [image_fault(x, b) for x, b in zip(result.images, blocked)]
-        return [(None, f) if f else ((x*255).round().astype(np.uint8), None) for x, f in zip(result.images, faults)]
+# %% ../nbs/09_shards.ipynb #d811f2c5
+@patch
+def arguments(self:Sampler,
+    items:list[Item],         # one batch
+    embedded:dict[str, dict]  # prompt -> arguments, from `encode_prompts`
+) -> dict: # what the pipeline's call is given
+    "Embeddings of a batch, and the settings that the pipeline has a name for."
+    s, rows = self.settings, [embedded[i.prompt] for i in items]
+    together = {n: [r[n] for r in rows] for n in rows[0]}
+    prompts = {n: torch.cat(v) if torch.is_tensor(v[0]) else v for n, v in together.items()}
+    sides = {n: getattr(s, n) for n in ('height', 'width') if n in self.accepts}
+    scales = dict(num_inference_steps=s.steps, guidance_scale=s.guidance)
+    given = {n: v for n, v in {**sides, **scales}.items() if v is not None}
+    generators = [torch.Generator('cpu').manual_seed(i.seed) for i in items]
+    return {**prompts, **s.options, **given, 'generator': generators}
+
+# %% ../nbs/09_shards.ipynb #ee19acd4
+@patch
+def check_size(self:Sampler,
+    drawn:tuple # height and width of an image
+) -> None:
+    "`ValueError` when another size was asked for."
+    for n, side in zip(('height', 'width'), drawn):
+        asked = getattr(self.settings, n)
+        if asked in (None, side): continue
+        raise ValueError(f'this generator draws images of {n} {side}, not {asked}: leave {n!r} out')
+
+# %% ../nbs/09_shards.ipynb #1697780b
+@patch
+def call(self:Sampler,
+    items:list[Item],         # one batch
+    embedded:dict[str, dict]  # prompt -> arguments, from `encode_prompts`
+) -> list[tuple[np.ndarray|None, str|None]]: # (H, W, 3) uint8, or a reason
+    "Draw one batch."
+    with torch.inference_mode(), self.precision():
+        result = self.pipeline(**self.arguments(items, embedded), output_type='np')
+    self.check_size(result.images[0].shape)
+    blocked = getattr(result, 'nsfw_content_detected', None) or [False]*len(items)
+    faults = [image_fault(x, b) for x, b in zip(result.images, blocked)]
+    return [(None, f) if f else ((x*255).round().astype(np.uint8), None)
+            for x, f in zip(result.images, faults)]
 
 # %% ../nbs/09_shards.ipynb #aa386847
 @patch
@@ -89,7 +123,7 @@ def draw(self:Sampler,
     items:list[Item],         # any number
     embedded:dict[str, dict]  # prompt -> arguments
 ) -> Iterable[list]: # of (item, result), a batch at a time
-    "Draw `items` batch by batch; halve the batch when memory runs out, and give up on an image that does not fit alone."
+    "Draw `items` batch by batch; halve the batch when memory runs out."
     start = 0
     while start < len(items):
         batch = items[start:start + self.batch_size]
@@ -97,26 +131,33 @@ def draw(self:Sampler,
         except Exception as e:
             if not is_out_of_memory(e): raise
             if torch.cuda.is_available(): torch.cuda.empty_cache()
-            if len(batch) > 1: self.batch_size = len(batch)//2; continue
+            if len(batch) > 1:
+                self.batch_size = len(batch)//2
+                continue
             results = [(None, 'out of memory')]
         yield list(zip(batch, results))
         start += len(batch)
 
 # %% ../nbs/09_shards.ipynb #f906aef1
-GENERATED = datasets.Features(dict(
-    key=datasets.Value('string'), caption=datasets.Value('string'), prompt=datasets.Value('string'), image=datasets.Image(), sample=datasets.Value('int32'), seed=datasets.Value('int64'),
-    generator=datasets.Value('string'), revision=datasets.Value('string'), steps=datasets.Value('int32'), guidance=datasets.Value('float32'),
-    width=datasets.Value('int32'), height=datasets.Value('int32'), sha256=datasets.Value('string'))) # columns of a generated set
+_text, _int, _long = (datasets.Value(kind) for kind in ('string', 'int32', 'int64'))
 
+GENERATED = datasets.Features(dict(
+    key=_text, caption=_text, prompt=_text, image=datasets.Image(), sample=_int, seed=_long,
+    generator=_text, revision=_text, steps=_int, guidance=datasets.Value('float32'),
+    width=_int, height=_int, sha256=_text)) # columns of a generated set
+
+# %% ../nbs/09_shards.ipynb #a4d7c225
 def encode_image_file(
     image:np.ndarray,      # (H, W, 3) uint8
     image_format:str='png' # 'png', 'jpeg' (quality 95) or 'webp' (quality 95)
 ) -> bytes: # the same bytes for the same pixels and the same Pillow
     "An image as a file in memory."
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, image_format.upper(), **({} if image_format == 'png' else dict(quality=95)))
+    options = {} if image_format == 'png' else dict(quality=95)
+    Image.fromarray(image).save(buffer, image_format.upper(), **options)
     return buffer.getvalue()
 
+# %% ../nbs/09_shards.ipynb #838531be
 def image_row(
     item:Item,         # what was asked
     image:np.ndarray,  # (H, W, 3) uint8
@@ -124,9 +165,10 @@ def image_row(
 ) -> dict: # a row of `GENERATED`
     "An image with everything that says where it comes from."
     content = encode_image_file(image, settings.image_format)
-    kept = {n: getattr(settings, n) for n in ('generator', 'revision', 'steps', 'guidance')}
-    return dict(key=item.key, caption=item.caption, prompt=item.prompt, image=dict(bytes=content, path=None), sample=item.sample, seed=item.seed, **kept,
-                width=image.shape[1], height=image.shape[0], sha256=hashlib.sha256(content).hexdigest())
+    asked = {n: getattr(item, n) for n in ('key', 'caption', 'prompt', 'sample', 'seed')}
+    made_by = {n: getattr(settings, n) for n in ('generator', 'revision', 'steps', 'guidance')}
+    return dict(asked, image=dict(bytes=content, path=None), **made_by, width=image.shape[1],
+                height=image.shape[0], sha256=hashlib.sha256(content).hexdigest())
 
 # %% ../nbs/09_shards.ipynb #daae8b29
 def file_sha256(
@@ -138,6 +180,7 @@ def file_sha256(
         while block := f.read(1 << 22): h.update(block)
     return h.hexdigest()
 
+# %% ../nbs/09_shards.ipynb #59090f68
 def sync_folder(
     folder:Path # whose renames are to survive a power cut
 ) -> None:
@@ -147,6 +190,7 @@ def sync_folder(
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/09_shards.ipynb #ec6f78ba
 def write_shard(
     path:Path,           # final name
     rows:list[dict],     # rows of `GENERATED`
@@ -155,38 +199,70 @@ def write_shard(
     **notes              # further facts for the receipt
 ) -> dict: # the receipt
     "Write a shard whole, then its receipt."
-    schema = GENERATED.arrow_schema
-    with atomic_path(path) as tmp: pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp, compression='zstd', use_dictionary=['generator', 'revision', 'caption', 'prompt'])
+    schema, repeated = GENERATED.arrow_schema, ['generator', 'revision', 'caption', 'prompt']
+    table = pa.Table.from_pylist(rows, schema=schema)
+    with atomic_path(path) as tmp:
+        pq.write_table(table, tmp, compression='zstd', use_dictionary=repeated)
     sync_folder(path.parent)
-    receipt = dict(shard=path.name, rows=len(rows), failures=failures, bytes=path.stat().st_size, sha256=file_sha256(path), schema=fingerprint(str(schema.remove_metadata())), settings=fingerprint(asdict(settings)), **notes)
+    receipt = dict(shard=path.name, rows=len(rows), failures=failures, bytes=path.stat().st_size,
+                   sha256=file_sha256(path), schema=fingerprint(str(schema.remove_metadata())),
+                   settings=fingerprint(asdict(settings)), **notes)
     atomic_write(path.with_suffix('.json'), json.dumps(receipt, indent=1))
     sync_folder(path.parent)
     return receipt
 
 # %% ../nbs/09_shards.ipynb #c1c572a4
-def shard_fault(
+def receipt_fault(
     path:Path,       # of a shard
     plan:Plan,       # of the run
-    k:int,           # its number
-    deep:bool=True   # read the whole file and compare its SHA-256; False looks at the receipt, the file's size and the footer
-) -> str|None: # None when finished, 'missing', or what is wrong
-    "Whether a shard is finished, is the right one, and reads back."
+    deep:bool=True   # compare the checksum too, which reads the whole file
+) -> str|None: # None for a good receipt, or what is wrong
+    "Whether a shard has a receipt of this run, and is the file that the receipt speaks of."
     if not path.exists(): return 'missing'
     try: receipt = json.loads(path.with_suffix('.json').read_text())
     except FileNotFoundError: return 'no receipt'
     except ValueError: return 'receipt is not JSON'
     if not isinstance(receipt, dict): return 'receipt is not JSON'
     if receipt.get('settings') != fingerprint(asdict(plan.settings)): return 'made by another run'
-    if receipt.get('bytes') not in (None, path.stat().st_size): return 'checksum differs: truncated or changed'
-    if deep and file_sha256(path) != receipt.get('sha256'): return 'checksum differs: truncated or changed'
-    try: table = pq.read_table(path, columns=['key', 'sample']) if deep else None; found = pq.read_schema(path)
+    same = receipt.get('bytes') in (None, path.stat().st_size)
+    if same and deep: same = file_sha256(path) == receipt.get('sha256')
+    return None if same else 'checksum differs: truncated or changed'
+
+# %% ../nbs/09_shards.ipynb #b887a1c2
+def schema_fault(
+    path:Path # of a shard
+) -> str|None:
+    "Whether the footer reads, and has the columns of `GENERATED`."
+    try: found = pq.read_schema(path)
     except (pa.ArrowException, OSError, KeyError) as e: return f'does not read: {type(e).__name__}'
-    if not found.remove_metadata().equals(GENERATED.arrow_schema.remove_metadata()): return 'schema differs'
-    if not deep: return None
+    same = found.remove_metadata().equals(GENERATED.arrow_schema.remove_metadata())
+    return None if same else 'schema differs'
+
+# %% ../nbs/09_shards.ipynb #9554004a
+def rows_fault(
+    path:Path, # of a shard whose receipt is good
+    plan:Plan, # of the run
+    k:int      # its number
+) -> str|None:
+    "Whether a shard reads back, with exactly the rows of the plan that did not fail."
+    try: table = pq.read_table(path, columns=['key', 'sample'])
+    except (pa.ArrowException, OSError, KeyError) as e: return f'does not read: {type(e).__name__}'
     there = [*zip(table['key'].to_pylist(), table['sample'].to_pylist())]
-    failed = {(f['key'], f['sample']) for f in receipt['failures']}
-    if there != [(i.key, i.sample) for i in plan.items(k) if (i.key, i.sample) not in failed]: return 'rows are not those of the plan'
-    return None
+    failures = json.loads(path.with_suffix('.json').read_text())['failures']
+    failed = {(f['key'], f['sample']) for f in failures}
+    wanted = [(i.key, i.sample) for i in plan.items(k) if (i.key, i.sample) not in failed]
+    return None if there == wanted else 'rows are not those of the plan'
+
+# %% ../nbs/09_shards.ipynb #0e77b64c
+def shard_fault(
+    path:Path,       # of a shard
+    plan:Plan,       # of the run
+    k:int,           # its number
+    deep:bool=True   # False looks at the receipt, the file's size and the footer alone
+) -> str|None: # None when finished, 'missing', or what is wrong
+    "Whether a shard is finished, is the right one, and reads back."
+    fault = receipt_fault(path, plan, deep) or schema_fault(path)
+    return fault or (rows_fault(path, plan, k) if deep else None)
 
 # %% ../nbs/09_shards.ipynb #64bf4bca
 def encode_halving(
@@ -199,20 +275,31 @@ def encode_halving(
     except Exception as e:
         if not is_out_of_memory(e) or len(prompts) == 1: raise
     if torch.cuda.is_available(): torch.cuda.empty_cache()
-    return [r for half in (prompts[:len(prompts)//2], prompts[len(prompts)//2:]) for r in encode_halving(sampler, half)]
+    halves = prompts[:len(prompts)//2], prompts[len(prompts)//2:]
+    return [r for half in halves for r in encode_halving(sampler, half)]
 
+# %% ../nbs/09_shards.ipynb #e482d41a
+def encode_shard(
+    sampler:Sampler,  # a loaded pipeline
+    prompts:list[str] # distinct
+) -> dict[str, dict]: # prompt -> arguments
+    "Encode the prompts of a shard in groups of a fixed size: always in the same ones."
+    embedded = {}
+    with torch.inference_mode():
+        for j in range(0, len(prompts), 64):
+            group = prompts[j:j + 64]
+            embedded.update(zip(group, encode_halving(sampler, group)))
+    return embedded
+
+# %% ../nbs/09_shards.ipynb #91a54d61
 def shard_rows(
     sampler:Sampler,   # a loaded pipeline
     items:list[Item],  # what to draw
     pool:ThreadPoolExecutor, # encodes images while the next batch is drawn
-    tick=lambda n: None      # called with the number of images after each batch
+    tick:Callable=lambda n: None # called with the number of images after each batch
 ) -> tuple[list, list[dict]]: # futures of rows, failures
     "Draw the items of a shard; rows come back as futures in the order of `items`."
-    prompts, embedded = list(dict.fromkeys(i.prompt for i in items)), {}
-    with torch.inference_mode():
-        for j in range(0, len(prompts), 64): # a fixed size: a shard is always encoded in the same groups
-            group = prompts[j:j + 64]
-            embedded.update(zip(group, encode_halving(sampler, group)))
+    embedded = encode_shard(sampler, list(dict.fromkeys(i.prompt for i in items)))
     rows, failures = [], []
     for batch in sampler.draw(items, embedded):
         for item, (image, fault) in batch:
@@ -231,11 +318,25 @@ def shard_notes(
     before:dict        # the receipt so far, {} for a new shard
 ) -> dict: # further facts for the receipt
     "What a receipt says beside rows and failures; a retry adds to what stood there."
-    cut = set(truncated_prompts(sampler.pipeline, list(dict.fromkeys(i.prompt for i in items)), settings.options))
+    prompts, dtype = list(dict.fromkeys(i.prompt for i in items)), sampler.settings.dtype
+    cut = set(truncated_prompts(sampler.pipeline, prompts, settings.options))
     keys = list(dict.fromkeys(i.key for i in items if i.prompt in cut))
-    drawn_in = before.get('drawn_in', []) + ([dict(key=i.key, sample=i.sample, dtype=sampler.settings.dtype) for i in todo] if sampler.settings.dtype != settings.dtype else [])
-    return dict(truncated=len(cut), truncated_keys=keys, batch_size=sampler.batch_size, seconds=round(seconds + before.get('seconds', 0), 2), **(dict(drawn_in=drawn_in) if drawn_in else {}))
+    other = todo if dtype != settings.dtype else [] # drawn in another number format
+    drawn_in = [dict(key=i.key, sample=i.sample, dtype=dtype) for i in other]
+    drawn_in = before.get('drawn_in', []) + drawn_in
+    notes = dict(truncated=len(cut), truncated_keys=keys, batch_size=sampler.batch_size,
+                 seconds=round(seconds + before.get('seconds', 0), 2))
+    return dict(notes, drawn_in=drawn_in) if drawn_in else notes
 
+# %% ../nbs/09_shards.ipynb #6af208be
+def finished_rows(
+    path:Path # of a finished shard
+) -> tuple[dict, dict]: # rows by (key, sample), receipt
+    "What a retry keeps of a shard."
+    rows = {(r['key'], r['sample']): r for r in pq.read_table(path).to_pylist()}
+    return rows, json.loads(path.with_suffix('.json').read_text())
+
+# %% ../nbs/09_shards.ipynb #6b06279e
 def make_shard(
     out:Path,          # folder of the run
     plan:Plan,         # of the run
@@ -243,13 +344,14 @@ def make_shard(
     sampler:Sampler,   # a loaded pipeline
     encoders:ThreadPoolExecutor, # for image files
     writer:ThreadPoolExecutor,   # one thread, for shards
-    retry:bool=False,        # keep the good rows of a finished shard and draw only what failed
-    tick=lambda n: None      # called with the number of images after each batch
-): # a future of the receipt
+    retry:bool=False,  # keep the good rows of a finished shard and draw only what failed
+    tick:Callable=lambda n: None # called with the number of images after each batch
+) -> Future: # of the receipt
     "Draw one shard and hand it to the writer."
-    path, items, start, kept, before = out/plan.shard_name(k), plan.items(k), time.time(), {}, {}
-    for stale in out.glob(f'.{path.stem}.*.tmp'): stale.unlink(missing_ok=True) # of a run that was killed: the shard is locked
-    if retry: kept, before = {(r['key'], r['sample']): r for r in pq.read_table(path).to_pylist()}, json.loads(path.with_suffix('.json').read_text())
+    path, items, start = out/plan.shard_name(k), plan.items(k), time.time()
+    # left by a run that was killed: the shard is locked, so nobody else writes there
+    for stale in out.glob(f'.{path.stem}.*.tmp'): stale.unlink(missing_ok=True)
+    kept, before = finished_rows(path) if retry else ({}, {})
     todo = [i for i in items if (i.key, i.sample) not in kept]
     futures, failures = shard_rows(sampler, todo, encoders, tick)
     notes = shard_notes(sampler, items, todo, time.time() - start, plan.settings, before)
