@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_paired', 'paired_cosines', 'ranks', 'recall_at_k', 'modality_probe', 'centroid_distance', 'alignment',
-           'uniformity', 'gap_report', 'show_cosines', 'project_2d', 'show_gap', 'show_tsne']
+           'uniformity', 'recalls', 'gap_report', 'show_cosines', 'project_2d', 'draw_pairs', 'show_gap', 'show_tsne']
 
 # %% ../nbs/28_gap.ipynb #04a133f4
 import matplotlib.pyplot as plt
@@ -24,10 +24,16 @@ def check_paired(
     b:torch.Tensor  # (N, D), row i belongs to row i of `a`
 ) -> None:
     "Raise `ValueError` unless both are finite, of one shape (N, D), and not empty."
-    if a.shape != b.shape or a.ndim != 2 or not len(a): raise ValueError(f'expected two (N, D) tensors of pairs with N > 0, got {tuple(a.shape)} and {tuple(b.shape)}')
+    if a.shape != b.shape or a.ndim != 2 or not len(a):
+        raise ValueError('expected two (N, D) tensors of pairs with N > 0, '
+                         f'got {tuple(a.shape)} and {tuple(b.shape)}')
     for name, x in (('first', a), ('second', b)):
-        if not torch.isfinite(x).all(): raise ValueError(f'the {name} features hold {(~torch.isfinite(x)).any(1).sum()} rows that are not finite: look for damaged images')
+        bad = (~torch.isfinite(x)).any(1).sum()
+        if bad:
+            raise ValueError(f'the {name} features hold {bad} rows that are not finite: '
+                             'look for damaged images')
 
+# %% ../nbs/28_gap.ipynb #487dbb20
 def paired_cosines(
     generated_features:torch.Tensor, # (N, D)
     real_features:torch.Tensor       # (N, D)
@@ -51,12 +57,15 @@ def ranks(
         out.append((scores >= right).sum(1) - 1)
     return torch.cat(out)
 
+# %% ../nbs/28_gap.ipynb #781bbde7
 def recall_at_k(
     ranks:torch.Tensor, # from `ranks`
     k:int               # 1, 5 and 10 in the paper
 ) -> float: # in [0, 1]
     "The share of queries whose right answer is among the first k."
-    if not 0 < k <= len(ranks): raise ValueError(f'k is {k}, but the gallery has {len(ranks)} items: choose 1 <= k <= {len(ranks)}')
+    if not 0 < k <= len(ranks):
+        raise ValueError(f'k is {k}, but the gallery has {len(ranks)} items: '
+                         f'choose 1 <= k <= {len(ranks)}')
     return (ranks < k).float().mean().item()
 
 # %% ../nbs/28_gap.ipynb #8e06de14
@@ -68,15 +77,24 @@ def modality_probe(
 ) -> float: # in [0, 1]; 0.5 when the modalities cannot be told apart
     "Cross-validated accuracy or AUC of a logistic regression that tells generated from real."
     check_paired(generated_features, real_features)
-    if len(real_features) < folds: raise ValueError(f'{len(real_features)} pairs cannot be split into {folds} folds: measure more pairs, or choose fewer folds')
-    n, x = len(real_features), F.normalize(torch.cat([generated_features, real_features]), dim=-1).cpu().numpy()
+    n = len(real_features)
+    if n < folds:
+        raise ValueError(f'{n} pairs cannot be split into {folds} folds: '
+                         'measure more pairs, or choose fewer folds')
+    x = F.normalize(torch.cat([generated_features, real_features]), dim=-1).cpu().numpy()
     side, pair = np.repeat([1, 0], n), np.tile(np.arange(n), 2)
-    return cross_val_score(LogisticRegression(max_iter=500), x, side, groups=pair, cv=GroupKFold(folds), scoring=scoring).mean().item()
+    probe, split = LogisticRegression(max_iter=500), GroupKFold(folds)
+    return cross_val_score(probe, x, side, groups=pair, cv=split, scoring=scoring).mean().item()
 
-def centroid_distance(generated_features:torch.Tensor, real_features:torch.Tensor) -> float:
-    "Length of the difference of the two means of unit vectors: the modality gap of Liang et al. (2022)."
+# %% ../nbs/28_gap.ipynb #8e06de16
+def centroid_distance(
+    generated_features:torch.Tensor, # (N, D)
+    real_features:torch.Tensor       # (N, D)
+) -> float: # in [0, 2]
+    "Length of the difference of the two means of unit vectors."
     check_paired(generated_features, real_features)
-    return (F.normalize(generated_features, dim=-1).mean(0) - F.normalize(real_features, dim=-1).mean(0)).norm().item()
+    means = [F.normalize(x, dim=-1).mean(0) for x in (generated_features, real_features)]
+    return (means[0] - means[1]).norm().item()
 
 # %% ../nbs/28_gap.ipynb #c01b2ab0
 def alignment(
@@ -85,17 +103,32 @@ def alignment(
 ) -> float: # in [0, 4]
     "Mean squared distance of partners on the sphere, which is 2 - 2 cosine."
     check_paired(generated_features, real_features)
-    return (F.normalize(generated_features, dim=-1) - F.normalize(real_features, dim=-1)).square().sum(-1).mean().item()
+    apart = F.normalize(generated_features, dim=-1) - F.normalize(real_features, dim=-1)
+    return apart.square().sum(-1).mean().item()
 
+# %% ../nbs/28_gap.ipynb #c01b2ab1
 def uniformity(
     features:torch.Tensor, # (N, D), N > 1
     chunk:int=1024         # rows compared with all at once
 ) -> float: # at most 0
     "Log of the mean Gaussian potential of all pairs on the sphere."
-    if len(features) < 2: raise ValueError('uniformity compares vectors with each other: pass at least 2')
-    x, n = F.normalize(features.double(), dim=-1), len(features)
-    total = sum((4 * (x[i:i + chunk] @ x.T) - 4).exp().sum() for i in range(0, n, chunk)) # exp(-2 |a - b|^2) = exp(4 a.b - 4)
-    return torch.log((total - n) / (n * (n - 1))).item()                                  # without the n pairs of a vector with itself
+    n = len(features)
+    if n < 2: raise ValueError('uniformity compares vectors with each other: pass at least 2')
+    x = F.normalize(features.double(), dim=-1)
+    # exp(-2 |a - b|^2) = exp(4 a.b - 4)
+    total = sum((4 * (x[i:i + chunk] @ x.T) - 4).exp().sum() for i in range(0, n, chunk))
+    return torch.log((total - n) / (n * (n - 1))).item() # without the n pairs of a vector with itself
+
+# %% ../nbs/28_gap.ipynb #df529063
+def recalls(
+    generated_features:torch.Tensor, # (N, D)
+    real_features:torch.Tensor       # (N, D)
+) -> dict[str, float]: # by direction and k
+    "Retrieval of partners in both directions, for the k that the set has room for."
+    g, r = generated_features, real_features
+    ways = {'gen_to_real': ranks(g, r), 'real_to_gen': ranks(r, g)}
+    return {f'{way}_recall_at_{k}': recall_at_k(found, k)
+            for way, found in ways.items() for k in (1, 5, 10) if k <= len(r)}
 
 # %% ../nbs/28_gap.ipynb #df529064
 def gap_report(
@@ -104,10 +137,11 @@ def gap_report(
 ) -> dict[str, float]: # by name
     "Every measure of this page, and retrieval of partners in both directions."
     g, r = generated_features, real_features
-    ways = {'gen_to_real': ranks(g, r), 'real_to_gen': ranks(r, g)}
-    out = dict(paired_cosine=paired_cosines(g, r).mean().item(), centroid_distance=centroid_distance(g, r), alignment=alignment(g, r), uniformity_generated=uniformity(g), uniformity_real=uniformity(r))
-    out |= dict(modality_probe_accuracy=modality_probe(g, r), modality_probe_auc=modality_probe(g, r, scoring='roc_auc'))
-    return out | {f'{way}_recall_at_{k}': recall_at_k(found, k) for way, found in ways.items() for k in (1, 5, 10) if k <= len(r)}
+    return dict(
+        paired_cosine=paired_cosines(g, r).mean().item(), centroid_distance=centroid_distance(g, r),
+        alignment=alignment(g, r), uniformity_generated=uniformity(g), uniformity_real=uniformity(r),
+        modality_probe_accuracy=modality_probe(g, r),
+        modality_probe_auc=modality_probe(g, r, scoring='roc_auc')) | recalls(g, r)
 
 # %% ../nbs/28_gap.ipynb #e18d9a33
 def show_cosines(
@@ -117,9 +151,13 @@ def show_cosines(
     "Histograms of paired cosines before and after alignment."
     fig, ax = plt.subplots(figsize=(5, 2.2))
     bins = np.linspace(min(before.min(), after.min()).item(), 1, 41)
-    for name, v, c in (('before', before, 'tab:orange'), ('after', after, 'tab:blue')): ax.hist(v.numpy(), bins, alpha=.6, color=c, label=f'{name}: mean {v.mean():.2f}')
-    ax.set_xlabel('cosine of a generated image and its real partner'); ax.set_ylabel('pairs'); ax.legend(fontsize=8)
-    fig.tight_layout(); plt.close(fig)
+    for name, v, color in (('before', before, 'tab:orange'), ('after', after, 'tab:blue')):
+        ax.hist(v.numpy(), bins, alpha=.6, color=color, label=f'{name}: mean {v.mean():.2f}')
+    ax.set_xlabel('cosine of a generated image and its real partner')
+    ax.set_ylabel('pairs')
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    plt.close(fig)
     return fig
 
 # %% ../nbs/28_gap.ipynb #3aa892c2
@@ -130,12 +168,33 @@ def project_2d(
 ) -> np.ndarray: # (N, 2)
     "Unit vectors in the plane by cosine distance. `ImportError` when the method's package is not installed."
     x = F.normalize(features, dim=-1).cpu().numpy()
-    if method == 'tsne': return TSNE(perplexity=min(30, len(x) / 4), init='pca', random_state=seed, max_iter=500, metric='cosine').fit_transform(x)
+    if method == 'tsne':
+        return TSNE(perplexity=min(30, len(x) / 4), init='pca', random_state=seed, max_iter=500,
+                    metric='cosine').fit_transform(x)
     if method != 'umap': raise unknown_name('method', method, ('tsne', 'umap'))
     try: from umap import UMAP
-    except ImportError as e: raise ImportError("UMAP needs the package umap-learn: pip install 'gmail_nb[umap]'") from e
-    return UMAP(metric='cosine', random_state=seed, n_jobs=1, n_neighbors=min(15, len(x) - 1)).fit_transform(x)
+    except ImportError as e:
+        raise ImportError("UMAP needs the package umap-learn: pip install 'gmail_nb[umap]'") from e
+    return UMAP(metric='cosine', random_state=seed, n_jobs=1,
+                n_neighbors=min(15, len(x) - 1)).fit_transform(x)
 
+# %% ../nbs/28_gap.ipynb #3aa892c4
+def draw_pairs(
+    ax,                  # of matplotlib
+    generated:np.ndarray,# (N, 2)
+    real:np.ndarray,     # (N, 2)
+    title:str
+) -> None:
+    "Two clouds of points, with a thin line between partners."
+    for pair in zip(generated, real):
+        ax.plot(*np.stack(pair).T, color='gray', lw=.3, alpha=.5, zorder=0)
+    for part, name, color in ((generated, 'generated', 'tab:orange'), (real, 'real', 'tab:blue')):
+        ax.scatter(*part.T, s=6, color=color, label=name)
+    ax.set_title(title, fontsize=9)
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+# %% ../nbs/28_gap.ipynb #3aa892c5
 def show_gap(
     before:tuple[torch.Tensor, torch.Tensor], # generated and real features (N, D) before alignment
     after:tuple[torch.Tensor, torch.Tensor],  # and after it
@@ -145,13 +204,13 @@ def show_gap(
 ) -> Figure:
     "Generated and real features in the plane before and after, each pair joined by a line."
     fig, axes = plt.subplots(1, 2, figsize=(8, 4))
-    for ax, title, (g, r) in zip(axes, ('before alignment', 'after alignment'), (before, after)):
-        g, r = g[:limit], r[:limit]
+    for ax, when, pair in zip(axes, ('before', 'after'), (before, after)):
+        g, r = (x[:limit] for x in pair)
         y = project_2d(torch.cat([g, r]), method, seed)
-        for a, b in zip(y[:len(g)], y[len(g):]): ax.plot(*np.stack([a, b]).T, color='gray', lw=.3, alpha=.5, zorder=0)
-        for part, name, c in ((y[:len(g)], 'generated', 'tab:orange'), (y[len(g):], 'real', 'tab:blue')): ax.scatter(*part.T, s=6, color=c, label=name)
-        ax.set_title(title, fontsize=9); ax.set_xticks([]); ax.set_yticks([])
-    axes[0].legend(fontsize=8); fig.tight_layout(); plt.close(fig)
+        draw_pairs(ax, y[:len(g)], y[len(g):], f'{when} alignment')
+    axes[0].legend(fontsize=8)
+    fig.tight_layout()
+    plt.close(fig)
     return fig
 
 def show_tsne(before, after, seed:int=0, limit:int=400) -> Figure:
