@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['check_captions', 'Score', 'ngrams', 'bleu', 'lcs_length', 'rouge_l', 'cider', 'tokenized', 'counting_scores',
            'java_missing', 'spice_missing', 'meteor', 'spice', 'WordVectors', 'transport', 'word_movers_distance',
-           'wmd', 'clip_scores', 'CaptionScores', 'score_captions', 'bootstrap_interval', 'paired_difference']
+           'wmd', 'harmonic_mean', 'clip_scores', 'CaptionScores', 'score_captions', 'score_interval',
+           'score_difference']
 
 # %% ../nbs/34_caption_metrics.ipynb #794cb6a0
 import importlib.util
-import os
 import shutil
 import subprocess
 from collections import Counter
@@ -18,38 +18,48 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from scipy.optimize import linprog
 
 from .caption_tokens import tokenize_caption
-from .encoders import Encoder, minilm_folder
-
-# %% ../nbs/34_caption_metrics.ipynb #76bef752
-from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from .encoders import Encoder, encode_texts, minilm_folder
+from .stats import Interval, resample
 
 # %% ../nbs/34_caption_metrics.ipynb #afd89748
 def _some(keys, n=3):
+    "The first keys, and how many more there are."
     keys = [repr(k) for k in keys]
     return ', '.join(keys[:n]) + (f' and {len(keys) - n} more' if len(keys) > n else '')
 
+def _check_keys(hypotheses, references):
+    "Both sides hold something, and under the same keys."
+    if not hypotheses or not references:
+        raise ValueError(f'{len(hypotheses)} hypotheses and {len(references)} references: '
+                         'there is nothing to score')
+    bare = [k for k in references if k not in hypotheses]
+    extra = [k for k in hypotheses if k not in references]
+    said = [f'no hypothesis for {_some(bare)}'] if bare else []
+    if extra: said.append(f'no references for {_some(extra)}')
+    if said: raise ValueError('hypotheses and references must have the same keys: ' + '; '.join(said))
+
+# %% ../nbs/34_caption_metrics.ipynb #h8met001
 def check_captions(
     hypotheses:dict[str, str],       # one caption for each key
     references:dict[str, list[str]]  # one or more for each key
 ) -> None:
-    "Raise `ValueError` that names keys which do not match, keys without a reference, and empty texts."
-    if not hypotheses or not references: raise ValueError(f'{len(hypotheses)} hypotheses and {len(references)} references: there is nothing to score')
-    bare, extra = [k for k in references if k not in hypotheses], [k for k in hypotheses if k not in references]
-    if bare or extra: raise ValueError('hypotheses and references must have the same keys: ' + '; '.join(t for t in (f'no hypothesis for {_some(bare)}' if bare else '', f'no references for {_some(extra)}' if extra else '') if t))
+    "`ValueError` that names keys which do not match, keys without a reference, and empty texts."
+    _check_keys(hypotheses, references)
     wrong = [k for k, r in references.items() if isinstance(r, str)]
-    if wrong: raise ValueError(f'references must be lists of captions, but are a string for {_some(wrong)}')
-    none, empty = [k for k, r in references.items() if not r or not all(c.strip() for c in r)], [k for k, h in hypotheses.items() if not h.strip()]
+    if wrong:
+        raise ValueError(f'references must be lists of captions, but are a string for {_some(wrong)}')
+    none = [k for k, r in references.items() if not r or not all(c.strip() for c in r)]
     if none: raise ValueError(f'no references, or an empty one, for {_some(none)}')
-    if empty: raise ValueError(f'the hypothesis is empty for {_some(empty)}: let the captioner write at least one token, or leave these out on both sides')
+    empty = [k for k, h in hypotheses.items() if not h.strip()]
+    if empty:
+        raise ValueError(f'the hypothesis is empty for {_some(empty)}: let the captioner write '
+                         'at least one token, or leave these out on both sides')
 
 # %% ../nbs/34_caption_metrics.ipynb #fc23dbab
 @dataclass
@@ -57,14 +67,17 @@ class Score:
     "One metric on N captions."
     name:str
     each:np.ndarray                  # (N,), the score of each caption
-    parts:np.ndarray|None=None       # (N, P), counts that are summed over captions, for a score that is no mean
+    parts:np.ndarray|None=None       # (N, P), counts to be summed, for a score that is no mean
     combine:Callable|None=None       # from summed counts (..., P) to the score
     whole:float|None=None            # of all captions, where a program computed it otherwise
-    def on(self, rows:np.ndarray) -> float:
-        "The score on a choice of rows, which may repeat."
-        return float(self.each[rows].mean() if self.combine is None else self.combine(self.parts[rows].sum(0)))
+
+    def on(self, indices:np.ndarray) -> float:
+        "The score on a choice of captions, which may repeat."
+        if self.combine is None: return float(self.each[indices].mean())
+        return float(self.combine(self.parts[indices].sum(0)))
+
     @property
-    def value(self) -> float: return self.on(slice(None)) if self.whole is None else self.whole # of all captions
+    def value(self) -> float: return self.on(slice(None)) if self.whole is None else self.whole
     def __len__(self): return len(self.each)
     def __repr__(self): return f'Score({self.name!r}, {self.value:.4f} on {len(self)} captions)'
 
@@ -76,27 +89,34 @@ def ngrams(
     "Counts of n-grams, by length."
     return [Counter(zip(*(tokens[j:] for j in range(k + 1)))) for k in range(n)]
 
+# %% ../nbs/34_caption_metrics.ipynb #8ab57d45b
 def _bleu_of(counts, n):
     "BLEU-n from counts (..., 10): length, closest reference length, 4 matches, 4 n-grams."
-    length, reference, matched, possible = counts[..., 0], counts[..., 1], counts[..., 2:6], counts[..., 6:]
+    length, reference = counts[..., 0], counts[..., 1]
+    matched, possible = counts[..., 2:6], counts[..., 6:]
     precision = ((matched[..., :n] + 1e-15) / (possible[..., :n] + 1e-9)).prod(-1)**(1 / n)
     return precision * np.exp(np.minimum(0, 1 - (reference + 1e-9) / (length + 1e-15)))
 
 # %% ../nbs/34_caption_metrics.ipynb #ba1d920e
+def _bleu_counts(h, refs):
+    "The ten counts of one caption that `_bleu_of` sums."
+    most = [Counter() for _ in range(4)]
+    for r in refs:
+        for m, g in zip(most, ngrams(r)): m |= g # the union of counters keeps the larger count
+    closest = min((abs(len(r) - len(h)), len(r)) for r in refs)[1]
+    matched = [(g & m).total() for g, m in zip(ngrams(h), most)]
+    return [len(h), closest, *matched, *(max(0, len(h) - k) for k in range(4))]
+
+# %% ../nbs/34_caption_metrics.ipynb #ba1d920eb
 def bleu(
     hypotheses:list[list[str]],        # tokens of N captions
     references:list[list[list[str]]]   # tokens of each one's references
 ) -> list[Score]: # BLEU-1 to BLEU-4
-    "BLEU with the closest reference length, as the captioning field computes it. `value` is the corpus score."
-    counts = np.zeros((len(hypotheses), 10))
-    for row, h, refs in zip(counts, hypotheses, references):
-        most = [Counter() for _ in range(4)]
-        for r in refs:
-            for m, g in zip(most, ngrams(r)): m |= g # the union of counters keeps the larger count
-        row[0], row[1] = len(h), min((abs(len(r) - len(h)), len(r)) for r in refs)[1]
-        row[2:6] = [(g & m).total() for g, m in zip(ngrams(h), most)]
-        row[6:] = [max(0, len(h) - k) for k in range(4)]
-    return [Score(f'BLEU-{n}', _bleu_of(counts, n), counts, partial(_bleu_of, n=n)) for n in (1, 2, 3, 4)]
+    "BLEU with the closest reference length, as the field computes it. `value` is the corpus score."
+    each = [_bleu_counts(h, refs) for h, refs in zip(hypotheses, references)]
+    counts = np.array(each, dtype=float) # (N, 10)
+    return [Score(f'BLEU-{n}', _bleu_of(counts, n), counts, partial(_bleu_of, n=n))
+            for n in (1, 2, 3, 4)]
 
 # %% ../nbs/34_caption_metrics.ipynb #104e531c
 def lcs_length(
@@ -107,8 +127,17 @@ def lcs_length(
     row = [0] * (len(b) + 1)
     for x in a:
         diagonal = 0
-        for j, y in enumerate(b, 1): diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
     return row[-1]
+
+# %% ../nbs/34_caption_metrics.ipynb #h8met004
+def _rouge_of(h, refs, beta):
+    "ROUGE-L of one caption; an empty text is one empty word, as in the reference code."
+    h, refs = h or [''], [r or [''] for r in refs]
+    common = [lcs_length(h, r) for r in refs]
+    p, q = max(common) / len(h), max(c / len(r) for c, r in zip(common, refs))
+    return (1 + beta**2) * p * q / (q + beta**2 * p) if p and q else 0.
 
 def rouge_l(
     hypotheses:list[list[str]],        # tokens of N captions
@@ -116,39 +145,46 @@ def rouge_l(
     beta:float=1.2                     # weight of recall
 ) -> Score:
     "ROUGE-L: the mean over captions."
-    def one(h, refs):
-        h, refs = h or [''], [r or [''] for r in refs] # as the reference code, for which an empty text is one empty word
-        common = [lcs_length(h, r) for r in refs]
-        p, q = max(common) / len(h), max(c / len(r) for c, r in zip(common, refs))
-        return (1 + beta**2) * p * q / (q + beta**2 * p) if p and q else 0.
-    return Score('ROUGE-L', np.array([one(h, refs) for h, refs in zip(hypotheses, references)]))
+    each = [_rouge_of(h, refs, beta) for h, refs in zip(hypotheses, references)]
+    return Score('ROUGE-L', np.array(each))
 
 # %% ../nbs/34_caption_metrics.ipynb #8a6ff843
-def _document_frequency(references): # of every n-gram, in how many images' references it is
-    return Counter(g for refs in references for g in {g for r in refs for k in ngrams(r) for g in k})
+def _document_frequency(references):
+    "Of every n-gram, in how many images' references it is."
+    def of(refs): return {g for r in refs for k in ngrams(r) for g in k}
+    return Counter(g for refs in references for g in of(refs))
 
+# %% ../nbs/34_caption_metrics.ipynb #8a6ff843b
 def _tf_idf(tokens, frequency, n_images):
     "Weights by n-gram length, and their norms."
-    weights = [{g: c * (np.log(n_images) - np.log(max(1, frequency[g]))) for g, c in k.items()} for k in ngrams(tokens)]
+    def weight(g, count): return count * (np.log(n_images) - np.log(max(1, frequency[g])))
+    weights = [{g: weight(g, c) for g, c in k.items()} for k in ngrams(tokens)]
     return weights, [sum(v * v for v in w.values())**.5 for w in weights]
 
 # %% ../nbs/34_caption_metrics.ipynb #5eaab12b
+def _cider_against(h, r, frequency, n_images, plain, sigma):
+    "Mean over n-gram lengths of the cosine of one caption and one reference."
+    (hw, hn), (rw, rn) = (_tf_idf(t, frequency, n_images) for t in (h, r))
+    least = (lambda a, b: a) if plain else min
+    def dot(a, b): return sum(least(v, b.get(g, 0.)) * b.get(g, 0.) for g, v in a.items())
+    dots = [dot(a, b) for a, b in zip(hw, rw)]
+    cosines = [d / (a * b) if a and b else d for d, a, b in zip(dots, hn, rn)]
+    gap = max(0, len(h) - 1) - max(0, len(r) - 1)
+    return np.mean(cosines) * (1. if plain else np.exp(-gap**2 / (2 * sigma**2)))
+
+# %% ../nbs/34_caption_metrics.ipynb #5eaab12bb
 def cider(
     hypotheses:list[list[str]],        # tokens of N captions
-    references:list[list[list[str]]],  # tokens of each one's references; also the corpus of document frequencies
+    references:list[list[list[str]]],  # of each one's references; document frequencies too
     plain:bool=False,                  # without clipping and length penalty
     sigma:float=6.                     # of the length penalty
 ) -> Score:
-    "CIDEr-D, which everyone calls CIDEr, or the plain definition; 10 at most, and 0 for a single image, where nothing is rare."
-    frequency, n = _document_frequency(references), len(references)
-    least = (lambda a, b: a) if plain else min
-    def against(h, hw, hn, r):
-        rw, rn = _tf_idf(r, frequency, n)
-        dots = [sum(least(v, w.get(g, 0.)) * w.get(g, 0.) for g, v in k.items()) for k, w in zip(hw, rw)]
-        cosines = [d / (a * b) if a and b else d for d, a, b in zip(dots, hn, rn)]
-        gap = max(0, len(h) - 1) - max(0, len(r) - 1)
-        return np.mean(cosines) * (1. if plain else np.exp(-gap**2 / (2 * sigma**2)))
-    each = [10 * np.mean([against(h, *_tf_idf(h, frequency, n), r) for r in refs]) for h, refs in zip(hypotheses, references)]
+    """CIDEr-D, which everyone calls CIDEr, or the plain definition.
+
+    10 at most, and 0 for a single image, where nothing is rare."""
+    about = _document_frequency(references), len(references), plain, sigma
+    def of(h, refs): return 10 * np.mean([_cider_against(h, r, *about) for r in refs])
+    each = [of(h, refs) for h, refs in zip(hypotheses, references)]
     return Score('CIDEr-plain' if plain else 'CIDEr', np.array(each))
 
 # %% ../nbs/34_caption_metrics.ipynb #193211b3
@@ -158,56 +194,86 @@ def tokenized(
 ) -> tuple[list[list[str]], list[list[list[str]]]]: # in the order of `references`
     "Checked and cut into words."
     check_captions(hypotheses, references)
-    return [tokenize_caption(hypotheses[k]) for k in references], [[tokenize_caption(c) for c in refs] for refs in references.values()]
+    cut = [tokenize_caption(hypotheses[k]) for k in references]
+    return cut, [[tokenize_caption(c) for c in refs] for refs in references.values()]
 
-def counting_scores(hypotheses:list[list[str]], references:list[list[list[str]]]) -> list[Score]:
+# %% ../nbs/34_caption_metrics.ipynb #193211b3b
+def counting_scores(
+    hypotheses:list[list[str]],        # tokens of N captions
+    references:list[list[list[str]]]   # tokens of each one's references
+) -> list[Score]: # BLEU-1 to 4, ROUGE-L, CIDEr under both its names, CIDEr-plain
     "The scores that need nothing but words."
-    d = cider(hypotheses, references)
-    return [*bleu(hypotheses, references), rouge_l(hypotheses, references), d, replace(d, name='CIDEr-D'), cider(hypotheses, references, plain=True)]
+    d, plain = cider(hypotheses, references), cider(hypotheses, references, plain=True)
+    rouge = rouge_l(hypotheses, references)
+    return [*bleu(hypotheses, references), rouge, d, replace(d, name='CIDEr-D'), plain]
 
 # %% ../nbs/34_caption_metrics.ipynb #b34daca8
 def java_missing() -> str: # '' when there is nothing to say
     "Why METEOR and SPICE cannot run here, and what to do."
-    if importlib.util.find_spec('pycocoevalcap') is None: return 'needs pycocoevalcap: pip install pycocoevalcap'
+    if importlib.util.find_spec('pycocoevalcap') is None:
+        return 'needs pycocoevalcap: pip install pycocoevalcap'
     java = shutil.which('java')
-    works = java and subprocess.run([java, '-version'], capture_output=True).returncode == 0
-    return '' if works else 'needs a Java runtime on the PATH, version 8 or newer: for example apt install default-jre-headless'
+    if java and subprocess.run([java, '-version'], capture_output=True).returncode == 0: return ''
+    return ('needs a Java runtime on the PATH, version 8 or newer: '
+            'for example apt install default-jre-headless')
 
-def spice_missing() -> str:
+# %% ../nbs/34_caption_metrics.ipynb #b34daca8b
+def spice_missing() -> str: # '' when there is nothing to say
     "The same for SPICE, which also needs the models of CoreNLP."
     if why := java_missing(): return why
-    folder = Path(next(iter(importlib.util.find_spec('pycocoevalcap').submodule_search_locations)))/'spice'/'lib'
-    there = all((folder/f'stanford-corenlp-3.6.0{part}.jar').exists() for part in ('', '-models'))
-    return '' if there else 'needs Stanford CoreNLP 3.6.0: run pycocoevalcap.spice.get_stanford_models.get_stanford_models() once with a network'
+    package = importlib.util.find_spec('pycocoevalcap').submodule_search_locations
+    folder = Path(next(iter(package)))/'spice'/'lib'
+    jars = (folder/f'stanford-corenlp-3.6.0{part}.jar' for part in ('', '-models'))
+    if all(jar.exists() for jar in jars): return ''
+    return ('needs Stanford CoreNLP 3.6.0: run '
+            'pycocoevalcap.spice.get_stanford_models.get_stanford_models() once with a network')
 
 # %% ../nbs/34_caption_metrics.ipynb #a31a8827
+def _as_texts(hypotheses, references):
+    "Tokens as the programs of pycocoevalcap take them: references, then hypotheses, by number."
+    return ({i: [' '.join(t) for t in r] for i, r in enumerate(references)},
+            {i: [' '.join(h)] for i, h in enumerate(hypotheses)})
+
 def meteor(
     hypotheses:list[list[str]],       # tokens of N captions
     references:list[list[list[str]]]  # tokens of each one's references
 ) -> Score:
-    "METEOR 1.5 through pycocoevalcap; `value` is the program's own, which is no mean, and intervals resample the mean."
+    """METEOR 1.5 through pycocoevalcap.
+
+    `value` is the program's own, which is no mean; intervals resample the mean."""
     from pycocoevalcap.meteor.meteor import Meteor
     program = Meteor()
-    value, each = program.compute_score({i: [' '.join(t) for t in r] for i, r in enumerate(references)}, {i: [' '.join(h)] for i, h in enumerate(hypotheses)})
-    program.meteor_p.kill(); program.meteor_p.wait()
+    value, each = program.compute_score(*_as_texts(hypotheses, references))
+    program.meteor_p.kill()
+    program.meteor_p.wait()
     return Score('METEOR', np.array(each), whole=value)
 
-def spice(hypotheses:list[list[str]], references:list[list[list[str]]]) -> Score:
+# %% ../nbs/34_caption_metrics.ipynb #h8met007
+def spice(
+    hypotheses:list[list[str]],       # tokens of N captions
+    references:list[list[list[str]]]  # tokens of each one's references
+) -> Score:
     "SPICE through pycocoevalcap: the mean F over captions."
     from pycocoevalcap.spice.spice import Spice
-    value, each = Spice().compute_score({i: [' '.join(t) for t in r] for i, r in enumerate(references)}, {i: [' '.join(h)] for i, h in enumerate(hypotheses)})
+    value, each = Spice().compute_score(*_as_texts(hypotheses, references))
     return Score('SPICE', np.array([e['All']['f'] for e in each]))
 
 # %% ../nbs/34_caption_metrics.ipynb #87123880
 class WordVectors:
     "Unit vectors of words, from the input embeddings of MiniLM."
     def __init__(self):
+        from safetensors.torch import load_file
+        from transformers import AutoTokenizer
         self.tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
-        pieces = load_file(Path(minilm_folder())/'model.safetensors')['embeddings.word_embeddings.weight'].float()
-        self.pieces, self.known = pieces - pieces.mean(0), {} # the mean is shared by all words and says nothing
+        weights = load_file(Path(minilm_folder())/'model.safetensors')
+        pieces = weights['embeddings.word_embeddings.weight'].float()
+        self.pieces = pieces - pieces.mean(0) # the mean is shared by all words and says nothing
+        self.known = {}
+
     def __call__(self, word:str) -> np.ndarray: # (384,)
         if word not in self.known:
-            ids = self.tokenizer(word, add_special_tokens=False)['input_ids'] or [self.tokenizer.unk_token_id]
+            ids = self.tokenizer(word, add_special_tokens=False)['input_ids']
+            ids = ids or [self.tokenizer.unk_token_id]
             self.known[word] = F.normalize(self.pieces[ids].mean(0), dim=-1).numpy()
         return self.known[word]
 
@@ -221,10 +287,17 @@ def transport(
     if importlib.util.find_spec('ot'):
         import ot
         return float(ot.emd2(a, b, cost))
-    rows, columns = np.kron(np.eye(len(a)), np.ones(len(b))), np.kron(np.ones(len(a)), np.eye(len(b)))
-    return float(linprog(cost.ravel(), A_eq=np.vstack([rows, columns]), b_eq=np.concatenate([a, b])).fun)
+    rows = np.kron(np.eye(len(a)), np.ones(len(b)))
+    columns = np.kron(np.ones(len(a)), np.eye(len(b)))
+    moved = linprog(cost.ravel(), A_eq=np.vstack([rows, columns]), b_eq=np.concatenate([a, b]))
+    return float(moved.fun)
 
-def word_movers_distance(h:list[str], r:list[str], vectors:Callable) -> float:
+# %% ../nbs/34_caption_metrics.ipynb #h8met032
+def word_movers_distance(
+    h:list[str],       # tokens of a caption
+    r:list[str],       # of another
+    vectors:Callable   # word -> vector (D,)
+) -> float:
     "Between two captions; infinite when one has no words."
     if not h or not r: return float('inf')
     (hw, hc), (rw, rc) = (zip(*Counter(t).items()) for t in (h, r))
@@ -232,17 +305,30 @@ def word_movers_distance(h:list[str], r:list[str], vectors:Callable) -> float:
     distance = np.sqrt(np.maximum(0, (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T))
     return transport(np.array(hc) / len(h), np.array(rc) / len(r), distance)
 
-def wmd(hypotheses:list[list[str]], references:list[list[list[str]]], vectors:Callable|None=None) -> Score:
+# %% ../nbs/34_caption_metrics.ipynb #h8met011
+def wmd(
+    hypotheses:list[list[str]],        # tokens of N captions
+    references:list[list[list[str]]],  # tokens of each one's references
+    vectors:Callable|None=None         # word -> vector; MiniLM's if absent
+) -> Score:
     "exp(-distance) to the nearest reference, averaged over captions."
     vectors = vectors or WordVectors()
-    return Score('WMD', np.array([max(np.exp(-word_movers_distance(h, r, vectors)) for r in refs) for h, refs in zip(hypotheses, references)]))
+    def one(h, refs): return max(np.exp(-word_movers_distance(h, r, vectors)) for r in refs)
+    return Score('WMD', np.array([one(h, refs) for h, refs in zip(hypotheses, references)]))
 
 # %% ../nbs/34_caption_metrics.ipynb #5146e7aa
-@torch.inference_mode()
-def _text_features(encoder, texts, prompt, batch_size=128):
-    texts = [f'{prompt} {t}'.strip() for t in texts]
-    return torch.cat([encoder.encode_text({k: v.to(encoder.device) for k, v in encoder.tokenize(texts[i:i + batch_size]).items()}).float().cpu() for i in range(0, len(texts), batch_size)])
+def _prompted(encoder, texts, prompt):
+    "Features (N, D) of texts behind a prompt."
+    return encode_texts(encoder, [f'{prompt} {t}'.strip() for t in texts], batch_size=128)
 
+def harmonic_mean(
+    a:torch.Tensor, # (N,), not negative
+    b:torch.Tensor  # (N,), not negative
+) -> torch.Tensor: # (N,)
+    "Harmonic mean of each pair, 0 where both are."
+    return torch.where(a + b > 0, 2 * a * b / (a + b).clamp(min=1e-12), torch.zeros(()))
+
+# %% ../nbs/34_caption_metrics.ipynb #h8met012
 def clip_scores(
     hypotheses:list[str],            # N captions, as written
     references:list[list[str]],      # of each
@@ -251,14 +337,17 @@ def clip_scores(
     prompt:str='A photo depicts',    # before each text
     weight:float=2.5
 ) -> list[Score]: # CLIPScore and RefCLIPScore
-    "Reference-free and reference-based CLIPScore."
-    if len(image_features) != len(hypotheses): raise ValueError(f'{len(hypotheses)} captions but features of {len(image_features)} images')
-    counts = [len(r) for r in references]
-    c, r = _text_features(encoder, hypotheses, prompt), _text_features(encoder, [t for refs in references for t in refs], prompt).split(counts)
-    image = weight * (c * F.normalize(image_features.float().cpu(), dim=-1)).sum(-1).clamp(min=0)
+    "Reference-free and reference-based CLIPScore. `ValueError` unless captions are as many as images."
+    if len(image_features) != len(hypotheses):
+        raise ValueError(f'{len(hypotheses)} captions but features of {len(image_features)} images')
+    c = _prompted(encoder, hypotheses, prompt)
+    flat = _prompted(encoder, [t for refs in references for t in refs], prompt)
+    r = flat.split([len(refs) for refs in references])
+    v = F.normalize(image_features.float().cpu(), dim=-1)
+    image = weight * (c * v).sum(-1).clamp(min=0)
     text = torch.stack([(refs @ x).max().clamp(min=0) for x, refs in zip(c, r)])
-    both = torch.where(image + text > 0, 2 * image * text / (image + text).clamp(min=1e-12), torch.zeros(()))
-    return [Score('CLIPScore', image.double().numpy()), Score('RefCLIPScore', both.double().numpy())]
+    both = harmonic_mean(image, text)
+    return [Score(name, x.double().numpy()) for name, x in (('CLIPScore', image), ('RefCLIPScore', both))]
 
 # %% ../nbs/34_caption_metrics.ipynb #a71de4d6
 @dataclass
@@ -267,14 +356,35 @@ class CaptionScores:
     keys:list[str]
     scores:dict[str, Score]
     absent:dict[str, str]=field(default_factory=dict)
+
     def __getitem__(self, name:str) -> Score:
         if name in self.absent: raise KeyError(f'{name} was not computed: it {self.absent[name]}')
-        if name not in self.scores: raise KeyError(f'no score {name!r}: there are {_some(self.scores, 20)}')
+        if name not in self.scores:
+            raise KeyError(f'no score {name!r}: there are {_some(self.scores, 20)}')
         return self.scores[name]
-    def __repr__(self): return '\n'.join([f'{len(self.keys)} captions', *(f'  {n:12} {s.value:8.4f}' for n, s in self.scores.items()), *(f'  {n:12}   absent  {why}' for n, why in self.absent.items())])
-    def _repr_markdown_(self): return '| score | value |\n|---|---|\n' + '\n'.join([*(f'| {n} | {s.value:.4f} |' for n, s in self.scores.items()), *(f'| {n} | absent: {why} |' for n, why in self.absent.items())])
+
+    def __repr__(self):
+        found = [f'  {n:12} {s.value:8.4f}' for n, s in self.scores.items()]
+        return '\n'.join([f'{len(self.keys)} captions', *found,
+                          *(f'  {n:12}   absent  {why}' for n, why in self.absent.items())])
+
+    def _repr_markdown_(self):
+        found = [f'| {n} | {s.value:.4f} |' for n, s in self.scores.items()]
+        absent = [f'| {n} | absent: {why} |' for n, why in self.absent.items()]
+        return '| score | value |\n|---|---|\n' + '\n'.join(found + absent)
 
 # %% ../nbs/34_caption_metrics.ipynb #e3bf3471
+def _java_scores(h, r, java):
+    "METEOR and SPICE where they can run, and why where they cannot."
+    scores, absent = [], {}
+    programs = ('METEOR', meteor, java_missing), ('SPICE', spice, spice_missing)
+    for name, function, missing in programs:
+        why = missing() if java else 'was left out (java=False)'
+        if why: absent[name] = why
+        else: scores.append(function(h, r))
+    return scores, absent
+
+# %% ../nbs/34_caption_metrics.ipynb #h8met014
 def score_captions(
     hypotheses:dict[str, str],               # one caption for each key
     references:dict[str, list[str]],         # one or more for each key
@@ -284,41 +394,43 @@ def score_captions(
     java:bool=True,                          # METEOR and SPICE where they can run
     vectors:Callable|None=None               # word vectors of WMD; MiniLM's if absent
 ) -> CaptionScores:
-    "Every score that can be computed here; the others are in `absent` with what they need. `ValueError` as in `check_captions`."
+    """Every score that can be computed here; `absent` says what the others need.
+
+    `ValueError` as in `check_captions`."""
     h, r = tokenized(hypotheses, references)
     scores, absent = [*counting_scores(h, r), wmd(h, r, vectors)], {}
-    if encoder is not None and image_features is not None: scores += clip_scores([hypotheses[k] for k in references], list(references.values()), image_features, encoder, prompt)
-    else: absent |= dict.fromkeys(('CLIPScore', 'RefCLIPScore'), 'needs image features and their encoder')
-    for name, function, missing in (('METEOR', meteor, java_missing), ('SPICE', spice, spice_missing)):
-        why = missing() if java else 'was left out (java=False)'
-        if why: absent[name] = why
-        else: scores.append(function(h, r))
-    return CaptionScores(list(references), {s.name: s for s in scores}, absent)
+    if encoder is None or image_features is None:
+        why = 'needs image features and their encoder'
+        absent |= dict.fromkeys(('CLIPScore', 'RefCLIPScore'), why)
+    else:
+        written = [hypotheses[k] for k in references]
+        scores += clip_scores(written, list(references.values()), image_features, encoder, prompt)
+    more, missing = _java_scores(h, r, java)
+    return CaptionScores(list(references), {s.name: s for s in scores + more}, absent | missing)
 
 # %% ../nbs/34_caption_metrics.ipynb #dbcf8f04
-def bootstrap_interval(
+def score_interval(
     score:Score|list[Score], # one score, or one for each seed on the same captions
     draws:int=1000,
-    seed:int=0,
-    level:float=.95
-) -> tuple[float, float, float]: # value, low, high
-    "The score (the mean over seeds) and its percentile interval."
+    seed:int=0
+) -> Interval:
+    "The score (the mean over seeds) and its 95% interval, over captions and seeds."
     runs = [score] if isinstance(score, Score) else list(score)
-    zero = [Score(s.name, np.zeros(len(s))) for s in runs]
-    return paired_difference(runs, zero, draws, seed, level)
+    def mean(seeds, captions): return np.mean([runs[s].on(captions) for s in seeds])
+    return resample(mean, len(runs), len(runs[0]), draws, seed)
 
-def paired_difference(
+# %% ../nbs/34_caption_metrics.ipynb #h8met017
+def score_difference(
     ours:Score|list[Score],   # one score, or one for each seed
     theirs:Score|list[Score], # of the other captioner: same metric, captions and seeds
     draws:int=1000,
-    seed:int=0,
-    level:float=.95
-) -> tuple[float, float, float]: # mean difference, low, high
-    "The difference on the same captions and its percentile interval, over captions and seeds. `ValueError` when the two cannot be paired."
+    seed:int=0
+) -> Interval:
+    "The mean difference and its 95% interval. `ValueError` when the two cannot be paired."
     ours, theirs = ([s] if isinstance(s, Score) else list(s) for s in (ours, theirs))
-    if len(ours) != len(theirs) or len({(s.name, len(s)) for s in ours + theirs}) != 1: raise ValueError(f'cannot pair {ours} with {theirs}: they must be the same metric on the same captions, and as many seeds')
-    rng, n = np.random.default_rng(seed), len(ours[0])
-    def mean(rows, seeds): return np.mean([ours[s].on(rows) - theirs[s].on(rows) for s in seeds])
-    drawn = [mean(rng.integers(0, n, n), rng.integers(0, len(ours), len(ours))) for _ in range(draws)]
-    low, high = np.quantile(drawn, ((1 - level) / 2, (1 + level) / 2))
-    return float(mean(slice(None), range(len(ours)))), float(low), float(high)
+    if len(ours) != len(theirs) or len({(s.name, len(s)) for s in ours + theirs}) != 1:
+        raise ValueError(f'cannot pair {ours} with {theirs}: they must be the same metric on the same '
+                         'captions, and as many seeds')
+    def apart(s, captions): return ours[s].on(captions) - theirs[s].on(captions)
+    def mean(seeds, captions): return np.mean([apart(s, captions) for s in seeds])
+    return resample(mean, len(ours), len(ours[0]), draws, seed)
