@@ -77,6 +77,7 @@ class Predictions:
     @property
     def right(self) -> torch.Tensor: return self.best[:, 0] == self.labels  # (N,)
 
+# %% ../nbs/31_classification.ipynb #1c310001
 def check_labels(labels:torch.Tensor, n:int, classnames:list[str]) -> None:
     "`ValueError` unless there are n labels, each the index of a name."
     if len(labels) != n: raise ValueError(f'{n} images but {len(labels)} labels')
@@ -117,6 +118,7 @@ def per_image(p:Predictions) -> dict[str, torch.Tensor]: # metric -> (N,)
     weight = len(p.labels) / (n[p.labels] * (n > 0).sum())
     return out | dict(mean_per_class=right[:, 0] * weight)
 
+# %% ../nbs/31_classification.ipynb #1c310002
 def classification_scores(p:Predictions, draws:int=1000) -> dict[str, Interval]:
     "top-1, top-5 where there are more than five classes, and the mean over classes."
     out = {m: bootstrap(v, draws=draws) for m, v in per_image(p).items() if m != 'mean_per_class'}
@@ -202,6 +204,7 @@ class LabelledFiles:
         raise FileNotFoundError(f'{len(lost)} of {len(self.files)} images are not there, '
                                 f'such as {lost[0].parent.name}/{lost[0].name}')
 
+# %% ../nbs/31_classification.ipynb #1c310003
 def with_classes(
     files:list, names:list[str],      # the class of each file
     shown:Callable=lambda c: c        # how a class is written
@@ -216,6 +219,7 @@ def lines_of(path:Path) -> list[str]:
     "The lines of a file that are not empty."
     return [l.strip() for l in Path(path).read_text(encoding='utf-8').splitlines() if l.strip()]
 
+# %% ../nbs/31_classification.ipynb #1c310010
 def read_dtd(root:Path, split:str='test') -> LabelledFiles:
     base = root/'dtd'/'dtd'
     names = ('train', 'val') if split == 'train' else (split,)
@@ -223,6 +227,7 @@ def read_dtd(root:Path, split:str='test') -> LabelledFiles:
     files = [r for p in parts if p.exists() or p is parts[0] for r in lines_of(p)]
     return with_classes([base/'images'/r for r in files], [r.split('/')[0] for r in files])
 
+# %% ../nbs/31_classification.ipynb #1c310007
 def read_cars(root:Path, split:str='test') -> LabelledFiles:
     base = root/'stanford_cars'
     marks = 'cars_test_annos_withlabels.mat' if split == 'test' else 'devkit/cars_train_annos.mat'
@@ -231,6 +236,7 @@ def read_cars(root:Path, split:str='test') -> LabelledFiles:
     labels = torch.tensor([int(r['class']) - 1 for r in marked])
     return LabelledFiles([base/f'cars_{split}'/str(r['fname']) for r in marked], labels, names)
 
+# %% ../nbs/31_classification.ipynb #1c310008
 def read_food(root:Path, split:str='test') -> LabelledFiles:
     base = root/'food-101'
     listed = json.loads((base/'meta'/f'{split}.json').read_text())
@@ -250,6 +256,7 @@ def read_sun(root:Path, split:str='test') -> LabelledFiles:
     shown = [c.replace('_', ' ').replace('/', ' ') for c in names]
     return LabelledFiles(files, torch.tensor(labels), shown)
 
+# %% ../nbs/31_classification.ipynb #1c310009
 def read_aircraft(root:Path, split:str='test') -> LabelledFiles:
     base = root/'fgvc-aircraft-2013b'/'data'
     names = lines_of(base/'variants.txt')
@@ -293,6 +300,7 @@ def read_caltech(root:Path, split:str='test') -> LabelledFiles:
     found = with_classes(files, [f.parent.name for f in files], shown)
     return first_of_each(found, lambda n: min(30, n - 1), split)
 
+# %% ../nbs/31_classification.ipynb #1c310005
 def read_imagenet(root:Path, split:str='val') -> LabelledFiles:
     base = root/'imagenet'/('val' if split == 'test' else split)
     folders = sorted(p.name for p in base.glob('n*'))
@@ -312,6 +320,7 @@ def has_parts(root:Path) -> bool:
     "Whether a folder has its own `train` and `test`."
     return all((root/s).is_dir() for s in ('train', 'test'))
 
+# %% ../nbs/31_classification.ipynb #1c310011
 def read_class_folders(root:Path, split:str='all') -> LabelledFiles:
     """A folder with a folder of images for each class, or with such folders in `train` and `test`.
     Without these two, 'train' is the first half of each class and 'test' the second."""
@@ -413,6 +422,7 @@ def write_lines(path:Path, *lines:str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text('\n'.join(lines) + '\n')
 
+# %% ../nbs/31_classification.ipynb #1c310004
 def mini_lists(root:Path, part:str) -> None:
     "The files that say which images belong to a part, 'train' or 'test'."
     each, whole = [(c, i) for c in range(3) for i in range(2)], part.replace('train', 'trainval')
@@ -442,6 +452,7 @@ def mini_names(root:Path) -> None:
         rows = np.array(marked, dtype=[('class', 'i4'), ('fname', 'O')])
         savemat(cars/name, dict(annotations=rows))
 
+# %% ../nbs/31_classification.ipynb #1c310012
 def classification_miniature(
     root:str|Path # an empty folder
 ) -> Path:
@@ -487,6 +498,7 @@ def check_probe(features:torch.Tensor, labels:torch.Tensor, classnames:list[str]
         raise ValueError(f'{name} features hold values that are not finite, '
                          f'first in row {int(bad.nonzero()[0])}')
 
+# %% ../nbs/31_classification.ipynb #1c310006
 def fit_probe(
     x:np.ndarray, y:np.ndarray,      # standardised features (N, D), and labels
     strengths:tuple, validation_share:float, seed:int

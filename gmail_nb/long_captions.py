@@ -136,6 +136,7 @@ def tower_config(
     return dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=max(1, width // 64),
                 num_hidden_layers=1 + max(blocks), hidden_act='quick_gelu')
 
+# %% ../nbs/32_long_captions.ipynb #1c320001
 def clip_config(
     state:dict[str, torch.Tensor] # OpenAI's naming
 ) -> CLIPConfig:
@@ -178,6 +179,7 @@ def renamed(k:str, names:tuple) -> str:
     "A name in transformers' spelling, by the first beginning that fits; itself where none does."
     return next((a + k[len(b):] for a, b in names if k.startswith(b)), k)
 
+# %% ../nbs/32_long_captions.ipynb #1c320004
 def of_block(k:str, v:torch.Tensor) -> dict[str, torch.Tensor]:
     "A tensor of a transformer block in transformers' spelling."
     tower, _, inner = k.partition('transformer.resblocks.')
@@ -231,6 +233,7 @@ def published_state(
     else: state = torch.load(weights, weights_only=True, map_location='cpu')
     return state['state_dict'] if isinstance(state.get('state_dict'), dict) else state
 
+# %% ../nbs/32_long_captions.ipynb #1c320002
 def convert_longclip(
     weights:str|Path, # longclip-B.pt or the like, or .safetensors
     folder:str|Path   # written in the layout of transformers
@@ -254,6 +257,7 @@ def nameless(
     head, mark, rest = description.partition('" is filed')
     return f'It is filed{rest}' if mark else description
 
+# %% ../nbs/32_long_captions.ipynb #1c320003
 def recall_by_length(
     encoder:Encoder, image_features:torch.Tensor, texts:list[str], # row i of text i
     lengths:tuple=(12, 20, 32, 48, 77, 128)
