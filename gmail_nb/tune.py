@@ -30,9 +30,10 @@ from .encoders import Encoder, load_encoder
 from .files import (
     atomic_path, atomic_write, check_writable, progress, unknown_name, versions)
 from .lora import lora_tower
+from .losses import contrastive
 from .runtime import fingerprint, noise_generator, stable_seed
 from .settings import TEXT_TUNINGS, AdapterSettings, TuneSettings
-from .train import batches, contrastive, cosine_rate
+from .train import batches, cosine_rate
 
 # %% ../nbs/27_tune.ipynb #1b2d0001
 # The last map, by kind of tower.

@@ -9,9 +9,10 @@ from torch import nn
 from gmail_nb.align import GenReal
 from gmail_nb.data import emoji
 from gmail_nb.encoders import Encoder, encode_images, load_encoder
+from gmail_nb.losses import contrastive
 from gmail_nb.runtime import noise_generator
 from gmail_nb.settings import TEXT_TUNINGS, AdapterSettings, TuneSettings
-from gmail_nb.train import batches, contrastive, cosine_rate
+from gmail_nb.train import batches, cosine_rate
 from gmail_nb.tune import (
     Checkpoint, disturbed, head_inputs, last_linear, load_tuned, save_tuned, text_blocks, text_parameters,
     todays_words, tune_text, tuned_card, tuned_encoder)
