@@ -157,7 +157,7 @@ def show_confusions(
     "The worst pairs: an image that was mistaken, over one of the class it was taken for."
     found = worst_pairs(p, n)
     columns = max(1, len(found))
-    fig, axes = plt.subplots(2, columns, figsize=(1.6 * columns, 3.5), dpi=90, squeeze=False)
+    fig, axes = plt.subplots(2, columns, figsize=(1.6 * columns, 3.9), dpi=90, squeeze=False)
     for ax in axes.flat: ax.axis('off')
     for (a, b, k, share), (above, below) in zip(found, axes.T):
         mistaken = int(((p.labels == a) & (p.best[:, 0] == b)).nonzero()[0])
@@ -166,7 +166,7 @@ def show_confusions(
         others = (p.labels == b).nonzero()[:, 0]
         if len(others): below.imshow(image(int(others[0])))
         below.set_title(p.classnames[b], fontsize=8)
-    fig.tight_layout(pad=.4)
+    fig.tight_layout(pad=.4, h_pad=2)
     plt.close(fig)
     return fig
 
