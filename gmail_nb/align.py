@@ -26,9 +26,7 @@ from .settings import TUNINGS, AdapterSettings
 # %% ../nbs/23_align.ipynb #50de94a4
 class FrozenTower(nn.Module):
     "The image tower with its adapters off: `f_r`, over the same weights as `f_g`."
-    def __init__(self,
-        adapted:nn.Module # a `PeftModel`
-    ):
+    def __init__(self, adapted:nn.Module): # a `PeftModel`
         super().__init__()
         self._adapted = (adapted,) # a tuple, so that the weights are registered once
 
@@ -76,21 +74,22 @@ def check_base(
     "`ValueError` when a model was aligned on other weights than those of this encoder."
     made_for = card.get('base_fingerprint', encoder.fingerprint)
     if made_for == encoder.fingerprint: return
-    raise ValueError(f"{name} was made for {card['base']!r} with fingerprint {made_for}, but this encoder is "
-                     f'{encoder.name!r} with {encoder.fingerprint}: load the same base weights')
+    raise ValueError(f"{name} was made for {card['base']!r} with fingerprint {made_for}, but this "
+                     f'encoder is {encoder.name!r} with {encoder.fingerprint}: load the same base weights')
 
+# %% ../nbs/23_align.ipynb #23a0001b
 def load_adapter(
     encoder:Encoder,
     folder:Path # a PEFT adapter; a `card.json` beside it says for which base
 ) -> nn.Module: # f_g, a `PeftModel`
-    "The encoder's image tower with saved adapters. `ValueError` when they were made for another base."
+    "The image tower with saved adapters. `ValueError` when they were made for another base."
     from peft import PeftModel
     card = folder.parent/'card.json'
     if card.exists(): check_base(encoder, json.loads(card.read_text()), folder.name)
     try: f_g = PeftModel.from_pretrained(encoder.visual, str(folder), is_trainable=True)
     except (RuntimeError, ValueError) as e:
-        raise ValueError(f'{folder.name} does not fit {encoder.name!r}: it was made for another architecture '
-                         f'({str(e).splitlines()[0]})') from e
+        raise ValueError(f'{folder.name} does not fit {encoder.name!r}: it was made for another '
+                         f'architecture ({str(e).splitlines()[0]})') from e
     keep_base_weights(f_g)
     train_beside_weights(f_g)
     return f_g
@@ -99,19 +98,20 @@ def load_adapter(
 class DualTower(nn.Module):
     "The parts of `GenReal`: `encoder` (f_r and h), `f_g`, and a projection for each kind of image."
     def __init__(self,
-        encoder:Encoder,                            # its image tower is adapted; as an encoder it stays `f_r`
+        encoder:Encoder,                            # its tower is adapted; as an encoder it stays `f_r`
         adapters:AdapterSettings=AdapterSettings(), # what of the image tower is trained
-        folder:str|Path|None=None                   # a PEFT adapter to load instead of beginning afresh
+        folder:str|Path|None=None                   # a PEFT adapter to load; begins afresh if absent
     ):
         super().__init__()
         if isinstance(encoder.visual, FrozenTower):
-            raise ValueError(f'{encoder.name} is adapted already: load it again, or hand in a copy made before')
+            raise ValueError(f'{encoder.name} is adapted already: '
+                             'load it again, or hand in a copy made before')
         self.encoder, self.tuning = encoder.requires_grad_(False).eval(), adapters.tuning
         self.base_fingerprint = encoder.fingerprint
         if folder: self.f_g = load_adapter(encoder, Path(folder))
         else: self.f_g = generated_tower(encoder.visual, adapters)
         if self.tuning == 'lora': encoder.visual = FrozenTower(self.f_g)
-        self.proj_real, self.proj_gen = identity_projection(encoder.dim), identity_projection(encoder.dim)
+        self.proj_real, self.proj_gen = (identity_projection(encoder.dim) for _ in range(2))
 
     def train(self, mode:bool=True):
         super().train(mode)
@@ -127,7 +127,7 @@ class DualTower(nn.Module):
         return self.f_g.base_model.model if self.tuning == 'lora' else self.f_g
 
 # %% ../nbs/23_align.ipynb #23a0000a
-def _on_cpu(tensors:dict) -> dict: return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+def _on_cpu(tensors): return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
 
 def write_weights(model:DualTower, folder:Path) -> None:
     "Write `adapter/` (PEFT) or `tower.safetensors`, and `projections.safetensors`."
@@ -139,6 +139,7 @@ def write_weights(model:DualTower, folder:Path) -> None:
     projections = dict(proj_real=model.proj_real.weight, proj_gen=model.proj_gen.weight)
     atomic_write(folder/'projections.safetensors', save(_on_cpu(projections)))
 
+# %% ../nbs/23_align.ipynb #23a0001c
 def read_weights(model:DualTower, folder:Path) -> None:
     "Read back what `write_weights` wrote, besides the adapter."
     if model.tuning == 'full': model.f_g.load_state_dict(load_file(folder/'tower.safetensors'))
@@ -155,8 +156,9 @@ def card_of(
     own = 0 if model.tuning == 'projections' else trained_parameters(model.f_g)[0]
     image = count(model.f_g if model.tuning == 'lora' else model.encoder.visual)
     trained = own + model.proj_gen.weight.numel()
-    card = dict(format=1, base=model.encoder.name, base_fingerprint=model.base_fingerprint, dim=model.encoder.dim,
-                tuning=model.tuning, trained=(trained, trained / image), **facts, versions=versions())
+    card = dict(format=1, base=model.encoder.name, base_fingerprint=model.base_fingerprint,
+                dim=model.encoder.dim, tuning=model.tuning, trained=(trained, trained / image),
+                **facts, versions=versions())
     return json.loads(json.dumps(card)) # as it will be read
 
 # %% ../nbs/23_align.ipynb #c19a5dab
@@ -165,8 +167,9 @@ _card = '''---
 ---
 # {name}
 
-The image encoder of `{base}`, aligned so that a generated image lands where its real partner lands (GMAIL, ICML 2025, Eq. 1).
-Images from a generator go through `encode_generated`, real ones through `encode_real`, which is the base encoder untouched; captions through `encode_text`.
+The image encoder of `{base}`, aligned so that a generated image lands where its real partner
+lands (GMAIL, ICML 2025, Eq. 1). Images from a generator go through `encode_generated`, real ones
+through `encode_real`, which is the base encoder untouched; captions through `encode_text`.
 Trained by {tuning}: {trained:,} parameters, {share:.1%} of the image tower.
 
 ```python
@@ -187,10 +190,12 @@ features = model.encode_real(model.encoder.preprocess(image)[None])
 Versions: {versions}.
 '''
 
+# %% ../nbs/23_align.ipynb #23a0001e
 def _results(results:dict) -> str: # a table in markdown
     if not results: return 'None were recorded.'
     shown = {k: f'{v:.3f}' if isinstance(v, float) else v for k, v in results.items()}
-    return '\n'.join(['| metric | value |', '|---|---|', *(f'| {k} | {v} |' for k, v in shown.items())])
+    rows = [f'| {k} | {v} |' for k, v in shown.items()]
+    return '\n'.join(['| metric | value |', '|---|---|', *rows])
 
 # %% ../nbs/23_align.ipynb #23a0000d
 def _card_data(card:dict): # the header that the Hub reads
@@ -198,8 +203,10 @@ def _card_data(card:dict): # the header that the Hub reads
     kind, _, base = card['base'].partition(':')
     known = base.partition('@')[0] if kind == 'hf' and not Path(base).exists() else None
     tags = ['gmail', 'image-text', 'lora', 'generated-images']
-    return ModelCardData(library_name='gmail_nb', tags=tags, base_model=known, license=card.get('license'))
+    return ModelCardData(library_name='gmail_nb', tags=tags, base_model=known,
+                         license=card.get('license'))
 
+# %% ../nbs/23_align.ipynb #23a00020
 def model_card(
     card:dict,             # of an aligned model, its `card.json`
     repo:str='OWNER/NAME'  # where it will be found
@@ -210,11 +217,11 @@ def model_card(
     facts = '\n'.join(f'- {k}: `{json.dumps(v)}`' for k, v in card.items() if k not in left_out)
     trained, share = card['trained']
     base = card['base'].partition(':')[2] or card['base']
-    text = _card.format(data=_card_data(card).to_yaml(), name=repo.split('/')[-1], repo=repo, base=base,
-                        tuning=card['tuning'], trained=trained, share=share, facts=facts,
-                        results=_results(card.get('results', {})),
-                        versions=', '.join(f'{k} {v}' for k, v in card['versions'].items()))
-    return ModelCard(text)
+    versions = ', '.join(f'{k} {v}' for k, v in card['versions'].items())
+    return ModelCard(_card.format(
+        data=_card_data(card).to_yaml(), name=repo.split('/')[-1], repo=repo, base=base,
+        tuning=card['tuning'], trained=trained, share=share, facts=facts, versions=versions,
+        results=_results(card.get('results', {}))))
 
 # %% ../nbs/23_align.ipynb #23a00011
 def model_folder(
@@ -222,12 +229,12 @@ def model_folder(
     revision:str|None=None, # of the Hub id
     **hub                   # for `snapshot_download`: `cache_dir`, `local_files_only`, `token`
 ) -> Path:
-    "The folder, or a download of it. `FileNotFoundError` for an unfinished folder, or a path that is not there."
+    "The folder, or a download of it. `FileNotFoundError` for an unfinished or an absent folder."
     folder = Path(name)
     if not folder.exists():
         if str(name).count('/') != 1 or str(name).startswith(('/', '.', '~')):
-            raise FileNotFoundError(f'there is no folder {str(name)!r}: give the folder of an aligned model, '
-                                    "or a Hub id such as 'owner/name'")
+            raise FileNotFoundError(f'there is no folder {str(name)!r}: give the folder of an aligned '
+                                    "model, or a Hub id such as 'owner/name'")
         from huggingface_hub import snapshot_download
         folder = Path(snapshot_download(str(name), revision=revision, **hub))
     if (folder/'card.json').exists(): return folder
@@ -236,18 +243,21 @@ def model_folder(
 
 # %% ../nbs/23_align.ipynb #936eb100
 class GenReal(DualTower):
-    "A frozen encoder `f_r`, its copy `f_g` for generated images, a projection for each, and the text tower `h`."
+    "A frozen encoder `f_r`, its copy `f_g` for generated images, a projection for each, and `h`."
     def checked(self, pixels): return check_pixels(pixels).to(self.device)
 
-    # features may have any length: projecting first is what makes the untrained model equal the base bit for bit
+    # projecting before normalising makes the untrained model equal the base bit for bit
     def project_real(self, features): return F.normalize(self.proj_real(features), dim=-1)
     def project_generated(self, features): return F.normalize(self.proj_gen(features), dim=-1)
 
     def real_features(self, pixels): # f_r(x_r), what a cache holds
         return F.normalize(self.encoder.visual(self.checked(pixels)), dim=-1)
 
-    def generated_features(self, pixels): return F.normalize(self.f_g(self.checked(pixels)), dim=-1) # f_g(x_g)
-    def generated_tokens(self, pixels): return self.base_tower.tokens(self.checked(pixels)) # (B, T, width)
+    def generated_features(self, pixels): # f_g(x_g)
+        return F.normalize(self.f_g(self.checked(pixels)), dim=-1)
+
+    def generated_tokens(self, pixels): # (B, T, width)
+        return self.base_tower.tokens(self.checked(pixels))
 
     def encode_real(self, pixels:torch.Tensor) -> torch.Tensor: # (B, D), unit length
         return self.project_real(self.encoder.visual(self.checked(pixels)))
@@ -268,10 +278,9 @@ class GenReal(DualTower):
         return folder
 
     @classmethod
-    def from_pretrained(cls, name:str|Path, encoder:Encoder|None=None, revision:str|None=None, **hub):
-        "An aligned model from its folder or Hub id, on its base. `ValueError` when the base is another one."
-        folder = model_folder(name, revision, **hub)
-        return aligned_model(cls, folder, encoder)
+    def from_pretrained(cls, name:str|Path, encoder:Encoder|None=None, revision=None, **hub):
+        "An aligned model from its folder or Hub id. `ValueError` when the base is another one."
+        return aligned_model(cls, model_folder(name, revision, **hub), encoder)
 
 # %% ../nbs/23_align.ipynb #23a00014
 def aligned_model(

@@ -26,6 +26,7 @@ def weights_read_directly(tower:nn.Module) -> tuple[str, ...]: # beginnings of m
     biased = [f'{n}.qkv' for n, m in named if getattr(m, 'q_bias', None) is not None] # of BEiT
     return (*pooling, *biased)
 
+# %% ../nbs/22_lora.ipynb #22a00012
 def linear_layers(tower:nn.Module, *names:str) -> list[str]: # full module names
     "Linear layers of these last names that an adapter can work on."
     skipped = weights_read_directly(tower)
@@ -174,6 +175,7 @@ def weight_side(
     weight = next(p for n, p in module.named_parameters() if n.endswith('weight'))
     return min(len(weight), weight[0].numel())
 
+# %% ../nbs/22_lora.ipynb #22a0000f
 def check_rank(tower:nn.Module, targets:list[str], rank:int) -> None:
     "`ValueError` for a rank that does not fit every target, or for a target that is not there."
     modules = dict(tower.named_modules())
@@ -195,6 +197,7 @@ def chosen_targets(
     if adapters.adapted_share == 1: return lora_targets(tower)
     return late_targets(tower, adapters.adapted_share)
 
+# %% ../nbs/22_lora.ipynb #22a00010
 def lora_tower(
     tower:nn.Module,                             # its weights are shared, not copied
     adapters:AdapterSettings=AdapterSettings()   # rank, alpha, dropout, and where
