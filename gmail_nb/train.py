@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['log', 'epoch_order', 'batches', 'cosine_rate', 'alignment_parameters', 'Bank', 'draw_others', 'Plan', 'in_precision',
            'GeneratedSide', 'own_parts', 'Batch', 'by_sample', 'check_resident', 'AlignmentData', 'parameter_groups',
-           'StepRunner', 'sigmoid_rows', 'contrastive', 'processes', 'run_precision', 'Weights', 'Watch', 'check_pairs',
-           'recorded', 'made_from', 'Alignment', 'check_adapters', 'rng_state', 'set_rng_state', 'fits', 'differences',
-           'check_same_run', 'checkpoints_in', 'flat', 'Checkpoints', 'Log', 'show_row', 'align', 'show_history']
+           'StepRunner', 'processes', 'run_precision', 'Weights', 'Watch', 'check_pairs', 'recorded', 'made_from',
+           'Alignment', 'check_adapters', 'rng_state', 'set_rng_state', 'fits', 'differences', 'check_same_run',
+           'checkpoints_in', 'flat', 'Checkpoints', 'Log', 'show_row', 'align', 'show_history']
 
 # %% ../nbs/26_train.ipynb #dc8a1a68
 import gmail_nb.runtime
@@ -37,7 +37,7 @@ from torch import nn
 from .align import GenReal
 from .features import Features, native_precision
 from .files import atomic_path, atomic_write, check_writable, progress
-from .losses import Temperature, bank_info_nce, loss_by_name
+from .losses import Temperature, bank_info_nce, loss_by_name, sigmoid_rows
 from .prefix import FrozenPrefix, cache_prefix, channels_last
 from .runtime import fingerprint, noise_generator, stable_seed
 from .settings import AlignSettings, RunSettings
@@ -281,29 +281,6 @@ class StepRunner:
     def tau_value(self) -> float:
         tau = self.tau()
         return tau.item() if isinstance(tau, torch.Tensor) else tau
-
-# %% ../nbs/26_train.ipynb #38c5a0b7
-def sigmoid_rows(
-    generated_features:torch.Tensor, # (B, D), any length
-    bank:torch.Tensor,               # (M, D), unit length
-    targets:torch.Tensor,            # (B,), the partner's row in the bank
-    tau:float|torch.Tensor=.1,
-    bank_ids:torch.Tensor|None=None, # (M,), equal where rows belong to one caption
-    bias:float=-10.
-) -> torch.Tensor: # a scalar
-    "`sigmoid_loss` of some rows against a bank."
-    logits = F.normalize(generated_features, dim=-1) @ bank.T / tau + bias # (B, M)
-    own = logits.gather(1, targets[:, None])
-    if bank_ids is not None:
-        same = (bank_ids == bank_ids[targets, None]).scatter(1, targets[:, None], False)
-        logits = logits.masked_fill(same, -math.inf) # softplus 0
-    return (F.softplus(logits).sum(1, keepdim=True) - own).mean()
-
-def contrastive(image_features:torch.Tensor, text_features:torch.Tensor, tau:float=.07) -> torch.Tensor:
-    "CLIP's symmetric loss over a batch of unit vectors (B, D); row i of one belongs to row i of the other."
-    logits = image_features @ text_features.T / tau
-    y = torch.arange(len(image_features), device=image_features.device)
-    return (F.cross_entropy(logits, y) + F.cross_entropy(logits.T, y)) / 2
 
 # %% ../nbs/26_train.ipynb #7a94f92e
 @patch
@@ -798,7 +775,7 @@ def show_history(
     left.set_ylabel('Eq. 1')
     seen = [h for h in history if metric in h]
     right.plot([h['step'] for h in seen], [h[metric] for h in seen], marker='.', color='tab:green')
-    right.set_ylabel(f'held-out {metric.replace("_", " ")}')
+    right.set_ylabel(f'held-out\n{metric.replace("_", " ")}')
     for ax in (left, right): ax.set_xlabel('step')
     fig.tight_layout()
     plt.close(fig)

@@ -1,20 +1,374 @@
-"Alignment over processes: several of them follow the curve of one, and a run that is killed ends in the weights of one that is not."
-import json, random, signal, subprocess, sys, time
+"""Alignment: what must not change its numbers, what it refuses, and what it keeps. Over processes, several of them
+follow the curve of one, and a run that is killed ends in the weights of one that is not."""
+import copy
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import pytest, torch
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.tracking import GeneralTracker
+from datasets import Dataset, Features as Columns, Image, Value
+from PIL import Image as Picture
 from safetensors.torch import load_file
+from torch import nn
+
+from gmail_nb.align import GenReal
+from gmail_nb.encoders import Encoder, encode_images
+from gmail_nb.features import LazyPixels, embed
+from gmail_nb.runtime import set_seed
+from gmail_nb.settings import AdapterSettings, AlignSettings, EmbedSettings, RunSettings
+from gmail_nb.train import (Alignment, Bank, Checkpoints, align, alignment_parameters, batches,
+                            checkpoints_in, draw_others, epoch_order, own_parts, processes, rng_state,
+                            run_precision, set_rng_state)
 
 script = str(Path(__file__).with_name('align_once.py'))
 
 def weight(item): return 20
 
-def launcher(processes): return ('-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--master_port=0', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0')
+# a small tower on random pictures: a step takes milliseconds
+
+class Preprocess:
+    "A picture of 32 pixels as a tensor."
+    def __call__(self, image): return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1) / 127.5 - 1
+    def __repr__(self): return 'Preprocess(32)'
+
+def small_encoder():
+    set_seed(0)
+    tower = open_clip.model.CLIP(
+        embed_dim=32, vision_cfg=dict(image_size=32, layers=4, width=64, patch_size=8, head_width=32),
+        text_cfg=dict(width=64, heads=2, layers=1)).visual
+    return Encoder('small', tower, nn.Identity(), Preprocess(), None, 32, 1.)
+
+late = AdapterSettings(adapted_share=1/2)
+
+def new_model(adapters=late):
+    "The same model each time."
+    set_seed(1)
+    return GenReal(small_encoder(), adapters)
+
+def pictures(n, seed):
+    numbers = np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+    return [Picture.fromarray(x) for x in numbers]
+
+generated_images, real_images = pictures(32, 0), pictures(32, 1)
+x_g, x_r = (torch.stack([Preprocess()(i) for i in images]) for images in (generated_images, real_images))
+
+def as_dataset(images):
+    columns = Columns(key=Value('string'), image=Image())
+    return Dataset.from_dict(dict(key=[f'k{i}' for i in range(len(images))], image=images), features=columns)
+
+@pytest.fixture(scope='module')
+def real(): return encode_images(new_model().real_features, x_r)
+
+short = AlignSettings(epochs=3, batch_size=16)
+
+def trained(real, pixels=x_g, settings=short, evaluate=None, adapters=late, **how):
+    "Losses of 6 steps, all trained weights in one vector, and the model."
+    model = new_model(adapters)
+    history = align(model, pixels, real, settings, evaluate, **how)
+    weights = torch.cat([p.detach().flatten() for p in alignment_parameters(model)])
+    return torch.tensor([r['loss'] for r in history]), weights, model
+
+@pytest.fixture(scope='module')
+def plain(real): return trained(real)
+
+def at(folder, **how): return RunSettings(checkpoints=str(folder), save_every=1, **how)
+
+# order, negatives, parts
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    assert torch.equal(epoch_order(8, 0, 0), epoch_order(8, 0, 0))
+    assert not torch.equal(epoch_order(8, 0, 0), epoch_order(8, 0, 1))
+    assert sorted(epoch_order(8, 0, 1).tolist()) == list(range(8))
+
+def test_a_smaller_batch_is_left_out_unless_it_is_alone():
+    assert [len(b) for b in batches(8, 3, 0, 2)] == [3, 3, 3, 3]
+    assert [len(b) for b in batches(2, 3, 0, 2)] == [2, 2]
+
+def test_other_negatives_are_different_and_free():
+    taken = torch.tensor([7, 0, 3])
+    others = draw_others(10, taken, 4, 0, 5)
+    assert len(set(others.tolist()) | {7, 0, 3}) == 7 and others.max() < 10
+    assert set(draw_others(10, taken, 99, 0).tolist()) == {1, 2, 4, 5, 6, 8, 9}
+
+def test_every_row_counts_once_over_parts_and_processes():
+    for size, accumulation, world in ((16, 4, 1), (5, 2, 3), (2, 1, 3)):
+        own = [own_parts(size, accumulation, p, world) for p in range(world)]
+        counted = [(i, share / len(places)) for parts in own for places, share in parts if share for i in places.tolist()]
+        assert sorted(counted) == [(i, world) for i in range(size)]
+
+def test_a_bank_that_is_read_gives_what_a_resident_one_gives(real):
+    model = new_model()
+    assert torch.equal(Bank(model, real, 0)[[3, 1]], Bank(model, real)[[3, 1]])
+    assert Bank(model, real, 0).resident is None and len(Bank(model, real)) == 32
+
+# what must not change the result
+
+def test_a_run_learns_and_leaves_the_real_side(plain, real):
+    losses, _, model = plain
+    assert losses[-1] < losses[0]
+    assert torch.equal(encode_images(model.encode_real, x_r), real)
+
+def test_the_same_curve_with_a_frozen_prefix(plain, real):
+    "Attention rounds by the size of the batch, and the prefix is recorded in other batches."
+    torch.testing.assert_close(trained(real, prefix=True)[0], plain[0], atol=1e-3, rtol=0)
+
+@pytest.fixture(scope='module')
+def drawings():
+    "Model, pictures and real features of the shipped encoder, a convolutional one: it does not round by the batch."
+    from gmail_nb.data import emoji
+    from gmail_nb.encoders import embedded_encoder, preprocess_images
+    ds = emoji('A', source='noto').select(range(200, 232))
+    encoder = embedded_encoder()
+    pixels = preprocess_images(encoder, list(ds['image']))
+    return encoder, ds.select_columns(['key', 'image']), pixels.flip(-1), encode_images(encoder.encode_image, pixels)
+
+def drawn(drawings, settings=short, pixels=None, **how):
+    "Losses and weights of an alignment of drawings with their mirror images."
+    encoder, _, mirrored, real = drawings
+    set_seed(0)
+    model = GenReal(copy.deepcopy(encoder), AdapterSettings(adapted_share=3/7))
+    history = align(model, mirrored if pixels is None else pixels, real, settings, **how)
+    return [r['loss'] for r in history], torch.cat([p.detach().flatten() for p in alignment_parameters(model)])
+
+def test_the_same_weights_with_a_frozen_prefix_where_rows_do_not_depend_on_their_batch(drawings):
+    assert torch.equal(drawn(drawings, prefix=True)[1], drawn(drawings)[1])
+
+def test_the_same_weights_with_a_prefix_of_images_decoded_on_the_way(drawings):
+    encoder, ds, _, _ = drawings
+    lazy = LazyPixels(ds, encoder.preprocess)
+    assert torch.equal(drawn(drawings, pixels=lazy, prefix=True)[1], drawn(drawings, pixels=lazy[:])[1])
+
+def test_the_same_weights_with_images_decoded_on_the_way(plain, real):
+    lazy = LazyPixels(as_dataset(generated_images), Preprocess())
+    assert torch.equal(trained(real, lazy)[1], plain[1])
+
+def test_the_same_weights_with_features_read_by_the_step(plain, tmp_path):
+    quiet = EmbedSettings(show_progress=False)
+    stored = embed(as_dataset(real_images), new_model(), tmp_path/'f_r', 'base', quiet)
+    assert torch.equal(trained(stored, run=RunSettings(max_bank=0))[1], plain[1])
+
+def test_parts_of_a_batch_add_up_to_the_same_curve(plain, real):
+    losses, _, _ = trained(real, settings=replace(short, accumulation=4))
+    torch.testing.assert_close(losses, plain[0], atol=1e-2, rtol=0)
+    torch.testing.assert_close(losses[0], plain[0][0], atol=1e-5, rtol=0)
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_weights(plain, real, tmp_path):
+    def killed(model): raise KeyboardInterrupt # in the middle of the run, after the first epoch
+    with pytest.raises(KeyboardInterrupt): trained(real, evaluate=killed, run=at(tmp_path))
+    assert [p.name for p in checkpoints_in(tmp_path)] == ['step-000001']
+    assert torch.equal(trained(real, run=at(tmp_path))[1], plain[1])
+    rows = [json.loads(line) for line in (tmp_path/'log.jsonl').read_text().splitlines()]
+    assert [r['step'] for r in rows] == list(range(1, 7))
+
+def test_a_prefix_is_recorded_in_the_precision_of_the_run(drawings):
+    bf16 = replace(short, precision='bf16', epochs=1)
+    early, whole = (drawn(drawings, bf16, prefix=p) for p in (True, False))
+    assert torch.equal(early[1], whole[1]) and early[0] != drawn(drawings, prefix=True)[0][:2]
+
+def test_features_stored_in_float16_follow_the_curve(plain, real):
+    assert (trained(real.half())[0] - plain[0]).abs().max() < 1e-2
+
+def test_dropout_draws_the_same_after_a_stop(real, tmp_path):
+    class Stop(Exception): pass
+    def stop(model): raise Stop
+    drops = replace(late, dropout=.3)
+    whole = trained(real, adapters=drops)[1]
+    with pytest.raises(Stop): trained(real, adapters=drops, evaluate=stop, run=at(tmp_path))
+    assert torch.equal(trained(real, adapters=drops, run=at(tmp_path))[1], whole)
+
+# what may
+
+@pytest.mark.parametrize('how', [
+    dict(negatives=12), dict(negatives='all'), dict(learn_tau=True), dict(loss='symmetric'),
+    dict(loss='sigmoid', accumulation=2), dict(loss='cosine'), dict(ema=.9), dict(precision='bf16')], ids=str)
+def test_every_choice_runs_and_learns(real, how):
+    losses = trained(real, settings=AlignSettings(**(dict(epochs=6, batch_size=16) | how)), prefix=True)[0]
+    assert losses[-2:].mean() < losses[:2].mean()
+
+def test_samples_take_turns_by_epoch(plain, real):
+    "The second sample is seen in the second epoch."
+    both = trained(real, [x_g, x_r])[0]
+    assert torch.equal(both[:2], plain[0][:2]) and both[2] < plain[0][2]
+
+def test_equal_captions_are_no_negatives_of_each_other(plain, real):
+    assert trained(real, ids=torch.arange(32) // 4)[0][0] < plain[0][0]
+
+# averages, temperature, early stopping
+
+def test_what_is_measured_is_what_is_kept(real):
+    kept, settings = [], AlignSettings(epochs=2, batch_size=16, ema=.9, learn_tau=True, weight_decay=.5)
+    def look(m):
+        kept.append(m.proj_gen.weight.detach().clone())
+        return dict(x=len(kept))
+    model = new_model()
+    history = align(model, x_g, real, settings, look, prefix=True)
+    assert torch.equal(kept[-1], model.proj_gen.weight)
+    # the loss moves the temperature, decay does not; model.tau is averaged like the weights
+    assert history[0]['tau'] != history[-1]['tau'] and 0 < abs(model.tau - .07) < .005
+
+def test_the_temperature_does_not_decay(real):
+    settings = AlignSettings(learn_tau=True, weight_decay=.5)
+    groups = Alignment(new_model(), x_g, real, settings).runner.optimizer.param_groups
+    assert [g['weight_decay'] for g in groups] == [.5, 0.] and len(groups[1]['params']) == 1
+
+def test_a_run_that_stopped_early_is_over_and_keeps_its_best(real, tmp_path):
+    looks, seen = iter((.1, .3, .2, .2, .9)), []
+    def look(m):
+        seen.append(m.proj_gen.weight.detach().clone())
+        return dict(made_up=next(looks))
+    def stopping():
+        model = new_model()
+        settings = AlignSettings(epochs=9, batch_size=16, patience=2)
+        run = RunSettings(checkpoints=str(tmp_path))
+        return model, align(model, x_g, real, settings, look, prefix=tmp_path/'early', run=run)
+    (first, once), (second, again) = stopping(), stopping()
+    assert len(once) == len(again) == 8 and len(seen) == 4
+    assert torch.equal(seen[1], first.proj_gen.weight) and torch.equal(seen[1], second.proj_gen.weight)
+
+def test_a_look_that_measures_nothing_leaves_no_trace(real):
+    history = align(new_model(), x_g, real, replace(short, epochs=1), lambda m: {})
+    assert all('x' not in r and set(r) == {'step', 'loss', 'lr'} for r in history)
+
+# checkpoints and the log
+
+def test_checkpoints_of_another_run_are_refused(real, tmp_path):
+    trained(real, run=at(tmp_path))
+    with pytest.raises(ValueError, match='lr is 0.001 there and 0.002 here'):
+        trained(real, settings=replace(short, lr=2e-3), run=at(tmp_path))
+    with pytest.raises(ValueError, match='rank is 4 there and 2 here, alpha is 16 there and 1 here'):
+        trained(real, adapters=replace(late, rank=2, alpha=1), run=at(tmp_path))
+    with pytest.raises(ValueError, match="tuning is 'lora' there and 'projections' here"):
+        trained(real, adapters=AdapterSettings(tuning='projections'), run=at(tmp_path))
+    with pytest.raises(ValueError, match='the images or features are others'):
+        trained(real, x_g.flip(0), run=at(tmp_path))
+
+def test_a_checkpoint_of_before_is_gone_on_from(plain, real, tmp_path):
+    "The first versions wrote neither the model nor whether the run had stopped."
+    class Stop(Exception): pass
+    def stop(model): raise Stop
+    with pytest.raises(Stop): trained(real, evaluate=stop, run=at(tmp_path))
+    file = checkpoints_in(tmp_path)[-1]/'state.json'
+    state = json.loads(file.read_text())
+    assert set(state) == {'step', 'bad', 'best', 'stopped', 'settings', 'model', 'data', 'history'}
+    assert state['settings'] == json.loads(json.dumps(asdict(replace(short, precision='no'))))
+    for later in ('model', 'stopped'): del state[later]
+    file.write_text(json.dumps(state))
+    assert torch.equal(trained(real, run=at(tmp_path))[1], plain[1])
+
+def test_checkpoints_are_in_order_beyond_six_digits(tmp_path):
+    for k in (999_999, 1_000_000, 20): (tmp_path/f'step-{k:06}').mkdir()
+    assert [p.name for p in checkpoints_in(tmp_path)] == ['step-000020', 'step-999999', 'step-1000000']
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    keeper = Checkpoints(tmp_path, processes(), keep=2)
+    for step in (1, 2, 3): keeper.save(dict(step=step), dict(weights=dict(w=torch.ones(2))), {})
+    assert [p.name for p in checkpoints_in(tmp_path)] == ['step-000002', 'step-000003']
+
+def test_random_generators_stand_where_they_stood(tmp_path):
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    torch.save(rng_state(torch.device('cpu')), tmp_path/'rng.pt')
+    def next_numbers(): return random.random(), np.random.rand(), torch.rand(1).item()
+    ahead = next_numbers()
+    set_rng_state(torch.load(tmp_path/'rng.pt', weights_only=True), torch.device('cpu'))
+    assert next_numbers() == ahead
+
+def test_a_tracker_gets_every_row_and_the_file_too(real, tmp_path):
+    class Notes(GeneralTracker):
+        name, requires_logging_directory, tracker = 'notes', False, None
+        def store_init_configuration(self, values): self.settings, self.rows = values, []
+        def log(self, values, step=None, **_): self.rows.append((step, values))
+    notes = Notes()
+    trained(real, run=RunSettings(trackers=(notes,), log_file=str(tmp_path/'notes.jsonl')))
+    assert len(notes.rows) == 6 and notes.rows[-1][0] == 6
+    assert all(v is not None for v in notes.settings.values())
+    assert len((tmp_path/'notes.jsonl').read_text().splitlines()) == 6
+
+# what it refuses
+
+def test_pairs_and_features_must_fit(real, tmp_path):
+    model = new_model()
+    with pytest.raises(ValueError, match='embed the real images with the encoder'):
+        align(model, x_g, real[:, :16])
+    with pytest.raises(ValueError, match='at least one sample'): align(model, [], real)
+    with pytest.raises(ValueError, match='3 generated images but 2 real'): align(model, x_g[:3], real[:2])
+    with pytest.raises(ValueError, match='at least 2 pairs'): align(model, x_g[:1], real[:1])
+    quiet = EmbedSettings(show_progress=False)
+    stored = embed(as_dataset(real_images), model, tmp_path/'f_r', 'base', quiet)
+    foreign = replace(stored, card=stored.card | dict(weights='0' * 16))
+    with pytest.raises(ValueError, match='were made by weights 0000'): align(model, x_g, foreign)
+
+def test_settings_without_sense_are_named(real):
+    with pytest.raises(ValueError, match='accumulation is 0'): AlignSettings(accumulation=0)
+    with pytest.raises(ValueError, match='tau is 0'): AlignSettings(tau=0)
+    with pytest.raises(ValueError, match='between 0 and 1'): AlignSettings(ema=1.5)
+    with pytest.raises(ValueError, match="'bf16'"): AlignSettings(precision='bf61')
+    with pytest.raises(ValueError, match="'all'"): AlignSettings(negatives='every')
+    with pytest.raises(ValueError, match='whole batch'): AlignSettings(loss='symmetric', accumulation=2)
+    with pytest.raises(ValueError, match='several processes'): AlignSettings(loss='symmetric').check_loss(processes=2)
+    assert AlignSettings(loss='sigmoid').tau == .1 and AlignSettings().tau == .07
+
+def test_a_call_without_sense_is_named(real):
+    model = new_model()
+    with pytest.raises(ValueError, match='pass evaluate'): align(model, x_g, real, AlignSettings(patience=2))
+    with pytest.raises(ValueError, match='is not installed'):
+        align(model, x_g, real, run=RunSettings(trackers=('tensorbored',)))
+    with pytest.raises(ValueError, match='with ids of equal captions'):
+        align(model, x_g, real, AlignSettings(loss='symmetric'), ids=torch.arange(32))
+    with pytest.raises(ValueError, match='draw a number'):
+        align(model, x_g, real, AlignSettings(negatives='all'), run=RunSettings(max_bank=1000))
+
+def test_losses_that_are_no_numbers_change_nothing_and_stop_the_run(real):
+    settings = AlignSettings(epochs=5, batch_size=16, most_bad_steps=2)
+    model = new_model()
+    before = model.proj_gen.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match='no number in 3 steps'): align(model, x_g * float('nan'), real, settings)
+    assert torch.equal(model.proj_gen.weight, before)
+
+def test_adapters_that_take_no_part_are_named():
+    import timm
+    from gmail_nb.encoders import TimmVisual
+    tower = timm.create_model('beit_base_patch16_224', img_size=64, embed_dim=64, depth=2, num_heads=2, num_classes=0)
+    beit = Encoder('beit', TimmVisual(tower), nn.Identity(), None, None, 64, 1.)
+    targets = ('model.blocks.0.attn.qkv', 'model.blocks.1.attn.proj')
+    real = F.normalize(torch.randn(4, 64), dim=-1)
+    with pytest.raises(ValueError, match='take no part'):
+        align(GenReal(beit, AdapterSettings(targets=targets)), torch.randn(4, 3, 64, 64), real,
+              AlignSettings(epochs=1, batch_size=4))
+
+def test_the_model_goes_to_the_device_also_without_a_prefix(real, monkeypatch):
+    moved = []
+    monkeypatch.setattr(GenReal, 'to', lambda m, device: moved.append(device) or m)
+    Alignment(new_model(), x_g, real, AlignSettings())
+    assert moved == [torch.device('cpu')]
+
+def test_accelerates_own_precision_counts_for_auto():
+    from types import SimpleNamespace
+    asked = lambda precision: SimpleNamespace(mixed_precision=precision, device=torch.device('cpu'))
+    assert run_precision(AlignSettings(), asked('bf16')) == 'bf16'
+    assert run_precision(AlignSettings(precision='no'), asked('bf16')) == 'no'
+    with pytest.raises(ValueError, match="'fp16'"): run_precision(AlignSettings(), asked('fp16'))
+
+# over processes, and killed
+
+def launcher(processes):
+    return ('-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--master_port=0',
+            '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0')
 
 def run(out, *more, processes=1):
     "Histories and weights by the name of the alignment."
     out.mkdir(exist_ok=True)
-    done = subprocess.run([sys.executable, *(launcher(processes) if processes > 1 else ()), script, str(out), *map(str, more)], capture_output=True, text=True)
+    command = [sys.executable, *(launcher(processes) if processes > 1 else ()), script, str(out), *map(str, more)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return {p.stem: (json.loads(p.read_text()), load_file(p.with_suffix('.safetensors'))) for p in out.glob('*.json')}
 
@@ -23,7 +377,8 @@ def compare(alone, together):
         others, found = together[name]
         assert len(history) == len(others), name
         assert max(abs(a['loss'] - b['loss']) for a, b in zip(history, others)) < 1e-4, name
-        for k in weights: torch.testing.assert_close(found[k], weights[k], atol=2e-3, rtol=0, msg=name) # Adam makes much of rounding where a gradient is zero
+        for k in weights: # Adam makes much of rounding where a gradient is zero
+            torch.testing.assert_close(found[k], weights[k], atol=2e-3, rtol=0, msg=name)
     assert len(alone['even'][0]) == 40 and alone['even'][0][-1]['loss'] < alone['even'][0][0]['loss']
     assert len(alone['stops'][0]) == 12 # three looks, the first the best
     assert alone['tau'][0][-1]['tau'] != pytest.approx(.07, abs=1e-4)
@@ -45,14 +400,17 @@ def kill_at_random(tmp_path, kills, seed=0, total=48):
     out.mkdir()
     whole, weights = run(tmp_path/'whole', tmp_path/'others')['kept']
     for target in sorted(rng.sample(range(1, total - 6), kills)):
-        p = subprocess.Popen([sys.executable, script, str(out), str(checkpoints)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        p = subprocess.Popen([sys.executable, script, str(out), str(checkpoints)],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while newest(checkpoints) < target and p.poll() is None: time.sleep(.001)
         time.sleep(rng.uniform(0, .01))
         assert p.poll() is None, 'the run was over before it could be killed'
-        p.send_signal(signal.SIGKILL); p.wait()
+        p.send_signal(signal.SIGKILL)
+        p.wait()
         assert target <= newest(checkpoints) < total
     killed, found = run(out, checkpoints)['kept']
-    assert [r['loss'] for r in killed] == [r['loss'] for r in whole] == [json.loads(line)['loss'] for line in (checkpoints/'log.jsonl').read_text().splitlines()]
+    logged = [json.loads(line)['loss'] for line in (checkpoints/'log.jsonl').read_text().splitlines()]
+    assert [r['loss'] for r in killed] == [r['loss'] for r in whole] == logged
     assert len(killed) == total and all(torch.equal(found[k], weights[k]) for k in weights)
 
 def test_killed_and_resumed_ends_in_the_same_weights(tmp_path): kill_at_random(tmp_path, 2)
@@ -65,11 +423,19 @@ def test_the_command_on_two_processes(tmp_path):
     "`gmail_align` as `accelerate launch` starts it ends where one process ends."
     from gmail_nb.data import emoji
     from gmail_nb.generate import generate
-    emoji('A', source='noto').select(range(40)).select_columns(['key', 'image', 'captions']).to_parquet(tmp_path/'real.parquet')
-    generate(str(tmp_path/'real.parquet'), 'embedded', tmp_path/'generated', steps=1, show_progress=False)
-    for name, processes in (('one', 1), ('two', 2)):
-        options = ('--adapted', '.43', '--held-out', '.3', '--epochs', '2', '--batch-size', '7', '--equal-captions', 'together', '--out', tmp_path/name)
-        done = subprocess.run([sys.executable, *(launcher(processes) if processes > 1 else ()), '-m', 'gmail_nb.align_cli', str(tmp_path/'real.parquet'), str(tmp_path/'generated'), *map(str, options)], capture_output=True, text=True)
+    from gmail_nb.settings import DrawSettings, WorkSettings
+    source = tmp_path/'real.parquet'
+    drawings = emoji('A', source='noto').select(range(40)).select_columns(['key', 'image', 'captions'])
+    drawings.to_parquet(source)
+    generate(str(source), 'embedded', tmp_path/'generated', DrawSettings(steps=1), work=WorkSettings(show_progress=False))
+    for name, n in (('one', 1), ('two', 2)):
+        options = ('--adapted-share', '.43', '--validation-share', '.3', '--epochs', '2', '--batch-size', '7',
+                   '--equal-captions', 'together', '--out', tmp_path/name)
+        start = [sys.executable, *(launcher(n) if n > 1 else ()), '-m', 'gmail_nb.cli.commands', 'align']
+        done = subprocess.run([*start, str(source), str(tmp_path/'generated'), *map(str, options)],
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-    one, two = ([json.loads(line) for line in (tmp_path/name/'log.jsonl').read_text().splitlines()] for name in ('one', 'two'))
-    assert len(one) == len(two) and max(abs(a['loss'] - b['loss']) for a, b in zip(one, two)) < 1e-4 and (tmp_path/'two'/'card.json').exists()
+    logs = [(tmp_path/name/'log.jsonl').read_text().splitlines() for name in ('one', 'two')]
+    one, two = ([json.loads(line) for line in lines] for lines in logs)
+    assert len(one) == len(two) and max(abs(a['loss'] - b['loss']) for a, b in zip(one, two)) < 1e-4
+    assert (tmp_path/'two'/'card.json').exists()
