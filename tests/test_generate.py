@@ -1,21 +1,31 @@
 "Generation under kills, damage, full disks and odd input. Most tests draw with a stand-in pipeline, for what is tested is the bookkeeping."
-import errno, hashlib, io, json, os, random, resource, shutil, signal, subprocess, sys, time
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
-from PIL import Image
 
 import gmail_nb.runtime
 from gmail_nb import generate as g
-from gmail_nb.generate import generate, load_generated, read_captions
-from gmail_nb.plan import Plan, make_settings
-from gmail_nb.pipelines import Preset, load_generator, resolve_generator, tiny_stable_diffusion
+from gmail_nb import shards
+from gmail_nb.data import emoji
+from gmail_nb.generate import generate, load_generated
+from gmail_nb.pipelines import load_generator, tiny_stable_diffusion
+from gmail_nb.plan import read_captions
+from gmail_nb.settings import DrawSettings, Generator, SourceSettings, WorkSettings
 
 
 class NoisePipeline:
@@ -35,8 +45,21 @@ def prompt_mark(row):
     "The digest of the prompt that was drawn into an image."
     return np.asarray(row['image'])[0, :32, 0].tobytes()
 
-def run(captions, out, **kwargs):
-    return generate(captions, 'embedded', out, pipeline=NoisePipeline(), show_progress=False, **kwargs)
+def settings_of(**options):
+    "Settings by the names of their fields."
+    kinds = dict(draw=DrawSettings, source=SourceSettings, work=WorkSettings)
+    of = {name: {f.name: options.pop(f.name) for f in fields(kind) if f.name in options}
+          for name, kind in kinds.items()}
+    assert not options, options
+    return {name: kinds[name](**given) for name, given in of.items()}
+
+def made(captions, generator, out, pipeline=None, show_progress=False, **options):
+    "`generate` with settings by the names of their fields."
+    return generate(captions, generator, out, pipeline=pipeline,
+                    **settings_of(show_progress=show_progress, **options))
+
+def run(captions, out, **options):
+    return made(captions, 'embedded', out, pipeline=NoisePipeline(), **options)
 
 def shard_bytes(folder):
     return {p.name: p.read_bytes() for p in sorted(Path(folder).glob('shard-*.parquet'))}
@@ -71,7 +94,7 @@ def test_layout_and_order_change_no_image(tmp_path):
 
 def test_several_captions_of_a_key(tmp_path):
     captions = {'a': ['one', 'two'], 'b': ['three']}
-    ds = load_generated(run(read_captions(captions, 'all'), tmp_path/'x', samples=2))
+    ds = load_generated(run(captions, tmp_path/'x', which='all', samples=2))
     assert [(r['key'], r['sample'], r['caption']) for r in ds] == [('a', 0, 'one'), ('a', 1, 'one'), ('a', 2, 'two'), ('a', 3, 'two'), ('b', 0, 'three'), ('b', 1, 'three')]
 
 @pytest.mark.parametrize('captions, message', [
@@ -109,14 +132,14 @@ def test_an_incomplete_run_is_not_loaded_by_mistake(tmp_path):
     with pytest.raises(ValueError, match='lost shards'): load_generated(out)
     class Bug(NoisePipeline):
         def __call__(self, prompt, **kwargs): raise KeyError('a bug')
-    with pytest.raises(KeyError): generate(CAPTIONS, 'embedded', out, pipeline=Bug(), shard_size=8, show_progress=False)
+    with pytest.raises(KeyError): made(CAPTIONS, 'embedded', out, pipeline=Bug(), shard_size=8)
     with pytest.raises(ValueError, match='not complete'): load_generated(out)
     assert len(load_generated(out, partial=True)) < len(CAPTIONS) == len(load_generated(run(CAPTIONS, out, shard_size=8)))
 
 def test_a_finished_run_loads_nothing(tmp_path, monkeypatch):
     run(CAPTIONS, tmp_path/'run')
     monkeypatch.setattr(g, 'load_generator', lambda *a, **k: pytest.fail('a model was loaded'))
-    generate(CAPTIONS, 'embedded', tmp_path/'run', show_progress=False)
+    made(CAPTIONS, 'embedded', tmp_path/'run')
 
 def test_settings_that_differ_stop_the_run(tmp_path):
     run(CAPTIONS, tmp_path/'run', steps=3)
@@ -129,7 +152,7 @@ def test_batches_halve_until_they_fit(tmp_path):
         def __call__(self, prompt, **kwargs):
             if len(prompt) > 3: raise torch.OutOfMemoryError('CUDA out of memory')
             return super().__call__(prompt, **kwargs)
-    a = generate(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Small(), batch_size=16, show_progress=False)
+    a = made(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Small(), batch_size=16)
     assert shard_bytes(a) == shard_bytes(run(CAPTIONS, tmp_path/'b'))
 
 def test_an_image_that_never_fits_is_a_recorded_failure(tmp_path):
@@ -137,7 +160,7 @@ def test_an_image_that_never_fits_is_a_recorded_failure(tmp_path):
         def __call__(self, prompt, **kwargs):
             if 'caption number 7' in prompt: raise RuntimeError('out of memory')
             return super().__call__(prompt, **kwargs)
-    out = generate(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Never(), batch_size=8, show_progress=False)
+    out = made(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Never(), batch_size=8)
     assert json.loads((out/'manifest.json').read_text())['failures'] == [dict(key='k7', sample=0, reason='out of memory')]
     assert 'k7' not in load_generated(out)['key']
     run(CAPTIONS, out)
@@ -148,7 +171,7 @@ def test_an_image_that_never_fits_is_a_recorded_failure(tmp_path):
 def test_other_errors_stop_the_run(tmp_path):
     class Bug(NoisePipeline):
         def __call__(self, prompt, **kwargs): raise KeyError('a bug')
-    with pytest.raises(KeyError): generate(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Bug(), show_progress=False)
+    with pytest.raises(KeyError): made(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Bug())
 
 def test_safety_checker_blanks_are_failures(tmp_path):
     class Checked(NoisePipeline):
@@ -156,7 +179,7 @@ def test_safety_checker_blanks_are_failures(tmp_path):
             result = super().__call__(prompt, **kwargs)
             result.nsfw_content_detected = [p.endswith('5') for p in prompt]
             return result
-    out = generate(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Checked(), show_progress=False)
+    out = made(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Checked())
     assert {(f['key'], f['reason']) for f in json.loads((out/'manifest.json').read_text())['failures']} == {('k5', 'safety checker'), ('k15', 'safety checker')}
 
 
@@ -168,16 +191,16 @@ class Worded(NoisePipeline):
 
 @pytest.mark.parametrize('wrong, message', [
     (dict(options=dict(styel='x')), "unknown option 'styel': did you mean 'style'"), (dict(options=dict(prompt='x')), "unknown option 'prompt'"), (dict(scheduler='DDIMSheduler'), 'another scheduler'),
-    (dict(dtype=torch.float16), 'float16 is not for a CPU'), (dict(negative='x', guidance=1.), 'ignore the negative prompt'), (dict(shard_size=0), 'shard_size is 0'), (dict(which='frist'), "which is 'frist'"),
+    (dict(dtype='float16'), 'float16 is not for a CPU'), (dict(negative='x', guidance=1.), 'ignore the negative prompt'), (dict(shard_size=0), 'shard_size is 0'), (dict(which='frist'), "which is 'frist'"),
     (dict(engine='rya'), "unknown engine 'rya'")])
 def test_a_wrong_setting_does_not_bind_the_folder(tmp_path, wrong, message):
-    with pytest.raises(ValueError, match=message): generate(CAPTIONS, 'embedded', tmp_path/'run', pipeline=Worded(), show_progress=False, **wrong)
+    with pytest.raises(ValueError, match=message): made(CAPTIONS, 'embedded', tmp_path/'run', pipeline=Worded(), **wrong)
     assert not (tmp_path/'run/settings.json').exists()
     assert len(load_generated(run(CAPTIONS, tmp_path/'run'))) == 23
 
 def test_a_wrong_scheduler_or_width_does_not_bind_the_folder(tmp_path):
     for wrong, message in ((dict(scheduler='DDIMSheduler'), "did you mean 'DDIMScheduler'"), (dict(scheduler='DDIMScheduler'), 'cannot use'), (dict(width=128), 'draws images of width 64, not 128'), (dict(options=dict(style='nota')), "unknown style 'nota'")):
-        with pytest.raises(ValueError, match=message): generate({'a': 'x'}, 'embedded', tmp_path/'run', steps=1, show_progress=False, **wrong)
+        with pytest.raises(ValueError, match=message): made({'a': 'x'}, 'embedded', tmp_path/'run', steps=1, **wrong)
         assert not (tmp_path/'run/settings.json').exists()
 
 def test_an_error_while_drawing_does_not_bind_the_folder_but_finished_shards_do(tmp_path):
@@ -185,9 +208,9 @@ def test_an_error_while_drawing_does_not_bind_the_folder_but_finished_shards_do(
         def __call__(self, prompt, **kwargs):
             if 'caption number 9' in prompt: raise KeyError('a bug')
             return super().__call__(prompt, **kwargs)
-    with pytest.raises(KeyError): generate(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Late(), shard_size=64, show_progress=False)
+    with pytest.raises(KeyError): made(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Late(), shard_size=64)
     assert not (tmp_path/'a/settings.json').exists()
-    with pytest.raises(KeyError): generate(CAPTIONS, 'embedded', tmp_path/'b', pipeline=Late(), shard_size=8, show_progress=False)
+    with pytest.raises(KeyError): made(CAPTIONS, 'embedded', tmp_path/'b', pipeline=Late(), shard_size=8)
     assert (tmp_path/'b/settings.json').exists() and not list((tmp_path/'b').glob('.lock*'))
 
 def test_settings_that_do_not_read_are_named(tmp_path):
@@ -207,10 +230,10 @@ def test_a_part_does_not_sign_off_the_damage_of_another(tmp_path, damage, caplog
 
 def test_a_part_reads_only_its_own_shards(tmp_path, monkeypatch):
     out, read = run(CAPTIONS, tmp_path/'run', shard_size=4), []
-    monkeypatch.setattr(g, 'file_sha256', lambda path, real=g.file_sha256: (read.append(path.name), real(path))[1])
+    monkeypatch.setattr(shards, 'file_sha256', lambda path, real=shards.file_sha256: (read.append(path.name), real(path))[1])
     run(CAPTIONS, out, shard_size=4, part=(1, 3))
     assert read == ['shard-00001-of-00006.parquet', 'shard-00004-of-00006.parquet']
-    run(CAPTIONS, out, shard_size=4, deep=False)
+    run(CAPTIONS, out, shard_size=4, verify=False)
     assert len(read) == 2
 
 def test_two_runs_share_a_folder(tmp_path, caplog):
@@ -222,15 +245,15 @@ def test_two_runs_share_a_folder(tmp_path, caplog):
             return super().__call__(prompt, **kwargs)
     class First(Second):
         def __call__(self, prompt, **kwargs):
-            if not drawn: generate(CAPTIONS, 'embedded', tmp_path/'run', pipeline=Second(), shard_size=8, show_progress=False)
+            if not drawn: made(CAPTIONS, 'embedded', tmp_path/'run', pipeline=Second(), shard_size=8)
             return super().__call__(prompt, **kwargs)
-    generate(CAPTIONS, 'embedded', tmp_path/'run', pipeline=First(), shard_size=8, show_progress=False)
+    made(CAPTIONS, 'embedded', tmp_path/'run', pipeline=First(), shard_size=8)
     assert sorted(drawn) == sorted(CAPTIONS.values()) and 'shard-00000-of-00003.parquet is being made by another process' in caplog.text
     assert shard_bytes(tmp_path/'run') == shard_bytes(run(CAPTIONS, tmp_path/'calm', shard_size=8)) and not list((tmp_path/'run').glob('.lock*'))
     assert len(load_generated(tmp_path/'run')) == 23
 
 def test_a_retry_may_change_the_number_format_and_keeps_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(g, 'truncated_prompts', lambda pipeline, prompts, options: [p for p in prompts if p.endswith('7')])
+    monkeypatch.setattr(shards, 'truncated_prompts', lambda pipeline, prompts, options: [p for p in prompts if p.endswith('7')])
     class Half(NoisePipeline):
         def __call__(self, prompt, **kwargs):
             result = super().__call__(prompt, **kwargs)
@@ -238,28 +261,17 @@ def test_a_retry_may_change_the_number_format_and_keeps_counts(tmp_path, monkeyp
                 if p.endswith('5') and torch.is_autocast_enabled('cpu'): result.images[i] = 0
             return result
     def manifest(): return json.loads((tmp_path/'a/manifest.json').read_text())
-    options = dict(pipeline=Half(), shard_size=8, show_progress=False)
-    generate(CAPTIONS, 'embedded', tmp_path/'a', dtype=torch.bfloat16, **options)
+    options = dict(pipeline=Half(), shard_size=8)
+    made(CAPTIONS, 'embedded', tmp_path/'a', dtype='bfloat16', **options)
     assert len(manifest()['failures']) == 2 and manifest()['truncated'] == 2
-    with pytest.raises(ValueError, match='(?s)other settings.*dtype'): generate(CAPTIONS, 'embedded', tmp_path/'a', dtype=torch.float32, **options)
+    with pytest.raises(ValueError, match='(?s)other settings.*dtype'): made(CAPTIONS, 'embedded', tmp_path/'a', dtype='float32', **options)
     seconds = manifest()['seconds']
-    generate(CAPTIONS, 'embedded', tmp_path/'a', dtype=torch.float32, retry_failed=True, **options)
+    made(CAPTIONS, 'embedded', tmp_path/'a', dtype='float32', retry_failed=True, **options)
     assert not manifest()['failures'] and manifest()['truncated'] == 2 and manifest()['seconds'] >= seconds and manifest()['settings']['dtype'] == 'bfloat16'
     receipts = [json.loads(p.read_text()) for p in sorted((tmp_path/'a').glob('shard-*.json'))]
     assert [r.get('drawn_in') for r in receipts] == [[dict(key='k5', sample=0, dtype='float32')], [dict(key='k15', sample=0, dtype='float32')], None]
     assert [r['truncated_keys'] for r in receipts] == [['k7'], [], ['k17']]
-    assert len(load_generated(generate(CAPTIONS, 'embedded', tmp_path/'a', dtype=torch.bfloat16, **options))) == 23 # the folder is what it was
-
-@pytest.mark.parametrize('text', ["[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.", 'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate', 'cuDNN error: CUDNN_STATUS_ALLOC_FAILED', 'CUDA out of memory'])
-def test_memory_that_runs_out_is_recognised(text): assert g.is_out_of_memory(RuntimeError(text)) and not g.is_out_of_memory(ValueError(text))
-
-def test_prompts_that_do_not_fit_are_encoded_in_halves(monkeypatch):
-    def encode(pipeline, prompts, *_):
-        if len(prompts) > 3: raise RuntimeError('out of memory')
-        return [dict(prompt=p) for p in prompts]
-    monkeypatch.setattr(g, 'encode_prompts', encode)
-    sampler = SimpleNamespace(pipeline=None, settings=SimpleNamespace(guidance=3., negative='', options={}))
-    assert g.encode_halving(sampler, list('abcdefgh')) == [dict(prompt=p) for p in 'abcdefgh']
+    assert len(load_generated(made(CAPTIONS, 'embedded', tmp_path/'a', dtype='bfloat16', **options))) == 23 # the folder is what it was
 
 def test_settings_of_a_generator_without_preset_are_its_own(tmp_path):
     given = []
@@ -267,8 +279,8 @@ def test_settings_of_a_generator_without_preset_are_its_own(tmp_path):
         def __call__(self, prompt, generator, output_type, num_inference_steps=3, guidance_scale=4., height=64, width=64):
             given.append((num_inference_steps, guidance_scale))
             return super().__call__(prompt, generator, num_inference_steps, guidance_scale, output_type)
-    preset = Preset('no/preset', 'no/preset', 'a'*40, image_format='png')
-    ds = load_generated(generate({'a': 'x'}, preset, tmp_path/'a', pipeline=Plain(), show_progress=False))
+    preset = Generator('no/preset', 'no/preset', 'a'*40, image_format='png')
+    ds = load_generated(made({'a': 'x'}, preset, tmp_path/'a', pipeline=Plain()))
     assert given == [(3, 4.)] and ds['steps'] == ds['guidance'] == [None] and ds['width'] == [64]
 
 def test_a_folder_without_a_shard_reads_as_empty(tmp_path):
@@ -319,8 +331,11 @@ def test_full_disk_on_a_small_file_system(tmp_path):
 
 SCRIPT = """
 import sys, pyarrow.parquet as pq
-from gmail_nb.generate import generate, read_captions
-generate(read_captions(pq.read_table(sys.argv[1])), 'embedded', sys.argv[2], samples=2, steps=int(sys.argv[3]), shard_size=int(sys.argv[4]), batch_size=8, show_progress=False)
+from gmail_nb.generate import generate
+from gmail_nb.settings import DrawSettings, WorkSettings
+draw = DrawSettings(samples=2, steps=int(sys.argv[3]))
+work = WorkSettings(shard_size=int(sys.argv[4]), batch_size=8, show_progress=False)
+generate(pq.read_table(sys.argv[1]), 'embedded', sys.argv[2], draw, work=work)
 """
 
 def killed_runs(folder, captions, out, kills, steps, shard_size, window, seed):
@@ -344,7 +359,6 @@ def killed_runs(folder, captions, out, kills, steps, shard_size, window, seed):
     return hits, there
 
 def check_killed(tmp_path, n_captions, kills, steps, shard_size, window):
-    from gmail_nb.data import emoji
     captions = read_captions(emoji(['A', 'B'], 'noto')).slice(0, n_captions)
     hits, there = killed_runs(tmp_path, captions, tmp_path/'killed', kills, steps, shard_size, window, seed=n_captions)
     calm = subprocess.run([sys.executable, '-c', SCRIPT, str(tmp_path/'captions.parquet'), str(tmp_path/'calm'), str(steps), str(shard_size)], env={**os.environ, 'OMP_NUM_THREADS': '1'})
@@ -368,11 +382,10 @@ def test_ray_workers_and_a_killed_one(tmp_path):
     pytest.importorskip('ray')
     psutil = pytest.importorskip('psutil')
     import threading
-    from gmail_nb.data import emoji
     captions = read_captions(emoji(['A', 'B'], 'noto')).slice(0, 60)
     options = dict(samples=2, steps=8, shard_size=8, batch_size=8)
     pipeline = load_generator('embedded')
-    calm = generate(captions, 'embedded', tmp_path/'calm', pipeline=pipeline, show_progress=False, **options)
+    calm = made(captions, 'embedded', tmp_path/'calm', pipeline=pipeline, **options)
     killed = []
     def kill():
         "Once the second shard is there, kill the process that makes shards."
@@ -380,7 +393,7 @@ def test_ray_workers_and_a_killed_one(tmp_path):
         for p in psutil.Process().children(recursive=True):
             if 'ShardActor' in p.name() or any('ShardActor' in c for c in p.cmdline()): p.kill(); killed.append(p.pid); return
     threading.Thread(target=kill, daemon=True).start()
-    generate(captions, 'embedded', tmp_path/'ray', engine='ray', workers=2, **options)
+    made(captions, 'embedded', tmp_path/'ray', engine='ray', workers=2, **options)
     import ray; ray.shutdown()
     assert killed and shard_bytes(tmp_path/'ray') == shard_bytes(calm)
 
@@ -390,14 +403,37 @@ def test_ray_workers_and_a_killed_one(tmp_path):
 def test_tiny_stable_diffusion_is_the_same_alone_and_in_a_batch(tmp_path):
     folder = tiny_stable_diffusion(tmp_path/'sd')
     def pixels(out, batch_size):
-        return np.stack([np.asarray(r['image']) for r in load_generated(generate(dict(list(CAPTIONS.items())[:5]), folder, tmp_path/out, steps=2, batch_size=batch_size, show_progress=False))]).astype(int)
+        return np.stack([np.asarray(r['image']) for r in load_generated(made(dict(list(CAPTIONS.items())[:5]), folder, tmp_path/out, steps=2, batch_size=batch_size))]).astype(int)
     assert np.abs(pixels('one', 1) - pixels('five', 5)).max() <= 1
 
-def test_embedded_pipeline_loads_with_from_pretrained(tmp_path):
-    from gmail_nb.pipelines import EmojiPipeline
-    pipe = load_generator('embedded')
-    pipe.save_pretrained(tmp_path/'saved')
-    again = EmojiPipeline.from_pretrained(tmp_path/'saved')
-    draw = lambda p: p('a red apple', generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type='np').images
-    np.testing.assert_array_equal(draw(pipe), draw(again))
-    assert resolve_generator(tmp_path/'saved').width == 64
+
+# ---- reading it back
+
+def test_a_folder_without_images_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no generated images'): load_generated(tmp_path)
+    run(CAPTIONS, tmp_path/'part', shard_size=8, part=(0, 2))
+    with pytest.raises(ValueError, match='not complete'): load_generated(tmp_path/'part')
+
+def test_keys_samples_and_captions_of_a_loaded_run_are_those_of_the_table(tmp_path):
+    captions = read_captions(emoji(['A', 'B'], 'noto')).slice(500, 20)
+    texts = dict(zip(captions['key'].to_pylist(), captions['caption'].to_pylist()))
+    ds = load_generated(run(captions, tmp_path/'run', samples=3, shard_size=16, batch_size=8))
+    assert len(ds) == 60 and set(zip(ds['key'], ds['sample'])) == {(k, s) for k in texts for s in range(3)}
+    assert all(texts[k] == c for k, c in zip(ds['key'], ds['caption']))
+
+def test_mended_failures_stand_in_the_order_of_the_plan(tmp_path):
+    class Dark(NoisePipeline):
+        def __call__(self, prompt, **kwargs):
+            result = super().__call__(prompt, **kwargs)
+            result.images[[p.endswith('7') for p in prompt]] = 0
+            return result
+    calm = load_generated(run(CAPTIONS, tmp_path/'calm', shard_size=8))
+    out = made(CAPTIONS, 'embedded', tmp_path/'run', pipeline=Dark(), shard_size=8)
+    assert len(load_generated(out)) == 21
+    mended = load_generated(run(CAPTIONS, out, shard_size=8, retry_failed=True))
+    assert not json.loads((out/'manifest.json').read_text())['failures']
+    assert mended['key'][:] == calm['key'][:] and mended['sample'][:] == calm['sample'][:]
+
+def test_prefix_and_suffix_are_in_the_prompt_and_not_in_the_caption(tmp_path):
+    ds = load_generated(run(CAPTIONS, tmp_path/'run', prefix='see: ', suffix=', a photo'))
+    assert all(p == f'see: {c}, a photo' for p, c in zip(ds['prompt'], ds['caption']))
