@@ -1,0 +1,45 @@
+"What is asked around a generation: parts, quality, the page, and mistakes that are found before anything is drawn."
+import pyarrow.parquet as pq
+import pytest
+
+from gmail_nb.data import emoji, quiet_datasets
+from gmail_nb.generate import load_generated
+from gmail_nb.runs.generate import generate_run, part_of
+from gmail_nb.settings import DrawSettings, SourceSettings, WorkSettings
+
+quiet, two = WorkSettings(show_progress=False), DrawSettings(steps=2)
+
+@pytest.fixture
+def captions(tmp_path):
+    (tmp_path/'captions.csv').write_text('key,caption\nrose,a red rose\nsun,the sun\n')
+    return tmp_path/'captions.csv'
+
+def test_a_report_comes_with_sheets_and_quality(captions, tmp_path):
+    out = generate_run(captions, out=tmp_path/'run', draw=two, work=quiet, report=True)
+    assert (out/'report.html').exists() and list((out/'sheets').glob('*.jpg'))
+    assert 'quality' in load_generated(out).column_names
+    assert pq.read_schema(out/'quality.parquet').metadata[b'encoder'] == b'embedded'
+
+def test_the_page_shows_real_pictures_too(tmp_path):
+    with quiet_datasets(): emoji('A', 'noto').select(range(0, 400, 100)).to_parquet(tmp_path/'real.parquet')
+    out = generate_run(tmp_path/'real.parquet', out=tmp_path/'both', draw=two, work=quiet, report=True, real=tmp_path/'real.parquet')
+    assert 'Real and generated' in (out/'report.html').read_text()
+
+def test_real_needs_a_report(captions, tmp_path):
+    with pytest.raises(ValueError, match='add --report'): generate_run(captions, out=tmp_path/'x', real='any')
+
+@pytest.mark.parametrize('how', [
+    dict(generator='sdxl-tubro'), dict(quality='embeded'), dict(report=True, real='nothing.parquet'),
+    dict(source=SourceSettings(which='frist')), dict(source=SourceSettings(key='id')), dict(draw=DrawSettings(width=128, steps=1)),
+    dict(draw=DrawSettings(scheduler='DDIMSheduler')), dict(draw=DrawSettings(options={'styel': 'noto'}))])
+def test_a_mistake_binds_no_folder(captions, tmp_path, how):
+    with pytest.raises((ValueError, OSError)): generate_run(captions, out=tmp_path/'x', work=quiet, **how)
+    assert generate_run(captions, out=tmp_path/'x', draw=two, work=quiet).exists()
+
+def test_other_settings_of_a_finished_folder_are_refused(captions, tmp_path):
+    generate_run(captions, out=tmp_path/'x', draw=two, work=quiet)
+    with pytest.raises(ValueError): generate_run(captions, out=tmp_path/'x', draw=DrawSettings(steps=3), work=quiet)
+
+@pytest.mark.parametrize('text', ['4/4', '1', 'a/2', '-1/2'])
+def test_parts_that_are_none(text):
+    with pytest.raises(ValueError, match='expected i/n'): part_of(text)
