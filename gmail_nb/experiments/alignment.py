@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'VARIANTS', 'MEASURES', 'STUDY', 'Variant', 'repeated', 'variant_model', 'has_prefix', 'align_variant',
-           'run_variant', 'alignment_runs', 'scores', 'difference_records', 'alignment_records', 'against',
+           'run_variant', 'kept_run', 'alignment_runs', 'scores', 'difference_records', 'alignment_records', 'against',
            'alignment_table', 'show_alignment', 'alignment_verdict', 'alignment_experiment', 'seconds_a_step']
 
 # %% ../../nbs/experiments/30_alignment.ipynb #a854feb0
@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save
 from ..align import GenReal, trained_parameters
 from ..encoders import Encoder, encode_images, load_encoder
 from .demo import Side, make_side
-from ..files import atomic_write, check_writable, progress, record, unknown_name, write_results
+from ..files import (
+    atomic_write, check_writable, progress, record, unknown_name, write_results)
 from ..gap import paired_cosines, ranks
 from ..pages import save_figure, table_text
 from ..runtime import fingerprint, set_seed, stable_seed
@@ -34,8 +35,7 @@ class Variant:
     "One way to align: what is different from the demo."
     adapters:dict=field(default_factory=dict) # changes of `AdapterSettings`
     align:dict=field(default_factory=dict)    # changes of `AlignSettings`
-    images:str='one' # of a caption in a batch: 'one' of its samples, taken in turn by epoch; 'all': each the
-                     # others' negative; 'all but own': each no negative of the others
+    images:str='one' # of a caption: 'one' at a time; 'all', as negatives; 'all but own', as none
 
     def applied(self, settings:DemoSettings) -> DemoSettings:
         "The settings with these changes."
@@ -74,7 +74,8 @@ def repeated(
 ) -> tuple: # pixels (S, N, 3, H, W), real features (N, D), ids (N,) or None
     "The pairs of a side, with one row a caption or one for each of two samples."
     if images == 'one': return side.generated_pixels, side.real_features, None
-    if images not in ('all', 'all but own'): raise unknown_name('images', images, ('one', 'all', 'all but own'))
+    if images not in ('all', 'all but own'):
+        raise unknown_name('images', images, ('one', 'all', 'all but own'))
     two = side.generated_pixels[:2].flatten(0, 1)[None]              # the samples one after another
     times, captions = len(two[0]) // len(side.keys), len(side.keys)
     ids = torch.arange(captions).repeat(times) if images == 'all but own' else None
@@ -90,6 +91,7 @@ def has_prefix(adapters:AdapterSettings) -> bool:
     "Whether the first blocks have no adapters, so that what they give can be recorded."
     return adapters.tuning == 'lora' and adapters.adapted_share < 1
 
+# %% ../../nbs/experiments/30_alignment.ipynb #3a0c0022
 def align_variant(
     model:GenReal,
     side:Side,                 # to train on
@@ -103,7 +105,8 @@ def align_variant(
     epochs = max(1, settings.align.epochs * len(side.keys) // len(real))
     recorded = has_prefix(settings.adapters)
     if recorded and prefix:
-        recorded = Path(prefix)/f"{settings.adapters.adapted_share:.2f}-{variant.images.replace(' ', '-')}.x"
+        share, images = settings.adapters.adapted_share, variant.images.replace(' ', '-')
+        recorded = Path(prefix)/f'{share:.2f}-{images}.x'
     how = replace(settings.align, epochs=epochs, seed=stable_seed('order', seed))
     return align(model, pixels, real, how, ids=ids, prefix=recorded)
 
@@ -116,36 +119,52 @@ def run_variant(
     settings:DemoSettings,
     seed:int,
     prefix:str|Path|None=None        # see `align_variant`
-) -> dict[str, torch.Tensor]: # of side b: cosines (N,), ranks (N,); of the tower: parameters trained, their share
+) -> dict[str, torch.Tensor]: # cosines and ranks (N,) of b; parameters trained in the tower, their share
     "Align, and measure on pairs that were not trained on."
     s = variant.applied(settings)
     model = variant_model(encoder, s.adapters, seed)
     align_variant(model, a, variant, s, seed, prefix)
     aligned = encode_images(model.encode_generated, b.generated_pixels[0])
-    trained, share = trained_parameters(model.f_g) if s.adapters.tuning != 'projections' else (0, 0.)
-    return dict(cosines=paired_cosines(aligned, b.real_features), ranks=ranks(aligned, b.real_features),
-                trained=torch.tensor(trained), share=torch.tensor(share))
+    alone = s.adapters.tuning == 'projections' # then nothing of the tower itself
+    trained, share = (0, 0.) if alone else trained_parameters(model.f_g)
+    real = b.real_features
+    return dict(cosines=paired_cosines(aligned, real), ranks=ranks(aligned, real), trained=torch.tensor(trained),
+                share=torch.tensor(share))
 
 # %% ../../nbs/experiments/30_alignment.ipynb #676d9f45
+def kept_run(
+    folder:Path,        # of all runs
+    made_from:str,      # fingerprint of the data
+    encoder:Encoder,
+    a:Side,
+    b:Side,
+    variant:Variant,
+    settings:DemoSettings,
+    seed:int
+) -> dict[str, torch.Tensor]: # from `run_variant`
+    "A run from its file, or made now and kept."
+    name = fingerprint(made_from, asdict(variant), asdict(settings), seed)
+    file = check_writable(folder/'variants')/f'{name}.safetensors'
+    if not file.exists():
+        run = run_variant(encoder, a, b, variant, settings, seed, folder/'prefix')
+        atomic_write(file, save(run))
+    return load_file(file)
+
+# %% ../../nbs/experiments/30_alignment.ipynb #3a0c0028
 def alignment_runs(
-    out:str|Path,                          # a file a run, and generated images where they are not there yet
+    out:str|Path,                          # a file a run; generated images, where they are absent
     settings:DemoSettings=DemoSettings(),
     variants:dict[str, Variant]|None=None, # `VARIANTS` if absent
     seeds:int=3
-) -> dict[str, list[dict]]: # by variant, a list over seeds of what `run_variant` gives; and 'base', not aligned
+) -> dict[str, list[dict]]: # by variant, `run_variant` over seeds; and 'base', not aligned
     "Every variant with every seed, on the pairs that the demo makes."
     out, variants, encoder = check_writable(out), variants or VARIANTS, load_encoder('embedded')
     a = make_side(encoder, 'A', settings.align_captions, settings.draw.samples, settings, out)
     b = make_side(encoder, 'B', settings.tune_captions, 1, settings, out)
-    data, folder = fingerprint(encoder.fingerprint, a.generated_pixels, b.generated_pixels), check_writable(out/'variants')
+    data = fingerprint(encoder.fingerprint, a.generated_pixels, b.generated_pixels)
     found = {n: [] for n in variants}
     for name, seed in progress([(n, s) for s in range(seeds) for n in variants], 'variants'):
-        made_from = fingerprint(data, asdict(variants[name]), asdict(settings), seed)
-        file = folder/f'{made_from}.safetensors'
-        if not file.exists():
-            run = run_variant(encoder, a, b, variants[name], settings, seed, out/'prefix')
-            atomic_write(file, save(run))
-        found[name].append(load_file(file))
+        found[name].append(kept_run(out, data, encoder, a, b, variants[name], settings, seed))
     g, r = b.generated_features, b.real_features
     return found | {'base': [dict(cosines=paired_cosines(g, r), ranks=ranks(g, r))] * seeds}
 
@@ -160,50 +179,59 @@ def difference_records(found:dict, name:str, reference:str) -> list[dict]:
     for m in scores(found[name][0]):
         ours, theirs = (torch.stack([scores(r)[m] for r in found[n]]) for n in (name, reference))
         value, low, high, n = paired_difference(ours, theirs)
-        out.append(record('alignment', f'{name} - {reference}', 'emoji', 'B', m, value, 0, n, low=low, high=high))
+        out.append(record('alignment', f'{name} - {reference}', 'emoji', 'B', m, value, 0, n,
+                          low=low, high=high))
     return out
 
+# %% ../../nbs/experiments/30_alignment.ipynb #3a0c0024
 def alignment_records(
     found:dict,             # from `alignment_runs`
     reference:str|None=None # the first variant if absent
 ) -> list[dict]:
-    "One record a variant, measure and seed, and each paired difference from the reference with its interval."
+    "One record a variant, measure and seed; and paired differences from the reference."
     reference, out = reference or next(iter(found)), []
     for name, runs in found.items():
         for seed, run in enumerate(runs):
             more = {'trained': int(run['trained'])} if 'trained' in run else {}
-            out += [record('alignment', name, 'emoji', 'B', m, v.mean().item(), seed, len(v), **more)
-                    for m, v in scores(run).items()]
+            for m, v in scores(run).items():
+                r = record('alignment', name, 'emoji', 'B', m, v.mean().item(), seed, len(v), **more)
+                out.append(r)
         if name != reference: out += difference_records(found, name, reference)
     return out
 
 # %% ../../nbs/experiments/30_alignment.ipynb #3a0c000f
-MEASURES = dict(paired_cosine=('cosine', 1, 3), gen_to_real_recall_at_1=('R@1 in %', 100, 1)) # title, scale, digits
+MEASURES = dict(paired_cosine=('cosine', 1, 3), # title, scale, digits
+                gen_to_real_recall_at_1=('R@1 in %', 100, 1))
 
-def against(records:list[dict], metric:str) -> tuple[str, dict[str, Interval]]: # the reference; differences by variant
-    "What a variant adds to the reference, with its interval."
-    reference = records[0]['arm']
-    rows = [r for r in records if 'low' in r and r['metric'] == metric]
-    return reference, {r['arm'].removesuffix(f' - {reference}'): Interval(r['value'], r['low'], r['high'], r['n'])
-                       for r in rows}
+def against(
+    records:list[dict], # from `alignment_records`
+    metric:str          # of `MEASURES`
+) -> tuple[str, dict[str, Interval]]: # the reference; by variant, what it adds to it
+    "Differences from the reference, which comes first among the records."
+    reference, found = records[0]['arm'], {}
+    for r in records:
+        if 'low' not in r or r['metric'] != metric: continue
+        name = r['arm'].removesuffix(f' - {reference}')
+        found[name] = Interval(r['value'], r['low'], r['high'], r['n'])
+    return reference, found
 
+# %% ../../nbs/experiments/30_alignment.ipynb #3a0c0026
 def alignment_table(
     records:list[dict] # from `alignment_records`
 ) -> list[list[str]]: # a heading and a row a variant
-    "Means over seeds, and differences from the reference; a star where the 95% interval excludes zero."
-    arms = dict.fromkeys(r['arm'] for r in records if 'low' not in r)
-    head, rows = ['', 'trained in the tower'], {a: [a] for a in arms}
-    for a in arms:
-        first = next(r for r in records if r['arm'] == a)
-        rows[a].append(f"{first['trained']:,}" if 'trained' in first else '') # every variant trains the projections
+    "Means over seeds and differences from the reference; a star where the interval excludes zero."
+    own = [r for r in records if 'low' not in r]
+    trained = {r['arm']: r.get('trained') for r in own} # beside the projections, which all train
+    head, rows = ['', 'trained in the tower'], {}
+    for a, n in trained.items(): rows[a] = [a, '' if n is None else f'{n:,}']
     for m, (title, scale, digits) in MEASURES.items():
         head += [title, 'difference']
         differences = against(records, m)[1]
-        for a in arms:
-            mean = np.mean([r['value'] for r in records if r['arm'] == a and r['metric'] == m])
+        for a, row in rows.items():
+            mean = np.mean([r['value'] for r in own if (r['arm'], r['metric']) == (a, m)])
             d = differences.get(a)
             star = ' *' if d and d.excludes_zero else ''
-            rows[a] += [f'{scale * mean:.{digits}f}', d.text(scale, '+', digits) + star if d else '']
+            row += [f'{scale * mean:.{digits}f}', d.text(scale, '+', digits) + star if d else '']
     return [head, *rows.values()]
 
 # %% ../../nbs/experiments/30_alignment.ipynb #28d748d4
@@ -240,7 +268,8 @@ def alignment_verdict(
     reference, differences = against(records, metric)
     kinds = {'better': [], 'worse': [], 'not to be told apart': []}
     for name, d in differences.items():
-        kinds['better' if d.low > 0 else 'worse' if d.high < 0 else 'not to be told apart'].append(name)
+        kind = 'better' if d.low > 0 else 'worse' if d.high < 0 else 'not to be told apart'
+        kinds[kind].append(name)
     listed = '; '.join(f'{k}: {", ".join(v) or "none"}' for k, v in kinds.items())
     return f'By {metric}, against {reference!r}: {listed}.'
 
@@ -248,17 +277,18 @@ def alignment_verdict(
 STUDY = replace(DemoSettings(), align=replace(DemoSettings().align, epochs=3))
 
 def alignment_experiment(
-    out:str|Path='alignment',              # results, table, figures, and generated images where they are not there yet
+    out:str|Path='alignment',              # results, table, figures; images, where they are absent
     settings:DemoSettings=STUDY,           # of the demo, which every variant changes
     variants:dict[str, Variant]|None=None, # `VARIANTS` if absent; the first is the reference
     seeds:int=3
 ) -> list[dict]: # the records
-    "All variants. Writes alignment_results.jsonl, alignment_table.txt and a figure for each measure."
+    "All variants. Writes alignment_results.jsonl, alignment_table.txt and a figure a measure."
     out = check_writable(out)
     records = alignment_records(alignment_runs(out, settings, variants, seeds))
     write_results(out/'alignment_results.jsonl', records)
-    text = [table_text(alignment_table(records)), *(alignment_verdict(records, m) for m in MEASURES)]
-    atomic_write(out/'alignment_table.txt', '\n\n'.join(text) + '\n')
+    said = [alignment_verdict(records, m) for m in MEASURES]
+    text = '\n\n'.join([table_text(alignment_table(records)), *said])
+    atomic_write(out/'alignment_table.txt', text + '\n')
     for m in MEASURES: save_figure(show_alignment(records, m), out/f'alignment_{m}.png')
     return records
 
@@ -278,5 +308,6 @@ def seconds_a_step(
     def clock(m):
         times.append(time.perf_counter())
         return {}
-    align(model, pixels, real, AlignSettings(epochs=steps + 1, batch_size=batch), clock, prefix=share < 1)
+    settings = AlignSettings(epochs=steps + 1, batch_size=batch)
+    align(model, pixels, real, settings, clock, prefix=share < 1)
     return float(np.median(np.diff(times)))
