@@ -164,14 +164,15 @@ class Parser(argparse.ArgumentParser):
         hint = f'did you mean {near[0]!r}?' if near else f'{self.prog} --help lists all'
         return ValueError(f'unknown flag {flag!r}: {hint}')
 
-# %% ../../nbs/cli/00_flags.ipynb #a51d1b57
+# %% ../../nbs/cli/00_flags.ipynb #2e97a26c
 def how_to_read(
     o:Option
 ) -> dict: # keyword arguments of `add_argument`
     "How the parser takes an option's value."
     either_way = argparse.BooleanOptionalAction if o.default else 'store_true'
     if o.annotation is bool: return dict(action=either_way)
-    if get_origin(o.annotation) is Literal: return dict(choices=get_args(o.annotation))
+    words = [k for k in (o.annotation, *get_args(o.annotation)) if get_origin(k) is Literal]
+    if words: return dict(choices=get_args(words[0]))
     kinds = set(get_args(o.annotation) or (o.annotation,)) - {NoneType}
     if kinds == {list}: return dict(action='append')
     if kinds == {tuple}: return dict(nargs='*')
@@ -314,7 +315,7 @@ def command(
     "Make a function a command, by a line above it."
     return lambda work: Command(work, **how)
 
-# %% ../../nbs/cli/00_flags.ipynb #8d5b924f
+# %% ../../nbs/cli/00_flags.ipynb #2ae9d758
 class Commands:
     "Several commands under one name."
     def __init__(self,
@@ -328,7 +329,7 @@ class Commands:
     def __str__(self) -> str:
         "The list that `--help` and `--list` show."
         width = max(map(len, self.commands))
-        rows = [f'  {n:{width}}  {c.__doc__}' for n, c in self.commands.items()]
+        rows = [f'  {n:{width}}  {" ".join(c.__doc__.split())}' for n, c in self.commands.items()]
         return '\n'.join([f'usage: {self.name} KIND [--help] ...', '', self.description, '', *rows])
 
     def find(self, kind:str) -> Command:
