@@ -82,7 +82,7 @@ def _grouped(values:np.ndarray, groups:np.ndarray, median:bool, draws:int, seed:
     whole = values[(len(values) + 1) // 2 - 1] if median else values.mean()
     return Interval(float(whole), *_ends(drawn), len(values))
 
-# %% ../nbs/03_stats.ipynb #666777a7
+# %% ../nbs/03_stats.ipynb #ab40ef7e
 STATISTICS = dict(mean=np.mean, median=np.median)
 
 def bootstrap(
@@ -92,8 +92,9 @@ def bootstrap(
     draws:int=1000,
     seed:int=0
 ) -> Interval:
-    "The statistic and its 95% interval, over queries, or over queries and seeds. `ValueError` when there are none."
-    if statistic not in STATISTICS: raise ValueError(f"statistic is {statistic!r}: 'mean' or 'median'")
+    "The statistic and its 95% interval, over queries and seeds. `ValueError` when there are none."
+    if statistic not in STATISTICS:
+        raise ValueError(f"statistic is {statistic!r}: 'mean' or 'median'")
     x = np.asarray(scores, dtype=float)
     if not x.size: raise ValueError('there are no queries to draw from')
     if x.ndim == 2:
@@ -102,7 +103,7 @@ def bootstrap(
     if groups is None: return _many(x, statistic == 'median', draws, seed)
     return _grouped(x, np.asarray(groups), statistic == 'median', draws, seed)
 
-# %% ../nbs/03_stats.ipynb #8b2dca55
+# %% ../nbs/03_stats.ipynb #315ce1c6
 def paired_difference(
     ours,       # (S, N) or (N,) scores of each query under one arm
     theirs,     # of the other arm: the same queries and seeds
@@ -110,7 +111,7 @@ def paired_difference(
     draws:int=2000,
     seed:int=0
 ) -> Interval:
-    "The mean difference and its 95% interval. `ValueError` when the arms do not share their queries and seeds."
+    "The mean difference and its 95% interval. `ValueError` for arms of other queries or seeds."
     a, b = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     if a.shape != b.shape:
         raise ValueError(f'the arms have scores of shape {a.shape} and {b.shape}: '

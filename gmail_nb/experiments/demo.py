@@ -32,13 +32,13 @@ from ..stats import Interval, paired_difference, sentence
 from ..train import align, show_history
 from ..tune import head_inputs, last_linear, tune_text
 
-# %% ../../nbs/experiments/10_demo.ipynb #457b08f4
+# %% ../../nbs/experiments/10_demo.ipynb #031327e7
 def some_concepts(
     split:str, # 'A' or 'B'
     n:int,     # how many
     seed:int   # which ones
 ) -> Dataset: # real drawings (Noto), one row a concept
-    "The `n` concepts of a split whose hash is smallest: nested in n, and the same on every machine."
+    "The `n` concepts of a split with the smallest hash: nested in n, the same on every machine."
     ds = emoji(split, source='noto')
     if not 2 <= n <= len(ds):
         raise ValueError(f'split {split} has {len(ds)} concepts: '
@@ -147,7 +147,7 @@ def downstream(
             out[arm].append(arm_ranks(head, test_features, inputs))
     return out
 
-# %% ../../nbs/experiments/10_demo.ipynb #2419a974
+# %% ../../nbs/experiments/10_demo.ipynb #a85ecb23
 WAYS, KS = ('text_to_image', 'image_to_text'), (1, 5, 10)
 
 def recall_records(name:str, hits:dict, n:int) -> list[dict]:
@@ -160,7 +160,7 @@ def recall_records(name:str, hits:dict, n:int) -> list[dict]:
     return [one(*f, k) for f in found for k in KS]
 
 def difference_records(name:str, hits:dict, n:int) -> list[dict]:
-    "The paired differences of GMAIL and the indiscriminate arm, with intervals over queries and seeds."
+    "Paired differences of GMAIL and the indiscriminate arm, intervals over queries and seeds."
     def found(arm, way, k): return torch.stack([run[way] for run in hits[arm]]) < k
     def one(way, k):
         d = paired_difference(found('gmail', way, k), found('indiscriminate', way, k))
@@ -168,21 +168,22 @@ def difference_records(name:str, hits:dict, n:int) -> list[dict]:
         return record(*where, d.value, 0, n, low=d.low, high=d.high)
     return [one(way, k) for way in WAYS for k in KS]
 
-# %% ../../nbs/experiments/10_demo.ipynb #ec634fc3
+# %% ../../nbs/experiments/10_demo.ipynb #1c61f972
 ARMS = ('base', 'indiscriminate', 'gmail', 'real')
 
 def table_cell(found:list[dict]) -> str:
-    "The mean over seeds of one metric and arm, or a difference with its interval; empty where there is none."
+    "The mean over seeds of one metric and arm, or a difference with its interval."
     if not found: return ''
     first, value = found[0], np.mean([r['value'] for r in found])
     share = 'recall' in first['metric'] or 'accuracy' in first['metric']
-    if 'low' in first: return Interval(value, first['low'], first['high']).text(100 if share else 1, '+')
+    if 'low' in first:
+        return Interval(value, first['low'], first['high']).text(100 if share else 1, '+')
     return f'{100 * value:.1f}' if share else f'{value:.3f}'
 
 def demo_table(
     records:list[dict] # of a demo run
 ) -> list[list[str]]: # a heading and its rows, as text
-    "One row a metric, one column an arm: mean over seeds, and the paired difference with its interval."
+    "One row a metric, one column an arm: mean over seeds, and the paired difference."
     values, difference = {}, 'gmail-indiscriminate'
     for r in records: values.setdefault((r['metric'], r['arm']), []).append(r)
     heading = ['metric (recalls and accuracy in %)', *ARMS, 'gmail - indiscriminate [95%]']
@@ -199,7 +200,7 @@ def verdict(records:list[dict]) -> str:
     measure = 'text-to-image R@1 on real images of an unseen style'
     return sentence('Aligning generated images first', measure, found, over='concepts')
 
-# %% ../../nbs/experiments/10_demo.ipynb #ae6dce0b
+# %% ../../nbs/experiments/10_demo.ipynb #719eb5ff
 def demo_test_features(encoder:Encoder, side:Side, out:Path) -> torch.Tensor: # (N, D)
     "Twemoji drawings of the same concepts, through `f_r`."
     ds = emoji('B', source='twemoji')
@@ -217,7 +218,8 @@ def write_demo_report(
     g, r = side.generated_features, side.real_features
     cosines = show_cosines(paired_cosines(g, r), paired_cosines(aligned, r))
     figures = (
-        ('pairs', 'Real images and what was generated from their captions (split B)', show_pairs(side.pairs, 10)),
+        ('pairs', 'Real images and what was generated from their captions (split B)',
+         show_pairs(side.pairs, 10)),
         ('loss', 'Alignment: Eq. 1 and the cosine of pairs of A kept out', show_history(history)),
         ('cosines', 'Cosine of pairs that alignment never saw', cosines),
         ('tsne', 'Generated and real, before and after', show_tsne((g, r), (aligned, r))))
