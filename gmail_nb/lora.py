@@ -142,8 +142,7 @@ def block_list(
     tower:nn.Module,     # an image tower, adapted or not
     inside:list[str]     # module names that some block must hold
 ) -> tuple[str, nn.Module]: # its name and the list of blocks
-    """The outermost list with most blocks among those that hold one of these modules; `ValueError`
-    if there is none."""
+    "The longest, outermost list of blocks that holds one of these modules; `ValueError` if none does."
     lists = [(n, m) for n, m in tower.named_modules()
              if isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) > 1
              and any(i.startswith(n + '.') for i in inside)]
