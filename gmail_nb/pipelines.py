@@ -47,9 +47,6 @@ from .files import asset, unknown_name
 from .runtime import default_device, default_dtype
 from .settings import GENERATORS, Generator
 
-# %% ../nbs/07_pipelines.ipynb #tmpalias
-Preset, PRESETS = Generator, GENERATORS
-
 # %% ../nbs/07_pipelines.ipynb #dcd09ec3
 class Refine(nn.Module):
     "A residual network on the latent grid, unshuffled to pixels and added to the linear decoding."
@@ -102,7 +99,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
 
     def forward(self, x): return self.decode(self.encode(x).latents).sample
 
-# %% ../nbs/07_pipelines.ipynb #bcc183f2
+# %% ../nbs/07_pipelines.ipynb #7c5eb7b6
 @patch
 def set_code(self:PatchAutoencoder,
     mu:torch.Tensor, # (3*patch**2,) mean patch, in the order of `pixel_unshuffle`
@@ -159,7 +156,7 @@ def minilm() -> tuple: # (tokenizer, BertModel)
     bert = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
     return AutoTokenizer.from_pretrained(folder), bert
 
-# %% ../nbs/07_pipelines.ipynb #d69b2291
+# %% ../nbs/07_pipelines.ipynb #770f3868
 def load_emoji_pipeline(
     folder:str|Path|None=None, # a saved `EmojiPipeline`; the shipped one if absent
     dtype:torch.dtype=torch.float32, # of the arithmetic; the shipped numbers are half precision
@@ -203,7 +200,7 @@ def condition(self:EmojiPipeline,
     return dict(encoder_hidden_states=states, encoder_attention_mask=there,
                 class_labels=torch.cat([pooled*20, style*3], 1))
 
-# %% ../nbs/07_pipelines.ipynb #64ea3fc3
+# %% ../nbs/07_pipelines.ipynb #80dc11f2
 def _for_each(value, n:int, what:str) -> list:
     "One value for each of `n` images, from one or from a list; `ValueError` for another number."
     values = list(value) if isinstance(value, (list, tuple)) else [value]*n
@@ -228,7 +225,7 @@ def prepare_latents(self:EmojiPipeline,
     noise = [torch.randn(channels, size, size, generator=g) for g in generators]
     return torch.stack(noise), torch.stack(index)
 
-# %% ../nbs/07_pipelines.ipynb #9d2147f2
+# %% ../nbs/07_pipelines.ipynb #af22f57a
 @patch
 def beside_null(self:EmojiPipeline,
     told:dict,               # from `condition`, of n captions
@@ -239,7 +236,7 @@ def beside_null(self:EmojiPipeline,
     null = self.condition(null.expand(len(style_index), -1, -1), style_index)
     return {name: torch.cat([null[name], value]) for name, value in told.items()}
 
-# %% ../nbs/07_pipelines.ipynb #8f9d3731
+# %% ../nbs/07_pipelines.ipynb #f1856e6d
 @patch
 def denoise(self:EmojiPipeline,
     x:torch.Tensor, # (B, C, h, w) noise
@@ -302,7 +299,7 @@ def folder_fingerprint(
             while block := f.read(1 << 22): h.update(block)
     return h.hexdigest()[:16]
 
-# %% ../nbs/07_pipelines.ipynb #37b1bfd3
+# %% ../nbs/07_pipelines.ipynb #8bfb22c3
 def hub_commit(
     repo:str,    # such as 'stabilityai/sdxl-turbo'
     revision:str # a branch, tag or commit
@@ -330,7 +327,7 @@ def call_default(
     absent = parameter is None or parameter.default is parameter.empty
     return None if absent else parameter.default
 
-# %% ../nbs/07_pipelines.ipynb #b6081cc6
+# %% ../nbs/07_pipelines.ipynb #ef522b77
 def read_config(
     path:Path # a JSON file of a pipeline folder
 ) -> dict: # {} when there is no such file
@@ -340,14 +337,14 @@ def read_config(
     except ValueError as e:
         raise ValueError(f'{path.parent.name}/{path.name} is not JSON: {e}') from e
 
-# %% ../nbs/07_pipelines.ipynb #76cac47f
+# %% ../nbs/07_pipelines.ipynb #e85ca8d3
 def is_emoji_folder(
     folder:str|Path # any path
 ) -> bool:
     "Whether a folder holds a saved `EmojiPipeline`."
     return read_config(Path(folder)/'model_index.json').get('_class_name') == 'EmojiPipeline'
 
-# %% ../nbs/07_pipelines.ipynb #6fed17aa
+# %% ../nbs/07_pipelines.ipynb #e99b9301
 def native_size(
     folder:Path # of a pipeline
 ) -> int: # pixels along one side
@@ -360,7 +357,7 @@ def native_size(
     factor = 2**(len(vae.get('block_out_channels', [0]*4)) - 1)
     return size*factor if isinstance(size, int) else 1024
 
-# %% ../nbs/07_pipelines.ipynb #fd4021e3
+# %% ../nbs/07_pipelines.ipynb #62570df9
 def folder_preset(
     folder:str|Path # a pipeline saved with `save_pretrained`
 ) -> Generator:
@@ -389,7 +386,7 @@ def _named(name) -> Generator:
     if hub_id and not Path(name).exists(): return Generator(str(name), str(name), 'main')
     raise unknown_name('generator', str(name), GENERATORS)
 
-# %% ../nbs/07_pipelines.ipynb #a28cea49
+# %% ../nbs/07_pipelines.ipynb #8c6216a8
 def resolve_generator(
     name:str|Path|Generator, # of `GENERATORS`, a pipeline folder, or a Hub id such as 'owner/model'
     revision:str|None=None,  # a Hub revision other than the one written down
@@ -412,7 +409,7 @@ def scheduler_class(
     if name not in known: raise unknown_name('scheduler', name, known)
     return getattr(diffusers, name)
 
-# %% ../nbs/07_pipelines.ipynb #aeca5b6c
+# %% ../nbs/07_pipelines.ipynb #3dd1341e
 def use_scheduler(
     pipeline:DiffusionPipeline, # changed in place
     name:str                    # a scheduler class of diffusers
@@ -440,7 +437,7 @@ def load_weights(
         pipeline = AutoPipelineForText2Image.from_pretrained(repo, torch_dtype=dtype, **pinned)
         return pipeline.to(device)
 
-# %% ../nbs/07_pipelines.ipynb #c4da6519
+# %% ../nbs/07_pipelines.ipynb #5e16a5d3
 def load_generator(
     name:str|Path|Generator='embedded', # a name, a folder, a Hub id, or one that is resolved
     revision:str|None=None,          # a Hub revision
@@ -473,7 +470,7 @@ def _clip_vocabulary() -> tuple[list[str], list[str]]: # words and merges
     joined = [m.replace(' ', '') for m in merges]
     return [*base, *ends, *joined, '<|startoftext|>', '<|endoftext|>'], merges
 
-# %% ../nbs/07_pipelines.ipynb #fbb1e8b2
+# %% ../nbs/07_pipelines.ipynb #46440fa7
 def clip_tokenizer() -> CLIPTokenizer:
     "CLIP's tokenizer from the vocabulary that ships with open_clip, in the format of transformers."
     words, merges = _clip_vocabulary()
@@ -503,7 +500,7 @@ def _tiny_vae():
         block_out_channels=(16, 16), norm_num_groups=8, latent_channels=4,
         down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2)
 
-# %% ../nbs/07_pipelines.ipynb #7e61655a
+# %% ../nbs/07_pipelines.ipynb #b2ec2b1e
 def tiny_stable_diffusion(
     folder:str|Path, # where it is saved
     seed:int=0       # of its random weights
@@ -525,7 +522,7 @@ def _is_guided(pipeline, guidance:float|None) -> bool:
     config = getattr(getattr(pipeline, 'unet', None), 'config', None)
     return (guidance or 0) > 1 and getattr(config, 'time_cond_proj_dim', None) is None
 
-# %% ../nbs/07_pipelines.ipynb #1a4f30b2
+# %% ../nbs/07_pipelines.ipynb #d6a24461
 def _stable_diffusion_prompts(pipeline, prompts, guided, negatives):
     found = pipeline.encode_prompt(prompts, pipeline._execution_device, 1, guided, negatives)
     names = ('prompt_embeds', 'negative_prompt_embeds')
@@ -539,13 +536,13 @@ def _sdxl_prompts(pipeline, prompts, guided, negatives):
         prompts, device=pipeline._execution_device, do_classifier_free_guidance=guided,
         negative_prompt=negatives)))
 
-# %% ../nbs/07_pipelines.ipynb #29867b4b
+# %% ../nbs/07_pipelines.ipynb #1fd89a84
 def _flux_prompts(pipeline, prompts, options):
     found = pipeline.encode_prompt(prompts, None, device=pipeline._execution_device,
                                    max_sequence_length=options.get('max_sequence_length', 512))
     return dict(zip(('prompt_embeds', 'pooled_prompt_embeds'), found))
 
-# %% ../nbs/07_pipelines.ipynb #3d66f3d5
+# %% ../nbs/07_pipelines.ipynb #a6d4631d
 def encode_prompts(
     pipeline:DiffusionPipeline, # any text-to-image pipeline
     prompts:list[str],          # distinct prompts
@@ -587,7 +584,7 @@ def text_windows(
         found.append((tokenizer, fixed if is_clip or not asked else asked))
     return found
 
-# %% ../nbs/07_pipelines.ipynb #29fc8ce3
+# %% ../nbs/07_pipelines.ipynb #c14df5b3
 def truncated_prompts(
     pipeline:DiffusionPipeline, # any text-to-image pipeline
     prompts:list[str],          # what its text encoders will read
@@ -600,7 +597,7 @@ def truncated_prompts(
         prompts = [p for p, ids in zip(prompts, lengths) if len(ids) > window]
     return prompts if windows else []
 
-# %% ../nbs/07_pipelines.ipynb #b9756f2a
+# %% ../nbs/07_pipelines.ipynb #cae9fe4f
 def count_truncated(
     pipeline:DiffusionPipeline, # any text-to-image pipeline
     prompts:list[str],          # what its text encoders will read
@@ -609,7 +606,7 @@ def count_truncated(
     "How many prompts are longer than what the text encoders read."
     return len(truncated_prompts(pipeline, prompts, options))
 
-# %% ../nbs/07_pipelines.ipynb #13baa260
+# %% ../nbs/07_pipelines.ipynb #a0cce51e
 # arguments of a call that have a setting of their own
 TAKEN = ('self', 'prompt', 'prompt_embeds', 'negative_prompt', 'generator', 'num_inference_steps',
          'guidance_scale', 'output_type', 'height', 'width')
@@ -625,7 +622,7 @@ def check_options(
     for n in options:
         if n in TAKEN or n not in known and not anything: raise unknown_name('option', n, known)
 
-# %% ../nbs/07_pipelines.ipynb #3730c2f9
+# %% ../nbs/07_pipelines.ipynb #55965aa2
 def check_negative(
     pipeline:DiffusionPipeline, # loaded
     guidance:float|None,        # classifier-free guidance scale; None: the pipeline's own
@@ -653,7 +650,7 @@ def check_format(
     if where != 'cpu' and dtype != loaded:
         raise ValueError(f'the pipeline is loaded in {loaded}, not in {dtype}')
 
-# %% ../nbs/07_pipelines.ipynb #1c8460a5
+# %% ../nbs/07_pipelines.ipynb #bea539bd
 def check_call(
     pipeline:DiffusionPipeline, # loaded
     guidance:float|None, # classifier-free guidance scale; None: the pipeline's own
