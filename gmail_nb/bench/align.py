@@ -131,7 +131,7 @@ def compare_towers(
     set_seed(0)
     images = noise_images(batch, size)
     settings = AlignSettings(epochs=steps + 1, batch_size=batch, lr=1e-4, precision='no')
-    # float32, since the losses must agree; the two ways order the rows of a batch differently: that only permutes the sum
+    # float32, since the losses must agree; the order of rows differs, and only permutes the sum
     plain, theirs = plain_steps(fresh_model(encoder, share, True), *images, settings, steps)
     ours, own = our_steps(fresh_model(encoder, share), *images, settings, steps, share < 1)
     worst = max(abs(a - b) for a, b in zip(plain, ours))
