@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FrozenTower', 'generated_tower', 'identity_projection', 'trained_parameters', 'check_base', 'load_adapter',
            'DualTower', 'write_weights', 'read_weights', 'card_of', 'model_card', 'model_folder', 'GenReal',
-           'aligned_model', 'save_gen_real', 'load_gen_real']
+           'aligned_model']
 
 # %% ../nbs/23_align.ipynb #5591096f
 import copy
@@ -296,7 +296,3 @@ def aligned_model(
     model = cls(encoder, adapters, folder/'adapter' if adapters.tuning == 'lora' else None)
     read_weights(model, folder)
     return model.eval()
-
-# %% ../nbs/23_align.ipynb #23aold01
-def save_gen_real(model, folder, **facts): return model.save_pretrained(folder, **facts) # until callers have moved
-def load_gen_real(folder, encoder=None): return GenReal.from_pretrained(folder, encoder) # until callers have moved

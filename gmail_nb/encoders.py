@@ -8,7 +8,7 @@ __all__ = ['count', 'check_pixels', 'Encoder', 'Preprocess', 'HFTokenizer', 'fit
            'TorchvisionPreprocess', 'OpenClipTokenizer', 'check_open_clip', 'open_clip_encoder', 'HFVisual', 'HFText',
            'HFPreprocess', 'hf_encoder', 'NoText', 'bare_state', 'TimmVisual', 'load_bare', 'timm_encoder',
            'load_encoder', 'preprocess_images', 'decoded', 'pixel_batches', 'encode_images', 'encode_texts',
-           'read_cache', 'write_cache', 'cached_features', 'in_batches', 'embed_images']
+           'read_cache', 'write_cache', 'cached_features']
 
 # %% ../nbs/20_encoders.ipynb #5887fc53
 import inspect
@@ -564,11 +564,3 @@ def cached_features(
         raise ValueError(f'{len(features)} images but {len(keys)} keys: pass one key an image')
     write_cache(path, features, made_from, keys)
     return features
-
-# %% ../nbs/20_encoders.ipynb #20aold01
-def in_batches(function, inputs, batch_size=64, desc=None): # until callers have moved
-    return encode_images(function, inputs, batch_size=batch_size, desc=desc)
-
-def embed_images(encoder, pixels, keys, cache=None, batch_size=64, desc=None): # until callers have moved
-    def compute(): return encode_images(encoder.encode_image, pixels, batch_size=batch_size, desc=desc)
-    return cached_features(cache, fingerprint(encoder.fingerprint, pixels), compute, keys) if cache else compute()
