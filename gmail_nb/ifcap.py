@@ -21,10 +21,10 @@ from torch import nn
 
 from .caption_tokens import tokenize_caption
 from .captioning import (
-    MAPPERS, Captioner, caption_batches, caption_ids, caption_text, load_captioner, save_captioner)
+    MAPPERS, Captioner, CaptionLearner, caption_batches, caption_ids, caption_text, check_features,
+    continue_from, load_captioner, prefixed_logits, save_captioner)
 from .files import atomic_write, progress
 from .runtime import noise_generator, stable_seed
-from .train import cosine_rate
 
 # %% ../nbs/36_ifcap.ipynb #65896376
 def image_like(
@@ -36,11 +36,12 @@ def image_like(
     noise = torch.randn(features.shape, generator=g).to(features.device)
     return F.normalize(F.normalize(features, dim=-1) + sigma * noise / features.shape[-1]**.5, dim=-1)
 
+# %% ../nbs/36_ifcap.ipynb #65896376b
 def matching_noise(
     text_features:torch.Tensor,  # (N, D) of captions
     image_features:torch.Tensor  # (N, D) of their images
 ) -> float: # sigma
-    "The noise that puts captions as far from themselves as images are. `ValueError` for pairs that are none."
+    "Noise that puts captions as far from themselves as images are. `ValueError` for no pairs."
     cosine = F.cosine_similarity(text_features, image_features, dim=-1).mean().item()
     if cosine <= 0:
         raise ValueError(f'the mean cosine of captions and images is {cosine:.3f}: '
@@ -81,6 +82,7 @@ def entity_vocabulary(
     if nouns is not None: return words & nouns
     return {w for w in words - FUNCTION_WORDS if any(ch.isalpha() for ch in w)}
 
+# %% ../nbs/36_ifcap.ipynb #5093c003b
 def frequent_entities(
     captions:list[str],          # what was retrieved for one image
     vocabulary:set[str],
@@ -120,7 +122,7 @@ class Fusion(nn.Module):
 
 # %% ../nbs/36_ifcap.ipynb #a06020cf
 class IFCap(Captioner):
-    "A captioner with a bank of captions that it looks things up in. `ValueError` unless each has a feature."
+    "A captioner with a bank of captions to look things up in. `ValueError` unless each has a feature."
     def __init__(self,
         lm:nn.Module, tokenizer, dim:int,   # as of `Captioner`
         bank:torch.Tensor,                  # (M, dim), text features
@@ -177,11 +179,7 @@ def ifcap_loss(
     device = model.device
     tokens, real, learned = (t.to(device) for t in joined(prompts, ids))
     prefix = model.prefix(features.to(device), model.bank[retrieved.to(device)])
-    n, words = prefix.shape[1], model.lm.get_input_embeddings()(tokens)
-    ones = torch.ones(prefix.shape[:2], dtype=torch.long, device=device)
-    mask = torch.cat([ones, real.long()], 1)
-    inputs = torch.cat([prefix.to(words.dtype), words], 1)
-    logits = model.lm(inputs_embeds=inputs, attention_mask=mask).logits[:, n - 1:-1]
+    logits = prefixed_logits(model, prefix, tokens, real)
     return F.cross_entropy(logits[learned].float(), tokens[learned])
 
 # %% ../nbs/36_ifcap.ipynb #4b170a15
@@ -219,49 +217,36 @@ def train_ifcap(
     seed:int=0,
     desc:str|None='IFCap'      # beside the progress bar; none if absent
 ) -> list[float]: # the loss of each step
-    """Teach fusion and language model. `ValueError` for unpaired input, `FloatingPointError` when the
-    loss is no number."""
+    """Teach fusion and language model.
+
+    `ValueError` for unpaired input, `FloatingPointError` when the loss is no number."""
     if len(features) != len(indices):
         raise ValueError(f'{len(features)} features but {len(indices)} captions')
     read = IFCapBatches(model, features, indices, noise, hidden, seed)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=.01)
-    rate = lambda s: cosine_rate(s, steps, warmup=min(20, steps // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    losses, batches = [], caption_batches(len(indices), batch_size, seed, steps)
+    learner = CaptionLearner(model, steps, lr)
+    batches = caption_batches(len(indices), batch_size, seed, steps)
     model.train()
     with torch.random.fork_rng():
         torch.manual_seed(stable_seed('dropout', seed))
         for _, j in progress(batches, desc) if desc else batches:
-            loss = ifcap_loss(model, *read(j))
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f'the loss is {losses[-1]} at step {len(losses)}: '
-                                         'lower the learning rate, or look for damaged features')
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.)
-            optimizer.step()
-            schedule.step()
+            learner.step(ifcap_loss(model, *read(j)))
     model.eval()
-    return losses
+    return learner.losses
 
 # %% ../nbs/36_ifcap.ipynb #31f3ef0c
 def write_after(
     model:IFCap,
     prefix:torch.Tensor,      # (B, length, width)
     prompts:list[list[int]],  # of equal length
-    **options                 # of transformers' `generate`
+    max_new_tokens:int=24,
+    beams:int=1               # 1 is greedy
 ) -> list[list[int]]: # tokens, the end token last if it was reached
     "What the language model writes after a prefix and a prompt."
     words = model.lm.get_input_embeddings()(torch.tensor(prompts, device=model.device))
     inputs = torch.cat([prefix.to(words.dtype), words], 1)
-    mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=model.device)
-    ends = dict(eos_token_id=model.end, pad_token_id=model.end)
-    given = dict(inputs_embeds=inputs, attention_mask=mask)
-    ids = model.lm.generate(**given, do_sample=False, **ends, **options)
-    return [row[:row.index(model.end) + 1] if model.end in row else row for row in ids.tolist()]
+    return continue_from(model, inputs, max_new_tokens, beams)
 
+# %% ../nbs/36_ifcap.ipynb #h8if36b
 @torch.inference_mode()
 def ifcap_ids(
     model:IFCap,
@@ -270,20 +255,20 @@ def ifcap_ids(
     max_new_tokens:int=24,
     batch_size:int=64
 ) -> list[list[int]]: # for each image its tokens
-    "Retrieve, count, fuse, write. `ValueError` for features of another width, or captions longer than the window."
-    dim = model.settings['dim']
-    if features.ndim != 2 or features.shape[1] != dim:
-        raise ValueError(f'expected features (N, {dim}), got {tuple(features.shape)}')
+    """Retrieve, count, fuse, write.
+
+    `ValueError` for features of another width, or captions longer than the window."""
+    check_features(model, features)
     prompts = [model.prompt_ids(e) for e in model.seen_entities(features)]
     found = retrieve(features.to(model.bank.device), model.bank, model.lookup['k'])
     model.check_fits(max(map(len, prompts)) + max_new_tokens)
-    options, out = dict(max_new_tokens=max_new_tokens, num_beams=beams), {}
+    out = {}
     for length in sorted({len(p) for p in prompts}):
         alike = torch.tensor([i for i, p in enumerate(prompts) if len(p) == length])
         for part in alike.split(batch_size):
             prefix = model.prefix(features[part].to(model.device), model.bank[found[part]])
-            texts = write_after(model, prefix, [prompts[i] for i in part], **options)
-            out |= zip(part.tolist(), texts)
+            given = [prompts[i] for i in part]
+            out |= zip(part.tolist(), write_after(model, prefix, given, max_new_tokens, beams))
     return [out[i] for i in range(len(features))]
 
 # %% ../nbs/36_ifcap.ipynb #efbd2bd1
@@ -305,6 +290,7 @@ def save_ifcap(
     atomic_write(folder/'bank.json', json.dumps(bank, ensure_ascii=False))
     return save_captioner(model, folder, kind='ifcap', lookup=model.lookup, **facts)
 
+# %% ../nbs/36_ifcap.ipynb #e3a77eb0b
 def load_ifcap(folder:str|Path) -> IFCap:
     "From `save_ifcap`. `FileNotFoundError` for an unfinished folder, `ValueError` for other weights."
     folder = Path(folder)

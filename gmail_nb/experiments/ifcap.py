@@ -70,6 +70,7 @@ def arm_inputs(t:TextWorld, arm:str) -> torch.Tensor: # (N, dim), or the bank (M
     "What stands for the images of B in an arm."
     return dict(t.world.arms, text=t.bank[t.of_b()]).get(arm, t.bank)
 
+# %% ../../nbs/experiments/50_ifcap.ipynb #75a6fe8eb
 def tune_ifcap(
     model:IFCap,       # the base, trained in place
     t:TextWorld,

@@ -1,0 +1,94 @@
+"One folder of captioned pictures goes through every command as it is, and its keys are the same throughout."
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+def weight(item): return 120
+
+COLOURS = dict(red='#c33', green='#3a3', blue='#36c', grey='#888')
+SHAPES = ('ball', 'box', 'kite')
+
+def picture(colour, shape, turn):
+    "A shape on a light ground."
+    image = Image.new('RGB', (96, 96), '#eee')
+    at, draw = 12 + 6 * turn, ImageDraw.Draw(image)
+    box = (at, at, 84, 84)
+    if shape == 'ball': draw.ellipse(box, fill=COLOURS[colour])
+    if shape == 'box': draw.rectangle(box, fill=COLOURS[colour])
+    if shape == 'kite': draw.polygon([(48, at), (84, 48), (48, 84), (at, 48)], fill=COLOURS[colour])
+    return image
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "24 pictures in sub-folders, with dots and spaces in their names, and a metadata.csv."
+    folder, rows = tmp_path_factory.mktemp('my pictures')/'photos v1.0', []
+    for turn in range(2):
+        for colour in COLOURS:
+            for shape in SHAPES:
+                name = f'{colour} things/day {turn + 1}/{shape} no. {turn}.{"jpg" if turn else "png"}'
+                (folder/name).parent.mkdir(parents=True, exist_ok=True)
+                picture(colour, shape, turn).save(folder/name)
+                rows.append((name, f'a {colour} {shape}, picture {turn + 1}'))
+    with open(folder/'metadata.csv', 'w', newline='') as f: csv.writer(f).writerows([('file_name', 'caption'), *rows])
+    return folder, sorted(name.rpartition('.')[0] for name, _ in rows)
+
+def shell(cwd, command, *argv):
+    "What a person sees when the command succeeds."
+    done = subprocess.run([sys.executable, '-m', 'gmail_nb.cli.commands', command, *map(str, argv)], cwd=cwd,
+                          capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PATH': ''})
+    assert done.returncode == 0, f'{command} {argv}: {done.stderr[-3000:]}'
+    return done.stdout
+
+def feature_keys(folder): return sorted(json.loads((folder/'card.json').read_text())['keys'])
+
+@pytest.fixture(scope='module')
+def way(photos, tmp_path_factory):
+    "The whole way from the folder to a tuned model."
+    folder, _ = photos
+    home = tmp_path_factory.mktemp('home')
+    said = [shell(home, 'generate', folder, '--steps', 2, '--quiet')]
+    said.append(shell(home, 'align', folder, 'generated', '--epochs', 3, '--batch-size', 8, '--validation-share', .2, '--adapted-share', .43))
+    said.append(shell(home, 'embed', folder, '--model', 'aligned', '--out', 'features'))
+    said.append(shell(home, 'embed', 'generated', '--model', 'aligned', '--side', 'generated', '--out', 'features_g'))
+    said.append(shell(home, 'tune', 'text', '--generated', 'generated', '--model', 'aligned', '--steps', 10, '--batch-size', 8))
+    said.append(shell(home, 'tune', 'caption', '--real', folder, '--generated', 'generated', '--model', 'aligned',
+                      '--steps', 10, '--batch-size', 8, '--validation-share', .3, '--max-new-tokens', 4))
+    said.append(shell(home, 'eval', '--data', folder, '--model', 'tuned:tuned', '--model', 'embedded', '--no-pictures'))
+    return home, said
+
+def test_every_command_says_where_its_results_lie(way):
+    _, said = way
+    for text, ends in zip(said, ('images: generated', 'model: aligned', 'features: features', 'features: features_g', 'tuned: tuned',
+                                 'captioner: captions/captioner', 'results: eval/results.jsonl')):
+        assert text.splitlines()[-1].startswith(ends), text
+
+def test_the_keys_are_those_of_the_pictures_throughout(way, photos):
+    from gmail_nb.generate import load_generated
+    home, keys = way[0], photos[1]
+    assert sorted(load_generated(home/'generated')['key']) == keys
+    assert feature_keys(home/'features') == feature_keys(home/'features_g') == feature_keys(home/'aligned'/'real_features') == keys
+    with np.load(next((home/'eval'/'queries').glob('*tuned*'))) as f: assert sorted(f['keys:image_to_text'].tolist()) == keys
+    assert set(json.loads((home/'tuned'/'features'/'gmail'/'card.json').read_text())['keys']) == set(keys)
+    assert len(keys) == 24 and 'red things/day 1/ball no. 0' in keys
+
+def test_scores_are_there(way):
+    from gmail_nb.files import read_results
+    arms = {r['arm'] for r in read_results(way[0]/'eval'/'results.jsonl')}
+    assert {'tuned:tuned', 'embedded'} < arms
+    captions = read_results(way[0]/'captions'/'results.jsonl')
+    assert {r['arm'] for r in captions} == {'gmail'} and {r['split'] for r in captions} == {'validation'}
+
+def test_the_file_of_captions_is_the_same_set_as_its_folder(way, photos, tmp_path):
+    from gmail_nb.generate import load_generated
+    folder, keys = photos
+    shell(tmp_path, 'generate', folder/'metadata.csv', '--steps', 1, '--quiet')
+    assert sorted(load_generated(tmp_path/'generated')['key']) == keys
+    shell(tmp_path, 'embed', folder/'metadata.csv', '--out', 'features')
+    assert feature_keys(tmp_path/'features') == keys

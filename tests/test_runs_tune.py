@@ -1,0 +1,213 @@
+"Tuning text sides and captioners from files: what each arm learns, what is left out, and what a person gets wrong."
+import gmail_nb.runtime
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from gmail_nb.align import GenReal
+from gmail_nb.captioning import caption_tokenizer
+from gmail_nb.cli.commands import gmail_caption, gmail_tune
+from gmail_nb.data import emoji
+from gmail_nb.encoders import encode_images, load_encoder, preprocess_images
+from gmail_nb.files import read_results
+from gmail_nb.generate import generate, load_generated
+from gmail_nb.runs.presets import ARMS, TEXT_RECIPES, check_arm
+from gmail_nb.runs.tune_caption import caption_sets, coco_rows, split_rows, training_features
+from gmail_nb.runs.tune_text import pairs_of_files, tune_from_files, without_damaged
+from gmail_nb.runtime import set_seed
+from gmail_nb.settings import DrawSettings, SourceSettings, TuneSettings, WorkSettings
+from gmail_nb.tune import load_tuned, tune_text
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
+
+def weight(item): return 30
+
+transformers.utils.logging.disable_progress_bar()
+
+def draw(captions, out):
+    return generate(captions, 'embedded', out, DrawSettings(steps=2), work=WorkSettings(show_progress=False))
+
+def answer(capsys, command, *argv):
+    "Exit status, and what is printed on the two streams."
+    capsys.readouterr()
+    status = command([str(a) for a in argv])
+    said = capsys.readouterr()
+    return status, said.out, said.err.split('\r')[-1]
+
+# A text side
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+    "24 emoji, a generated image for each, and a model that has not been aligned."
+    folder, real = tmp_path_factory.mktemp('text'), emoji('B', source='noto').select(range(24))
+    made = draw(dict(zip(real['key'], real['label'])), folder/'generated')
+    GenReal(load_encoder('embedded')).save_pretrained(folder/'model')
+    return dict(folder=folder, real=real, made=made, drawn=load_generated(made), encoder=load_encoder('embedded'))
+
+def test_a_recipe_learns_what_is_learned_by_hand(text):
+    settings = TuneSettings(steps=10, every=5, validation_share=.2)
+    recipe, out = replace(TEXT_RECIPES['small'], settings=settings), text['folder']/'recipe'
+    first = tune_from_files(out, recipe, text['made'], text['folder']/'model', desc=None)
+    encoder, drawn = load_encoder('embedded'), text['drawn']
+    x = encode_images(encoder.encode_image, preprocess_images(encoder, list(drawn['image'])))
+    by_hand = tune_text(encoder, x, list(drawn['caption']), settings)
+    torch.testing.assert_close(by_hand.text.head.weight, first.text.head.weight, atol=1e-4, rtol=0)
+    tokens = encoder.tokenize(list(drawn['caption'])[:3])
+    torch.testing.assert_close(load_tuned(out).encode_text(tokens), first.encode_text(tokens), atol=1e-5, rtol=0)
+    card = json.loads((out/'card.json').read_text())
+    assert (card['arm'], card['pairs']) == ('gmail', 24)
+
+def test_shapes_of_what_the_arms_learn(text):
+    said = sum(map(len, text['real']['captions']))
+    found = {arm: pairs_of_files(text['folder']/'arms', text['encoder'], arm, generated=text['drawn'], real=text['real'])
+             for arm in ('real', 'mix', 'indiscriminate')}
+    shapes = {arm: (tuple(x.shape), len(c)) for arm, (x, c) in found.items()}
+    assert shapes == dict(real=((said, 256), said), mix=((2, 24, 256), 24), indiscriminate=((24, 256), 24))
+
+def test_each_generated_image_of_the_mix_is_beside_its_real_partner(text):
+    encoder, drawn, real = text['encoder'], text['drawn'], text['real']
+    x, _ = pairs_of_files(text['folder']/'mix', encoder, 'mix', generated=drawn, real=real)
+    partner = real[list(real['key']).index(drawn[5]['key'])]['image']
+    alone = encode_images(encoder.encode_image, preprocess_images(encoder, [partner]))[0]
+    torch.testing.assert_close(x[1, 5], torch.nn.functional.normalize(alone, dim=-1), atol=1e-5, rtol=1e-3)
+
+@pytest.mark.parametrize('arm, said', [('gmail', 'name an aligned model'), ('real', 'name a captioned set'), ('mixed', "did you mean 'mix'")])
+def test_an_arm_that_lacks_something(text, arm, said):
+    with pytest.raises(ValueError, match=said): pairs_of_files(text['folder']/'arms', text['encoder'], arm, generated=text['drawn'])
+    with pytest.raises(ValueError, match='generated images: name their folder with --generated'): check_arm('mix', None, None, 1)
+    assert set(ARMS) == {'gmail', 'indiscriminate', 'real', 'mix'}
+
+def test_rows_of_nan_are_left_out_with_their_captions():
+    x, captions = without_damaged(torch.tensor([[3., 4.], [float('nan'), 0.]]), ['a', 'b'])
+    torch.testing.assert_close(x, torch.tensor([[.6, .8]]))
+    assert captions == ['a']
+
+def test_the_command_writes_what_was_asked(text, capsys):
+    out = text['folder']/'told'
+    status, said, _ = answer(capsys, gmail_tune, 'text', '--generated', text['made'], '--model', text['folder']/'model', '--out', out, '--steps', 3)
+    assert status == 0 and 'the best at 3' in said and f'tuned: {out}' in said
+    assert json.loads((out/'card.json').read_text())['settings']['steps'] == 3
+
+# A captioner
+
+@pytest.fixture(scope='module')
+def captions(tmp_path_factory):
+    "A Karpathy file in miniature with one picture cut short and one missing, small language models, and generated images."
+    folder, rows = tmp_path_factory.mktemp('captions'), []
+    (folder/'coco').mkdir()
+    ds = emoji('B', source='noto').select(range(40))
+    for i, r in enumerate(ds):
+        r['image'].save(folder/'coco'/f'{i:04}.png')
+        rows.append(dict(cocoid=i, filename=f'{i:04}.png', split='train' if i % 4 else 'test', sentences=[dict(raw=c) for c in r['captions']]))
+    (folder/'dataset_coco.json').write_text(json.dumps(dict(images=rows, dataset='coco')))
+    cut = folder/'coco'/'0005.png'
+    cut.write_bytes(cut.read_bytes()[:300])
+    (folder/'coco'/'0008.png').unlink()
+    tokenizer = caption_tokenizer(c for r in ds['captions'] for c in r)
+    sizes = dict(vocab_size=len(tokenizer), bos_token_id=2, eos_token_id=2)
+    kinds = dict(gpt2=GPT2Config(n_positions=96, n_embd=64, n_layer=2, n_head=2, **sizes),
+                 llama=LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=96, **sizes),
+                 opt=OPTConfig(hidden_size=64, word_embed_proj_dim=32, num_hidden_layers=2, ffn_dim=96, num_attention_heads=2,
+                               max_position_embeddings=96, pad_token_id=0, **sizes))
+    for kind, config in kinds.items():
+        set_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(str(folder/kind))
+        tokenizer.save_pretrained(str(folder/kind))
+    made = draw({str(i): r['captions'][0] for i, r in enumerate(ds)}, folder/'generated')
+    GenReal(load_encoder('embedded')).save_pretrained(folder/'aligned')
+    return dict(folder=folder, ds=ds, made=made, drawn=load_generated(made))
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch): monkeypatch.setenv('PATH', '') # starting it takes longer than all the rest
+
+def tune(capsys, captions, kind, steps, *more):
+    "The preset of Table 1 with a small language model of that kind."
+    folder = captions['folder']
+    status, out, err = answer(capsys, gmail_tune, 'caption', '--preset', 'paper-table1', '--real', folder/'dataset_coco.json', '--images', folder/'coco',
+                              '--out', folder/f'out_{kind}', '--encoder', 'embedded', '--lm', folder/kind, '--steps', steps, '--lr', '3e-3', *more)
+    return status, out, [l for l in err.splitlines() if 'left out' in l or l.startswith('gmail')]
+
+@pytest.mark.parametrize('kind, steps', [('gpt2', 80), ('opt', 10), ('llama', 10)])
+def test_a_preset_trains_on_a_karpathy_file(captions, capsys, kind, steps):
+    status, out, said = tune(capsys, captions, kind, steps)
+    results = {r['metric']: r for r in read_results(captions['folder']/f'out_{kind}'/'results.jsonl')}
+    assert status == 0 and results['images_left_out']['value'] == 2 and results['CIDEr']['n'] == 9
+    assert 'CLIPScore' in results and 'METEOR' not in results and 'needs a Java runtime' in out
+    assert said[-1] == '2 of 40 images left out' and "'5' (0005.png)" in said[0] and "'8' (0008.png)" in said[1]
+    assert results['CIDEr']['split'] == 'test' and results['CIDEr']['dataset'] == 'dataset_coco'
+    assert f"captioner: {captions['folder']}/out_{kind}/captioner" in out
+
+def test_generated_images_go_through_f_g(captions, capsys):
+    folder = captions['folder']
+    status, _, _ = tune(capsys, captions, 'gpt2', 8, '--generated', captions['made'], '--model', folder/'aligned', '--out', folder/'gmail')
+    assert status == 0 and {r['arm'] for r in read_results(folder/'gmail'/'results.jsonl')} == {'gmail'}
+
+@pytest.fixture(scope='module')
+def trained(captions):
+    folder, encoder = captions['folder'], load_encoder('embedded')
+    train = coco_rows(folder/'dataset_coco.json', folder/'coco', 'train')
+    arms = {arm: training_features(train, encoder, arm, generated=captions['drawn']) for arm in ('real', 'indiscriminate', 'mix')}
+    return dict(encoder=encoder, train=train, arms=arms)
+
+def test_the_mix_pairs_each_image_with_its_real_partner(captions, trained):
+    (x, c, broken), ds, encoder = trained['arms']['mix'], captions['ds'], trained['encoder']
+    assert x.shape == (2, 29, 256) and len(broken) == 1 and [len(cs) for cs in c] == [1] * 29
+    whole = [i for i in range(40) if i % 4 and i != 5] # 0, 4, ... are test images and 5 is damaged
+    assert sorted(cs[0] for cs in c) == sorted(ds[i]['label'] for i in whole)
+    partner = encode_images(encoder.encode_image, encoder.preprocess(ds[6]['image'])[None])[0]
+    torch.testing.assert_close(x[1, c.index([ds[6]['label']])], partner, atol=1e-4, rtol=1e-3)
+
+def test_a_generated_image_is_learned_with_the_caption_it_was_made_from(captions, trained):
+    (x, c, _), drawn, encoder = trained['arms']['indiscriminate'], captions['drawn'], trained['encoder']
+    assert x.shape == (30, 256)
+    one = drawn[list(drawn['caption']).index(c[3][0])]['image']
+    torch.testing.assert_close(x[3], encode_images(encoder.encode_image, encoder.preprocess(one)[None])[0], atol=1e-4, rtol=1e-3)
+
+def test_arms_that_lack_their_images(captions, trained):
+    encoder, train, drawn = trained['encoder'], trained['train'], captions['drawn']
+    with pytest.raises(ValueError, match='name their folder with --generated'): training_features(train, encoder, 'mix')
+    with pytest.raises(ValueError, match="unknown arm 'gmial': did you mean 'gmail'"): training_features(train, encoder, 'gmial')
+    others = [dict(r, key='x' + r['key']) for r in train]
+    with pytest.raises(ValueError, match='no generated image has the key'): training_features(others, encoder, 'indiscriminate', generated=drawn)
+    with pytest.raises(FileNotFoundError, match='there is no folder'): coco_rows(captions['folder']/'dataset_coco.json', captions['folder']/'nowhere')
+
+def test_generated_images_alone_are_learned_from_but_for_those_tested(captions, trained):
+    leave = frozenset({'0', '4'})
+    x, c, _ = training_features(None, trained['encoder'], 'indiscriminate', generated=captions['drawn'], leave=leave)
+    assert x.shape == (38, 256) and [captions['ds'][0]['label']] not in c
+
+def test_three_ways_to_keep_test_images_apart(captions):
+    folder, ds = captions['folder'], captions['ds']
+    source = SourceSettings(images=str(folder/'coco'))
+    by_split = caption_sets(folder/'dataset_coco.json', None, source=source)
+    assert (len(by_split.train), len(by_split.test), by_split.split) == (30, 10, 'test')
+    by_share = caption_sets(ds, None, validation_share=.2)
+    assert not {r['key'] for r in by_share.train} & {r['key'] for r in by_share.test} and by_share.split == 'validation'
+    apart = caption_sets(ds, emoji('B', source='twemoji').select(range(5)))
+    assert len(apart.train) == 40 and len(apart.test) == 5
+    with pytest.raises(ValueError, match='--real or --test'): caption_sets(None, None)
+    with pytest.raises(ValueError, match='validation_share=0.1'): split_rows([dict(key='0')], .1)
+
+def test_what_a_person_gets_wrong_in_tune(captions, capsys):
+    folder = captions['folder']
+    real = '--real', folder/'dataset_coco.json', '--images', folder/'coco'
+    status, _, err = answer(capsys, gmail_tune, 'caption', *real, '--generated', folder/'coco', '--out', folder/'o2')
+    assert status == 2 and '--model' in err
+    status, _, err = answer(capsys, gmail_tune, 'caption', '--out', folder/'o3')
+    assert status == 2 and '--real' in err
+    status, _, said = tune(capsys, captions, 'gpt2', 5, '--prefix-length', '96')
+    assert status == 2 and 'but the language model has 96: shorten the prefix' in said[0]
+
+def test_captions_for_a_persons_own_pictures(captions, capsys):
+    folder = captions['folder']
+    if not (folder/'out_gpt2'/'captioner'/'card.json').exists(): tune(capsys, captions, 'gpt2', 80)
+    (folder/'coco'/'cut.png').write_bytes(b'\x89PNG')
+    files = [folder/'coco'/f for f in ('0001.png', '0002.png', 'cut.png', '0004.png', '0006.png', '0007.png')]
+    status, out, err = answer(capsys, gmail_caption, *files, '--captioner', folder/'out_gpt2'/'captioner')
+    written = {Path(l.split('\t')[0]).name: l.split('\t')[1] for l in out.splitlines()}
+    assert status == 0 and len(written) == 5 and '1 of 6 images left out' in err
+    status, _, err = answer(capsys, gmail_caption, files[2], '--captioner', folder/'out_gpt2'/'captioner')
+    assert status == 2 and 'none of 1 images decodes' in err
+    assert answer(capsys, gmail_caption, 'x.png', '--captioner', folder/'nowhere')[0] == 2
