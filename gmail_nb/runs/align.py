@@ -177,7 +177,7 @@ def new_model(
     set_seed(settings.align.seed)
     return GenReal(base, settings.adapters).to(acc.device)
 
-# %% ../../nbs/runs/10_align.ipynb #f8845083
+# %% ../../nbs/runs/10_align.ipynb #a2435868
 def train_pairs(
     model:GenReal,
     sets:PairSets,
@@ -195,7 +195,7 @@ def train_pairs(
     return align(model, sets.pixels, sets.features, settings.align, paired_cosine, ids=sets.ids,
                  prefix=out/'prefix.x' if late else False, run=run, accelerator=acc)
 
-# %% ../../nbs/runs/10_align.ipynb #65040e96
+# %% ../../nbs/runs/10_align.ipynb #86e9a353
 def align_sets(
     real,                        # a captioned set of real images, as `load_captioned` takes it
     generated,                   # a folder of `generate`, or a captioned set of the same keys
@@ -223,10 +223,11 @@ def align_sets(
     return model
 
 def set_name(source) -> str:
-    "How records name a set."
-    return Path(source).name if isinstance(source, (str, Path)) else 'a dataset'
+    "How records name a set: by its folder, or its file without the suffix."
+    if not isinstance(source, (str, Path)): return 'a dataset'
+    return Path(source).stem if Path(source).is_file() else Path(source).name
 
-# %% ../../nbs/runs/10_align.ipynb #fcf74f5e
+# %% ../../nbs/runs/10_align.ipynb #645bcf63
 def embed_set(
     pictures,              # a folder of `generate`, or a captioned set
     out:str|Path='features',
