@@ -249,3 +249,50 @@ def test_named_values_go_to_any_depth():
 def test_bench_is_called_by_name(monkeypatch, capsys):
     status, _, err = answer(capsys, commands.gmail_bench, 'generatr')
     assert status == 2 and "did you mean 'generate'" in err
+
+# Experiments are called as they are written
+
+EXPERIMENTS = dict(retrieval=('retrieval_experiment', 'retrieval_table.txt'), alignment=('alignment_experiment', 'alignment_table.txt'),
+                   captioning=('caption_experiment', 'caption_table.txt'), ifcap=('ifcap_experiment', 'ifcap_table.txt'))
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+@pytest.mark.parametrize('quick', [(), ('--quick',)])
+def test_an_experiment_is_called_with_its_settings(name, quick, tmp_path, monkeypatch, capsys):
+    import importlib
+    import inspect
+    module, (function, table) = importlib.import_module(f'gmail_nb.experiments.{name}'), EXPERIMENTS[name]
+    signature, seen = inspect.signature(getattr(module, function)), {}
+    def note(*args, **kwargs):
+        seen.update(signature.bind(*args, **kwargs).arguments)
+        (tmp_path/table).write_text('a table\n')
+    monkeypatch.setattr(module, function, note)
+    status, out, err = answer(capsys, gmail_experiment, name, '--out', tmp_path, '--seed', 3, *quick)
+    assert status == 0 and out.startswith('a table') and f'results: {tmp_path}' in out, err
+    demo = seen['settings'] if name == 'alignment' else seen['demo']
+    assert demo.seed == demo.align.seed == 3 and demo.align_captions == (256 if quick else 772)
+    if name != 'alignment': assert seen['settings'].seed == 3
+
+def test_defaults_of_the_experiments_are_their_own():
+    import inspect
+    from gmail_nb.experiments.retrieval import retrieval_experiment
+    ours = seen_settings(gmail_experiment.commands['retrieval'])['settings']
+    assert ours == inspect.signature(retrieval_experiment).parameters['settings'].default
+
+def test_the_demo_is_called_with_its_settings(tmp_path, monkeypatch, capsys):
+    import gmail_nb.experiments.demo as room
+    seen = []
+    monkeypatch.setattr(room, 'demo', lambda out, settings: seen.append((out, settings)) or [])
+    monkeypatch.setattr(room, 'demo_table', lambda records: [['arm']])
+    monkeypatch.setattr(room, 'verdict', lambda records: 'It helps.')
+    status, out, _ = answer(capsys, gmail_demo, '--quick', '--seed', 2, '--out', tmp_path)
+    assert status == 0 and 'It helps.' in out and f'report: {tmp_path}/report.html' in out
+    assert seen[0][1].seed == 2 and seen[0][1].align_captions == 256
+
+def test_bench_prints_a_table_or_json(monkeypatch, capsys):
+    import json
+    import gmail_nb.bench.comparison as room
+    line = dict(name='generate', ours=2., plain=1., ratio=2., unit='images/s', n=4, machine='a machine')
+    monkeypatch.setattr(room, 'run_bench', lambda name: [line])
+    status, out, _ = answer(capsys, commands.gmail_bench, 'generate')
+    assert status == 0 and 'ratio' in out and 'a machine' in out
+    assert json.loads(answer(capsys, commands.gmail_bench, 'generate', '--json')[1]) == [line]
