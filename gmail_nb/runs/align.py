@@ -61,7 +61,7 @@ def indices_by_sample(
                     len(by_key) - len(whole), len(by_key), most)
     return [[by_key[r][s] for r in whole] for s in sorted(by_key[whole[0]])], whole
 
-# %% ../../nbs/runs/10_align.ipynb #a842934f
+# %% ../../nbs/runs/10_align.ipynb #34dad736
 def validation_indices(
     keys:list[str],
     share:float # of the keys that are kept out of training
@@ -69,12 +69,13 @@ def validation_indices(
     "Indices of the keys that draw the curve and measure the gap."
     return [i for i, k in enumerate(keys) if stable_seed('held out', k) % 10_000 < share * 10_000]
 
+# %% ../../nbs/runs/10_align.ipynb #2977ce20
 def caption_ids(captions:list[str]) -> torch.Tensor: # (N,)
     "A number for each caption, equal where captions are, but for case and space."
     known, plain = {}, [' '.join(c.lower().split()) for c in captions]
     return torch.tensor([known.setdefault(c, len(known)) for c in plain])
 
-# %% ../../nbs/runs/10_align.ipynb #d96e8dbb
+# %% ../../nbs/runs/10_align.ipynb #8fcec82d
 @dataclass
 class PairSets:
     "The two parts of an alignment's pairs."
@@ -84,6 +85,7 @@ class PairSets:
     test:LazyPixels           # (M, 3, H, W) kept out
     target:torch.Tensor       # (M, D) of their real partners
 
+# %% ../../nbs/runs/10_align.ipynb #95f748a6
 def split_pairs(
     n:int,              # pairs
     kept_out:list[int], # their indices
@@ -95,7 +97,7 @@ def split_pairs(
     raise ValueError(f'{n} pairs leave {len(train)} to train on and {len(kept_out)} to measure on: '
                      f'at least 2 of each, so bring more pairs or change validation_share={share}')
 
-# %% ../../nbs/runs/10_align.ipynb #b2737c76
+# %% ../../nbs/runs/10_align.ipynb #58bed5b4
 def pair_sets(
     made:datasets.Dataset,   # from `generated_images`
     features:Features,       # of the real side
@@ -116,7 +118,7 @@ def pair_sets(
     return PairSets([pixels(s, train) for s in samples], learned, ids,
                     pixels(samples[0], kept_out), features[target].float())
 
-# %% ../../nbs/runs/10_align.ipynb #8d314b4b
+# %% ../../nbs/runs/10_align.ipynb #3214a14c
 def gap_of(
     generated:torch.Tensor, # (M, D)
     real:torch.Tensor       # (M, D), partners
@@ -125,6 +127,7 @@ def gap_of(
     if len(real) >= 10: return gap_report(generated, real)
     return dict(paired_cosine=paired_cosines(generated, real).mean().item())
 
+# %% ../../nbs/runs/10_align.ipynb #4537a9fe
 def gap_records(
     before:torch.Tensor, after:torch.Tensor, # (M, D), generated images before and after
     target:torch.Tensor, # (M, D), real ones
@@ -136,7 +139,7 @@ def gap_records(
     return [record('align', arm, data, 'validation', m, v, seed, len(target))
             for arm, gap in found.items() for m, v in gap.items()]
 
-# %% ../../nbs/runs/10_align.ipynb #f2f3b4ac
+# %% ../../nbs/runs/10_align.ipynb #384b13eb
 def write_pictures(
     out:Path,
     history:list[dict], # from `align`
@@ -148,7 +151,7 @@ def write_pictures(
     save_figure(show_cosines(*cosines), out/'cosines.png')
     if len(target) >= 10: save_figure(show_gap((before, target), (after, target)), out/'gap.png')
 
-# %% ../../nbs/runs/10_align.ipynb #d6616de6
+# %% ../../nbs/runs/10_align.ipynb #b251651b
 def report_alignment(
     model:GenReal, out:Path, history:list[dict],
     before:torch.Tensor, after:torch.Tensor, target:torch.Tensor, # (M, D) each: pairs kept out
@@ -164,7 +167,7 @@ def report_alignment(
     write_pictures(out, history, before, after, target)
     return records
 
-# %% ../../nbs/runs/10_align.ipynb #4fe18ec2
+# %% ../../nbs/runs/10_align.ipynb #1b916989
 def new_model(
     encoder:str,    # a name for `load_encoder`
     made_keys:list[str], real_keys:list[str],
@@ -177,7 +180,7 @@ def new_model(
     set_seed(settings.align.seed)
     return GenReal(base, settings.adapters).to(acc.device)
 
-# %% ../../nbs/runs/10_align.ipynb #a2435868
+# %% ../../nbs/runs/10_align.ipynb #5030fbb3
 def train_pairs(
     model:GenReal,
     sets:PairSets,
@@ -195,7 +198,7 @@ def train_pairs(
     return align(model, sets.pixels, sets.features, settings.align, paired_cosine, ids=sets.ids,
                  prefix=out/'prefix.x' if late else False, run=run, accelerator=acc)
 
-# %% ../../nbs/runs/10_align.ipynb #86e9a353
+# %% ../../nbs/runs/10_align.ipynb #4c23bd6d
 def align_sets(
     real,                        # a captioned set of real images, as `load_captioned` takes it
     generated,                   # a folder of `generate`, or a captioned set of the same keys
@@ -222,12 +225,13 @@ def align_sets(
     acc.wait_for_everyone()
     return model
 
+# %% ../../nbs/runs/10_align.ipynb #b313c404
 def set_name(source) -> str:
     "How records name a set: by its folder, or its file without the suffix."
     if not isinstance(source, (str, Path)): return 'a dataset'
     return Path(source).stem if Path(source).is_file() else Path(source).name
 
-# %% ../../nbs/runs/10_align.ipynb #645bcf63
+# %% ../../nbs/runs/10_align.ipynb #cb0ca3c8
 def embed_set(
     pictures,              # a folder of `generate`, or a captioned set
     out:str|Path='features',
@@ -241,6 +245,7 @@ def embed_set(
     ds = load_generated(pictures) if generated else load_captioned(pictures, source)
     return embed(ds, str(model), out, side, settings)
 
+# %% ../../nbs/runs/10_align.ipynb #7365cb4c
 def push_aligned(
     model:GenReal,
     repo:str,       # OWNER/NAME on the Hub

@@ -189,7 +189,7 @@ def labelled_set(
     protocol = ClassificationSet(labelled_set, EMOJI_WORDS)
     return LabelledFiles(list(ds['image']), labels, names), protocol
 
-# %% ../../nbs/runs/40_evaluate.ipynb #1ff09d7a
+# %% ../../nbs/runs/40_evaluate.ipynb #cc620ea3
 def file_features(
     encoder:Encoder,
     files:list # paths, or pictures
@@ -198,6 +198,7 @@ def file_features(
     rows = ((getattr(f, 'name', 'emoji'), str(f) if isinstance(f, Path) else f) for f in files)
     return encode_images(encoder.encode_image, rows, encoder.preprocess, total=len(files))
 
+# %% ../../nbs/runs/40_evaluate.ipynb #628fe3b1
 def probe_parts(
     name:str, root:Path|None
 ) -> tuple[LabelledFiles, LabelledFiles]: # train, test
@@ -210,7 +211,7 @@ def probe_parts(
                          'without them its training and test images are the same')
     return train, test
 
-# %% ../../nbs/runs/40_evaluate.ipynb #52234e8b
+# %% ../../nbs/runs/40_evaluate.ipynb #4a5f6e6a
 def generated_training(
     folder:Path, # of `generate`
     encoder:Encoder,
@@ -227,7 +228,7 @@ def generated_training(
     x = encode_images(encode, zip(ds['key'], ds['image']), encoder.preprocess, total=len(ds))
     return x, torch.tensor([label[n] for n in names])
 
-# %% ../../nbs/runs/40_evaluate.ipynb #6b5e53d8
+# %% ../../nbs/runs/40_evaluate.ipynb #6cfa10bb
 def learned_classes(
     encoder:Encoder, name:str, run:EvalRun
 ) -> tuple[Predictions, LabelledFiles, str]: # predictions, the test images, and how
@@ -245,7 +246,7 @@ def learned_classes(
     seen = file_features(encoder, test.files)
     return linear_probe(x, y, seen, test.labels, test.classnames), test, how
 
-# %% ../../nbs/runs/40_evaluate.ipynb #cd699fb5
+# %% ../../nbs/runs/40_evaluate.ipynb #339c971a
 def classification_keys(files:list) -> list[str]:
     "A name for each test image."
     def name(i, f): return f'{f.parent.name}/{f.name}' if isinstance(f, Path) else str(i)
@@ -258,7 +259,7 @@ def classification_pictures(p:Predictions, files:list, stem:str) -> None:
     if wrong.any(): save_figure(show_confusions(p, image), f'{stem}_confusions.png')
     if len(p.classnames) <= 40: save_figure(show_confusion_matrix(p), f'{stem}_matrix.png')
 
-# %% ../../nbs/runs/40_evaluate.ipynb #1e902409
+# %% ../../nbs/runs/40_evaluate.ipynb #11436e4d
 def eval_classification(
     encoder:Encoder, name:str, arm:str,
     run:EvalRun,
@@ -279,7 +280,7 @@ def eval_classification(
     main = next(r for r in records if r['metric'] == known.metric)
     return records + [dict(main, metric='main', of=known.metric)]
 
-# %% ../../nbs/runs/40_evaluate.ipynb #08919cde
+# %% ../../nbs/runs/40_evaluate.ipynb #73c4b3c2
 def set_files(
     part:tuple,  # a set and its protocol
     classes:bool # whether it is for classification
@@ -297,7 +298,7 @@ def identity(f) -> str: # f: a path, bytes, or a picture
     if isinstance(f, Path): return fingerprint([f.name, f.stat().st_size, f.stat().st_mtime_ns])
     return fingerprint(f if isinstance(f, bytes) else f.tobytes())
 
-# %% ../../nbs/runs/40_evaluate.ipynb #b43ba079
+# %% ../../nbs/runs/40_evaluate.ipynb #9e8a7c89
 def read_set(
     name:str,
     run:EvalRun
@@ -309,7 +310,7 @@ def read_set(
     split = 'test' if classes else str(part[1].split)
     return part, fingerprint(split, rest, [identity(f) for f in files])
 
-# %% ../../nbs/runs/40_evaluate.ipynb #fd529568
+# %% ../../nbs/runs/40_evaluate.ipynb #3a2964e3
 MISSING = OSError, RuntimeError, pickle.UnpicklingError # weights that cannot be had, or are none
 
 def read_sets(
@@ -330,7 +331,7 @@ def load_or_say(arm:str, spec:str, below:Path, run:EvalRun) -> Encoder|None:
     try: return eval_model(spec, below, run.out).to(default_device())
     except MISSING as e: run.say(f'{arm} left out: {str(e).splitlines()[0]}')
 
-# %% ../../nbs/runs/40_evaluate.ipynb #2a277646
+# %% ../../nbs/runs/40_evaluate.ipynb #91d87dd2
 class Results:
     "The records of an output folder, written after each measurement."
     def __init__(self, run:EvalRun):
@@ -352,7 +353,7 @@ class Results:
         self.records = [r for r in self.records if r not in old] + new
         write_results(self.file, self.records)
 
-# %% ../../nbs/runs/40_evaluate.ipynb #4c99cc36
+# %% ../../nbs/runs/40_evaluate.ipynb #02ce40e1
 def measure_row(
     arm:str, spec:str,
     encoder:Encoder,
@@ -375,7 +376,7 @@ def measure_row(
         done.append(d)
     return done
 
-# %% ../../nbs/runs/40_evaluate.ipynb #04c9e4c6
+# %% ../../nbs/runs/40_evaluate.ipynb #3b45cf69
 def compare_rows(
     models:dict[str, str], # row -> model string
     against:dict|None,     # row -> the row that it is compared with; the first of all if absent
@@ -393,7 +394,7 @@ def compare_rows(
                                  model=f'{models[a]} - {models[b]}')
         results.put(f'{a} - {b}', d, new)
 
-# %% ../../nbs/runs/40_evaluate.ipynb #f0c33ff2
+# %% ../../nbs/runs/40_evaluate.ipynb #886ac7f6
 def evaluate(
     models:dict[str, str],     # row -> model string
     data:tuple,                # names of sets
@@ -420,7 +421,7 @@ def evaluate(
     compare_rows(models, against, done, results)
     return results.records
 
-# %% ../../nbs/runs/40_evaluate.ipynb #e2dbeadf
+# %% ../../nbs/runs/40_evaluate.ipynb #67b69932
 def short_name(metric:str) -> str:
     "How a column is headed, such as 'I2T R@1'."
     shorter = dict(image_to_text='I2T', text_to_image='T2I', _recall_at_=' R@') | {'_': ' '}
@@ -433,7 +434,7 @@ def table_cell(r:dict|None) -> str:
     value = Interval(r['value'], r['low'], r['high'])
     return value.text(1 if 'median' in r['metric'] else 100, '+' if 'minus' in r else '')
 
-# %% ../../nbs/runs/40_evaluate.ipynb #42a302e8
+# %% ../../nbs/runs/40_evaluate.ipynb #4a93e1b6
 def eval_table(
     records:list[dict], experiment:str, data:str,
     metrics:tuple=(),               # those of the records if empty
@@ -454,7 +455,7 @@ def eval_table(
         rows.append(['  in the paper', *(f'{paper[m]:.1f}' if m in paper else '' for m in metrics)])
     return rows
 
-# %% ../../nbs/runs/40_evaluate.ipynb #a143aeea
+# %% ../../nbs/runs/40_evaluate.ipynb #ccde7de9
 def chosen_models(
     model:tuple,             # '[ROW=]MODEL' each
     rows:tuple,              # of the preset, or named
@@ -470,7 +471,7 @@ def chosen_models(
         if r not in models: raise unknown_name('row', r, models)
     return {r: models[r] for r in rows or models}
 
-# %% ../../nbs/runs/40_evaluate.ipynb #6fe498ff
+# %% ../../nbs/runs/40_evaluate.ipynb #0c3838e1
 def task_of(
     preset:str|None, # of `EVAL_PRESETS`
     task:str|None    # of `TASKS`
@@ -483,7 +484,7 @@ def task_of(
     if preset and task != its: raise ValueError(f'{preset} is a table of {its}, not of {task}')
     return task
 
-# %% ../../nbs/runs/40_evaluate.ipynb #201d43df
+# %% ../../nbs/runs/40_evaluate.ipynb #c1b84f1d
 def evaluate_as_asked(
     preset:str|None=None,   # of `EVAL_PRESETS`
     task:str|None=None,     # of `TASKS`; that of the preset, or retrieval

@@ -29,7 +29,7 @@ from ..runtime import default_device, set_seed
 from ..settings import CaptionerSettings, SourceSettings
 from ..sources import load_captioned, read_coco
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #1620d4e0
+# %% ../../nbs/runs/30_tune_caption.ipynb #932d91cd
 def coco_files(
     path:str|Path # Karpathy's dataset_coco.json, or a captions_*.json of COCO
 ) -> dict[str, tuple[str, str]]: # key -> sub-folder and name
@@ -41,6 +41,7 @@ def coco_files(
     def key(i): return str(i.get('cocoid', i.get('imgid')))
     return {key(i): (i.get('filepath', ''), i['filename']) for i in rows}
 
+# %% ../../nbs/runs/30_tune_caption.ipynb #bbd89b5e
 def coco_rows(
     path:str|Path,    # as above
     images:str|Path,  # the folder of the pictures
@@ -56,7 +57,7 @@ def coco_rows(
     def row(key, captions): return dict(key=key, image=place(*files[key]), captions=captions)
     return [row(r['key'], r['captions']) for r in words]
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #73734c1f
+# %% ../../nbs/runs/30_tune_caption.ipynb #1afdaa67
 def captioned_rows(
     source,                 # a captioned set, as `load_captioned` takes it
     settings:SourceSettings=SourceSettings()
@@ -67,12 +68,13 @@ def captioned_rows(
     ds = load_captioned(source, settings).select_columns(['key', 'image', 'captions'])
     return list(ds.cast_column('image', DatasetImage(decode=False)))
 
+# %% ../../nbs/runs/30_tune_caption.ipynb #638bf176
 def has_splits(source) -> bool:
     "Whether a source is a file of Karpathy's, which says what is for training."
     is_coco = isinstance(source, (str, Path)) and Path(source).suffix.lower() == '.json'
     return is_coco and Path(source).is_file() and 'annotations' not in read_coco(source)
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #446c095e
+# %% ../../nbs/runs/30_tune_caption.ipynb #89b5e573
 @dataclass
 class CaptionSets:
     "Captioned images to learn from and to be scored on, unopened."
@@ -81,7 +83,7 @@ class CaptionSets:
     name:str              # of the test set, for records
     split:str
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #5ac6d936
+# %% ../../nbs/runs/30_tune_caption.ipynb #8bae8018
 def split_rows(
     rows:list[dict],
     share:float # of the keys that are kept out
@@ -95,7 +97,7 @@ def split_rows(
                      'on: bring more images, name a test set with --test, '
                      f'or change validation_share={share}')
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #880a9202
+# %% ../../nbs/runs/30_tune_caption.ipynb #50c5f3dc
 def caption_sets(
     real,                    # a captioned set, or None
     test,                    # a captioned set, or None
@@ -116,7 +118,7 @@ def caption_sets(
     if test is None: return CaptionSets(train, kept_out, set_name(real), split)
     return CaptionSets(train, captioned_rows(test, source), set_name(test), 'test')
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #81e49e27
+# %% ../../nbs/runs/30_tune_caption.ipynb #0e19d8a9
 class Sight:
     "Images through an encoder; what does not decode is remembered in `broken`."
     def __init__(self, batch_size:int=64): self.batch_size, self.broken = batch_size, {}
@@ -134,7 +136,7 @@ class Sight:
         self.broken |= wrong
         return [n for n, _ in rows if n not in wrong], x
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #0e9836fe
+# %% ../../nbs/runs/30_tune_caption.ipynb #d74a225c
 def generated_rows(
     generated, # from `generated_images`
     keys       # of the training images; None takes all
@@ -149,7 +151,7 @@ def generated_rows(
 
 def key_of_name(name:str) -> str: return name.rsplit(', generated', 1)[0]
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #ba4d9d7f
+# %% ../../nbs/runs/30_tune_caption.ipynb #b5cf8759
 def training_features(
     train:list[dict]|None,   # key, image, captions; None: generated images of any key
     encoder:Encoder,
@@ -178,7 +180,7 @@ def training_features(
         x_g = torch.stack([x_g, x_r[[at[key_of_name(n)] for n in names]]])
     return x_g, [[of[n]] for n in names], sight.broken
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #4c41f37f
+# %% ../../nbs/runs/30_tune_caption.ipynb #6693d1d3
 def new_captioner(
     settings:CaptionerSettings,
     dim:int,                   # of the features
@@ -195,7 +197,7 @@ def new_captioner(
     return Captioner(lm, tokenizer, dim, settings.prefix_length, settings.mapper, settings.tuning,
                      name=None if small else settings.lm)
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #6a5e2ec9
+# %% ../../nbs/runs/30_tune_caption.ipynb #3a060a8c
 @dataclass
 class CaptionTest:
     "Real images that captions are scored on."
@@ -214,7 +216,7 @@ def caption_test(sets:CaptionSets, encoder:Encoder) -> CaptionTest:
     said = {r['key']: r['captions'] for r in sets.test}
     return CaptionTest(keys, x, {k: said[k] for k in keys}, sets.name, sets.split, sight.broken)
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #2c62f60d
+# %% ../../nbs/runs/30_tune_caption.ipynb #00166600
 def score_captioner(
     captioner:Captioner, encoder:Encoder,
     test:CaptionTest,
@@ -236,7 +238,7 @@ def say_left_out(broken:dict[str, str], total:int) -> None:
     for why in broken.values(): print(f'left out: {why}', file=sys.stderr)
     if broken: print(f'{len(broken)} of {total} images left out', file=sys.stderr)
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #1ecc652c
+# %% ../../nbs/runs/30_tune_caption.ipynb #b3e6f1b5
 def finish_captioner(
     captioner:Captioner, encoder:Encoder,
     sets:CaptionSets,
@@ -258,7 +260,7 @@ def finish_captioner(
     write_results(out/'results.jsonl', records)
     return records
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #43a2e21d
+# %% ../../nbs/runs/30_tune_caption.ipynb #26faf804
 def tune_captioner(
     real,                            # a captioned set of real images, or None
     out:str|Path='captions',         # the captioner and its scores go here
@@ -287,7 +289,7 @@ def tune_captioner(
                     noise=settings.noise, seed=seed)
     return finish_captioner(captioner, encoder, sets, broken, out, settings, arm, seed)
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #513732d6
+# %% ../../nbs/runs/30_tune_caption.ipynb #ff46b481
 def caption_files(
     images:list[str],          # picture files
     captioner:str|Path='captions/captioner', # a folder of `tune_captioner`
