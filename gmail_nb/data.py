@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 from .files import asset, name_some, unknown_name
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # %% ../nbs/05_data.ipynb #c1ccbfe7
@@ -77,7 +78,7 @@ def show_images(
     titles:list[str]|None=None,   # one for each image
     ncols:int=8,                  # images in a row
     size:float=1.                 # width of an image in inches
-) -> 'matplotlib.figure.Figure':
+) -> Figure:
     "A grid of images, row by row; `ValueError` for no images, or another number of titles."
     images = list(images)
     titles = [None]*len(images) if titles is None else list(titles)
@@ -365,7 +366,7 @@ def show_pairs(
     pairs:Pairs,    # from `pairs`
     n:int=6,        # how many real images, evenly spread over the keys
     size:float=1.1  # width of an image in inches
-) -> 'matplotlib.figure.Figure':
+) -> Figure:
     "Each real image over what was generated from its caption (the paper's Figure 2)."
     of = {} # index of a real image -> its pairs
     for i, r in enumerate(pairs.real_indices): of.setdefault(r, []).append(i)
