@@ -90,6 +90,18 @@ def local_katex(site):
         ours = f'{to_top(page, site)}site_libs/katex/'
         page.write_text(re.sub(r'https://[^"\s]*/katex@[\d.]+/dist/(contrib/)?', ours, text), encoding='utf-8')
 
+def methods_to_classes(site):
+    "Let a link to a method that has no entry of its own lead to its class, whose source shows it."
+    texts = {p.resolve(): p.read_text(encoding='utf-8') for p in site.glob('**/*.html')}
+    anchors = {p: set(re.findall(r'id="([^"]+)"', text)) for p, text in texts.items()}
+    for page, text in texts.items():
+        def repair(link):
+            there = anchors.get((page.parent/link[1]).resolve() if link[1] else page, set())
+            whole = f'{link[2]}.{link[3]}' in there or link[2] not in there
+            return link[0] if whole else f'href="{link[1]}#{link[2]}"'
+        mended = re.sub(r'href="([^"#:]*)#([\w-]+)\.([\w.-]+)"', repair, text)
+        if mended != text: page.write_text(mended, encoding='utf-8')
+
 def render(done, doc_path):
     "Render the processed notebooks with Quarto, or else with smalldocs; returns the folder of the site."
     if shutil.which('quarto'):
@@ -98,6 +110,7 @@ def render(done, doc_path):
     rename_outputs(done)
     subprocess.run([sys.executable, '-m', 'smalldocs.cli', 'render', '.'], cwd=done, check=True)
     local_katex(done/doc_path)
+    methods_to_classes(done/doc_path)
     return done/doc_path
 
 def build(out):
