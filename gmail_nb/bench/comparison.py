@@ -52,7 +52,8 @@ def show_comparison(
     for i, r in enumerate(results):
         if r.get('must'): ax.plot([r['must']] * 2, [i - .4, i + .4], color='black', lw=2)
     ax.axvline(1, color='black', lw=.8)
-    ax.set_xscale('log')
+    ax.set_xscale('log', base=2)
+    ax.xaxis.set_major_formatter('{x:g}')
     ax.invert_yaxis()
     ax.set_xlabel('times better than the plain way; a mark is what must hold')
     ax.spines[['top', 'right']].set_visible(False)
@@ -63,7 +64,8 @@ def show_comparison(
 # %% ../../nbs/bench/00_comparison.ipynb #439dddf1
 BENCHES = dict(generate='gmail_nb.bench.generate:bench_generation',
                align='gmail_nb.bench.align:bench_align',
-               retrieval='gmail_nb.bench.retrieval:bench_retrieval') # name -> module and function
+               retrieval='gmail_nb.bench.retrieval:bench_retrieval',
+               gpu='gmail_nb.bench.gpu:gpu_page') # name -> module and function
 
 def run_bench(
     name:str # one of `BENCHES`
