@@ -64,7 +64,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.name, self.dim, self.visual, self.text = name, dim, visual, text
         self.preprocess, self.tokenizer = preprocess, tokenizer
-        self.register_buffer('logit_scale', torch.tensor(float(logit_scale)))
+        scale = torch.tensor(float(logit_scale))
+        self.register_buffer('logit_scale', scale.to(first_weight(visual, scale).device))
 
     def tokenize(self, texts:list[str]) -> dict[str, torch.Tensor]: # (B, L) each
         return self.tokenizer(list(texts))

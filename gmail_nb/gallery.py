@@ -32,6 +32,7 @@ from .files import atomic_path, atomic_write
 from .generate import load_generated
 from .pages import STYLE, table_html
 from .pipelines import quiet_loading
+from .runtime import default_device
 from .settings import GENERATORS
 from .sources import load_captioned
 
@@ -98,7 +99,7 @@ def score_quality(
 ) -> Path: # quality.parquet
     "Measure every image of a folder once and keep the scores."
     folder, ds, named = Path(folder), load_generated(folder), isinstance(encoder, str)
-    with quiet_loading(): loaded = load_encoder(encoder) if named else encoder
+    with quiet_loading(): loaded = load_encoder(encoder).to(default_device()) if named else encoder
     scores = clip_scores(ds, loaded, show_progress=show_progress)
     name = encoder if named else getattr(loaded, 'name', type(loaded).__name__)
     made_by = dict(encoder=str(name), fingerprint=str(getattr(loaded, 'fingerprint', '')))
