@@ -152,7 +152,7 @@ def quality_sections(
     ax.hist(scores, bins=40)
     ax.set(xlabel='CLIPScore', ylabel='images')
     lowest = [ds[int(i)] for i in np.argsort(scores)[:worst]]
-    titles = [f"{r['quality']:.2f} {r['caption']}" for r in lowest]
+    titles = [f"{r['quality']:.2f}\n{r['caption']}" for r in lowest]
     grid = show_images([r['image'] for r in lowest], titles, size=1.3)
     return ['<h2>Quality</h2>', picture(fig), '<h2>Lowest scores</h2>', picture(grid)]
 

@@ -322,7 +322,8 @@ def on_sim():
     for name, module in list(sys.modules.items()):
         if name.startswith('gmail_nb') and hasattr(module, 'default_device'): module.default_device = lambda: SIM
 
-if __name__ == '__main__':
+if __name__ == '__main__' and sys.argv[1] == '--list': print(*CASES)
+elif __name__ == '__main__':
     on_sim()
     out, names = Path(sys.argv[1]), sys.argv[2:] or list(CASES)
     found = {}
