@@ -14,21 +14,18 @@ import traceback
 from pathlib import Path
 
 import open_clip
-import timm
 import torch
 import transformers
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import save_file
 from torch import nn
 
-import gmail_nb.bench.align, gmail_nb.gallery, gmail_nb.runs.evaluate, gmail_nb.runs.models
 import simulator
 from gmail_nb.align import GenReal
 from gmail_nb.captioning import Captioner, caption_tokenizer, generate_ids, small_decoder, train_captioner
 from gmail_nb.classification import fine_tune
 from gmail_nb.data import emoji
-from gmail_nb.encoders import (Encoder, OpenClipVisual, encode_images, encode_texts, load_encoder, pixel_batches,
-                               preprocess_images)
+from gmail_nb.encoders import Encoder, OpenClipVisual, encode_images, encode_texts, load_encoder, preprocess_images
 from gmail_nb.export import export, merged_tower
 from gmail_nb.features import embed
 from gmail_nb.gallery import score_quality
@@ -282,8 +279,9 @@ def generating_and_scoring():
     work = WorkSettings(show_progress=False, shard_size=8, device='sim', dtype='float32')
     generate(drawings(4), 'embedded', out, DrawSettings(steps=2), work=work)
     assert len(load_generated(out)) == 4
-    with simulator.counted() as t: score_quality(out, 'embedded', show_progress=False)
-    assert t.to_device, 'the scores were measured on the CPU'
+    for encoder in ('embedded', load_encoder('embedded')): # by its name, and as `gmail_generate --quality` hands it on
+        with simulator.counted() as t: score_quality(out, encoder, show_progress=False)
+        assert t.to_device, 'the scores were measured on the CPU'
 
 # captions
 
