@@ -44,7 +44,7 @@ def block_layers(
     tower:nn.Module,  # an image tower
     layers:str='all'  # all (attention and MLP), or attention alone
 ) -> list[str]: # full module names; none in a CNN
-    "What LoRA adapts in the blocks of a vision transformer; its pooling and its head stay as they are."
+    "What LoRA adapts in the blocks of a vision transformer, without its pooling and its head."
     whole = [n for n, m in tower.named_modules() if isinstance(m, nn.MultiheadAttention)]
     attention = whole + linear_layers(tower, *ATTENTION)
     mlp = [n for n in linear_layers(tower, *MLP) if 'mlp' in n] if layers == 'all' else []
@@ -215,7 +215,7 @@ def join_qkv(
     adapted:nn.Module,      # a `PeftModel`
     only_equal:bool=False   # join those whose A are equal, as saved ones are
 ) -> None:
-    "Let the layers of queries, keys and values of an attention share their A, as a joint layer would."
+    "Let queries, keys and values of an attention share their A, as in a joint layer."
     for m in adapted.modules():
         layers = [getattr(m, n, None) for n in ('q_proj', 'k_proj', 'v_proj')]
         reads = [getattr(layer, 'lora_A', {}) for layer in layers]
