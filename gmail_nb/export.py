@@ -69,11 +69,11 @@ def fold_projection(
     weight:torch.Tensor   # P, (D, D)
 ) -> nn.Module:
     "Put a projection into the tower's last linear map. `ValueError` when there is none to take it."
-    last = last_linear(tower)
-    if isinstance(last, nn.Parameter): last.copy_(last @ weight.T)
+    last = last_linear(tower) # its own number format may be shorter than that of P
+    if isinstance(last, nn.Parameter): last.copy_(last.to(weight) @ weight.T)
     elif last is not None:
-        last.weight.copy_(weight @ last.weight)
-        if last.bias is not None: last.bias.copy_(weight @ last.bias)
+        last.weight.copy_(weight @ last.weight.to(weight))
+        if last.bias is not None: last.bias.copy_(weight @ last.bias.to(weight))
     elif not torch.equal(weight, torch.eye(len(weight)).to(weight)):
         raise ValueError(f'{type(tower).__name__} does not end in a linear map, so proj_gen cannot '
                          'be folded into it: align with `model.proj_gen.requires_grad_(False)` to export')
@@ -136,7 +136,7 @@ def export_open_clip(
     from open_clip.push_to_hf_hub import save_config_for_hf
     folder = check_writable(folder)
     architecture = model.encoder.name.removeprefix('open_clip:').partition('/')[0]
-    state = {k: v.contiguous() for k, v in open_clip_state(model).items()}
+    state = {k: v.cpu().contiguous() for k, v in open_clip_state(model).items()}
     whole = open_clip.create_model(architecture)
     whole.load_state_dict(state)
     atomic_write(folder/'open_clip_model.safetensors', save(state))

@@ -27,11 +27,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .data import pairs, show_images, show_pairs
-from .encoders import encode_images, encode_texts, load_encoder
+from .encoders import Encoder, encode_images, encode_texts, load_encoder
 from .files import atomic_path, atomic_write
 from .generate import load_generated
 from .pages import STYLE, table_html
 from .pipelines import quiet_loading
+from .runtime import default_device
 from .settings import GENERATORS
 from .sources import load_captioned
 
@@ -93,12 +94,13 @@ def clip_scores(
 # %% ../nbs/37_gallery.ipynb #ebf20e5d
 def score_quality(
     folder:str|Path,      # from `generate`
-    encoder='embedded',   # an encoder or its name
+    encoder='embedded',   # an encoder or its name; from the CPU it goes to the fastest device
     show_progress:bool=True
 ) -> Path: # quality.parquet
     "Measure every image of a folder once and keep the scores."
     folder, ds, named = Path(folder), load_generated(folder), isinstance(encoder, str)
     with quiet_loading(): loaded = load_encoder(encoder) if named else encoder
+    if isinstance(loaded, Encoder) and loaded.device.type == 'cpu': loaded.to(default_device())
     scores = clip_scores(ds, loaded, show_progress=show_progress)
     name = encoder if named else getattr(loaded, 'name', type(loaded).__name__)
     made_by = dict(encoder=str(name), fingerprint=str(getattr(loaded, 'fingerprint', '')))
@@ -151,7 +153,7 @@ def quality_sections(
     ax.hist(scores, bins=40)
     ax.set(xlabel='CLIPScore', ylabel='images')
     lowest = [ds[int(i)] for i in np.argsort(scores)[:worst]]
-    titles = [f"{r['quality']:.2f} {r['caption']}" for r in lowest]
+    titles = [f"{r['quality']:.2f}\n{r['caption']}" for r in lowest]
     grid = show_images([r['image'] for r in lowest], titles, size=1.3)
     return ['<h2>Quality</h2>', picture(fig), '<h2>Lowest scores</h2>', picture(grid)]
 

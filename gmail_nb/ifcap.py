@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['FUNCTION_WORDS', 'image_like', 'matching_noise', 'retrieve', 'entity_vocabulary', 'frequent_entities',
-           'entity_prompt', 'Fusion', 'IFCap', 'joined', 'ifcap_loss', 'IFCapBatches', 'train_ifcap', 'write_after',
-           'ifcap_ids', 'write_ifcap', 'save_ifcap', 'load_ifcap']
+           'entity_prompt', 'Fusion', 'Lookup', 'IFCap', 'joined', 'ifcap_loss', 'IFCapTraining', 'IFCapBatches',
+           'changed_training', 'train_ifcap', 'write_after', 'ifcap_ids', 'write_ifcap', 'save_ifcap', 'load_ifcap']
 
 # %% ../nbs/36_ifcap.ipynb #cdd1b07b
 import json
 import math
 from collections import Counter
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -63,7 +65,7 @@ def retrieve(
     bank, out = F.normalize(bank, dim=-1), []
     for i in range(0, len(queries), chunk):
         scores = F.normalize(queries[i:i + chunk], dim=-1) @ bank.T      # (chunk, M)
-        if own is not None: scores[torch.arange(len(scores)), own[i:i + chunk]] = -math.inf
+        if own is not None: scores.scatter_(1, own[i:i + chunk, None], -math.inf)
         out.append(scores.topk(k).indices)
     return torch.cat(out)
 
@@ -121,18 +123,25 @@ class Fusion(nn.Module):
         return self.norm(self.mapper(x + answer[:, 0]))                 # answer: (B, 1, dim)
 
 # %% ../nbs/36_ifcap.ipynb #a06020cf
+@dataclass(frozen=True)
+class Lookup:
+    "How captions are looked up in the bank, and counted."
+    k:int=5                    # captions for the fusion
+    k_entities:int=7           # captions whose words are counted
+    threshold:float|None=None  # of `frequent_entities`
+
 class IFCap(Captioner):
     "A captioner with a bank of captions to look things up in. `ValueError` unless each has a feature."
     def __init__(self,
-        lm:nn.Module, tokenizer, dim:int,   # as of `Captioner`
-        bank:torch.Tensor,                  # (M, dim), text features
-        captions:list[str],                 # the bank's captions
-        k:int=5,                            # retrieved captions for the fusion
-        k_entities:int=7,                   # retrieved captions that are counted
-        threshold:float|None=None,          # of `frequent_entities`
-        nouns:set[str]|None=None,           # of `entity_vocabulary`
-        **settings                          # of `Captioner`
+        lm:nn.Module, tokenizer, dim:int, # as of `Captioner`
+        bank:torch.Tensor,                # (M, dim), text features
+        captions:list[str],               # the bank's captions
+        nouns:set[str]|None=None,         # of `entity_vocabulary`
+        lookup:Lookup=Lookup(),
+        **settings                        # of `Captioner`; those of `Lookup` may stand here too
     ):
+        own = [f.name for f in fields(Lookup) if f.name in settings]
+        lookup = replace(lookup, **{n: settings.pop(n) for n in own})
         super().__init__(lm, tokenizer, dim, **settings)
         if len(bank) != len(captions):
             raise ValueError(f'{len(bank)} features but {len(captions)} captions: '
@@ -141,7 +150,7 @@ class IFCap(Captioner):
         self.prefix = Fusion(dim, s['prefix_length'], lm.get_input_embeddings(), s['mapper'])
         self.register_buffer('bank', F.normalize(bank.detach(), dim=-1), persistent=False)
         self.captions, self.vocabulary = list(captions), entity_vocabulary(captions, nouns)
-        self.lookup = dict(k=k, k_entities=k_entities, threshold=threshold)
+        self.lookup = lookup
 
     def prompt_ids(self, entities:list[str]) -> list[int]:
         return self.tokenizer(entity_prompt(entities), add_special_tokens=False)['input_ids']
@@ -149,11 +158,16 @@ class IFCap(Captioner):
     def entities_of(self, caption:str) -> list[str]:
         return [w for w in dict.fromkeys(tokenize_caption(caption)) if w in self.vocabulary]
 
-    def seen_entities(self, features:torch.Tensor) -> list[list[str]]:
-        "Frequent words among what each feature (N, dim) retrieves."
-        found = retrieve(features.to(self.bank.device), self.bank, self.lookup['k_entities']).tolist()
-        near = [[self.captions[j] for j in indices] for indices in found]
-        return [frequent_entities(c, self.vocabulary, self.lookup['threshold']) for c in near]
+
+# %% ../nbs/36_ifcap.ipynb #36a00001
+@patch
+def seen_entities(self:IFCap, features:torch.Tensor) -> list[list[str]]:
+    "Frequent words among what each feature (N, dim) retrieves."
+    how = self.lookup
+    found = retrieve(features.to(self.bank.device), self.bank, how.k_entities).tolist()
+    near = [[self.captions[j] for j in indices] for indices in found]
+    return [frequent_entities(c, self.vocabulary, how.threshold) for c in near]
+
 
 # %% ../nbs/36_ifcap.ipynb #9f7ad466
 def joined(
@@ -183,55 +197,69 @@ def ifcap_loss(
     return F.cross_entropy(logits[learned].float(), tokens[learned])
 
 # %% ../nbs/36_ifcap.ipynb #4b170a15
+@dataclass(frozen=True)
+class IFCapTraining:
+    "How `train_ifcap` teaches."
+    steps:int=300
+    batch_size:int=64
+    lr:float=2e-3    # peak learning rate
+    noise:float=0.   # of `image_like`; 0 for features of images
+    hidden:float=.4  # probability that a word is left out of the prompt
+    seed:int=0       # of order, dropout, noise and hidden words
+
 class IFCapBatches:
     "What each step of a training reads: noisy features, what they retrieve, prompts with words hidden."
-    def __init__(self, model:IFCap, features:torch.Tensor, indices:list[int],
-                 noise:float, hidden:float, seed:int):
-        self.model, self.features, self.noise, self.hidden = model, features, noise, hidden
-        self.g, self.rng = noise_generator('ifcap', seed), np.random.default_rng(seed)
+    def __init__(self, model:IFCap, features:torch.Tensor, indices:list[int], training:IFCapTraining):
+        self.model, self.features, self.training = model, features, training
+        self.g, self.rng = noise_generator('ifcap', training.seed), np.random.default_rng(training.seed)
         self.own, captions = torch.tensor(indices), [model.captions[i] for i in indices]
         self.ids = caption_ids(model, captions)
         self.entities = [model.entities_of(c) for c in captions]
 
     def prompt(self, i:int) -> list[int]:
-        kept = [w for w in self.entities[i] if self.rng.random() >= self.hidden]
+        kept = [w for w in self.entities[i] if self.rng.random() >= self.training.hidden]
         return self.model.prompt_ids(kept)
 
     def __call__(self, j:torch.Tensor) -> tuple: # the arguments of `ifcap_loss` behind the model
-        m, x = self.model, self.features[j]
-        x = image_like(x, self.noise, self.g) if self.noise else F.normalize(x, dim=-1)
+        m, x, noise = self.model, self.features[j], self.training.noise
+        x = image_like(x, noise, self.g) if noise else F.normalize(x, dim=-1)
         device = m.bank.device
-        found = retrieve(x.to(device), m.bank, m.lookup['k'], self.own[j].to(device))
+        found = retrieve(x.to(device), m.bank, m.lookup.k, self.own[j].to(device))
         return x, found, [self.prompt(i) for i in j.tolist()], [self.ids[i] for i in j.tolist()]
 
+
 # %% ../nbs/36_ifcap.ipynb #60295c4c
+def changed_training(training, *others, **changes) -> IFCapTraining:
+    "`IFCapTraining` with changes; its numbers may come one by one too, as `train_ifcap` took them first."
+    if isinstance(training, IFCapTraining): return replace(training, **changes)
+    names = [f.name for f in fields(IFCapTraining)]
+    return IFCapTraining(**dict(zip(names, (training, *others))), **changes)
+
 def train_ifcap(
-    model:IFCap,               # trained in place
-    features:torch.Tensor,     # (N, dim): text features, or image features
-    indices:list[int],         # (N,), where the bank has the caption of each
-    steps:int=300,
-    batch_size:int=64,
-    lr:float=2e-3,
-    noise:float=0.,            # of `image_like`; 0 for features of images
-    hidden:float=.4,           # probability that a word is left out of the prompt
-    seed:int=0,
-    desc:str|None='IFCap'      # beside the progress bar; none if absent
+    model:IFCap,                # trained in place
+    features:torch.Tensor,      # (N, dim): text features, or image features
+    indices:list[int],          # (N,), where the bank has the caption of each
+    training:IFCapTraining=IFCapTraining(),
+    *others,                    # see `changed_training`
+    desc:str|None='IFCap',      # beside the progress bar; none if absent
+    **changes                   # of `training`, by name
 ) -> list[float]: # the loss of each step
     """Teach fusion and language model.
 
     `ValueError` for unpaired input, `FloatingPointError` when the loss is no number."""
     if len(features) != len(indices):
         raise ValueError(f'{len(features)} features but {len(indices)} captions')
-    read = IFCapBatches(model, features, indices, noise, hidden, seed)
-    learner = CaptionLearner(model, steps, lr)
-    batches = caption_batches(len(indices), batch_size, seed, steps)
+    t = changed_training(training, *others, **changes)
+    read, learner = IFCapBatches(model, features, indices, t), CaptionLearner(model, t.steps, t.lr)
+    batches = caption_batches(len(indices), t.batch_size, t.seed, t.steps)
     model.train()
-    with torch.random.fork_rng():
-        torch.manual_seed(stable_seed('dropout', seed))
+    with torch.random.fork_rng([model.device] if model.device.type == 'cuda' else []):
+        torch.manual_seed(stable_seed('dropout', t.seed))
         for _, j in progress(batches, desc) if desc else batches:
             learner.step(ifcap_loss(model, *read(j)))
     model.eval()
     return learner.losses
+
 
 # %% ../nbs/36_ifcap.ipynb #31f3ef0c
 def write_after(
@@ -260,7 +288,7 @@ def ifcap_ids(
     `ValueError` for features of another width, or captions longer than the window."""
     check_features(model, features)
     prompts = [model.prompt_ids(e) for e in model.seen_entities(features)]
-    found = retrieve(features.to(model.bank.device), model.bank, model.lookup['k'])
+    found = retrieve(features.to(model.bank.device), model.bank, model.lookup.k)
     model.check_fits(max(map(len, prompts)) + max_new_tokens)
     out = {}
     for length in sorted({len(p) for p in prompts}):
@@ -288,7 +316,7 @@ def save_ifcap(
     bank = dict(captions=model.captions, vocabulary=sorted(model.vocabulary))
     atomic_write(folder/'bank.safetensors', save({'bank': model.bank.cpu().contiguous()}))
     atomic_write(folder/'bank.json', json.dumps(bank, ensure_ascii=False))
-    return save_captioner(model, folder, kind='ifcap', lookup=model.lookup, **facts)
+    return save_captioner(model, folder, kind='ifcap', lookup=asdict(model.lookup), **facts)
 
 # %% ../nbs/36_ifcap.ipynb #e3a77eb0b
 def load_ifcap(folder:str|Path) -> IFCap:
@@ -299,5 +327,5 @@ def load_ifcap(folder:str|Path) -> IFCap:
         bank, lookup = read('bank.json'), read('card.json')['lookup']
         features, nouns = load_file(folder/'bank.safetensors')['bank'], set(bank['vocabulary'])
         known = dict(bank=features, captions=bank['captions'], nouns=nouns)
-        return IFCap(lm, tokenizer, **known, **lookup, **settings)
+        return IFCap(lm, tokenizer, lookup=Lookup(**lookup), **known, **settings)
     return load_captioner(folder, make)

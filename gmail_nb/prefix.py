@@ -100,7 +100,7 @@ def record(self:FrozenPrefix,
         for stand_in in self.replaced: stand_in.in_tuple = isinstance(out, tuple)
     handles = (self.blocks[self.first].register_forward_pre_hook(stop),
                last_frozen.register_forward_hook(note))
-    try: self.model.f_g(channels_last(pixels.to(self.model.device)))
+    try: self.model.f_g(channels_last(self.model.checked(pixels)))
     except _Stop: pass
     finally:
         for handle in handles: handle.remove()

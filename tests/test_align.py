@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from gmail_nb.align import GenReal, model_card, trained_parameters
+from gmail_nb.align import FrozenTower, GenReal, model_card, trained_parameters
+from gmail_nb.classification import fine_tune
 from gmail_nb.data import emoji
-from gmail_nb.encoders import Encoder, embedded_encoder, preprocess_images, timm_encoder
+from gmail_nb.encoders import Encoder, OpenClipVisual, count, embedded_encoder, preprocess_images, timm_encoder
 from gmail_nb.losses import info_nce
 from gmail_nb.lora import late_targets
+from gmail_nb.runs.models import aligned_encoder
 from gmail_nb.settings import TUNINGS, AdapterSettings
 
 
@@ -171,6 +173,74 @@ def test_the_card_shows_results_and_the_base_on_the_hub(trained, tmp_path):
     assert '| loss_last | 0.500 |' in text and "from_pretrained('owner/name')" in text and 'base_model' not in text
     card = json.loads((folder/'card.json').read_text()) | dict(base='hf:openai/clip-vit-large-patch14@32bd64')
     assert 'base_model: openai/clip-vit-large-patch14' in str(model_card(card))
+
+
+# the parts are modules, registered once
+
+def small(seed=0): # open_clip's attention is the hard case: peft puts new weights for old ones in every call
+    import open_clip
+    torch.manual_seed(seed)
+    vision = dict(image_size=32, layers=2, width=64, patch_size=8, head_width=32)
+    tower = open_clip.model.CLIP(32, vision, dict(width=64, heads=2, layers=1)).visual
+    return Encoder('small', OpenClipVisual(tower), nn.Identity(), None, None, 32)
+
+
+@pytest.mark.parametrize('tuning', TUNINGS)
+def test_one_move_takes_all_parts_along(before, pixels, tuning):
+    model = GenReal(copy.deepcopy(before), AdapterSettings(tuning=tuning)).to(torch.float64)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    with torch.inference_mode(): assert model.encode_real(pixels).dtype == torch.float64
+    view = Encoder('view', FrozenTower(model.f_g), before.text, None, None, 256) if tuning == 'lora' else model.encoder
+    with torch.inference_mode(): assert view.to(torch.float32).encode_image(pixels).dtype == torch.float32
+    model.to('meta')
+    assert model.device == model.encoder.device and {p.device.type for p in model.parameters()} == {'meta'}
+
+
+@pytest.mark.parametrize('tuning', TUNINGS)
+def test_a_weight_is_counted_and_kept_once(before, pixels, base, tuning):
+    model = GenReal(copy.deepcopy(before), AdapterSettings(tuning=tuning))
+    state, whole = model.state_dict(), count(model)
+    towers = 2 if tuning == 'full' else 1
+    own = count(model.f_g) - count(before.visual) if tuning == 'lora' else 0
+    assert whole == towers * count(before.visual) + own + count(before.text) + 2 * 256**2
+    assert sum(k.endswith('conv_stem.weight') for k in state) == towers
+    again = GenReal(embedded_encoder(heads='none'), AdapterSettings(tuning=tuning))
+    again.load_state_dict(state)
+    with torch.inference_mode(): assert torch.equal(again.eval().encode_real(pixels), base)
+
+
+def test_a_projection_begins_where_the_encoder_is():
+    half = GenReal(small().to(torch.bfloat16))
+    assert half.proj_gen.weight.dtype == torch.float32 # what is trained stays in 32 bits
+    assert all(p.dtype == torch.float32 for p in half.f_g.parameters() if p.requires_grad)
+    x = torch.randn(4, 3, 32, 32)
+    info_nce(half.train().encode_generated(x), half.encode_real(x).detach()).backward()
+    assert all(p.grad is not None for p in half.f_g.parameters() if p.requires_grad)
+
+
+def test_towers_with_other_weights_have_other_fingerprints(tmp_path):
+    for name in 'ab':
+        torch.manual_seed(ord(name))
+        torch.save(timm_encoder('test_vit/random').visual.model.state_dict(), tmp_path/f'{name}.pth')
+        GenReal(timm_encoder(f'test_vit/{tmp_path}/{name}.pth')).save_pretrained(tmp_path/name)
+    a, b, again = (aligned_encoder(tmp_path/n) for n in 'aba')
+    assert a.fingerprint != b.fingerprint and a.fingerprint == again.fingerprint
+    assert count(a.visual) > 300_000
+
+
+@pytest.mark.parametrize('encoder, size', [(small, 32), (lambda: timm_encoder('test_vit/random'), 160)])
+def test_fine_tuning_of_an_aligned_tower_trains_all_of_it(encoder, size, monkeypatch):
+    import gmail_nb.classification as room
+    made, fresh = [], room.FineTuned
+    monkeypatch.setattr(room, 'FineTuned', lambda *args: made.append(fresh(*args)) or made[-1])
+    model = GenReal(encoder())
+    tower, x, y = model.encoder.visual, torch.rand(8, 3, size, size), torch.tensor([0, 1] * 4)
+    first = {k: v.clone() for k, v in tower.state_dict().items()}
+    fine_tune(tower, x, y, x, y, ['a', 'b'], epochs=2, batch_size=4)
+    moved = {k for k, v in made[0].tower.state_dict().items() if 'lora_' not in k and not torch.equal(v, first[k])}
+    still = {k for k, p in made[0].tower.named_parameters() if 'lora_' not in k} - moved
+    assert len(moved) > 20 and not still, still
+    assert all(torch.equal(v, first[k]) for k, v in tower.state_dict().items()) # the model's own tower is as it was
 
 
 def test_import_needs_no_model_library():
