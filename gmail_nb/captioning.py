@@ -290,7 +290,7 @@ def padded(
 ) -> tuple[torch.Tensor, torch.Tensor]: # tokens and which are real, (B, L) each, on the CPU
     "Captions as one array. What is real follows from the lengths alone."
     lengths = torch.tensor([len(c) for c in ids])
-    rows = [torch.as_tensor(c, dtype=torch.long) for c in ids]
+    rows = [torch.tensor(c, dtype=torch.long) for c in ids]
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
 
@@ -433,7 +433,7 @@ def read_encoded(
     try:
         card = json.loads((folder/'card.json').read_text(encoding='utf-8'))
         tokens = np.memmap(folder/'tokens.int32', np.int32, 'r')
-        lengths, counts = (np.load(folder/f'{k}.npy', allow_pickle=False) for k in ('lengths', 'counts'))
+        lengths, counts = (np.load(folder/name) for name in ('lengths.npy', 'counts.npy'))
     except (OSError, ValueError) as e:
         raise ValueError(f'{folder.name} holds no whole captions ({e}): write them again') from e
     there = dict(tokens=len(tokens), captions=len(lengths), images=len(counts))
@@ -457,7 +457,8 @@ def write_encoded(
             lengths.append(of_captions)
             counts.append(of_images)
     lengths, counts = np.concatenate(lengths), np.concatenate(counts)
-    for name, array in dict(lengths=lengths, counts=counts).items(): np.save(folder/f'{name}.npy', array)
+    np.save(folder/'lengths.npy', lengths)
+    np.save(folder/'counts.npy', counts)
     card = dict(tokens=int(lengths.sum()), captions=len(lengths), images=len(counts))
     atomic_write(folder/'card.json', json.dumps(card))
     return read_encoded(folder)
@@ -475,14 +476,16 @@ class Sources:
     def __len__(self): return len(self.sources)
 
     @property
-    def shape(self) -> torch.Size: return torch.Size((len(self), *self.sources[0].shape)) # (S, N, dim)
+    def shape(self) -> torch.Size: # (S, N, dim)
+        return torch.Size((len(self), *self.sources[0].shape))
 
     def __getitem__(self, index:tuple) -> torch.Tensor: # (source, images) -> (B, dim), float32
         source, images = index
         return self.sources[source][images].float()
 
     @property
-    def fingerprint(self) -> str: return fingerprint([getattr(s, 'fingerprint', s) for s in self.sources])
+    def fingerprint(self) -> str:
+        return fingerprint([getattr(s, 'fingerprint', s) for s in self.sources])
 
 # %% ../nbs/35_captioning.ipynb #95368570
 def check_captioned_features(
@@ -533,13 +536,14 @@ def training_facts(
 ) -> dict: # settings and model
     "What a checkpoint of a training belongs to, as JSON."
     read = 'steps', 'batch_size', 'lr', 'weight_decay', 'noise'
-    same = dict(seed=seed, precision=precision, processes=processes if has_dropout(captioner) else 'any')
+    processes = processes if has_dropout(captioner) else 'any'
+    same = dict(seed=seed, precision=precision, processes=processes)
     begins = fingerprint(captioner.trained())
     return dict(settings={k: getattr(settings, k) for k in read} | same,
                 model=captioner.settings | dict(begins_with=begins))
 
 # %% ../nbs/35_captioning.ipynb #e0fa06ef
-def _precision(settings, acc, device): # accelerate's own word counts; otherwise the captioner's device
+def _precision(settings, acc, device): # accelerate's word counts; otherwise the captioner's device
     if acc.mixed_precision != 'no' or acc.device == device: return run_precision(settings, acc)
     return native_precision(settings.precision, device)
 
@@ -610,12 +614,13 @@ def put_dropout_back(
     if not file.exists(): return
     state = torch.load(file, weights_only=True)
     torch.set_rng_state(state['torch'])
-    if state['cuda'] is not None and device.type == 'cuda': torch.cuda.set_rng_state(state['cuda'], device)
+    if state['cuda'] is not None and device.type == 'cuda':
+        torch.cuda.set_rng_state(state['cuda'], device)
 
 # %% ../nbs/35_captioning.ipynb #221ef9f2
 @patch
 def state(self:CaptionTraining) -> dict:
-    "Where the training stands and what it belongs to, as JSON. First asked for before the first step."
+    "Where the training stands and what it belongs to, as JSON; to be asked for before it begins."
     if self.facts is None:
         about = self.settings, self.seed, self.precision, self.acc.num_processes
         data = fingerprint(self.sources.fingerprint, self.captions.fingerprint)
@@ -644,8 +649,8 @@ def read_checkpoint(self:CaptionTraining, checkpoint:Path) -> None:
     put_dropout_back(checkpoint/f'rng-{self.acc.process_index}.pt', self.device)
 
 @patch
-def resume(self:CaptionTraining, checkpoints:Checkpoints) -> int: # the step it stands at; 0 without one
-    "Go on from the newest checkpoint. `ValueError` with the difference when it is another training's."
+def resume(self:CaptionTraining, checkpoints:Checkpoints) -> int: # the step it stands at
+    "Go on from the newest checkpoint. `ValueError` with the difference when it is another run's."
     here, found = self.state(), checkpoints_in(checkpoints.folder)
     if not found: return 0
     there = json.loads((found[-1]/'state.json').read_text(encoding='utf-8'))
@@ -670,7 +675,7 @@ def drive(self:CaptionTraining, run:RunSettings, notes:Log, bar) -> None:
 # %% ../nbs/35_captioning.ipynb #c482ec73
 def train_captioner(
     captioner:Captioner,      # trained in place
-    features,                 # (N, dim), or (S, N, dim): S images, in turn by epoch; or as of `Sources`
+    features,                 # (N, dim), or (S, N, dim): S images, in turn by epoch; see `Sources`
     captions,                 # one or more for each of the N, as strings or as `EncodedCaptions`
     steps:int|None=None,      # here and below: that of the settings if absent
     batch_size:int|None=None,
@@ -695,8 +700,8 @@ def train_captioner(
         if run.checkpoints: job.resume(Checkpoints(run.checkpoints, acc, run.keep))
         history = [job.row(i + 1) for i in range(job.step)]
         hidden = desc is None or not acc.is_main_process
-        with Log(log_file, acc, settings, history) as notes,              progress((), desc or '', len(job.plan), initial=job.step, disable=hidden) as bar:
-            job.drive(run, notes, bar)
+        bar = progress((), desc or '', len(job.plan), initial=job.step, disable=hidden)
+        with Log(log_file, acc, settings, history) as notes, bar: job.drive(run, notes, bar)
     captioner.eval()
     return job.learner.losses
 
@@ -716,7 +721,8 @@ class RowSampling(LogitsProcessor):
 def check_features(captioner:Captioner, features:torch.Tensor) -> None:
     "`ValueError` when features are not (N, dim) of the captioner's own dim."
     dim, shape = captioner.settings['dim'], tuple(features.shape)
-    if len(shape) != 2 or shape[1] != dim: raise ValueError(f'expected features (N, {dim}), got {shape}')
+    if len(shape) == 2 and shape[1] == dim: return
+    raise ValueError(f'expected features (N, {dim}), got {shape}')
 
 def continue_from(
     captioner:Captioner,
@@ -743,7 +749,7 @@ def generate_ids(
     top_p:float|None=None,        # nucleus sampling
     temperature:float=1.,         # of sampling
     max_new_tokens:int=24,        # a caption that has not ended by then is cut
-    batch_size:int=64,            # rows of the language model at a time: an image takes one for each beam
+    batch_size:int=64,            # rows at a time: an image takes one for each beam
     seed:int=0,                   # of sampling
     desc:str|None=None,           # beside a progress bar; none if absent
     first:int=0                   # number of the first image, on which its sampling depends
@@ -825,12 +831,14 @@ def captioner_card(
     given = Path(folder)
     found = next((f for f in (given, given/'captioner') if (f/'card.json').exists()), None)
     if found is None:
-        raise FileNotFoundError(f'{given/"card.json"} is missing: the folder holds no captioner, or its writing '
-                                'was cut short. `gmail_tune caption` makes one; name its folder with --captioner')
+        raise FileNotFoundError(f'{given/"card.json"} is missing: the folder holds no captioner, '
+                                'or its writing was cut short. `gmail_tune caption` makes one; '
+                                'name its folder with --captioner')
     card = json.loads((found/'card.json').read_text(encoding='utf-8'))
     if 'prefix_length' in card: return found, card
     if (given/'captioner'/'card.json').exists(): return captioner_card(given/'captioner')
-    raise ValueError(f'{found} holds something else than a captioner: its card has no prefix_length')
+    raise ValueError(f'{found} holds something else than a captioner: '
+                     'its card has no prefix_length')
 
 # %% ../nbs/35_captioning.ipynb #64038f6e
 def _load_weights(captioner, file, named):
@@ -846,7 +854,7 @@ def loaded_in(
     card:dict,
     dtype:str|torch.dtype|None # asked for; that of the card if absent
 ) -> torch.dtype:
-    "What a captioner's language model comes back in. Cards before 0.5 say it among their settings, if at all."
+    "What a language model comes back in. Older cards say it among their settings, if at all."
     dtype = dtype or card.get('dtype') or card.get('preset', {}).get('dtype') or 'float32'
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
@@ -854,7 +862,7 @@ def loaded_in(
 def load_captioner(
     folder:str|Path,         # from `save_captioner`, or the one that holds it as `captioner/`
     make:Callable=Captioner, # builds it from a language model, a tokenizer and the card's settings
-    dtype:str|torch.dtype|None=None # of a language model that was not tuned in full; the card's if absent
+    dtype:str|torch.dtype|None=None # of a language model not tuned in full; the card's if absent
 ) -> Captioner:
     """A captioner from its folder, ready to write.
 
@@ -863,7 +871,9 @@ def load_captioner(
     settings, dtype = captioner_settings(card), loaded_in(card, dtype)
     named = _only_named(settings)
     if named: lm = load_lm(settings['name'], dtype, settings['four_bit'], settings['revision'])[0]
-    else: lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(folder/'lm'))).to(dtype)
+    else:
+        config = AutoConfig.from_pretrained(str(folder/'lm'))
+        lm = AutoModelForCausalLM.from_config(config).to(dtype)
     captioner = make(lm, AutoTokenizer.from_pretrained(str(folder/'tokenizer')), **settings)
     _load_weights(captioner, folder/'captioner.safetensors', named)
     return captioner.eval()

@@ -299,11 +299,11 @@ class CaptionerSettings:
     lr:float=2e-3               # peak learning rate
     noise:float=.3              # length of the noise on unit features
     max_new_tokens:int=24       # of a caption
-    dtype:str='float32'         # of the language model where it is not trained; what is trained has float32
+    dtype:str='float32'         # of a language model that is not tuned in full
     weight_decay:float=.01
     rank:int=8                  # of lora
     beams:int=1                 # of the captions that are scored; 1 is greedy
-    precision:str='auto'        # bf16 for autocast, no for none; auto for bf16 where the device has it
+    precision:str='auto'        # bf16 for autocast, or no; auto: bf16 where the device has it
     four_bit:bool=False         # the language model in 4 bit, with bitsandbytes on a CUDA device
     revision:str|None=None      # of the language model on the Hub
     start:str|None=None         # folder of a captioner to go on from
@@ -336,7 +336,7 @@ class CaptionRunSettings:
         check_known(self, 'store', ('float32', 'float16'))
         check_above(self, 'workers', 'save_every')
         if len(self.splits) != 2:
-            raise ValueError(f'splits are {self.splits}: name two, one to train on and one to test on')
+            raise ValueError(f'splits are {self.splits}: name one to train on and one to test on')
 
 # %% ../nbs/01_settings.ipynb #74b19694
 _demo_draw = DrawSettings(samples=3, steps=3, guidance=8., options=dict(style='noto'))

@@ -75,7 +75,8 @@ def coco_rows(
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #1afdaa67
 _text = datasets.Value('string')
-ROWS = datasets.Features(dict(key=_text, image=DatasetImage(decode=False), captions=datasets.List(_text)))
+_image, _texts = DatasetImage(decode=False), datasets.List(_text)
+ROWS = datasets.Features(dict(key=_text, image=_image, captions=_texts))
 
 def captioned_rows(
     source,                 # a captioned set, as `load_captioned` takes it
@@ -116,7 +117,8 @@ def split_rows(
     "Two parts by the hash of the key. `ValueError` when one that is asked for is empty."
     kept_out = sorted(validation_indices(keys_in(rows), share))
     train = sorted(set(range(len(rows))) - set(kept_out))
-    def pick(of): return rows.select(of) if isinstance(rows, datasets.Dataset) else [rows[i] for i in of]
+    many = hasattr(rows, 'select') # a dataset, whose rows are not read
+    def pick(of): return rows.select(of) if many else [rows[i] for i in of]
     if train and (kept_out or not share): return pick(train), pick(kept_out)
     raise ValueError(f'{len(rows)} images leave {len(train)} to train on and {len(kept_out)} to score '
                      'on: bring more images, name a test set with --test, '
@@ -141,11 +143,12 @@ def caption_sets(
     if real is None: train = rows(test, splits[0]) if has_splits(test) else None
     else: train = rows(real, splits[0])
     tested = real if test is None else test
-    return CaptionSets(train, rows(tested, splits[1]), name, splits[1] if has_splits(tested) else 'test')
+    split = splits[1] if has_splits(tested) else 'test'
+    return CaptionSets(train, rows(tested, splits[1]), name, split)
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #0e19d8a9
 class Embeddings:
-    "Images through the sides of an encoder; features are kept in a folder, damaged images in `broken`."
+    "Images through the sides of an encoder; what does not decode is remembered in `broken`."
     def __init__(self,
         encoder:Encoder,
         folder:str|Path|None=None,           # for features; one that lasts until the end if absent
@@ -160,8 +163,9 @@ class Embeddings:
         "The folder of these images through this side."
         made = embedder(model, side)
         pixels = LazyPixels(ds, made.preprocess)
-        of = fingerprint(made.weights, pixels.fingerprint, side, self.settings.store, self.settings.precision)
-        return check_writable(self.folder/f'{what}-{of}')
+        how = side, self.settings.store, self.settings.precision
+        made_from = fingerprint(made.weights, pixels.fingerprint, *how)
+        return check_writable(self.folder/f'{what}-{made_from}')
 
     def embedded(self, ds, model, side:str, what:str) -> Features:
         "Features; by the first process alone where there are several."
@@ -196,7 +200,8 @@ def rows_to_learn(
     leave:frozenset=frozenset() # keys that are not learned from
 ) -> list[int]: # indices
     "Generated images of these keys, found by their keys alone. `ValueError` when there are none."
-    found = [i for i, k in enumerate(generated['key']) if (keys is None or k in keys) and k not in leave]
+    def wanted(k): return (keys is None or k in keys) and k not in leave
+    found = [i for i, k in enumerate(generated['key']) if wanted(k)]
     if found: return found
     raise ValueError('no generated image has the key of a training image: '
                      'were they generated from these captions?')
@@ -220,7 +225,8 @@ class CaptionColumn(Sequence):
         return [[c] if isinstance(c, str) else list(c) for c in found]
 
     def __getitem__(self, i):
-        return self.rows(self.indices[i]) if isinstance(i, slice) else self.rows(self.indices[[i]])[0]
+        if isinstance(i, slice): return self.rows(self.indices[i])
+        return self.rows(self.indices[[i]])[0]
 
     def __iter__(self):
         for i in range(0, len(self), self.chunk): yield from self[i:i + self.chunk]
@@ -263,7 +269,8 @@ def check_start(
     folder, card = captioner_card(settings.start)
     there, name = captioner_settings(card), None if settings.lm == 'small' else settings.lm
     here = dict(dim=dim, prefix_length=settings.prefix_length, mapper=settings.mapper, name=name)
-    if 'encoder' in card: there, here = there | dict(encoder=card['encoder']), here | dict(encoder=settings.encoder)
+    there['encoder'] = card.get('encoder', settings.encoder)
+    here['encoder'] = settings.encoder
     if there['tuning'] != 'frozen': here['tuning'] = settings.tuning
     if there['tuning'] == settings.tuning == 'lora': here['rank'] = settings.rank
     if differ := differences(there, here):
@@ -329,7 +336,7 @@ def score_captioner(
     test:CaptionTest,
     max_new_tokens:int, # of a caption
     beams:int=1,        # 1 is greedy
-    projection:torch.Tensor|None=None # (D, D), that f_r's features go through before; see `trained_projection`
+    projection:torch.Tensor|None=None # (D, D), from `trained_projection`
 ) -> dict[str, float]: # by the name of the measure
     "Caption the test images, print the scores, and return them with statistics of the captions."
     x = test.features[:].float()
@@ -371,7 +378,8 @@ def keep_captioner(
     write_trained_on(folder, keys)
     (folder/'projection.safetensors').unlink(missing_ok=True)
     if projection is not None:
-        atomic_write(folder/'projection.safetensors', save(dict(weight=projection.cpu().contiguous())))
+        weight = save(dict(weight=projection.contiguous()))
+        atomic_write(folder/'projection.safetensors', weight)
     save_captioner(captioner, folder, encoder=settings.encoder, arm=arm,
                    encoder_fingerprint=encoder.fingerprint, preset=asdict(settings))
 
@@ -401,7 +409,7 @@ def check_test_apart(
     learned:list[str],          # keys
     models:dict[str, Path]      # of `models_below`
 ) -> list[str]: # keys of everything that was learned from
-    "`ValueError` for test images that this training, or a model that it builds on, has learned from."
+    "`ValueError` for test images that this training, or a model below it, has learned from."
     test, known = set(test), {what: trained_on(folder) for what, folder in models.items()}
     check_apart(learned, test, 'this training')
     for what, keys in known.items(): check_apart(keys, test, what)
@@ -433,7 +441,8 @@ class CaptionJob:
         settings:CaptionerSettings, run:CaptionRunSettings,
         acc:Accelerator
     ):
-        self.sets, self.arm, self.out, self.settings, self.run, self.acc = sets, arm, out, settings, run, acc
+        self.sets, self.arm, self.out = sets, arm, out
+        self.settings, self.run, self.acc = settings, run, acc
         self.encoder = load_encoder(settings.encoder).to(acc.device)
         if settings.start: check_start(settings, self.encoder.dim)
         reading = EmbedSettings(workers=run.workers, store=run.store)
@@ -444,20 +453,22 @@ class CaptionJob:
     def learned_from(self, model:str|Path|None, generated) -> tuple: # features and captions
         "Training images through their side of the encoder, all on one device."
         self.eyes.broken = {}
-        aligned = GenReal.from_pretrained(model, self.encoder).to(self.acc.device) if self.arm == 'gmail' else None
-        self.projection = trained_projection(aligned)
+        aligned = None
+        if self.arm == 'gmail':
+            aligned = GenReal.from_pretrained(model, self.encoder).to(self.acc.device)
+            self.projection = trained_projection(aligned)
         x, captions, self.broken = training_features(
             self.sets.train, self.encoder, self.arm, aligned, generated, eyes=self.eyes)
         return x, captions
 
     def trained(self, x, captions) -> Captioner:
         "A captioner that has taken its steps; the run goes on where a checkpoint stands."
-        captioner = new_captioner(self.settings, self.encoder.dim, captions, self.run.seed).to(self.acc.device)
-        encoded = encoded_below(self.out, captioner, captions, self.acc)
-        keep = RunSettings(checkpoints=str(self.out/'checkpoints'), save_every=self.run.save_every,
-                           log_file=str(self.out/'log.jsonl'), trackers=self.run.trackers)
-        train_captioner(captioner, x, encoded, seed=self.run.seed, settings=self.settings, run=keep,
-                        accelerator=self.acc)
+        s, seed, out = self.settings, self.run.seed, self.out
+        captioner = new_captioner(s, self.encoder.dim, captions, seed).to(self.acc.device)
+        encoded = encoded_below(out, captioner, captions, self.acc)
+        keep = RunSettings(checkpoints=str(out/'checkpoints'), log_file=str(out/'log.jsonl'),
+                           save_every=self.run.save_every, trackers=self.run.trackers)
+        train_captioner(captioner, x, encoded, seed=seed, settings=s, run=keep, accelerator=self.acc)
         return captioner
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #ea48afb6
@@ -469,8 +480,9 @@ def finish_captioner(
     "Score a captioner that has learned, save it, and write its records."
     s, broken = job.settings, job.broken | job.test.broken
     say_left_out(broken, len(job.sets.train or ()) + len(job.sets.test))
-    values = score_captioner(captioner, job.encoder, job.test, s.max_new_tokens, s.beams, job.projection)
-    records = caption_records(values | dict(images_left_out=len(broken)), job.test, job.arm, job.run.seed)
+    how = s.max_new_tokens, s.beams, job.projection
+    values = score_captioner(captioner, job.encoder, job.test, *how) | dict(images_left_out=len(broken))
+    records = caption_records(values, job.test, job.arm, job.run.seed)
     keep_captioner(captioner, job.encoder, job.out/'captioner', s, job.arm, keys, job.projection)
     write_results(job.out/'results.jsonl', records)
     return records
@@ -489,7 +501,7 @@ def tune_captioner(
     **named                          # fields of `run`, such as seed=1, in place of its own
 ) -> list[dict]: # the records, also in results.jsonl; none but for the first of several processes
     """Train, caption and score the test images through f_r, and save; call it again to go on.
-    Images that do not decode are named and counted. `ValueError` for a test image that was learned from."""
+    Images that do not decode are named and counted. `ValueError` for a test image that is learned."""
     arm, run = arm or ('real' if generated is None else 'gmail'), replace(run, **named)
     check_arm(arm, model, generated, real)
     if settings.four_bit: check_four_bit(settings.lm)
@@ -528,16 +540,16 @@ def pictures_at(
     "The pictures that are there. `ValueError` for a folder without any."
     path = Path(place)
     if _is_set(path): return _set_pictures(load_captioned(str(place), source))
-    files = [path]
-    if path.is_dir(): files = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files: raise ValueError(f'the folder {str(place)!r} holds no pictures ({", ".join(IMAGE_SUFFIXES)})')
-    names = [str(f) for f in files]
+    files = sorted(path.rglob('*')) if path.is_dir() else [path]
+    names = [str(f) for f in files if f.suffix.lower() in IMAGE_SUFFIXES or f == path]
+    if not names:
+        raise ValueError(f'the folder {str(place)!r} holds no pictures ({", ".join(IMAGE_SUFFIXES)})')
     return datasets.Dataset.from_dict(dict(key=names, image=names), features=PICTURES)
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #20ad005d
 @dataclass
 class Seer:
-    "What pictures need to be captioned: an encoder, a captioner behind it, and a projection if there is one."
+    "What captions pictures: an encoder, a captioner behind it, a projection between if there is one."
     encoder:Encoder
     captioner:Captioner
     projection:torch.Tensor|None
@@ -554,7 +566,8 @@ def load_seer(
     folder, card = captioner_card(folder)
     encoder, file = load_encoder(card.get('encoder', 'embedded')), folder/'projection.safetensors'
     projection = load_file(file)['weight'] if file.exists() else None
-    return Seer(encoder.to(default_device()), load_captioner(folder).to(default_device()), projection)
+    device = default_device()
+    return Seer(encoder.to(device), load_captioner(folder).to(device), projection)
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #395ab4ac
 def caption_pictures(
@@ -566,12 +579,13 @@ def caption_pictures(
 ) -> Iterator[tuple[str, str|None, str|None]]: # key, caption, and why there is none
     "Captions as they are written, in order; a damaged picture has a reason in its place."
     pixels, captioned = LazyPixels(pictures, seer.encoder.preprocess, workers=workers), 0
+    how['batch_size'] = batch_size
     for start in range(0, len(pixels), batch_size):
         batch, failed = range(start, min(start + batch_size, len(pixels))), []
         pixels.prefetch([*batch, *range(batch.stop, min(batch.stop + batch_size, len(pixels)))])
         good, images = good_images(pixels, batch, failed)
-        x = seer.features(images) if good else []
-        said = write_captions(seer.captioner, x, batch_size=batch_size, first=captioned, **how) if good else []
+        said = []
+        if good: said = write_captions(seer.captioner, seer.features(images), first=captioned, **how)
         captioned += len(good)
         found, why = dict(zip(good, said)), {f['index']: f['reason'] for f in failed}
         for i, key in zip(batch, pictures[list(batch)]['key']): yield key, found.get(i), why.get(i)
@@ -584,7 +598,7 @@ def caption_files(
     workers:int=2,             # threads that decode
     source:SourceSettings=SourceSettings(), # how sets are read
     **how                      # of `generate_ids`, such as beams, top_p, seed, max_new_tokens
-) -> tuple[dict[str, str], dict[str, str]]: # file or key -> caption; file or key -> why it was left out
+) -> tuple[dict[str, str], dict[str, str]]: # name -> caption; name -> why it was left out
     "Captions through `f_r`. `ValueError` when no image decodes."
     seer = load_seer(captioner)
     places = [images] if isinstance(images, (str, Path)) else images
@@ -594,4 +608,5 @@ def caption_files(
         if why is None: written[key] = caption
         else: broken[key] = why
     if written: return written, broken
-    raise ValueError(f'none of {len(broken)} images decodes; the first: {next(iter(broken.values()))}')
+    first = next(iter(broken.values()))
+    raise ValueError(f'none of {len(broken)} images decodes; the first: {first}')
