@@ -523,8 +523,9 @@ def own_share(
 # %% ../nbs/35_captioning.ipynb #2af0ed59
 def has_dropout(captioner:Captioner) -> bool:
     "Whether anything of the captioner is drawn anew in each step."
-    by_name = captioner.lm.config.to_dict()
-    said = [v for k, v in by_name.items() if 'drop' in k and isinstance(v, (int, float))]
+    other_heads = 'summary', 'classifier' # what their names say is not of a language model
+    by_name = {k: v for k, v in captioner.lm.config.to_dict().items() if 'drop' in k}
+    said = [v for k, v in by_name.items() if not k.startswith(other_heads) and isinstance(v, (int, float))]
     return any(said) or any(m.p > 0 for m in captioner.modules() if isinstance(m, nn.Dropout))
 
 def training_facts(
