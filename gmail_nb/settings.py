@@ -6,7 +6,7 @@
 __all__ = ['GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'TEXT_TUNINGS',
            'check_above', 'check_share', 'check_known', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'Generator',
            'AdapterSettings', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings',
-           'EmbedSettings', 'TuneSettings', 'CaptionerSettings', 'DemoSettings', 'demo_settings',
+           'EmbedSettings', 'TuneSettings', 'CaptionerSettings', 'CaptionRunSettings', 'DemoSettings', 'demo_settings',
            'CaptionExperimentSettings', 'IFCapSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
@@ -298,15 +298,48 @@ class CaptionerSettings:
     mapper:str='mlp'            # mlp or transformer
     tuning:str='full'           # of the language model: full, lora or frozen
     steps:int=600
-    batch_size:int=64
-    lr:float=2e-3
+    batch_size:int=64           # captions a step, over all processes together
+    lr:float=2e-3               # peak learning rate
     noise:float=.3              # length of the noise on unit features
     max_new_tokens:int=24       # of a caption
-    dtype:str='float32'         # of the language model
+    dtype:str='float32'         # of a language model that is not tuned in full
+    weight_decay:float=.01
+    rank:int=8                  # of lora
+    beams:int=1                 # of the captions that are scored; 1 is greedy
+    precision:str='auto'        # bf16 for autocast, or no; auto: bf16 where the device has it
+    four_bit:bool=False         # the language model in 4 bit, with bitsandbytes on a CUDA device
+    revision:str|None=None      # of the language model on the Hub
+    start:str|None=None         # folder of a captioner to go on from
 
     def __post_init__(self):
         check_known(self, 'tuning', ('full', 'lora', 'frozen'))
-        check_above(self, 'prefix_length', 'steps', 'batch_size', 'max_new_tokens')
+        check_known(self, 'dtype', ('float32', 'bfloat16', 'float16'))
+        check_known(self, 'precision', PRECISIONS)
+        check_above(self, 'prefix_length', 'steps', 'batch_size', 'max_new_tokens', 'rank', 'beams')
+        if self.noise < 0: raise ValueError(f'noise is {self.noise}: a length is 0 or more')
+        if self.four_bit and (self.tuning == 'full' or self.lm == 'small'):
+            raise ValueError('weights in 4 bit cannot be trained: name a language model with lm, '
+                             "and choose the tuning 'lora' or 'frozen'")
+
+# %% ../nbs/01_settings.ipynb #bacaa480
+@dataclass(frozen=True)
+class CaptionRunSettings:
+    "What `gmail_tune caption` depends on besides the captioner and its data."
+    splits:tuple=('train', 'test') # of a Karpathy file, such as: train+restval test
+    validation_share:float=.1   # share of the keys to score on, without test set and splits
+    seed:int=0                  # of weights, order and noise
+    features:str|None=None      # folder of features that several runs share; below out if absent
+    store:str='float32'         # of the features on disk; float16 takes half of it
+    workers:int=2               # threads that decode
+    save_every:int=1000         # steps between checkpoints
+    trackers:tuple=()           # tensorboard, trackio or wandb; log.jsonl is written in any case
+
+    def __post_init__(self):
+        check_share(self, 'validation_share')
+        check_known(self, 'store', ('float32', 'float16'))
+        check_above(self, 'workers', 'save_every')
+        if len(self.splits) != 2:
+            raise ValueError(f'splits are {self.splits}: name one to train on and one to test on')
 
 # %% ../nbs/01_settings.ipynb #74b19694
 _demo_draw = DrawSettings(samples=3, steps=3, guidance=8., options=dict(style='noto'))

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from gmail_nb.captioning import (Captioner, caption_ids, caption_loss, caption_statistics, caption_tokenizer,
-    captioner_settings, generate_ids, load_captioner, load_lm, save_captioner, small_decoder, train_captioner,
-    write_captions)
+from gmail_nb.captioning import (Captioner, CaptionPlan, CaptionTraining, Sources, caption_batches, caption_ids,
+    caption_loss, caption_statistics, caption_tokenizer, captioner_card, captioner_settings, encode_captions, generate_ids,
+    has_dropout, load_captioner, load_lm, noisy_features, own_share, read_encoded, save_captioner, small_decoder,
+    train_captioner, write_captions, write_encoded)
 from gmail_nb.data import emoji
 from gmail_nb.encoders import embedded_encoder, encode_images, preprocess_images
-from gmail_nb.runtime import set_seed
+from gmail_nb.features import embed
+from gmail_nb.runtime import noise_generator, set_seed, stable_seed
+from gmail_nb.settings import CaptionerSettings, CaptionRunSettings, EmbedSettings, RunSettings
+from gmail_nb.train import Log, checkpoints_in, cosine_rate, epoch_order
 
 @pytest.fixture(scope='module')
 def drawn(): return emoji('A', source='noto')
@@ -149,3 +153,213 @@ def test_images_that_do_not_decode_are_left_out_by_name(some, features):
 def test_statistics_count_words_ends_and_distinct_captions():
     found = caption_statistics(['a dog', 'a dog', 'one red car', 'x'], [True, True, True, False])
     assert found == dict(mean_length=2., hit_limit=.25, distinct=.75)
+
+# The loop
+
+def plain_loop(captioner, samples, captions, steps, size, lr, noise, seed):
+    "What the loop did when it was one function on one process, with everything in memory."
+    flat = caption_ids(captioner, [c for cs in captions for c in cs])
+    first, g = np.cumsum([0] + [len(cs) for cs in captions]), noise_generator('captioner', seed)
+    parameters = [p for p in captioner.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: cosine_rate(i, steps, min(20, steps // 10)))
+    batches, epoch, losses = [], 0, []
+    while len(batches) < steps:
+        batches += [(epoch, i) for i in epoch_order(len(captions), seed, epoch).split(size)]
+        epoch += 1
+    with torch.random.fork_rng():
+        torch.manual_seed(stable_seed('dropout', seed) % 2**63)
+        for epoch, indices in batches[:steps]:
+            turn, sample = divmod(epoch, len(samples))
+            x = noisy_features(samples[sample, indices], noise, g)
+            loss = caption_loss(captioner, x, [flat[first[i] + (turn + i) % len(captions[i])] for i in indices.tolist()])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+    return losses
+
+@pytest.fixture
+def several(some, features):
+    "Two sources, and one or two captions an image."
+    x = torch.stack([features, features.flip(0)])
+    return x, [list(c) for c in some['captions']]
+
+def again_and_again(tokenizer, n=3):
+    for _ in range(n):
+        set_seed(0)
+        yield Captioner(small_decoder(tokenizer), tokenizer, 256)
+
+def test_the_loop_is_the_plain_one_to_the_last_bit(tokenizer, several, tmp_path):
+    by_hand, ours, from_files = again_and_again(tokenizer)
+    (x, captions), how = several, dict(noise=.3, seed=5)
+    losses = plain_loop(by_hand, x, captions, 14, 16, 2e-3, **how)
+    assert train_captioner(ours, x, captions, 14, 16, 2e-3, desc=None, **how) == losses
+    encoded = write_encoded(from_files, captions, tmp_path/'encoded')
+    settings = CaptionerSettings(steps=14, batch_size=16, lr=2e-3, noise=.3)
+    assert train_captioner(from_files, list(x), encoded, settings=settings, seed=5, desc=None) == losses
+    for a, b, c in zip(by_hand.parameters(), ours.parameters(), from_files.parameters()):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+@pytest.mark.parametrize('dies_at', [1, 6, 11])
+def test_a_run_that_is_stopped_anywhere_ends_like_one_that_is_not(tokenizer, several, tmp_path, monkeypatch, dies_at):
+    whole, stopped, again = again_and_again(tokenizer)
+    x, captions = several
+    def go(captioner, place):
+        run = RunSettings(checkpoints=str(tmp_path/place), save_every=3)
+        return train_captioner(captioner, x, captions, 12, 16, noise=.3, desc=None, run=run)
+    losses, note = go(whole, 'whole'), Log.note
+    monkeypatch.setattr(Log, 'note', lambda self, row: 1 / (dies_at - row['step']) and note(self, row))
+    with pytest.raises(ZeroDivisionError): go(stopped, 'part')
+    monkeypatch.undo()
+    torch.manual_seed(99) # what else is drawn meanwhile
+    assert go(again, 'part') == losses
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
+    lines = [json.loads(l) for l in (tmp_path/'part'/'log.jsonl').read_text().splitlines()]
+    assert [l['step'] for l in lines] == list(range(1, 13)) and [l['loss'] for l in lines] == losses
+    assert len(checkpoints_in(tmp_path/'part')) == 2
+
+@pytest.mark.parametrize('other, said', [
+    (dict(seed=1), 'seed is 0 there and 1 here'), (dict(steps=9), 'steps is 3 there and 9 here'),
+    (dict(lr=1.), 'lr is'), (dict(captions=[['a']] * 48), 'the images or features are others')])
+def test_a_checkpoint_of_another_training_is_refused(tokenizer, several, tmp_path, other, said):
+    one, two, _ = again_and_again(tokenizer)
+    run = RunSettings(checkpoints=str(tmp_path), save_every=3)
+    how = dict(features=several[0], captions=several[1], steps=3, batch_size=16, desc=None, run=run)
+    train_captioner(one, **how)
+    with pytest.raises(ValueError, match=said): train_captioner(two, **how | other)
+
+def test_a_checkpoint_of_other_first_weights_or_of_another_number_of_processes_is_refused(tokenizer, several, tmp_path):
+    one, two, three = again_and_again(tokenizer)
+    run = RunSettings(checkpoints=str(tmp_path), save_every=3)
+    how = dict(features=several[0], captions=several[1], steps=3, batch_size=16, desc=None, run=run)
+    train_captioner(one, **how)
+    with torch.no_grad(): next(two.parameters()).add_(1)
+    with pytest.raises(ValueError, match='begins_with is'): train_captioner(two, **how)
+    file = next(tmp_path.glob('step-*'))/'state.json'
+    state = json.loads(file.read_text())
+    state['settings']['processes'] = 2
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match='processes is 2 there and 1 here'): train_captioner(three, **how)
+    assert has_dropout(three) and not has_dropout(Captioner(small_decoder(tokenizer, dropout=0.), tokenizer, 256))
+
+def test_a_plan_gives_each_image_once_an_epoch_and_the_list_is_the_plan():
+    plan = CaptionPlan(10, 4, 0, 7)
+    assert sorted(torch.cat([plan.batch(i) for i in range(3)]).tolist()) == list(range(10))
+    assert [plan.epoch(i) for i in range(7)] == [0, 0, 0, 1, 1, 1, 2]
+    assert torch.equal(plan.batch(5), plan.batch(5)) and torch.equal(plan.batch(0), epoch_order(10, 0, 0)[:4])
+    assert all(e == plan.epoch(i) and torch.equal(b, plan.batch(i)) for i, (e, b) in enumerate(caption_batches(10, 4, 0, 7)))
+
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_shares_of_the_processes_are_the_mean_of_the_batch(n):
+    lengths, values = [3, 6, 2, 4], np.arange(4.)
+    parts = [own_share(lengths, i, n) for i in range(n)]
+    mean = np.mean([share * np.average(values[own], weights=np.array(lengths)[own]) for own, share in parts])
+    assert abs(mean - np.average(values, weights=lengths)) < 1e-12
+    assert sorted(i for own, share in parts for i in own if share) == list(range(4))
+
+def test_captions_on_disk_are_those_in_memory_and_half_a_folder_is_not_read(fresh, several, tmp_path):
+    captions = several[1]
+    there, here = write_encoded(fresh, iter(captions), tmp_path), encode_captions(fresh, captions)
+    assert there.fingerprint == here.fingerprint and len(there) == 48
+    flat = [caption_ids(fresh, cs) for cs in captions]
+    assert all(there.of(i, t).tolist() == flat[i][(t + i) % len(flat[i])] for i in range(48) for t in range(3))
+    with open(tmp_path/'tokens.int32', 'rb+') as f: f.truncate(40)
+    with pytest.raises(ValueError, match='write them again'): read_encoded(tmp_path)
+    (tmp_path/'card.json').unlink()
+    with pytest.raises(ValueError, match='holds no whole captions'): read_encoded(tmp_path)
+    with pytest.raises(ValueError, match='at least one caption'): write_encoded(fresh, [['a'], []], tmp_path)
+    with pytest.raises(ValueError, match='holds no whole captions'): read_encoded(tmp_path)
+
+def test_features_are_read_from_their_file_also_in_sixteen_bits(tokenizer, drawn, tmp_path):
+    some = drawn.select(range(0, 80, 10)).select_columns(['key', 'image'])
+    found = {s: embed(some, embedded_encoder(), tmp_path/s, settings=EmbedSettings(store=s, show_progress=False))
+             for s in ('float32', 'float16')}
+    by_hand, ours, short = again_and_again(tokenizer)
+    names = [['a dog']] * 8
+    losses = train_captioner(by_hand, found['float32'].mapped.clone(), names, 4, 4, desc=None)
+    assert train_captioner(ours, found['float32'], names, 4, 4, desc=None) == losses
+    assert train_captioner(short, found['float16'], names, 4, 4, desc=None) == pytest.approx(losses, abs=.02)
+    assert Sources([found['float32'], found['float16']])[1, torch.tensor([0])].dtype == torch.float32
+    greedy = write_captions(by_hand, found['float32'])
+    assert greedy == write_captions(by_hand, found['float32'].mapped) and len(greedy) == 8
+
+def test_defaults_of_the_loop_are_those_of_the_settings(fresh, features, names):
+    job = CaptionTraining(fresh, features, names)
+    s = CaptionerSettings()
+    assert (len(job.plan), job.plan.batch_size, job.learner.lr, job.length) == (s.steps, s.batch_size, s.lr, s.noise)
+
+# Number formats
+
+@pytest.fixture(scope='module')
+def lm_folder(tokenizer, tmp_path_factory):
+    "A tiny GPT-2 in bfloat16, as language models are published."
+    folder = tmp_path_factory.mktemp('lm')
+    set_seed(0)
+    small_decoder(tokenizer, layers=2, width=32, dropout=0.).to(torch.bfloat16).save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return str(folder)
+
+@pytest.mark.parametrize('tuning', ['full', 'lora', 'frozen'])
+def test_what_is_trained_has_float32_and_comes_back_as_it_was(lm_folder, features, names, tmp_path, tuning):
+    lm, tokenizer = load_lm(lm_folder, torch.bfloat16)
+    captioner = Captioner(lm, tokenizer, 256, tuning=tuning, name=lm_folder)
+    assert {p.dtype for p in captioner.trained().values()} == {torch.float32}
+    frozen = {n: p.clone() for n, p in captioner.named_parameters() if not p.requires_grad}
+    assert {p.dtype for p in frozen.values()} <= {torch.bfloat16}
+    losses = train_captioner(captioner, features, names, 12, 16, lr=1e-2, noise=0., desc=None)
+    assert losses[-1] < losses[0] and all(torch.equal(p, dict(captioner.named_parameters())[n]) for n, p in frozen.items())
+    save_captioner(captioner, tmp_path)
+    kept = json.loads((tmp_path/'card.json').read_text())['dtype']
+    assert kept == ('float32' if tuning == 'full' else 'bfloat16')
+    again = load_captioner(tmp_path)
+    assert [p.dtype for p in again.parameters()] == [p.dtype for p in captioner.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), captioner.parameters()))
+    assert write_captions(again, features[:4], max_new_tokens=5) == write_captions(captioner, features[:4], max_new_tokens=5)
+    wide = load_captioner(tmp_path, dtype='float32')
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+
+def test_small_steps_are_not_lost_in_a_bfloat16_model(lm_folder, features, names):
+    "Steps of 1e-5 are far below the distance of neighbouring numbers in bfloat16."
+    lm, tokenizer = load_lm(lm_folder, torch.bfloat16)
+    captioner = Captioner(lm, tokenizer, 256, tuning='lora')
+    before = {n: p.detach().clone() for n, p in captioner.trained().items() if 'lora_A' in n}
+    train_captioner(captioner, features, names, 5, 16, lr=1e-5, desc=None)
+    moved = [not torch.equal(captioner.trained()[n].to(torch.bfloat16).float(), captioner.trained()[n]) for n in before]
+    assert before and all(moved)
+
+def test_autocast_learns_what_float32_learns(tokenizer, features, names):
+    wide, narrow, _ = again_and_again(tokenizer)
+    how = dict(steps=6, batch_size=16, noise=0., desc=None)
+    a = train_captioner(wide, features, names, **how)
+    b = train_captioner(narrow, features, names, settings=CaptionerSettings(precision='bf16'), **how)
+    assert a != b and b == pytest.approx(a, abs=.1) and {p.dtype for p in narrow.parameters()} == {torch.float32}
+
+def test_cards_say_the_dtype_and_older_ones_say_it_among_their_settings(lm_folder, tmp_path):
+    lm, tokenizer = load_lm(lm_folder, torch.bfloat16)
+    folder = save_captioner(Captioner(lm, tokenizer, 256, tuning='frozen', name=lm_folder), tmp_path)
+    card = json.loads((folder/'card.json').read_text())
+    for more, dtype in ((dict(preset=dict(dtype='bfloat16')), torch.bfloat16), ({}, torch.float32)):
+        older = {k: v for k, v in card.items() if k not in ('dtype', 'revision', 'four_bit')} | more
+        (folder/'card.json').write_text(json.dumps(older))
+        assert load_captioner(folder).lm.dtype == dtype
+
+@pytest.mark.parametrize('settings, said', [
+    (dict(dtype='bf16'), "unknown dtype 'bf16'"), (dict(precision='fp16'), 'unknown precision'), (dict(noise=-1.), 'noise is -1'),
+    (dict(four_bit=True), 'weights in 4 bit cannot be trained'), (dict(beams=0), 'beams is 0')])
+def test_settings_of_a_captioner_that_cannot_be(settings, said):
+    with pytest.raises(ValueError, match=said): CaptionerSettings(**settings)
+
+def test_settings_of_a_run_that_cannot_be():
+    with pytest.raises(ValueError, match='name one to train on and one to test on'): CaptionRunSettings(splits=('train',))
+    with pytest.raises(ValueError, match='unknown store'): CaptionRunSettings(store='int8')
+
+def test_the_folder_above_a_captioner_will_do_and_another_models_will_not(learned, features, tmp_path):
+    save_captioner(learned[0], tmp_path/'run'/'captioner')
+    assert write_captions(load_captioner(tmp_path/'run'), features[:2]) == write_captions(learned[0], features[:2])
+    (tmp_path/'aligned').mkdir()
+    (tmp_path/'aligned'/'card.json').write_text(json.dumps(dict(base='embedded')))
+    with pytest.raises(ValueError, match='something else than a captioner'): captioner_card(tmp_path/'aligned')
+    with pytest.raises(FileNotFoundError, match='--captioner'): captioner_card(tmp_path/'nowhere')

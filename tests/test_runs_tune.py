@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from gmail_nb.align import GenReal
-from gmail_nb.captioning import caption_tokenizer
+from gmail_nb.captioning import caption_tokenizer, load_captioner
 from gmail_nb.cli.commands import gmail_caption, gmail_tune
 from gmail_nb.caption_metrics import java_missing
 from gmail_nb.data import emoji
@@ -16,10 +16,12 @@ from gmail_nb.encoders import encode_images, load_encoder, preprocess_images
 from gmail_nb.files import read_results
 from gmail_nb.generate import generate, load_generated
 from gmail_nb.runs.presets import ARMS, TEXT_RECIPES, check_arm
-from gmail_nb.runs.tune_caption import caption_sets, coco_rows, split_rows, training_features
+from gmail_nb.runs.tune_caption import (CaptionColumn, Embeddings, caption_files, caption_sets, captioned_rows, coco_rows,
+    pictures_at, split_rows, training_features, tune_captioner)
 from gmail_nb.runs.tune_text import pairs_of_files, tune_from_files, without_damaged
 from gmail_nb.runtime import set_seed
-from gmail_nb.settings import DrawSettings, SourceSettings, TuneSettings, WorkSettings
+from gmail_nb.settings import CaptionerSettings, DrawSettings, SourceSettings, TuneSettings, WorkSettings
+from gmail_nb.splits import trained_on, write_trained_on
 from gmail_nb.tune import load_tuned, tune_text
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
@@ -212,3 +214,171 @@ def test_captions_for_a_persons_own_pictures(captions, capsys):
     status, _, err = answer(capsys, gmail_caption, files[2], '--captioner', folder/'out_gpt2'/'captioner')
     assert status == 2 and 'none of 1 images decodes' in err
     assert answer(capsys, gmail_caption, 'x.png', '--captioner', folder/'nowhere')[0] == 2
+
+# The road of a captioner: features, keys, folders
+
+FEW = CaptionerSettings(steps=3, batch_size=16, max_new_tokens=5)
+
+def run_of(captions, name, *args, settings=FEW, **how):
+    "A run on the Karpathy file in miniature, without a word."
+    folder = captions['folder']
+    source = SourceSettings(images=str(folder/'coco'))
+    return tune_captioner(folder/'dataset_coco.json', folder/name, settings, *args, source=source, **how)
+
+def by_key(captions, keys, named=None):
+    "Some of the 40 emoji under these keys."
+    ds = captions['ds'].select(keys).remove_columns('key')
+    return ds.add_column('key', [str(k) for k in (named or keys)])
+
+def test_arms_and_seeds_share_features_and_decode_nothing_twice(captions, monkeypatch):
+    shared = str(captions['folder']/'shared')
+    run_of(captions, 'seed0', captions['made'], arm='mix', features=shared)
+    before = sorted(p.name for p in Path(shared).iterdir())
+    def never(*args): raise AssertionError('an image was embedded again')
+    monkeypatch.setattr('gmail_nb.features.embed_part', never)
+    for arm in ('mix', 'real'): run_of(captions, f'seed1-{arm}', captions['made'], arm=arm, features=shared, seed=1)
+    assert sorted(p.name for p in Path(shared).iterdir()) == before
+    assert [n.split('-')[0] for n in before] == ['generated', 'real', 'test']
+
+def test_sixteen_bits_on_disk(captions):
+    run_of(captions, 'half', store='float16')
+    cards = [json.loads(p.read_text()) for p in (captions['folder']/'half'/'features').glob('*/card.json')]
+    assert {c['store'] for c in cards} == {'float16'} and len(cards) == 2
+
+def test_keys_and_captions_are_read_without_pixels(captions, tmp_path, monkeypatch):
+    ds = captions['ds'].select(range(12))
+    ds.to_parquet(str(tmp_path/'some.parquet'))
+    rows = captioned_rows(tmp_path/'some.parquet')
+    def never(*args, **kwargs): raise AssertionError('an image was read')
+    monkeypatch.setattr('datasets.Image.decode_example', never)
+    column = CaptionColumn(rows, [3, 1], chunk=1)
+    said = rows.select_columns(['captions'])
+    assert list(column) == column[:2] == [list(said[i]['captions']) for i in (3, 1)]
+    assert 'image' not in column.ds.column_names and rows.features['image'].decode is False
+    train, kept = split_rows(rows, .3)
+    assert sorted([*train['key'], *kept['key']]) == sorted(rows['key'])
+
+def test_everything_of_a_run_is_on_one_device(captions, monkeypatch):
+    "Whatever is embedded or trained meets weights that are where its model says it is."
+    from gmail_nb import features
+    seen, embedder = [], features.embedder
+    def watched(model, side='real'):
+        made = embedder(model, side)
+        if isinstance(model, GenReal):
+            places = {p.device for part in (model.f_g, model.proj_gen, model.proj_real) for p in part.parameters()}
+            seen.append((side, places == {made.device}))
+        return made
+    monkeypatch.setattr(features, 'embedder', watched)
+    run_of(captions, 'devices', captions['made'], captions['folder']/'aligned')
+    assert seen == [('generated', True)]
+
+def test_the_same_command_goes_on_and_another_one_is_refused(captions, monkeypatch):
+    first = run_of(captions, 'again')
+    def never(*args): raise AssertionError('a step was taken again')
+    monkeypatch.setattr('gmail_nb.captioning.CaptionTraining.advance', never)
+    again = run_of(captions, 'again', settings=replace(FEW, beams=2)) # which changes the scores alone
+    assert len(again) == len(first)
+    with pytest.raises(ValueError, match='seed is 0 there and 1 here'): run_of(captions, 'again', seed=1)
+
+def test_test_images_that_are_learned_from_are_refused(captions):
+    folder, made = captions['folder'], captions['made']
+    overlap, apart = by_key(captions, [1, 2]), by_key(captions, [3, 7], ['a', 'b'])
+    for arm, how in (('real', {}), ('indiscriminate', dict(generated=made))):
+        with pytest.raises(ValueError, match="2 of 2 images of the test set are among those of this training, such as '1', '2'"):
+            run_of(captions, 'leak', arm=arm, test=overlap, **how)
+    with pytest.raises(ValueError, match='among those of this training'):
+        tune_captioner(None, folder/'leak', FEW, made, arm='indiscriminate', test=overlap)
+    assert not (folder/'leak'/'features').exists() # nothing was embedded for it
+    run_of(captions, 'apart', arm='real', test=apart)
+    assert sorted(trained_on(folder/'apart'/'captioner')) == sorted(str(i) for i in range(40) if i % 4)
+
+def test_a_karpathy_file_as_the_test_set_says_what_is_learned_from(captions):
+    folder = captions['folder']
+    source = SourceSettings(images=str(folder/'coco'))
+    records = tune_captioner(None, folder/'by_file', FEW, captions['made'], arm='indiscriminate',
+                             test=folder/'dataset_coco.json', source=source)
+    assert {(r['split'], r['n']) for r in records} == {('test', 9)}
+    assert not set(trained_on(folder/'by_file'/'captioner')) & {str(i) for i in range(0, 40, 4)}
+
+def test_what_the_models_below_were_trained_on_is_no_test(captions):
+    folder, model = captions['folder'], GenReal(load_encoder('embedded')).save_pretrained(captions['folder']/'knows')
+    write_trained_on(model, ['4'])
+    with pytest.raises(ValueError, match="1 of 10 images of the test set are among those of the aligned model, such as '4'"):
+        run_of(captions, 'leak2', captions['made'], model)
+    run_of(captions, 'base')
+    start = replace(FEW, start=str(folder/'base'))
+    with pytest.raises(ValueError, match='among those of the captioner to start from'):
+        tune_captioner(by_key(captions, [20, 24], ['x', 'y']), folder/'leak3', start, test=by_key(captions, [1, 2]))
+
+def test_a_captioner_goes_on_from_another(captions):
+    folder = captions['folder']
+    run_of(captions, 'first', settings=replace(FEW, steps=20))
+    run_of(captions, 'second', settings=replace(FEW, steps=1, lr=1e-9, noise=0., start=str(folder/'first')))
+    first, second = (load_captioner(folder/n) for n in ('first', 'second'))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(first.parameters(), second.parameters()))
+    for how, said in ((dict(mapper='transformer'), "mapper is 'mlp' there"), (dict(tuning='frozen'), "tuning is 'full' there"),
+                      (dict(lm=str(folder/'gpt2')), 'name is None there'), (dict(prefix_length=5), 'prefix_length is 4 there')):
+        with pytest.raises(ValueError, match=said): run_of(captions, 'third', settings=replace(FEW, start=str(folder/'first'), **how))
+
+def test_a_mapper_first_and_the_language_model_later(captions):
+    "A frozen language model is tuned in a second run, with LoRA or in full."
+    folder = captions['folder']
+    frozen = replace(FEW, lm=str(folder/'gpt2'), tuning='frozen', dtype='bfloat16', steps=6)
+    run_of(captions, 'mapper', settings=frozen)
+    mapper = load_captioner(folder/'mapper')
+    for tuning in ('lora', 'full'):
+        later = replace(frozen, tuning=tuning, start=str(folder/'mapper'), steps=1, lr=1e-9, noise=0.)
+        run_of(captions, f'later-{tuning}', settings=later)
+        found = load_captioner(folder/f'later-{tuning}')
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mapper.prefix.parameters(), found.prefix.parameters()))
+        assert found.settings['tuning'] == tuning
+        assert found.lm.dtype == (torch.float32 if tuning == 'full' else torch.bfloat16)
+
+def test_a_projection_that_was_trained_goes_with_the_captioner(captions):
+    folder, model = captions['folder'], GenReal(load_encoder('embedded'))
+    with torch.no_grad(): model.proj_real.weight.copy_(torch.eye(256).flip(0))
+    model.save_pretrained(folder/'projected')
+    run_of(captions, 'with_projection', captions['made'], folder/'projected')
+    run_of(captions, 'without', captions['made'], folder/'aligned')
+    picture = folder/'coco'/'0004.png'
+    assert (folder/'with_projection'/'captioner'/'projection.safetensors').exists()
+    assert not (folder/'without'/'captioner'/'projection.safetensors').exists()
+    assert caption_files(picture, folder/'with_projection')[0]
+
+def test_pictures_come_as_files_folders_and_sets(captions, tmp_path):
+    folder = captions['folder']
+    if not (folder/'base'/'captioner').exists(): run_of(captions, 'base')
+    captions['ds'].select(range(3)).to_parquet(str(tmp_path/'some.parquet'))
+    (tmp_path/'photos'/'deep').mkdir(parents=True)
+    for i, place in enumerate(('a.png', 'deep/b.png')): captions['ds'][i]['image'].save(tmp_path/'photos'/place)
+    (tmp_path/'photos'/'notes.txt').write_text('no picture')
+    (tmp_path/'photos'/'c.png').write_bytes(b'no picture')
+    places = [tmp_path/'photos', tmp_path/'some.parquet', captions['made']]
+    assert [len(pictures_at(p)) for p in places] == [3, 3, 40]
+    written, broken = caption_files(places, folder/'base', batch_size=4, workers=3)
+    assert len(written) == 2 + 3 + 40 and [Path(b).name for b in broken] == ['c.png']
+    assert {Path(n).name for n in list(written)[:2]} == {'a.png', 'b.png'}
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(ValueError, match='holds no pictures'): caption_files(tmp_path/'empty', folder/'base')
+
+def test_before_any_tuning_the_error_says_what_makes_a_captioner(captions, capsys):
+    status, _, err = answer(capsys, gmail_caption, 'x.png', '--captioner', captions['folder']/'nowhere')
+    assert status == 2 and str(captions['folder']/'nowhere'/'card.json') in err
+    assert 'gmail_tune caption' in err and '--captioner' in err
+
+def test_flags_of_a_captioner(captions, capsys):
+    folder = captions['folder']
+    status, _, said = tune(capsys, captions, 'llama', 2, '--out', folder/'flags', '--tuning', 'lora', '--dtype', 'bfloat16', '--beams', '2',
+                           '--noise', '.1', '--rank', '2', '--precision', 'bf16', '--revision', 'main', '--max-new-tokens', '6')
+    card = json.loads((folder/'flags'/'captioner'/'card.json').read_text())
+    assert status == 0 and card['dtype'] == 'bfloat16' and card['rank'] == 2 and card['revision'] == 'main'
+    assert {k: card['preset'][k] for k in ('beams', 'noise', 'precision')} == dict(beams=2, noise=.1, precision='bf16')
+    if not torch.cuda.is_available():
+        status, _, said = tune(capsys, captions, 'llama', 2, '--out', folder/'bits', '--tuning', 'lora', '--four-bit')
+        assert status == 2 and 'in 4 bit needs a CUDA device' in said[0]
+
+@pytest.mark.cuda
+def test_a_run_on_a_gpu(captions):
+    "Features, training and scores on the GPU; nothing meets a tensor of the CPU."
+    records = run_of(captions, 'gpu', captions['made'], captions['folder']/'aligned')
+    assert {r['arm'] for r in records} == {'gmail'}
