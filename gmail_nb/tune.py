@@ -183,7 +183,7 @@ def image_rows(
     "Features in any form as one that is read by the row."
     if isinstance(features, ImageRows): return features
     if isinstance(features, (list, tuple)): return ImageRows(*features)
-    return ImageRows(*features) if features.ndim == 3 else ImageRows(features)
+    return ImageRows(*features) if getattr(features, 'ndim', 2) == 3 else ImageRows(features)
 
 def chosen(
     captions,           # a list, or anything that gives a list for a list of numbers
@@ -631,13 +631,13 @@ def tune_text(
     """Train `h` and P contrastively on fixed image features; of a mix (S, N, D), whose last source is
     the real one, a source is drawn for each pair and step. `ValueError` as in `check_pairs`."""
     s, x = settings, image_rows(image_features)
-    if len(captions) <= IN_MEMORY: captions = list(captions)
     real = image_rows(real_features) if real_features is not None and s.real_projection else None
-    for rows in (x, real) if real else (x,):
-        check_pairs(encoder, rows, captions, round(s.validation_share * len(x)))
-    known = made_from(encoder, x, captions, s, real) if checkpoint else ()
     acc = accelerator or processes()
     with StopTogether(acc), torch.random.fork_rng(devices=[]):
+        if len(captions) <= IN_MEMORY: captions = list(captions)
+        for rows in (x, real) if real else (x,):
+            check_pairs(encoder, rows, captions, round(s.validation_share * len(x)))
+        known = made_from(encoder, x, captions, s, real) if checkpoint else ()
         torch.manual_seed(stable_seed('tune', s.seed))
         together = acc if accelerator or acc.num_processes > 1 else None
         run = TextRun(encoder, captions, s, inputs, together)
