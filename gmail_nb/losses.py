@@ -30,7 +30,8 @@ def check_batch(generated_features:torch.Tensor, real_features:torch.Tensor, tau
     if shapes[0] != shapes[1] or len(shapes[0]) != 2:
         raise ValueError(f'expected two (B, D) tensors of pairs, got {shapes[0]} generated '
                          f'and {shapes[1]} real')
-    if isinstance(tau, torch.Tensor) and tau.device.type != 'cpu': return # a look makes a device wait
+    on_device = isinstance(tau, torch.Tensor) and tau.device.type != 'cpu'
+    if on_device: return # a look would make it wait
     if not tau > 0: raise ValueError(f'tau must be positive, got {float(tau)}')
 
 # %% ../nbs/21_losses.ipynb #dcf604a4
@@ -85,7 +86,7 @@ def symmetric_rows(
     columns:torch.Tensor,            # (B,), `column_sums` of the whole batch, without gradient
     tau:float|torch.Tensor=.07
 ) -> torch.Tensor: # a scalar
-    "`symmetric_info_nce` of some rows: their mean, with the gradient of the loss of the whole batch."
+    "`symmetric_info_nce` of some rows: their mean, with their gradient of the whole batch's loss."
     logits = F.normalize(generated_features, dim=-1) @ bank.T / tau # (b, B)
     own = logits.gather(1, targets[:, None])[:, 0]
     moves = (logits - columns).exp().sum(1)         # the gradient of all columns
@@ -191,7 +192,7 @@ class StreamedInfoNCE(torch.autograd.Function):
 
 # %% ../nbs/21_losses.ipynb #21a0000a
 def check_bank(generated_features:torch.Tensor, bank:torch.Tensor, targets:torch.Tensor) -> None:
-    "`ValueError` for widths that differ, `IndexError` for a target outside, where targets are on the CPU."
+    "`ValueError` for widths that differ, `IndexError` for a target outside (of targets on the CPU)."
     ours, theirs = generated_features.shape[-1], bank.shape[-1]
     if ours != theirs:
         raise ValueError(f'generated features are {ours} wide, the bank {theirs}: '
@@ -213,7 +214,8 @@ def bank_info_nce(
     "Eq. 1 against a bank of M real features. Raises as `check_bank` does."
     check_bank(generated_features, bank, targets)
     g = F.normalize(generated_features, dim=-1)
-    tau = tau.to(g) if isinstance(tau, torch.Tensor) else g.new_full((), tau) # made there, not copied
+    # a number becomes a tensor on the device itself, and is not copied there
+    tau = tau.to(g) if isinstance(tau, torch.Tensor) else g.new_full((), tau)
     cells = 2**26 // g.element_size()
     rows = rows or max(64, cells // len(bank))
     columns = columns or max(1, cells // rows)

@@ -6,11 +6,12 @@
 __all__ = ['GENERATORS', 'TUNINGS', 'LOSS_NAMES', 'PRECISIONS', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'TEXT_TUNINGS', 'check_above',
            'check_share', 'check_known', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'Generator',
            'AdapterSettings', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings',
-           'EmbedSettings', 'TuneSettings', 'CaptionerSettings', 'DemoSettings', 'demo_settings',
+           'EmbedSettings', 'TuneSettings', 'same_settings', 'CaptionerSettings', 'DemoSettings', 'demo_settings',
            'CaptionExperimentSettings', 'IFCapSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
-from dataclasses import asdict, dataclass, field, fields, replace
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 
 from .files import unknown_name
 
@@ -192,10 +193,8 @@ class AlignSettings:
     seed:int=0                  # of the data order
 
     @property
-    def temperature(self) -> float:
-        "tau, or that of the loss where none was given."
-        if self.tau is not None: return self.tau
-        return .1 if self.loss == 'sigmoid' else .07
+    def temperature(self) -> float: # tau, or that of the loss where none was given
+        return self.tau or (.1 if self.loss == 'sigmoid' else .07)
 
     def __post_init__(self):
         check_known(self, 'loss', LOSS_NAMES)
@@ -293,6 +292,20 @@ class TuneSettings:
         check_known(self, 'precision', PRECISIONS)
         check_share(self, 'validation_share')
         check_above(self, 'steps', 'batch_size', 'tau', 'every', 'validation_limit')
+
+# %% ../nbs/01_settings.ipynb #8230a0ed
+def same_settings(
+    there:dict, # as a card holds them, of any version
+    settings    # a dataclass
+) -> bool:
+    "Whether a card tells these settings. What it does not tell is as it is by default."
+    def same(f, value):
+        if f.name not in there: return value == f.default
+        if is_dataclass(value): return same_settings(there[f.name], value)
+        unsaid = f.name == 'tau' and value is None # .07 was the default of both
+        if unsaid: return there['tau'] in (None, getattr(settings, 'temperature', .07))
+        return there[f.name] == json.loads(json.dumps(value))
+    return all(same(f, getattr(settings, f.name)) for f in fields(settings))
 
 # %% ../nbs/01_settings.ipynb #8cc079e9
 @dataclass(frozen=True)

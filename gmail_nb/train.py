@@ -66,7 +66,7 @@ def batches(n:int, batch_size:int, seed:int, epochs:int):
 
 # %% ../nbs/26_train.ipynb #06015f6f
 class Order:
-    "The batches that `batches` gives, by the number of their step; two epochs of them are held at most."
+    "The batches that `batches` gives, by the number of their step; two epochs are held at most."
     def __init__(self,
         n:int, batch_size:int, seed:int, epochs:int, # as in `batches`
         steps:int|None=None                          # the first so many of them; all if absent
@@ -379,7 +379,10 @@ def gradients(self:StepRunner, batch:Batch) -> torch.Tensor: # the loss of the b
 
 # %% ../nbs/26_train.ipynb #26cu0007
 @patch
-def update(self:StepRunner, loss:torch.Tensor, rate:float) -> tuple[float, bool]: # loss, and whether it counted
+def update(self:StepRunner,
+    loss:torch.Tensor, # from `gradients`
+    rate:float
+) -> tuple[float, bool]: # the loss, and whether the weights moved
     "Move the weights along the gradients, unless loss or gradients are no numbers."
     for group in self.optimizer.param_groups: group['lr'] = rate
     norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.clip)
@@ -568,8 +571,8 @@ def check_whole(
     there = len(features.mapped)
     last = len(features) if features.indices is None else int(features.indices.max(initial=-1)) + 1
     if last <= there: return
-    raise ValueError(f'the file of the features ends after {there} rows, but row {last} is asked for: '
-                     'it was cut short; run `embed` again')
+    raise ValueError(f'the file of the features ends after {there} rows, but row {last} is asked '
+                     'for: it was cut short; run `embed` again')
 
 def check_pairs(model:GenReal, samples:list, real_features) -> None:
     "`ValueError` for images and features that are no pairs, or come from another encoder."
@@ -759,8 +762,8 @@ def check_same_run(
                          'choose another folder, or the settings it has')
     before, now = there.get('processes', 1), here.get('processes', 1)
     if before == now: return
-    raise ValueError(f'{name} was written by {before} processes that trained together, and here are '
-                     f'{now}: start {before} again, or begin anew in another folder')
+    raise ValueError(f'{name} was written by {before} processes that trained together, '
+                     f'and here are {now}: start {before} again, or begin anew in another folder')
 
 # %% ../nbs/26_train.ipynb #0f453b0c
 def checkpoints_in(folder:str|Path) -> list[Path]: # oldest first, also beyond six digits
@@ -819,8 +822,9 @@ def state(self:Alignment) -> dict:
     "Where the run stands and what it belongs to, as JSON."
     s = self.settings
     settings = asdict(s) | dict(precision=self.precision, tau=s.temperature)
-    return dict(**self.progress.state(), **self.watch.state(), settings=settings, data=self.made_from,
-                model=fits(self.model), processes=self.accelerator.num_processes)
+    return dict(**self.progress.state(), **self.watch.state(), settings=settings,
+                model=fits(self.model), data=self.made_from,
+                processes=self.accelerator.num_processes)
 
 # %% ../nbs/26_train.ipynb #6c41b5f7
 @patch
@@ -936,7 +940,10 @@ def show_row(
 
 # %% ../nbs/26_train.ipynb #f988cd79
 @patch
-def train(self:Alignment, evaluate, notes:Log, bar, checkpoints:Checkpoints|None, save_every:int) -> None:
+def train(self:Alignment,
+    evaluate:Callable|None, notes:Log, bar,
+    checkpoints:Checkpoints|None, save_every:int
+) -> None:
     "All steps that are left, each noted and shown, with a checkpoint now and then."
     measured = {}
     while not self.over():
@@ -968,7 +975,8 @@ def align(
     folder = Path(log_file).parent if log_file else '.'
     acc = accelerator or processes(run.trackers, folder, run.device)
     with StopTogether(acc):
-        job = Alignment(model, generated_pixels, real_features, settings, ids, prefix, acc, run.max_bank)
+        job = Alignment(model, generated_pixels, real_features, settings, ids, prefix, acc,
+                        run.max_bank)
         checkpoints = Checkpoints(run.checkpoints, acc, run.keep) if run.checkpoints else None
         if checkpoints: job.resume(checkpoints)
         with Log(log_file, acc, settings, job.history) as notes, job.bar(run.desc) as bar:

@@ -156,7 +156,8 @@ class ImageRows:
     def __init__(self, *sources): # (N, D) each: a tensor, or `Features`
         self.sources = sources
         lengths = {len(s) for s in sources}
-        if len(lengths) != 1: raise ValueError(f'sources of {sorted(lengths)} images: bring one a caption')
+        if len(lengths) == 1: return
+        raise ValueError(f'sources of {sorted(lengths)} images: bring one a caption')
 
     def __len__(self): return len(self.sources[0])
 
@@ -195,7 +196,7 @@ def chosen(
 
 # %% ../nbs/27_tune.ipynb #1b2d0004
 def own_temperature(encoder:Encoder) -> float:
-    "What the towers were trained with, to six digits: .01 for OpenAI's CLIP, .07 for the embedded encoder."
+    "What the towers were trained with, to six digits: .01 for OpenAI's CLIP, .07 for our own."
     return float(f'{1 / encoder.logit_scale.item():.6g}')
 
 def _optimizer(trained, maps, s): # and its schedule
@@ -212,7 +213,8 @@ def hold(run, inputs:torch.Tensor|None) -> None: # run: a `TextRun`; inputs: (N,
     "What the tower reads of every caption, found once, unless there are many of them."
     few = len(run.captions) <= IN_MEMORY
     run.head = last_linear(run.text) if run.settings.tuning == 'head' else None
-    if run.head is not None and inputs is None and few: inputs = head_inputs(run.encoder, run.captions)
+    if inputs is None and run.head is not None and few:
+        inputs = head_inputs(run.encoder, run.captions)
     run.inputs = None if run.head is None else inputs
     run.tokens = run.encoder.tokenize(run.captions) if run.head is None and few else None
 
@@ -442,8 +444,9 @@ def validation_loss(
 ) -> float:
     "The loss over all of these pairs at once, with the mean of the sources for an image."
     run.text.eval()
-    if run.real is None: images = averaged(run, x.read(index))
-    else: images = F.normalize(sum(mapped(run, x.read(index), s) for s in range(len(x.sources))), dim=-1)
+    rows, each = x.read(index), range(len(x.sources))
+    if run.real is None: images = averaged(run, rows)
+    else: images = F.normalize(sum(mapped(run, rows, s) for s in each), dim=-1)
     texts = torch.cat([texts_of(run, i) for i in index.split(chunk)])
     value = compared(run, images, texts, real.read(index) if real else None).item()
     return broadcast_object_list([value])[0] # of the first process, so that all decide alike
@@ -507,7 +510,7 @@ class Checkpoint:
     "A training that was stopped, in one file, which the first process writes."
     def __init__(self,
         path:Path,
-        *made_from:str # fingerprints of encoder, settings, captions and features: today's, then those of before
+        *made_from:str # fingerprints of what it depends on: today's, then those of before
     ): self.path, self.made_from = path, made_from
 
     def save(self, run:TextRun) -> None:
@@ -523,11 +526,12 @@ class Checkpoint:
         if state['made_from'] not in self.made_from:
             raise ValueError(f'{self.path.name} is a checkpoint of other captions, features '
                              'or settings: remove it, or name another')
-        if 'torch' in state: state['random'] = [dict(torch=state.pop('torch'), cuda=None)] # of before
+        if 'torch' in state: # as versions before wrote it
+            state['random'] = [dict(torch=state.pop('torch'), cuda=None)]
         before, now = len(state['random']), run.accelerator.num_processes
         if before != now:
-            raise ValueError(f'{self.path.name} was written by {before} processes that trained together, '
-                             f'and here are {now}: start {before} again, or remove it to begin anew')
+            raise ValueError(f'{self.path.name} was written by {before} processes that trained '
+                             f'together, and here are {now}: start {before} again, or remove it')
         go_on(run, state)
 
     def remove(self, run:TextRun) -> None:
@@ -551,10 +555,11 @@ class TunedText:
         return F.normalize(self.text(**{k: v.to(self.device) for k, v in tokens.items()}), dim=-1)
 
     @torch.inference_mode()
-    def project(self, image_features:torch.Tensor, generated:bool=False) -> torch.Tensor: # (B, D), unit length
+    def project(self, image_features, generated:bool=False) -> torch.Tensor: # (B, D), unit length
         "Features of real images, or of generated ones, through their map."
-        map = self.projection if generated or self.real_projection is None else self.real_projection
-        return F.normalize(map(image_features.to(self.device)), dim=-1)
+        own = not generated and self.real_projection is not None
+        projection = self.real_projection if own else self.projection
+        return F.normalize(projection(image_features.to(self.device)), dim=-1)
 
     @property
     def device(self) -> torch.device: return self.projection.weight.device
@@ -609,8 +614,8 @@ def made_from(
     s = asdict(replace(settings, tau=settings.tau or own_temperature(encoder)))
     later = ('precision', 'real_projection') # a checkpoint of before knows no such settings
     s = {k: v for k, v in s.items() if k not in later or v != getattr(TuneSettings(), k)}
-    parts = torch.arange(len(captions)).split(2**14)
-    said = captions if isinstance(captions, list) else [fingerprint(chosen(captions, p)) for p in parts]
+    parts, said = torch.arange(len(captions)).split(2**14), captions
+    if not isinstance(captions, list): said = [fingerprint(chosen(captions, p)) for p in parts]
     today = fingerprint(encoder.fingerprint, s, said, fingerprints(x), fingerprints(real))
     if real or len(x) > IN_MEMORY: return [today]
     return [today, fingerprint(encoder.fingerprint, s, said, x.read(slice(None)))]

@@ -46,7 +46,8 @@ class Captions:
         return found if self.which is None else [c[k] for c, k in zip(found, self.which[index])]
 
     def select(self, index) -> 'Captions':
-        return Captions(self.ds, self.rows[index], None if self.which is None else self.which[index])
+        which = None if self.which is None else self.which[index]
+        return Captions(self.ds, self.rows[index], which)
 
     def keys(self, index=slice(None)) -> set[str]:
         "The keys of some of them, or of all."
@@ -70,8 +71,9 @@ class Sides:
     def features(self, ds, name:str, side:str='real') -> Features:
         "Features of the images that decode, in their file."
         first = self.accelerator.is_main_process
+        how = EmbedSettings(show_progress=first)
         with self.accelerator.main_process_first():
-            found = embed(ds, self.model, self.out/'features'/name, side, EmbedSettings(show_progress=first))
+            found = embed(ds, self.model, self.out/'features'/name, side, how)
         lost = len(ds) - len(found)
         if lost and first: print(f'{lost} of {len(ds)} images left out: they do not decode')
         return found
@@ -82,7 +84,8 @@ class Sides:
         rows, said = decoded(found), [len(c) for c in ds['captions']]
         counts = np.array(said)[rows]
         which = np.concatenate([np.arange(n) for n in counts])
-        return found.select(np.repeat(np.arange(len(rows)), counts)), Captions(ds, np.repeat(rows, counts), which)
+        captions = Captions(ds, np.repeat(rows, counts), which)
+        return found.select(np.repeat(np.arange(len(rows)), counts)), captions
 
     def generated(self, ds, arm:str) -> tuple[Features, Captions]: # N each
         "Through `f_g` for `gmail`, through `f_r` otherwise."
@@ -113,7 +116,7 @@ class TextPairs:
 def text_pairs(
     sides:Sides, arm:str,
     generated=None,             # from `generated_images`, for all but 'real'
-    real=None,                  # a captioned set, for 'real' and 'mix'; of others, the keys to learn from
+    real=None,                  # a captioned set; other arms than 'real' and 'mix' take its keys
     real_projection:bool=False  # whether real partners are wanted too
 ) -> TextPairs:
     "Images and captions of an arm. `ValueError` when no generated image has a key of the real set."
@@ -125,7 +128,8 @@ def text_pairs(
     wanted = arm == 'mix' or real_projection
     theirs = sides.features(real, 'real') if wanted else None
     ours, others = partners(dict(key=x.keys), dict(key=theirs.keys) if wanted else real)
-    if len(ours) < len(x): print(f'{len(x) - len(ours)} of {len(x)} generated images have no real partner')
+    alone = len(x) - len(ours)
+    if alone: print(f'{alone} of {len(x)} generated images have no real partner')
     x, captions = x.select(ours), captions.select(np.array(ours))
     theirs = theirs.select(others) if wanted else None
     if arm == 'mix': return TextPairs(ImageRows(x, theirs), captions)
@@ -156,9 +160,10 @@ def check_test_apart(
     source:SourceSettings         # how it is read
 ) -> None:
     "`ValueError` when an image of the test set has been, or would be, learned from."
-    held = set(load_captioned(test, source, images=False)['key'])
-    check_apart(keys, held, 'the training set', set_name(test))
-    if model is not None: check_apart(trained_on(model), held, f'the alignment in {Path(model).name}', set_name(test))
+    held, name = set(load_captioned(test, source, images=False)['key']), set_name(test)
+    check_apart(keys, held, 'the training set', name)
+    if model is None: return
+    check_apart(trained_on(model), held, f'the alignment in {Path(model).name}', name)
 
 # %% ../../nbs/runs/20_tune_text.ipynb #4c98bb6b
 def keep_tuned(
@@ -172,7 +177,8 @@ def keep_tuned(
     before = [] if model is None else trained_on(model)
     write_trained_on(out, captions.keys(train.numpy()).union(before))
     settings = replace(recipe.settings, tau=recipe.settings.tau or own_temperature(encoder))
-    save_tuned(tuned, encoder, out, aligned=model, settings=asdict(settings), arm=arm, pairs=len(captions))
+    save_tuned(tuned, encoder, out, aligned=model, settings=asdict(settings), arm=arm,
+               pairs=len(captions))
 
 # %% ../../nbs/runs/20_tune_text.ipynb #e9ec16db
 def tune_from_files(
