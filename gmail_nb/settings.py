@@ -6,11 +6,12 @@
 __all__ = ['GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'TEXT_TUNINGS',
            'check_above', 'check_share', 'check_known', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'Generator',
            'AdapterSettings', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings',
-           'EmbedSettings', 'TuneSettings', 'CaptionerSettings', 'CaptionRunSettings', 'DemoSettings', 'demo_settings',
-           'CaptionExperimentSettings', 'IFCapSettings']
+           'EmbedSettings', 'TuneSettings', 'same_settings', 'CaptionerSettings', 'CaptionRunSettings', 'DemoSettings',
+           'demo_settings', 'CaptionExperimentSettings', 'IFCapSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
-from dataclasses import asdict, dataclass, field, fields, replace
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 
 from .files import unknown_name
 
@@ -158,16 +159,16 @@ def check_parts(
     processes:int,  # that train together
     ids:bool        # whether rows of equal captions are known
 ) -> None:
-    "`ValueError` for a loss that cannot be had in parts, or knows no ids."
+    "`ValueError` for a loss that has no further negatives, or knows no ids."
     if s.loss == 'cosine' and s.negatives != 'batch':
         raise ValueError('cosine has no negatives: leave them out')
     if s.loss != 'symmetric': return
     if ids:
         raise ValueError('symmetric takes every other pair of a batch for a negative: '
                          'use info_nce or sigmoid with ids of equal captions')
-    if s.negatives != 'batch' or s.accumulation > 1 or processes > 1:
-        raise ValueError('symmetric needs its whole batch at once: use info_nce or sigmoid '
-                         'for more negatives, accumulation or several processes')
+    if s.negatives != 'batch':
+        raise ValueError('symmetric asks every real image for its generated partner, and further '
+                         'negatives have none in the batch: use info_nce or sigmoid for them')
 
 # %% ../nbs/01_settings.ipynb #6f615033
 LOSS_NAMES = ('info_nce', 'symmetric', 'sigmoid', 'cosine')
@@ -194,8 +195,11 @@ class AlignSettings:
     most_bad_steps:int=10       # steps with a loss that is no number before it stops
     seed:int=0                  # of the data order
 
+    @property
+    def temperature(self) -> float: # tau, or that of the loss where none was given
+        return self.tau or (.1 if self.loss == 'sigmoid' else .07)
+
     def __post_init__(self):
-        if self.tau is None: object.__setattr__(self, 'tau', .1 if self.loss == 'sigmoid' else .07)
         check_known(self, 'loss', LOSS_NAMES)
         check_known(self, 'precision', PRECISIONS)
         check_above(self, 'tau', 'clip', 'accumulation', 'patience')
@@ -221,6 +225,7 @@ class RunSettings:
     trackers:tuple=()           # tensorboard, trackio or wandb, where installed
     desc:str='aligning'         # beside the progress bar
     max_bank:int=2 * 2**30      # bytes of real features that may lie on the device
+    device:str|None=None        # cpu or cuda; the fastest present if absent
 
     def __post_init__(self): check_above(self, 'save_every', 'keep')
 
@@ -269,24 +274,41 @@ class TuneSettings:
     blocks:int=1                # of last
     rank:int=4                  # of lora
     projection:bool=True        # learn the shared projection P too
+    real_projection:bool=False  # learn one for real images beside it, where there are any
     steps:int=400
     batch_size:int=256
     lr:float=1e-3               # peak rate of the text tower
     projection_lr:float=1e-4    # peak rate of P
     weight_decay:float=.01      # pulls P towards the identity
-    tau:float=.07               # temperature of the contrastive loss
+    tau:float|None=None         # temperature of the contrastive loss; that of the encoder if absent
     noise:float=1.              # on what the head reads, relative to its length; of head alone
     validation_share:float=.1   # share of the captions kept out; 0 trains on all to the last step
     validation_limit:int=5000   # of the captions kept out, at most so many are looked at
     every:int=20                # steps between two looks at them
     max_norm:float|None=None    # gradients longer than this are cut to it
     patience:int|None=5         # looks without a better one before the end; None: never
+    precision:str='auto'        # bf16 for autocast, no for float32; auto for bf16 where the device has it
     seed:int=0                  # of order, noise and which captions are kept out
 
     def __post_init__(self):
         check_known(self, 'tuning', TEXT_TUNINGS)
+        check_known(self, 'precision', PRECISIONS)
         check_share(self, 'validation_share')
         check_above(self, 'steps', 'batch_size', 'tau', 'every', 'validation_limit')
+
+# %% ../nbs/01_settings.ipynb #8230a0ed
+def same_settings(
+    there:dict, # as a card holds them, of any version
+    settings    # a dataclass
+) -> bool:
+    "Whether a card tells these settings. What it does not tell is as it is by default."
+    def same(f, value):
+        if f.name not in there: return value == f.default
+        if is_dataclass(value): return same_settings(there[f.name], value)
+        unsaid = f.name == 'tau' and value is None # .07 was the default of both
+        if unsaid: return there['tau'] in (None, getattr(settings, 'temperature', .07))
+        return there[f.name] == json.loads(json.dumps(value))
+    return all(same(f, getattr(settings, f.name)) for f in fields(settings))
 
 # %% ../nbs/01_settings.ipynb #8cc079e9
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def test_the_study_is_the_demo_but_for_its_epochs():
     assert replace(STUDY, align=replace(STUDY.align, epochs=s.align.epochs)) == s
 
 def test_the_sigmoid_loss_has_its_own_temperature():
-    assert VARIANTS['sigmoid'].applied(DemoSettings()).align.tau == .1
+    assert VARIANTS['sigmoid'].applied(DemoSettings()).align.temperature == .1
 
 def test_runs_are_read_again(home, found):
     files = {p.name: p.stat().st_mtime_ns for p in (home/'variants').glob('*.safetensors')}

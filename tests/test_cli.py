@@ -108,9 +108,9 @@ def test_a_preset_stands_but_for_the_flags_beside_it():
     assert seen['settings'].adapters == AdapterSettings(rank=2) and seen['real'] == 'photos'
 
 def test_the_temperature_follows_the_loss():
-    assert seen_settings(commands.gmail_align, 'a', 'b', '--loss', 'sigmoid')['settings'].align.tau == .1
-    assert seen_settings(commands.gmail_align, 'a', 'b', '--loss', 'sigmoid', '--tau', '.2')['settings'].align.tau == .2
-    assert derived(AlignSettings()) == {'tau'} and derived(AlignSettings(tau=.3)) == set()
+    assert seen_settings(commands.gmail_align, 'a', 'b', '--loss', 'sigmoid')['settings'].align.temperature == .1
+    assert seen_settings(commands.gmail_align, 'a', 'b', '--loss', 'sigmoid', '--tau', '.2')['settings'].align.temperature == .2
+    assert derived(AlignSettings()) == set() and AlignSettings().tau is None
 
 @pytest.mark.parametrize('typed, value', [('batch', 'batch'), ('all', 'all'), ('4096', 4096)])
 def test_negatives_are_a_word_or_a_number(typed, value):

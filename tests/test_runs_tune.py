@@ -18,7 +18,7 @@ from gmail_nb.generate import generate, load_generated
 from gmail_nb.runs.presets import ARMS, TEXT_RECIPES, check_arm
 from gmail_nb.runs.tune_caption import (CaptionColumn, Embeddings, caption_files, caption_sets, captioned_rows, coco_rows,
     pictures_at, split_rows, training_features, tune_captioner)
-from gmail_nb.runs.tune_text import pairs_of_files, tune_from_files, without_damaged
+from gmail_nb.runs.tune_text import pairs_of_files, tune_from_files
 from gmail_nb.runtime import set_seed
 from gmail_nb.settings import CaptionerSettings, DrawSettings, SourceSettings, TuneSettings, WorkSettings
 from gmail_nb.splits import trained_on, write_trained_on
@@ -81,11 +81,6 @@ def test_an_arm_that_lacks_something(text, arm, said):
     with pytest.raises(ValueError, match=said): pairs_of_files(text['folder']/'arms', text['encoder'], arm, generated=text['drawn'])
     with pytest.raises(ValueError, match='generated images: name their folder with --generated'): check_arm('mix', None, None, 1)
     assert set(ARMS) == {'gmail', 'indiscriminate', 'real', 'mix'}
-
-def test_rows_of_nan_are_left_out_with_their_captions():
-    x, captions = without_damaged(torch.tensor([[3., 4.], [float('nan'), 0.]]), ['a', 'b'])
-    torch.testing.assert_close(x, torch.tensor([[.6, .8]]))
-    assert captions == ['a']
 
 def test_the_command_writes_what_was_asked(text, capsys):
     out = text['folder']/'told'

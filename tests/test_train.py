@@ -20,14 +20,15 @@ from datasets import Dataset, Features as Columns, Image, Value
 from PIL import Image as Picture
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmail_nb.align import GenReal
 from gmail_nb.encoders import Encoder, encode_images
 from gmail_nb.features import LazyPixels, embed
 from gmail_nb.runtime import set_seed
 from gmail_nb.settings import AdapterSettings, AlignSettings, EmbedSettings, RunSettings
-from gmail_nb.train import (Alignment, Bank, Checkpoints, align, alignment_parameters, batches,
-                            checkpoints_in, draw_others, epoch_order, own_parts, processes, rng_state,
+from gmail_nb.train import (Alignment, Bank, Checkpoints, Order, align, alignment_parameters, bank_bytes, batches,
+                            check_device, checkpoints_in, draw_others, epoch_order, own_parts, processes, rng_state,
                             run_precision, set_rng_state)
 
 script = str(Path(__file__).with_name('align_once.py'))
@@ -90,6 +91,13 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert not torch.equal(epoch_order(8, 0, 0), epoch_order(8, 0, 1))
     assert sorted(epoch_order(8, 0, 1).tolist()) == list(range(8))
 
+def test_batches_by_their_step_are_those_of_the_list_and_two_epochs_are_held():
+    for n, size in ((10, 3), (2, 3), (6, 6)):
+        order, listed = Order(n, size, 5, 4), list(batches(n, size, 5, 4))
+        assert len(order) == len(listed) and all(map(torch.equal, order, listed))
+        assert len(order.held) == 2 and torch.equal(order[0], listed[0])
+        with pytest.raises(IndexError): order[len(order)]
+
 def test_a_smaller_batch_is_left_out_unless_it_is_alone():
     assert [len(b) for b in batches(8, 3, 0, 2)] == [3, 3, 3, 3]
     assert [len(b) for b in batches(2, 3, 0, 2)] == [2, 2]
@@ -110,6 +118,12 @@ def test_a_bank_that_is_read_gives_what_a_resident_one_gives(real):
     model = new_model()
     assert torch.equal(Bank(model, real, 0)[[3, 1]], Bank(model, real)[[3, 1]])
     assert Bank(model, real, 0).resident is None and len(Bank(model, real)) == 32
+    assert torch.equal(Bank(model, real).whole(chunk=5), Bank(model, real).resident)
+
+def test_on_a_cpu_a_large_bank_stays_in_its_file_unless_every_step_reads_it():
+    cpu, gpu, every = torch.device('cpu'), torch.device('cuda'), AlignSettings(negatives='all')
+    assert bank_bytes(AlignSettings(), cpu, 2**31) == 2**28 and bank_bytes(every, cpu, 2**31) == 2**31
+    assert bank_bytes(AlignSettings(), gpu, 2**31) == 2**31 and bank_bytes(AlignSettings(), cpu, 9) == 9
 
 # what must not change the result
 
@@ -162,6 +176,39 @@ def test_parts_of_a_batch_add_up_to_the_same_curve(plain, real):
     torch.testing.assert_close(losses, plain[0], atol=1e-2, rtol=0)
     torch.testing.assert_close(losses[0], plain[0][0], atol=1e-5, rtol=0)
 
+def test_the_symmetric_loss_in_parts_follows_its_curve_also_with_dropout(real):
+    both = replace(short, loss='symmetric')
+    whole, parts = (trained(real, settings=replace(both, accumulation=n))[0] for n in (1, 3))
+    torch.testing.assert_close(parts, whole, atol=1e-2, rtol=0)
+    torch.testing.assert_close(parts[0], whole[0], atol=1e-5, rtol=0)
+    drops = Alignment(new_model(replace(late, dropout=.5)), x_g, real, replace(both, accumulation=3))
+    drops.model.train()
+    batch, torch_state = drops.data.batch(0), torch.get_rng_state()
+    first = drops.runner.columns_first(batch)
+    assert torch.equal(torch.get_rng_state(), torch_state) # the pass with gradients draws the same masks
+    again = drops.runner.columns(batch, [drops.runner.side(x) for x in batch.inputs])
+    torch.testing.assert_close(first, again, atol=0, rtol=0)
+
+class Reads(TorchDispatchMode):
+    "Counts the times that a number of a tensor is asked for, which a GPU has to be waited for."
+    count = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        asked = func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point()
+        self.count += asked # whole numbers are indices, which are looked at on the CPU
+        return func(*args, **kwargs or {})
+
+@pytest.mark.parametrize('how', [
+    dict(), dict(accumulation=4), dict(negatives=8), dict(loss='symmetric'), dict(loss='sigmoid'),
+    dict(loss='symmetric', accumulation=2), dict(loss='cosine'), dict(ema=.9)], ids=str)
+def test_a_step_waits_for_its_device_once(real, how, monkeypatch):
+    run = Alignment(new_model(), x_g, real, AlignSettings(**(dict(epochs=2, batch_size=16) | how)))
+    run.advance()
+    run.runner.optimizer.step = lambda: None # AdamW's own counts of steps lie on the CPU
+    read, lists = torch.Tensor.tolist, []
+    monkeypatch.setattr(torch.Tensor, 'tolist', lambda x: lists.append(x.is_floating_point()) or read(x))
+    with Reads() as reads: run.advance()
+    assert reads.count == 0 and sum(lists) == 1 # loss and length of the gradient together
+
 def test_a_run_that_is_stopped_goes_on_to_the_same_weights(plain, real, tmp_path):
     def killed(model): raise KeyboardInterrupt # in the middle of the run, after the first epoch
     with pytest.raises(KeyboardInterrupt): trained(real, evaluate=killed, run=at(tmp_path))
@@ -190,7 +237,8 @@ def test_dropout_draws_the_same_after_a_stop(real, tmp_path):
 
 @pytest.mark.parametrize('how', [
     dict(negatives=12), dict(negatives='all'), dict(learn_tau=True), dict(loss='symmetric'),
-    dict(loss='sigmoid', accumulation=2), dict(loss='cosine'), dict(ema=.9), dict(precision='bf16')], ids=str)
+    dict(loss='symmetric', accumulation=2), dict(loss='sigmoid', accumulation=2), dict(loss='cosine'),
+    dict(ema=.9), dict(precision='bf16')], ids=str)
 def test_every_choice_runs_and_learns(real, how):
     losses = trained(real, settings=AlignSettings(**(dict(epochs=6, batch_size=16) | how)), prefix=True)[0]
     assert losses[-2:].mean() < losses[:2].mean()
@@ -259,9 +307,9 @@ def test_a_checkpoint_of_before_is_gone_on_from(plain, real, tmp_path):
     with pytest.raises(Stop): trained(real, evaluate=stop, run=at(tmp_path))
     file = checkpoints_in(tmp_path)[-1]/'state.json'
     state = json.loads(file.read_text())
-    assert set(state) == {'step', 'bad', 'best', 'stopped', 'settings', 'model', 'data', 'history'}
-    assert state['settings'] == json.loads(json.dumps(asdict(replace(short, precision='no'))))
-    for later in ('model', 'stopped'): del state[later]
+    assert set(state) == {'step', 'bad', 'best', 'stopped', 'settings', 'model', 'data', 'history', 'processes'}
+    assert state['settings'] == json.loads(json.dumps(asdict(replace(short, precision='no', tau=.07))))
+    for later in ('model', 'stopped', 'processes'): del state[later]
     file.write_text(json.dumps(state))
     assert torch.equal(trained(real, run=at(tmp_path))[1], plain[1])
 
@@ -313,9 +361,33 @@ def test_settings_without_sense_are_named(real):
     with pytest.raises(ValueError, match='between 0 and 1'): AlignSettings(ema=1.5)
     with pytest.raises(ValueError, match="'bf16'"): AlignSettings(precision='bf61')
     with pytest.raises(ValueError, match="'all'"): AlignSettings(negatives='every')
-    with pytest.raises(ValueError, match='whole batch'): AlignSettings(loss='symmetric', accumulation=2)
-    with pytest.raises(ValueError, match='several processes'): AlignSettings(loss='symmetric').check_loss(processes=2)
-    assert AlignSettings(loss='sigmoid').tau == .1 and AlignSettings().tau == .07
+    with pytest.raises(ValueError, match='further negatives have none'): AlignSettings(loss='symmetric', negatives=4)
+    AlignSettings(loss='symmetric', accumulation=2).check_loss(processes=2)
+
+def test_the_temperature_follows_the_loss_unless_it_is_given():
+    assert AlignSettings().tau is None and AlignSettings().temperature == .07
+    assert replace(AlignSettings(), loss='sigmoid').temperature == .1
+    assert replace(AlignSettings(tau=.2), loss='sigmoid').temperature == .2
+
+def test_a_device_that_is_not_there_is_refused(real):
+    with pytest.raises(ValueError, match="no device 'cuda:9', only cpu"): check_device('cuda:9')
+    with pytest.raises(ValueError, match="no device 'tpu'"): align(new_model(), x_g, real, run=RunSettings(device='tpu'))
+    check_device('cpu'), check_device(None)
+
+def test_bfloat16_where_it_cannot_be_had_is_refused(monkeypatch):
+    from types import SimpleNamespace
+    def there(kind): return SimpleNamespace(mixed_precision='no', device=torch.device(kind))
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: False)
+    with pytest.raises(ValueError, match="'bf16', which cuda does not compute in"):
+        run_precision(AlignSettings(precision='bf16'), there('cuda'))
+    assert run_precision(AlignSettings(), there('cuda')) == 'no'
+    assert run_precision(AlignSettings(precision='bf16'), there('cpu')) == 'bf16'
+
+def test_features_that_end_before_their_keys_are_refused(real, tmp_path):
+    stored = embed(as_dataset(real_images), new_model(), tmp_path/'f_r', 'base', EmbedSettings(show_progress=False))
+    cut = replace(stored, mapped=stored.mapped[:20])
+    with pytest.raises(ValueError, match='ends after 20 rows, but row 32 is asked for'): align(new_model(), x_g, cut)
+    with pytest.raises(ValueError, match='but row 31 is'): align(new_model(), x_g[:2], cut.select([3, 30]))
 
 def test_a_call_without_sense_is_named(real):
     model = new_model()
@@ -386,6 +458,19 @@ def compare(alone, together):
 def test_two_processes_follow_the_curve_of_one(tmp_path):
     "With batches that do not divide by two as well; the script makes every gather an error."
     compare(run(tmp_path/'one'), run(tmp_path/'two', processes=2))
+
+def test_when_a_process_fails_the_others_stop_and_say_why(tmp_path):
+    "The second of two cannot decode an image; without a word the first would wait for it."
+    command = [sys.executable, *launcher(2), script, str(tmp_path), 'fails']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0
+    assert "stopping, because process 1 failed: ValueError: image 'k7' does not decode" in done.stderr
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
+    run(tmp_path/'one', tmp_path/'checkpoints')
+    command = [sys.executable, *launcher(2), script, str(tmp_path), str(tmp_path/'checkpoints')]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0 and 'was written by 1 processes that trained together, and here are 2' in done.stderr
 
 @pytest.mark.slow
 def test_three_processes_follow_the_curve_of_one(tmp_path):

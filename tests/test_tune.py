@@ -1,21 +1,26 @@
 "Learning the text side: what is trained, what is refused, what a stopped training ends in, and what comes back from a folder."
-import copy, json
+import copy, json, subprocess, sys
+from dataclasses import asdict, replace
+from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest, torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from gmail_nb.align import GenReal
 from gmail_nb.data import emoji
 from gmail_nb.encoders import Encoder, encode_images, load_encoder
+from gmail_nb.features import Features
 from gmail_nb.losses import contrastive
-from gmail_nb.runtime import noise_generator
+from gmail_nb.runtime import fingerprint, noise_generator
 from gmail_nb.settings import TEXT_TUNINGS, AdapterSettings, TuneSettings
 from gmail_nb.train import batches, cosine_rate
 from gmail_nb.tune import (
-    Checkpoint, disturbed, head_inputs, last_linear, load_tuned, save_tuned, text_blocks, text_parameters,
-    todays_words, tune_text, tuned_card, tuned_encoder)
+    Checkpoint, TextRun, disturbed, head_inputs, image_rows, last_linear, lengths, load_tuned, made_from, own_temperature,
+    save_tuned, text_blocks, text_parameters, todays_words, tune_text, tuned_card, tuned_encoder)
 
 def weight(item): return 8
 
@@ -158,7 +163,7 @@ def test_features_of_other_captions_are_refused(encoder, features, captions):
     with pytest.raises(ValueError, match='230 images but 229 captions'): tune_text(encoder, features, captions[1:])
 
 def test_too_few_to_train_on_are_refused(encoder, features, captions):
-    with pytest.raises(ValueError, match='5 pairs of which 4'):
+    with pytest.raises(ValueError, match='5 pairs, of which 4 are for validation'):
         tune_text(encoder, features[:5], captions[:5], TuneSettings(validation_share=.8))
     with pytest.raises(ValueError, match='a share is at least 0 and below 1'): TuneSettings(validation_share=1.)
 
@@ -189,6 +194,135 @@ def test_a_training_that_was_stopped_ends_like_one_that_was_not(encoder, feature
     assert again.history == whole.history and not kept.exists()
     assert torch.equal(again.text.head.weight, whole.text.head.weight)
     assert torch.equal(again.projection.weight, whole.projection.weight)
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(encoder, features, captions, tmp_path):
+    kept, save = tmp_path/'run.pt', Checkpoint.save
+    def stopping(self, *args):
+        save(self, *args)
+        raise Stop
+    with patch.object(Checkpoint, 'save', stopping), pytest.raises(Stop):
+        tune_text(encoder, features, captions, brief(), checkpoint=kept)
+    state = torch.load(kept, weights_only=True)
+    torch.save(state | dict(random=state['random'] * 2), kept)
+    with pytest.raises(ValueError, match='was written by 2 processes that trained together, and here are 1'):
+        tune_text(encoder, features, captions, brief(), checkpoint=kept)
+    whole = tune_text(encoder, features, captions, brief())
+    before = {k: v for k, v in state.items() if k != 'random'} | dict(torch=state['random'][0]['torch'])
+    torch.save(before, kept) # as versions before wrote it
+    assert tune_text(encoder, features, captions, brief(), checkpoint=kept).history == whole.history
+
+def test_a_checkpoint_of_before_is_known_by_its_fingerprint(encoder, features, captions):
+    settings = {k: v for k, v in asdict(brief(tau=.07)).items() if k not in ('precision', 'real_projection')}
+    before = fingerprint(encoder.fingerprint, settings, captions, features[None])
+    assert before in made_from(encoder, image_rows(features), captions, brief())
+    assert before not in made_from(encoder, image_rows(features), captions, brief(real_projection=True))
+
+# Read by the step
+
+def stored(x, tmp_path):
+    "Features as `embed` leaves them, in a file."
+    np.save(tmp_path/'features.npy', x.numpy())
+    mapped = torch.from_numpy(np.load(tmp_path/'features.npy', mmap_mode='c'))
+    return Features([f'k{i}' for i in range(len(x))], mapped, dict(content='0'), [])
+
+class Elsewhere:
+    "Captions that are no list."
+    def __init__(self, captions): self.captions = captions
+    def __len__(self): return len(self.captions)
+    def __getitem__(self, i): return [self.captions[j] for j in i] if isinstance(i, list) else self.captions[i]
+
+def test_features_in_their_file_give_what_a_tensor_gives(encoder, features, captions, tmp_path):
+    x = F.normalize(features, dim=-1)
+    there, here = (tune_text(encoder, f, captions, brief()) for f in (stored(x, tmp_path), F.normalize(x, dim=-1)))
+    assert same(there, here) and there.history == here.history
+    chosen = stored(x, tmp_path).select(list(range(0, 230, 2)))
+    assert torch.equal(image_rows(chosen).read(torch.tensor([1, 3]))[0], F.normalize(x[[2, 6]], dim=-1))
+
+@pytest.mark.parametrize('tuning', ['head', 'last'])
+def test_many_captions_are_read_batch_by_batch(encoder, features, captions, tuning, monkeypatch):
+    whole = tune_text(encoder, features, captions, brief(tuning=tuning, steps=3, batch_size=32))
+    monkeypatch.setattr('gmail_nb.tune.IN_MEMORY', 10)
+    asked, tokenize = [], Encoder.tokenize
+    monkeypatch.setattr(Encoder, 'tokenize', lambda e, texts: asked.append(len(texts)) or tokenize(e, texts))
+    parts = tune_text(encoder, features, Elsewhere(captions), brief(tuning=tuning, steps=3, batch_size=32))
+    assert max(asked) <= 64 and abs(parts.history[0]['loss'] - whole.history[0]['loss']) < (1e-4 if tuning == 'head' else 1)
+
+def test_rows_are_measured_in_chunks(features):
+    one, many = lengths(image_rows(features)), lengths(image_rows(features), chunk=7)
+    assert all(map(torch.equal, one, many))
+
+def test_features_that_end_before_their_captions_are_refused(encoder, features, captions, tmp_path):
+    short = replace(stored(features, tmp_path), mapped=features[:200])
+    with pytest.raises(ValueError, match='ends after 200 rows, but row 230'): tune_text(encoder, short, captions)
+    with pytest.raises(ValueError, match=r'sources of \[229, 230\] images'): image_rows([features, features[1:]])
+
+# Temperature and projections
+
+def test_the_temperature_is_that_of_the_encoder_unless_it_is_given(encoder, features, captions):
+    clip = Encoder('clip', nn.Identity(), nn.Identity(), None, None, 2, 100.)
+    assert own_temperature(encoder) == .07 and own_temperature(clip) == .01
+    own, given, other = (tune_text(encoder, features, captions, brief(tau=t)) for t in (None, .07, .1))
+    assert same(own, given) and own.history == given.history and own.history != other.history
+
+def test_a_precision_of_its_own(encoder, features, captions):
+    half, whole = (tune_text(encoder, features, captions, brief(precision=p)) for p in ('bf16', 'no'))
+    assert 0 < abs(half.history[0]['loss'] - whole.history[0]['loss']) < .1
+    assert half.text.head.weight.dtype == torch.float32
+
+def test_real_images_teach_their_own_projection_and_nothing_else(encoder, features, captions, tmp_path):
+    real = F.normalize(features + .05 * torch.randn(features.shape, generator=torch.Generator().manual_seed(0)), dim=-1)
+    settings = brief(steps=20, patience=None, validation_share=0.)
+    alone = tune_text(encoder, features, captions, settings)
+    both = tune_text(encoder, features, captions, replace(settings, real_projection=True), real_features=real)
+    assert same(alone, both) and torch.equal(alone.projection.weight, both.projection.weight)
+    assert alone.real_projection is None and not torch.equal(both.real_projection.weight, torch.eye(256))
+    assert not torch.equal(both.project(real), both.project(real, generated=True))
+    assert both.trained == alone.trained + 256 * 256
+    images = torch.stack([encoder.preprocess(im) for im in emoji('B', source='twemoji').select(range(3))['image']])
+    back = load_tuned(save_tuned(both, encoder, tmp_path/'both'), load_encoder('embedded'))
+    with torch.inference_mode(): ours = both.project(encoder.encode_image(images))
+    torch.testing.assert_close(back.encode_image(images).detach(), ours, atol=1e-5, rtol=1e-4)
+
+def test_without_real_images_both_kinds_share_one_projection(encoder, features, captions):
+    shared, own = (tune_text(encoder, features, captions, brief(real_projection=r)) for r in (False, True))
+    assert same(shared, own) and own.real_projection is None and own.trained == shared.trained
+
+def test_real_images_of_a_mix_go_through_their_projection(encoder, features, captions):
+    mix = tune_text(encoder, torch.stack([features, features]), captions, brief(real_projection=True, steps=20, patience=None))
+    assert not torch.equal(mix.projection.weight, mix.real_projection.weight)
+
+# Over processes
+
+script = str(Path(__file__).with_name('tune_once.py'))
+
+def once(out, *more, processes=1):
+    "A finished process of `tune_once.py`."
+    out.mkdir(exist_ok=True)
+    together = ('-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--master_port=0',
+                '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0')
+    command = [sys.executable, *(together if processes > 1 else ()), script, str(out), *map(str, more)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+def test_two_processes_end_where_one_ends(tmp_path):
+    "Batches of 15 do not divide by two; losses agree to 1e-4."
+    for name, n in (('one', 1), ('two', 2)):
+        done = once(tmp_path/name, processes=n)
+        assert done.returncode == 0, done.stderr[-3000:]
+    files = sorted((tmp_path/'one').glob('*.json'))
+    assert len(files) == 8
+    for file in files:
+        one, two = (json.loads((tmp_path/name/file.name).read_text()) for name in ('one', 'two'))
+        assert len(one) == len(two) and one[-1]['loss'] < one[0]['loss'] + .1, file.stem
+        for key in ('loss', 'validation_loss'):
+            assert max(abs(a.get(key, 0) - b.get(key, 0)) for a, b in zip(one, two)) < 1e-4, file.stem
+        weights, found = (load_file(tmp_path/name/f'{file.stem}.safetensors') for name in ('one', 'two'))
+        assert set(weights) == set(found)
+        for k in weights: # Adam makes much of rounding where a gradient is zero
+            torch.testing.assert_close(found[k], weights[k], atol=.05 if file.stem == 'full' else 2e-3, rtol=0)
+
+def test_when_a_process_fails_the_others_stop_and_say_why(tmp_path):
+    done = once(tmp_path, 'fails', processes=2)
+    assert done.returncode != 0 and "process 1 failed: ValueError: caption 'k7' is no text" in done.stderr
 
 # Kept and read back
 
@@ -252,3 +386,15 @@ def test_every_tuning_can_be_asked_for(tuning): assert TuneSettings(tuning).tuni
 def test_a_projection_alone_makes_an_encoder_of_the_base(encoder, tuned, pixels):
     whole = tuned_encoder(GenReal(load_encoder('embedded'), AdapterSettings(tuning='projections')), tuned)
     assert whole.name == 'embedded+tuned' and whole.encode_image(pixels).shape == (4, 256)
+
+# Many rows
+
+@pytest.mark.slow
+def test_a_million_rows_take_no_more_memory_than_few(tmp_path):
+    "Alignment and tuning over a file of two gigabytes hold less than two beside it; the table is printed."
+    script = Path(__file__).with_name('million_rows.py')
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    for stage, seconds in found['seconds'].items(): print(f'{stage:32} {seconds:8.3f} s for 100,000 rows')
+    assert found['file_gb'] > 2 and found['most_gb'] < 2

@@ -70,7 +70,7 @@ def plain_loss(
     with in_precision(precision, model.device):
         with torch.no_grad(): target = model.encode_real(real)
         features = model.encode_generated(generated)
-    return info_nce(features.float(), target.float(), settings.tau)
+    return info_nce(features.float(), target.float(), settings.temperature)
 
 # %% ../../nbs/bench/30_align.ipynb #5d0b0024
 def plain_steps(

@@ -117,6 +117,9 @@ def gmail_tune_text(
     model:str|None=None,         # a folder of gmail_align: f_g of generated images
     real:str|None=None,          # a captioned set of real images, for the arms real and mix
     arm:Arm|None=None,           # what to learn from; gmail with --generated, otherwise real
+    test:str|None=None,          # a captioned set that must not be learned from; refused if it was
+    test_split:str|None=None,    # of it, where it is a Karpathy file
+    device:str|None=None,        # cpu or cuda; the fastest present if absent
     source:SourceSettings=SourceSettings(),
     recipe:TextRecipe=TextRecipe()
 ):
@@ -124,7 +127,8 @@ def gmail_tune_text(
     from gmail_nb.runs.tune_text import tune_from_files
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
-    tuned = tune_from_files(out, recipe, generated, model, real, arm, source)
+    tuned = tune_from_files(out, recipe, generated, model, real, arm, source, test=test,
+                            test_split=test_split, device=device)
     print(f'{tuned.trained:,} parameters, {len(tuned.history)} steps, the best at {tuned.best}')
     print(f'tuned: {out} (gmail_eval --model tuned:{out} measures it)')
 

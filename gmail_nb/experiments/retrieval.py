@@ -26,7 +26,7 @@ from ..files import atomic_write, check_writable, progress, record, write_result
 from ..pages import save_figure, table_text
 from ..retrieval import WAYS, nearest, retrieval, show_retrieval
 from ..runtime import fingerprint, stable_seed
-from ..settings import DemoSettings, TuneSettings
+from ..settings import DemoSettings, TuneSettings, same_settings
 from ..stats import Interval, bootstrap, paired_difference, verdict
 from ..tune import TunedText, head_inputs, last_linear, save_tuned, tune_text
 
@@ -68,8 +68,8 @@ def aligned_model(
     try: model = GenReal.from_pretrained(out/'model', encoder)
     except FileNotFoundError: model = None
     card = json.loads((out/'model'/'card.json').read_text()) if model else {}
-    same = json.loads(json.dumps(asdict(settings)))
-    if model and card.get('settings') in (None, same): return model
+    there = card.get('settings')
+    if model and (there is None or same_settings(there, settings)): return model
     if model:
         raise ValueError(f'{out.name}/model was aligned with other settings: '
                          'choose another folder, or the settings of its card')
