@@ -6,8 +6,8 @@
 __all__ = ['GENERATORS', 'TUNINGS', 'LOSS_NAMES', 'PRECISIONS', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'TEXT_TUNINGS', 'check_above',
            'check_share', 'check_known', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'Generator',
            'AdapterSettings', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings',
-           'EmbedSettings', 'TuneSettings', 'CaptionerSettings', 'DemoSettings', 'demo_settings',
-           'CaptionExperimentSettings', 'IFCapSettings']
+           'EmbedSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'CaptionerSettings',
+           'DemoSettings', 'demo_settings', 'CaptionExperimentSettings', 'IFCapSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -284,6 +284,53 @@ class TuneSettings:
         check_known(self, 'tuning', TEXT_TUNINGS)
         check_share(self, 'validation_share')
         check_above(self, 'steps', 'batch_size', 'tau', 'every', 'validation_limit')
+
+# %% ../nbs/01_settings.ipynb #f191600a
+@dataclass(frozen=True)
+class ProbeSettings:
+    "What a linear probe depends on besides its features and labels."
+    strengths:tuple=field(default=tuple(10**(i / 4 - 5) for i in range(45)), metadata=dict(flag=False))
+    validation_share:float=.2   # of the training images, to choose the strength by
+    tolerance:float=1e-4        # largest entry of the gradient of the mean loss at which a fit ends
+    max_steps:int=300           # steps of L-BFGS before it ends in any case
+    seed:int=0                  # of which images are kept out
+
+    def __post_init__(self):
+        check_share(self, 'validation_share')
+        check_above(self, 'tolerance', 'max_steps')
+        if not self.strengths: raise ValueError('strengths is empty: a probe needs at least one')
+
+# %% ../nbs/01_settings.ipynb #edb773be
+@dataclass(frozen=True)
+class FineTuneSettings:
+    "What fine-tuning a tower on classes depends on besides its images and labels."
+    start:str='f_g'             # of an aligned model: f_g, or f_r, which is its base encoder
+    epochs:int=10
+    batch_size:int=32           # images a step, over all processes together
+    lr:float=1e-4               # peak learning rate of the tower
+    head_lr:float=1e-2          # and of the linear head
+    weight_decay:float=.01
+    warmup:int=0                # steps of linear rise
+    clip:float|None=None        # largest norm of the gradient
+    precision:str='auto'        # bf16 for autocast, no for float32; auto for bf16 where the device has it
+    save_every:int=1000         # steps between checkpoints
+    seed:int=0                  # of the head and the order
+
+    def __post_init__(self):
+        check_known(self, 'start', ('f_g', 'f_r'))
+        check_known(self, 'precision', PRECISIONS)
+        check_above(self, 'epochs', 'batch_size', 'lr', 'head_lr', 'clip', 'save_every')
+
+# %% ../nbs/01_settings.ipynb #243e390e
+@dataclass(frozen=True)
+class EvalSettings:
+    "How an evaluation is carried out."
+    embed:EmbedSettings=EmbedSettings()
+    probe:ProbeSettings=ProbeSettings()
+    fine_tune:FineTuneSettings=FineTuneSettings()
+    equal_keys:str='refuse'     # of training and test: refuse; allow where they only happen to be equal
+
+    def __post_init__(self): check_known(self, 'equal_keys', ('refuse', 'allow'))
 
 # %% ../nbs/01_settings.ipynb #8cc079e9
 @dataclass(frozen=True)
