@@ -541,8 +541,8 @@ class Standardised:
         most:int=16 * 2**30             # bytes of features that may lie on the device
     ):
         self.device, self.chunk = torch.device(device), chunk
-        small = len(x) * x.shape[1] <= 2**22 and self.device.type != 'mps'
-        self.dtype = torch.float64 if small else torch.float32
+        self.wide = torch.float32 if self.device.type == 'mps' else torch.float64 # of sums
+        self.dtype = self.wide if len(x) * x.shape[1] <= 2**22 else torch.float32
         self.mean, self.std = (m.to(device, self.dtype) for m in (mean, std))
         fits = self.device.type != 'cpu' and 4 * len(x) * x.shape[1] <= most
         self.x = feature_rows(x, slice(None), device) if fits else x
@@ -574,7 +574,7 @@ def probe_gradient(
     losses, gradient, n = [], torch.zeros_like(theta), len(index)
     for part, x in data.parts(index):
         log_p, mine = logits_of(theta, x).log_softmax(1), y[part].to(x.device)[:, None]
-        losses.append(-log_p.gather(1, mine).sum())
+        losses.append(-log_p.gather(1, mine).to(data.wide).sum())
         off = log_p.exp().scatter_add_(1, mine, -torch.ones_like(mine, dtype=x.dtype))[:, -len(theta):]
         gradient[:, :-1] += off.T @ x
         gradient[:, -1] += off.sum(0)
@@ -613,7 +613,7 @@ def fit_strength(
         passes.append(value)
         return value
     solver = torch.optim.LBFGS([theta], max_iter=settings.max_steps, tolerance_grad=settings.tolerance,
-                               tolerance_change=1e-12, history_size=10, line_search_fn='strong_wolfe')
+                               tolerance_change=1e-16, history_size=10, line_search_fn='strong_wolfe')
     solver.step(closure)
     closure()
     most, steps = theta.grad.abs().max().item(), solver.state[theta]['n_iter']
@@ -732,8 +732,7 @@ class FineTuned(nn.Module):
     "A copy of a tower and a linear head on its normalised output, which begins at zero."
     def __init__(self, tower:nn.Module, classes:int, sample:torch.Tensor): # sample: pixels (B, 3, H, W)
         super().__init__()
-        check_trainable(tower)
-        self.tower = copy.deepcopy(tower).requires_grad_(True).train()
+        self.tower = copy.deepcopy(tower).float().requires_grad_(True).train() # trained in 32 bits
         with torch.no_grad(): self.width = self.tower(sample).shape[1]
         self.head = nn.Linear(self.width, classes).to(sample.device)
         nn.init.zeros_(self.head.weight)
@@ -751,6 +750,7 @@ class FineTuning:
         settings:FineTuneSettings=FineTuneSettings()
     ):
         from accelerate import PartialState
+        check_trainable(tower)
         self.train, self.settings, self.state = train, settings, PartialState()
         alone, here = self.state.num_processes == 1, next(tower.parameters()).device
         self.device = here if alone else self.state.device

@@ -290,10 +290,10 @@ class TuneSettings:
 class ProbeSettings:
     "What a linear probe depends on besides its features and labels."
     strengths:tuple=field(default=tuple(10**(i / 4 - 5) for i in range(45)), metadata=dict(flag=False))
-    validation_share:float=.2   # of the training images, to choose the strength by
+    validation_share:float=.2   # share of the training images by which the strength is chosen
     tolerance:float=1e-4        # largest entry of the gradient of the mean loss at which a fit ends
-    max_steps:int=300           # steps of L-BFGS before it ends in any case
-    seed:int=0                  # of which images are kept out
+    max_steps:int=300           # steps of L-BFGS after which a fit ends in any case
+    seed:int=0                  # of which training images are kept out
 
     def __post_init__(self):
         check_share(self, 'validation_share')
@@ -304,17 +304,17 @@ class ProbeSettings:
 @dataclass(frozen=True)
 class FineTuneSettings:
     "What fine-tuning a tower on classes depends on besides its images and labels."
-    start:str='f_g'             # of an aligned model: f_g, or f_r, which is its base encoder
-    epochs:int=10
+    start:str='f_g'             # side of an aligned model to begin with: f_g, or f_r, which is its base
+    epochs:int=10               # passes over the training images
     batch_size:int=32           # images a step, over all processes together
     lr:float=1e-4               # peak learning rate of the tower
-    head_lr:float=1e-2          # and of the linear head
-    weight_decay:float=.01
-    warmup:int=0                # steps of linear rise
-    clip:float|None=None        # largest norm of the gradient
+    head_lr:float=1e-2          # peak learning rate of the linear head
+    weight_decay:float=.01      # of AdamW
+    warmup:int=0                # steps over which the rates rise to their peaks
+    clip:float|None=None        # largest norm of the gradient; any if absent
     precision:str='auto'        # bf16 for autocast, no for float32; auto for bf16 where the device has it
     save_every:int=1000         # steps between checkpoints
-    seed:int=0                  # of the head and the order
+    seed:int=0                  # of the head's bias and the order of the images
 
     def __post_init__(self):
         check_known(self, 'start', ('f_g', 'f_r'))
@@ -328,7 +328,7 @@ class EvalSettings:
     embed:EmbedSettings=EmbedSettings()
     probe:ProbeSettings=ProbeSettings()
     fine_tune:FineTuneSettings=FineTuneSettings()
-    equal_keys:str='refuse'     # of training and test: refuse; allow where they only happen to be equal
+    equal_keys:str='refuse'     # keys in training and test: refuse, or allow where they are equal by accident
 
     def __post_init__(self): check_known(self, 'equal_keys', ('refuse', 'allow'))
 

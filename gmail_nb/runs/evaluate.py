@@ -131,9 +131,9 @@ def difference_records(
 @dataclass
 class EvalSet:
     "A set that is measured on."
-    data:object   # a captioned set, or labelled files
+    data:object     # a captioned set, or labelled files
     protocol:object # a `RetrievalSet` or a `ClassificationSet`
-    files:str=''  # fingerprint of its images, labels and captions
+    files:str=''    # fingerprint of its images, labels and captions
 
 # %% ../../nbs/runs/40_evaluate.ipynb #266d7c6c
 def eval_retrieval(
@@ -145,7 +145,8 @@ def eval_retrieval(
     "Recalls, mAP and median ranks both ways; writes all queries' values, two grids and a curve."
     ds, known, stem = tested.data, tested.protocol, run.stem(name, arm)
     e = embed_captioned(encoder, ds, known.per_image, run.features, run.settings.embed)
-    ranks = retrieval_in_folds(e, known.folds, device=encoder.device)
+    device = encoder.device
+    ranks = retrieval_in_folds(e, known.folds, device=device) if known.folds > 1 else e.ranks(device=device)
     ks = possible_ks(min(ranks.gallery), arm, name, run.say)
     write_queries(run.queries(name, arm), retrieval_keys(e), per_query(ranks, ks))
     if run.pictures: retrieval_pictures(e, ds, ranks, arm, run.out/stem)
