@@ -246,7 +246,8 @@ def image_rows(
     files:list # paths, encoded bytes, or PIL images
 ) -> datasets.Dataset: # key, image
     "Files as a dataset whose images are decoded where they are read."
-    encoded = [None if isinstance(f, Path) else f if isinstance(f, bytes) else png_bytes(f) for f in files]
+    def content(f): return f if isinstance(f, bytes) else png_bytes(f)
+    encoded = [None if isinstance(f, Path) else content(f) for f in files]
     paths = [str(f) if isinstance(f, Path) else None for f in files]
     stored = pa.array(encoded, pa.binary()), pa.array(paths, pa.string())
     image = pa.StructArray.from_arrays(stored, names=['bytes', 'path'])
@@ -448,11 +449,13 @@ def mini_files(
 ) -> list[str]:
     "Where one image of the miniature lies in each of the sets."
     k, name, wnid = 20 * c + i, {n: v[c] for n, v in MINI.items()}, f'n{1440764 + c:08}'
-    return [f'dtd/dtd/images/{name["dtd"]}/{name["dtd"]}_{i:04}.jpg',
-            f'stanford_cars/cars_test/{2 * c + i:05}.jpg', f'stanford_cars/cars_train/{2 * c + i:05}.jpg',
+    listed = [f'dtd/dtd/images/{name["dtd"]}/{name["dtd"]}_{i:04}.jpg',
+              f'food-101/images/{name["food"]}/{k}.jpg', f'fgvc-aircraft-2013b/data/images/{k:07}.jpg',
+              f'oxford-iiit-pet/images/{name["pets"]}_{i}.jpg']
+    if i > 1: return listed # for training, where a list parts the images of one folder
+    car = f'{2 * c + i:05}.jpg'
+    return [*listed, f'stanford_cars/cars_test/{car}', f'stanford_cars/cars_train/{car}',
             f'SUN397/{name["sun"]}/sun_{c}{i}.jpg',
-            f'food-101/images/{name["food"]}/{k}.jpg', f'fgvc-aircraft-2013b/data/images/{k:07}.jpg',
-            f'oxford-iiit-pet/images/{name["pets"]}_{i}.jpg',
             f'caltech101/101_ObjectCategories/{name["things"]}/image_{i:04}.jpg',
             f'imagenet/val/{wnid}/ILSVRC2012_val_{k:08}.JPEG', f'imagenet/train/{wnid}/{wnid}_{k}.JPEG']
 
@@ -465,11 +468,12 @@ def write_lines(path:Path, *lines:str) -> None:
 # %% ../nbs/31_classification.ipynb #1c310004
 def mini_lists(root:Path, split:str) -> None:
     "The files that say which images belong to a split, 'train' or 'test'."
-    each, whole = [(c, i) for c in range(3) for i in range(2)], split.replace('train', 'trainval')
+    numbers, whole = (0, 1) if split == 'test' else (2, 3), split.replace('train', 'trainval')
+    each = [(c, i) for c in range(3) for i in numbers]
     names = {n: [v[c] for c, _ in each] for n, v in MINI.items()}
     dtd = (f'{t}/{t}_{i:04}.jpg' for t, (_, i) in zip(names['dtd'], each))
     write_lines(root/f'dtd/dtd/labels/{split}1.txt', *dtd)
-    food = {f: [f'{f}/{20 * c + i}' for i in range(2)] for c, f in enumerate(MINI['food'])}
+    food = {f: [f'{f}/{20 * c + i}' for i in numbers] for c, f in enumerate(MINI['food'])}
     write_lines(root/f'food-101/meta/{split}.json', json.dumps(food))
     craft = (f'{20 * c + i:07} {n}' for n, (c, i) in zip(names['craft'], each))
     write_lines(root/f'fgvc-aircraft-2013b/data/images_variant_{whole}.txt', *craft)
@@ -501,7 +505,7 @@ def classification_miniature(
     for c in range(2000):
         wnid = f'n{1440764 + c % 1000:08}' # all 1,000 folders, since ImageNet's names go by their order
         (root/'imagenet'/('val', 'train')[c // 1000]/wnid).mkdir(parents=True, exist_ok=True)
-    for c, i in ((c, i) for c in range(3) for i in range(2)):
+    for c, i in ((c, i) for c in range(3) for i in range(4)):
         image = ds[3 * (20 * c + i)]['image'].convert('RGB').resize((32, 32))
         for name in mini_files(c, i):
             (root/name).parent.mkdir(parents=True, exist_ok=True)
@@ -514,7 +518,7 @@ def classification_miniature(
 @dataclass
 class Labelled:
     "Images with their classes."
-    x:torch.Tensor      # features (N, D) or pixels (N, 3, H, W): a tensor, a mapped file, or `LazyPixels`
+    x:torch.Tensor      # features (N, D) or pixels (N, 3, H, W), which may be `LazyPixels`
     labels:torch.Tensor # (N,)
 
     def __len__(self) -> int: return len(self.x)
@@ -532,7 +536,7 @@ def moments(
 
 # %% ../nbs/31_classification.ipynb #fd300e89
 class Standardised:
-    "Rows of features, less their mean and divided by their deviation, a chunk at a time; small sets in 64 bits."
+    "Rows of features, less their mean, over their deviation, a chunk at a time; small sets in 64 bits."
     def __init__(self,
         x,                              # (N, D)
         mean:torch.Tensor, std:torch.Tensor, # (D,)
@@ -552,7 +556,8 @@ class Standardised:
     def parts(self, index:torch.Tensor): # of rows
         "Yield some of these numbers and their rows (B, D), until all were there."
         for part in index.split(self.chunk):
-            yield part, (feature_rows(self.x, part, self.device).to(self.dtype) - self.mean) / self.std
+            x = feature_rows(self.x, part, self.device).to(self.dtype)
+            yield part, (x - self.mean) / self.std
 
 # %% ../nbs/31_classification.ipynb #f2975427
 def logits_of(
@@ -575,13 +580,14 @@ def probe_gradient(
     for part, x in data.parts(index):
         log_p, mine = logits_of(theta, x).log_softmax(1), y[part].to(x.device)[:, None]
         losses.append(-log_p.gather(1, mine).to(data.wide).sum())
-        off = log_p.exp().scatter_add_(1, mine, -torch.ones_like(mine, dtype=x.dtype))[:, -len(theta):]
+        minus = -torch.ones_like(mine, dtype=x.dtype)
+        off = log_p.exp().scatter_add_(1, mine, minus)[:, -len(theta):]
         gradient[:, :-1] += off.T @ x
         gradient[:, -1] += off.sum(0)
     weights, scale = theta[:, :-1], strength * n
     gradient /= n
     gradient[:, :-1] += weights / scale
-    value = torch.stack(losses).cpu().double().sum() / n + weights.square().sum().cpu().double() / (2 * scale)
+    value = torch.stack(losses).sum() / n + weights.square().sum() / (2 * scale)
     return value.item(), gradient
 
 # %% ../nbs/31_classification.ipynb #da51822a
@@ -594,6 +600,8 @@ class Fit:
     passes:int         # over the rows
     gradient:float     # its largest entry at the end
     converged:bool
+    tried:int=0        # strengths that were tried before
+    searched:int=0     # passes over the rows for them
 
 @torch.no_grad()
 def fit_strength(
@@ -606,14 +614,15 @@ def fit_strength(
     "The regression of one strength."
     classes = int(y.max()) + 1
     shape = (1 if classes == 2 else classes, len(data.mean) + 1)
-    theta = nn.Parameter(torch.zeros(shape, device=data.device, dtype=data.dtype) if start is None else start.clone())
-    passes = []
+    if start is None: start = torch.zeros(shape, device=data.device, dtype=data.dtype)
+    theta, passes = nn.Parameter(start.clone()), []
     def closure():
         value, theta.grad = probe_gradient(theta.data, data, y, index, strength)
         passes.append(value)
         return value
-    solver = torch.optim.LBFGS([theta], max_iter=settings.max_steps, tolerance_grad=settings.tolerance,
-                               tolerance_change=1e-16, history_size=10, line_search_fn='strong_wolfe')
+    solver = torch.optim.LBFGS([theta], max_iter=settings.max_steps, history_size=10,
+                               tolerance_grad=settings.tolerance, tolerance_change=1e-16,
+                               line_search_fn='strong_wolfe')
     solver.step(closure)
     closure()
     most, steps = theta.grad.abs().max().item(), solver.state[theta]['n_iter']
@@ -630,7 +639,7 @@ def clearly_lower(
 def best_strength(
     score:Callable,      # of one strength
     strengths:tuple=ProbeSettings().strengths, # in order
-    n:int|None=None      # answers that a score is the share of: it ends the first look once it clearly falls
+    n:int|None=None      # answers behind a score: the first look ends where it has clearly fallen
 ) -> float:
     "The best of a row that rises and falls once, found by halving steps; the strongest of equals."
     known, step, best = {}, max(1, len(strengths) // 4), 0
@@ -662,31 +671,35 @@ log = logging.getLogger('gmail_nb.classification')
 def choose_strength(
     data:Standardised, y:torch.Tensor,
     settings:ProbeSettings
-) -> tuple[float, Fit|None]: # the strength, and a fit near it
+) -> tuple[float, dict[float, Fit]]: # the strength, and the fits that were tried
     "The strength that does best on rows kept out."
     order = torch.randperm(len(y), generator=noise_generator('probe', len(y), settings.seed))
     cut, fits, all_of = round(settings.validation_share * len(y)), {}, settings.strengths
     kept_out, learn = (part.sort().values for part in (order[:cut], order[cut:]))
-    if not cut or len(all_of) == 1 or len(y[learn].unique()) < 2: return all_of[len(all_of) // 2], None
+    if not cut or len(all_of) == 1 or len(y[learn].unique()) < 2:
+        return all_of[len(all_of) // 2], {}
     def score(c):
         near = min(fits, key=lambda k: abs(np.log(k / c))) if fits else None
         fits[c] = fit_strength(data, y, learn, c, settings, near and fits[near].theta)
-        hits = [logits_of(fits[c].theta, x).argmax(1).cpu() == y[part] for part, x in data.parts(kept_out)]
+        def hit(part, x): return logits_of(fits[c].theta, x).argmax(1).cpu() == y[part]
+        hits = [hit(part, x) for part, x in data.parts(kept_out)]
         return torch.cat(hits).float().mean().item()
-    best = best_strength(score, all_of, cut)
-    return best, fits[best]
+    return best_strength(score, all_of, cut), fits
 
 def fit_probe(
     data:Standardised, y:torch.Tensor, # standardised features (N, D), and labels (N,) from 0
     settings:ProbeSettings=ProbeSettings()
 ) -> Fit:
-    "The regression on all rows, with the strength that does best on those kept out; a warning unless it converged."
-    if int(y.max()) + 1 > len(y.unique()): raise ValueError('a class has no rows: number those that have some')
-    strength, near = choose_strength(data, y, settings)
-    fit = fit_strength(data, y, torch.arange(len(y)), strength, settings, near and near.theta)
+    "The regression on all rows, with the strength that does best on some kept out."
+    if int(y.max()) + 1 > len(y.unique()):
+        raise ValueError('a class has no rows: number those that have some')
+    strength, tried = choose_strength(data, y, settings)
+    start = tried[strength].theta if tried else None
+    fit = fit_strength(data, y, torch.arange(len(y)), strength, settings, start)
+    fit.tried, fit.searched = len(tried), sum(f.passes for f in tried.values())
     if not fit.converged:
-        log.warning('the probe has not converged: its gradient is %.1e after %d steps, the tolerance %.1e. '
-                    'Raise max_steps (--max-steps)', fit.gradient, fit.steps, settings.tolerance)
+        log.warning('the probe has not converged: its gradient is %.1e after %d steps, '
+                    'the tolerance %.1e. Raise max_steps (--max-steps)', fit.gradient, fit.steps, settings.tolerance)
     return fit
 
 # %% ../nbs/31_classification.ipynb #18d40a49
@@ -706,7 +719,8 @@ def linear_probe(
     mean, std = moments(train.x)
     fit, best = fit_probe(Standardised(train.x, mean, std, device), y, settings), []
     for _, x in Standardised(test.x, mean, std, device).parts(torch.arange(len(test))):
-        best.append(logits_of(fit.theta, x).topk(min(5, len(classes)), 1).indices.cpu())
+        scores = logits_of(fit.theta, x.to(fit.theta.dtype)) # small sets are in 64 bits, large ones are not
+        best.append(scores.topk(min(5, len(classes)), 1).indices.cpu())
     facts = {k: v for k, v in vars(fit).items() if k != 'theta'}
     return Predictions(classes[torch.cat(best)], test.labels, list(classnames), facts)
 
@@ -716,7 +730,8 @@ def plain_tower(
     start:str='f_g'   # or 'f_r', its base
 ) -> nn.Module: # a copy, of the base tower's class
     "A tower all of whose parameters can be trained."
-    if isinstance(f_g, FrozenTower): raise ValueError('this is f_r inside an aligned model: hand in its f_g')
+    if isinstance(f_g, FrozenTower):
+        raise ValueError('this is f_r inside an aligned model: hand in its f_g')
     tower = copy.deepcopy(f_g)
     if not hasattr(tower, 'merge_and_unload'): return tower # no LoRA
     return tower.merge_and_unload() if start == 'f_g' else tower.unload()
@@ -724,13 +739,13 @@ def plain_tower(
 def check_trainable(tower:nn.Module) -> None:
     "`ValueError` for a tower whose weights are those of an aligned model with its adapters off."
     if any(isinstance(m, FrozenTower) for m in tower.modules()):
-        raise ValueError('this tower is f_r inside an aligned model, whose weights cannot be trained there: '
-                         'hand in `plain_tower(model.f_g)`')
+        raise ValueError('this tower is f_r inside an aligned model, where its weights cannot be '
+                         'trained: hand in `plain_tower(model.f_g)`')
 
 # %% ../nbs/31_classification.ipynb #a5ec1cbf
 class FineTuned(nn.Module):
     "A copy of a tower and a linear head on its normalised output, which begins at zero."
-    def __init__(self, tower:nn.Module, classes:int, sample:torch.Tensor): # sample: pixels (B, 3, H, W)
+    def __init__(self, tower:nn.Module, classes:int, sample:torch.Tensor): # (B, 3, H, W)
         super().__init__()
         self.tower = copy.deepcopy(tower).float().requires_grad_(True).train() # trained in 32 bits
         with torch.no_grad(): self.width = self.tower(sample).shape[1]
@@ -757,7 +772,7 @@ class FineTuning:
         self.precision = native_precision(settings.precision, self.device)
         self.size, self.losses = min(settings.batch_size, len(train)), []
         if self.size < self.state.num_processes:
-            raise ValueError(f'{self.size} images a step are shared by {self.state.num_processes} processes: '
+            raise ValueError(f'{self.size} images a step for {self.state.num_processes} processes: '
                              'raise batch_size')
         self.steps = settings.epochs * max(1, len(train) // self.size)
         torch.manual_seed(settings.seed)
@@ -785,7 +800,8 @@ def one_step(run:FineTuning, index:torch.Tensor) -> None: # of a whole batch
     s, own = run.settings, run.own(index)
     torch.manual_seed(stable_seed('fine-tune', s.seed, len(run.losses), run.state.process_index))
     run.model.train()
-    with in_precision(run.precision, run.device): logits = run.model(run.train.x[own].to(run.device))
+    pixels = run.train.x[own].to(run.device)
+    with in_precision(run.precision, run.device): logits = run.model(pixels)
     y = run.train.labels[own].to(run.device)
     loss = F.cross_entropy(logits.float(), y, reduction='sum') / len(index)
     run.optimizer.zero_grad()
@@ -796,7 +812,7 @@ def one_step(run:FineTuning, index:torch.Tensor) -> None: # of a whole batch
     run.schedule.step()
     run.losses.append(whole(run, loss.detach()).item())
     if np.isfinite(run.losses[-1]): return
-    raise FloatingPointError(f'the loss is no number at step {len(run.losses)}: lower lr or head_lr')
+    raise FloatingPointError(f'the loss is no number at step {len(run.losses)}: lower lr, head_lr')
 
 def whole(run:FineTuning, part:torch.Tensor) -> torch.Tensor:
     "A sum over all processes."
@@ -827,9 +843,10 @@ class FineTuneFile:
         if not self.path.exists(): return
         state, run = torch.load(self.path, weights_only=True, map_location='cpu'), self.run
         if state['made_from'] != self.made_from:
-            raise ValueError(f'{self.path.name} is a checkpoint of other weights, images, settings or another '
-                             'number of processes: remove it, or name another')
-        for name in ('model', 'optimizer', 'schedule'): getattr(run, name).load_state_dict(state[name])
+            raise ValueError(f'{self.path.name} is a checkpoint of other weights, images, settings or '
+                             'another number of processes: remove it, or name another')
+        for name in ('model', 'optimizer', 'schedule'):
+            getattr(run, name).load_state_dict(state[name])
         run.losses = list(state['losses'])
 
 # %% ../nbs/31_classification.ipynb #d4762fec
@@ -866,7 +883,8 @@ def predict(
     mine = torch.arange(state.process_index, len(pixels), state.num_processes).split(batch_size)
     for i, index in enumerate(mine):
         if hasattr(pixels, 'prefetch'): pixels.prefetch(torch.cat(mine[i:i + 2]))
-        with in_precision(run.precision, run.device): logits = run.model(pixels[index].to(run.device))
+        x = pixels[index].to(run.device)
+        with in_precision(run.precision, run.device): logits = run.model(x)
         best |= zip(index.tolist(), logits.float().topk(k, 1).indices.tolist())
     if state.num_processes > 1:
         from accelerate.utils import gather_object

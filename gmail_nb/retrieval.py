@@ -220,12 +220,14 @@ class Counting:
         levels:Levels,
         chunk:int=2048                 # images in a block, and texts
     ):
-        self.images, self.texts, self.levels, self.chunk = image_features, text_features, levels, chunk
+        self.images, self.texts = image_features, text_features
+        self.levels, self.chunk = levels, chunk
         n, m, self.device = len(image_features), len(text_features), levels.own.device
         self.sorted_own, parts = levels.own[levels.order], range(0, n, chunk)
         counts = torch.zeros(2, m, dtype=torch.long, device=self.device)
         self.images_above, self.texts_above = counts # (M,) each
-        self.needed = {i: thresholds(levels.first[i:i + chunk], levels.count[i:i + chunk]) for i in parts}
+        def needed(i): return thresholds(levels.first[i:i + chunk], levels.count[i:i + chunk])
+        self.needed = {i: needed(i) for i in parts}
         self.buffers = torch.empty(2, min(chunk, m) * min(chunk, n), device=self.device)
 
     def block(self, index:torch.Tensor, texts:torch.Tensor, first:int, images:torch.Tensor) -> None:
@@ -234,8 +236,8 @@ class Counting:
         scores, hits = self.buffers[:, :size].view(2, len(texts), len(images))
         torch.mm(texts, images.T, out=scores)
         without_own(scores, levels.image_of_text[index] - first)
-        found = count_block(scores, hits, levels.own[index], self.sorted_own, self.needed[first], self.texts_above)
-        self.images_above[index] += found
+        own, needed = levels.own[index], self.needed[first]
+        self.images_above[index] += count_block(scores, hits, own, self.sorted_own, needed, self.texts_above)
 
     def count(self, index:torch.Tensor) -> None:
         "These texts beside all images."
@@ -366,7 +368,7 @@ class Embedded:
 def image_identity(
     image # a path, encoded bytes, a row's {'bytes', 'path'}, or a PIL image
 ) -> str:
-    "What tells one stored image from another without decoding it: its bytes, or its file's name, size and time."
+    "What tells stored images apart, undecoded: the bytes, or the file's name, size and time."
     if isinstance(image, dict):
         image = Path(image['path']) if image.get('bytes') is None else image['bytes']
     if isinstance(image, Image.Image): image = image.tobytes()
@@ -751,7 +753,7 @@ def retrieval_miniature(
     root:str|Path, # an empty folder
     n:int=10       # test images
 ) -> Path:
-    "The files of every retrieval benchmark, in miniature and of emoji; COCO's have 5 to 7 captions an image."
+    "The files of every benchmark in miniature, of emoji; COCO's have 5 to 7 captions an image."
     root, ds = Path(root), emoji('B', source='twemoji').select(range(0, 4 * (n + 2), 4))
     counts = [5 + (i + 1) % 3 for i in range(len(ds))]
     said = [[f'{label}, drawn {w}' for w in _DRAWN[:k]] for label, k in zip(ds['label'], counts)]

@@ -286,10 +286,12 @@ class TuneSettings:
         check_above(self, 'steps', 'batch_size', 'tau', 'every', 'validation_limit')
 
 # %% ../nbs/01_settings.ipynb #f191600a
+_strengths = tuple(10**(i / 4 - 5) for i in range(45)) # inverse regularisation
+
 @dataclass(frozen=True)
 class ProbeSettings:
     "What a linear probe depends on besides its features and labels."
-    strengths:tuple=field(default=tuple(10**(i / 4 - 5) for i in range(45)), metadata=dict(flag=False))
+    strengths:tuple=field(default=_strengths, metadata=dict(flag=False)) # from strong to weak
     validation_share:float=.2   # share of the training images by which the strength is chosen
     tolerance:float=1e-4        # largest entry of the gradient of the mean loss at which a fit ends
     max_steps:int=300           # steps of L-BFGS after which a fit ends in any case
@@ -304,7 +306,7 @@ class ProbeSettings:
 @dataclass(frozen=True)
 class FineTuneSettings:
     "What fine-tuning a tower on classes depends on besides its images and labels."
-    start:str='f_g'             # side of an aligned model to begin with: f_g, or f_r, which is its base
+    start:str='f_g'             # of an aligned model: f_g, or f_r, which is its base encoder
     epochs:int=10               # passes over the training images
     batch_size:int=32           # images a step, over all processes together
     lr:float=1e-4               # peak learning rate of the tower
@@ -312,7 +314,7 @@ class FineTuneSettings:
     weight_decay:float=.01      # of AdamW
     warmup:int=0                # steps over which the rates rise to their peaks
     clip:float|None=None        # largest norm of the gradient; any if absent
-    precision:str='auto'        # bf16 for autocast, no for float32; auto for bf16 where the device has it
+    precision:str='auto'        # bf16 for autocast; auto for that where the device has it
     save_every:int=1000         # steps between checkpoints
     seed:int=0                  # of the head's bias and the order of the images
 
@@ -328,7 +330,7 @@ class EvalSettings:
     embed:EmbedSettings=EmbedSettings()
     probe:ProbeSettings=ProbeSettings()
     fine_tune:FineTuneSettings=FineTuneSettings()
-    equal_keys:str='refuse'     # keys in training and test: refuse, or allow where they are equal by accident
+    equal_keys:str='refuse'     # in training and test: refuse; allow where equal by accident
 
     def __post_init__(self): check_known(self, 'equal_keys', ('refuse', 'allow'))
 

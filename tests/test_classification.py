@@ -223,6 +223,11 @@ def test_a_probe_reads_a_mapped_file_of_16_bits_a_chunk_at_a_time(tmp_path):
     assert (a.best[:, 0] == b.best[:, 0]).float().mean() > .97 and a.facts['converged'] and b.facts['converged']
     torch.testing.assert_close(moments(mapped, 64)[1], x.std(0), atol=1e-3, rtol=1e-2)
 
+def test_a_large_set_learns_in_32_bits_for_a_small_test():
+    x, y = clouds(2**16 + 1, 3, d=64)
+    p = linear_probe(Labelled(x, y), Labelled(x[:50], y[:50]), list('abc'), ProbeSettings((.1,)))
+    assert Standardised(x, *moments(x)).dtype == torch.float32 and p.facts['converged'] and p.right.float().mean() > .8
+
 def test_classes_without_training_images_are_never_found(x):
     train = Labelled(x, 1 + 2 * (torch.arange(60) % 2)) # 1 and 3 of five
     p = linear_probe(train, Labelled(x[:10], torch.full((10,), 4)), list('abcde'))

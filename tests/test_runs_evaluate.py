@@ -20,7 +20,7 @@ from gmail_nb.files import read_results, record, write_results
 from gmail_nb.generate import generate
 from gmail_nb.long_captions import OPENAI_MEAN, convert_longclip, stretch_encoder
 from gmail_nb.retrieval import WAYS, load_retrieval_set, retrieval_miniature
-from gmail_nb.runs.evaluate import EvalRun, EvalSet, check_leaks, eval_table, labelled_set, picture_name, read_set, table_blocks, tested_names
+from gmail_nb.runs.evaluate import EvalRun, EvalSet, check_leaks, eval_table, labelled_set, picture_name, read_set, table_blocks, compared_names
 from gmail_nb.runs.models import eval_model, kind_of_folder, model_at, safe_name, spec_of, trained_keys
 from gmail_nb.runs.presets import EIGHT, EVAL_PRESETS, RECALLS, TEXT_RECIPES
 from gmail_nb.settings import DrawSettings, EmbedSettings, EvalSettings, TuneSettings, WorkSettings
@@ -293,9 +293,9 @@ def test_a_second_call_and_other_tasks_read_the_features(world, capsys):
     assert [len(list(kept.glob(f'{kind}-*'))) for kind in ('images', 'texts')] == [1, 1]
 
 def test_features_of_16_bits(world, capsys):
-    asked = '--data', 'coco-5k', '--root', world.root, '--model', 'CLIP=hf:clip', '--models', world.below, '--no-pictures', '--out', world.folder/'half'
+    asked = '--data', 'coco-5k', '--root', world.root, '--model', 'CLIP=hf:clip', '--models', world.below, '--no-pictures', '--out', world.folder/'sixteen'
     assert world.ask(capsys, *asked, '--store', 'float16')[0] == 0
-    settings, = (json.loads(f.read_text()) for f in (world.folder/'half'/'features').glob('images-*/settings.json'))
+    settings, = (json.loads(f.read_text()) for f in (world.folder/'sixteen'/'features').glob('images-*/settings.json'))
     assert settings['store'] == 'float16'
 
 def test_features_of_two_aligned_towers_are_never_mixed(world, tmp_path):
@@ -353,7 +353,7 @@ def test_a_model_is_not_tested_on_what_it_was_trained_on(world, capsys, tmp_path
     asked = '--data', 'coco-5k', '--data', 'urban-1k', '--root', world.root, '--models', models, '--no-pictures', '--model', 'CLIP=hf:clip', '--model'
     status, printed, said = world.ask(capsys, *asked, 'G=tuned:gmail-clip', '--out', tmp_path/'o')
     assert status == 2 and "2 of 10 images of coco-5k are among those of the training of G, such as '3', '4'" in said
-    assert 'G on urban-1k: 10 queries' in said # whose numbers only count its images
+    assert 'G on urban-1k: 12 queries' in said # whose numbers only count its images
     assert {(r['arm'], r['dataset']) for r in read_results(tmp_path/'o'/'results.jsonl')} >= {('CLIP', 'coco-5k'), ('G', 'urban-1k')}
     status, _, _ = world.ask(capsys, *asked, 'G=tuned:gmail-clip', '--out', tmp_path/'allowed', '--equal-keys', 'allow')
     assert status == 0
@@ -373,9 +373,9 @@ def test_a_picture_has_one_name():
 
 def test_flickrs_files_are_compared_and_not_its_numbers(world):
     tested = EvalSet(*load_retrieval_set('flickr30k', world.root))
-    assert tested_names(tested)[:2] == ['0', '1'] and tested.data['file'][:2] == ['0.jpg', '1.jpg'] # of the miniature
-    assert tested_names(EvalSet(*load_retrieval_set('urban-1k', world.root))) == []
-    assert tested_names(EvalSet(*load_retrieval_set('emoji'))) == [] == tested_names(EvalSet(*labelled_set('emoji-group', None)))
+    assert compared_names(tested)[:2] == ['0', '1'] and tested.data['file'][:2] == ['0.jpg', '1.jpg'] # of the miniature
+    assert compared_names(EvalSet(*load_retrieval_set('urban-1k', world.root))) == []
+    assert compared_names(EvalSet(*load_retrieval_set('emoji'))) == [] == compared_names(EvalSet(*labelled_set('emoji-group', None)))
 
 def test_classes_are_compared_by_folder_and_file(world, tmp_path):
     folder = tmp_path/'aligned'

@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'EMOJI_WORDS', 'MISSING', 'EvalRun', 'write_queries', 'shar
            'difference_records', 'EvalSet', 'eval_retrieval', 'possible_ks', 'retrieval_keys', 'retrieval_pictures',
            'labelled_set', 'file_features', 'probe_splits', 'generated_training', 'start_tower', 'fine_tuned_classes',
            'learned_classes', 'classification_pictures', 'eval_classification', 'set_fingerprint', 'read_set',
-           'picture_name', 'tested_names', 'check_leaks', 'read_sets', 'load_or_say', 'reason', 'Results',
+           'picture_name', 'compared_names', 'check_leaks', 'read_sets', 'load_or_say', 'reason', 'Results',
            'main_process_first', 'measured', 'measure_row', 'compare_rows', 'load_rows', 'evaluate_rows', 'evaluate',
            'short_name', 'table_cell', 'table_blocks', 'row_order', 'eval_table', 'chosen_models', 'task_of', 'Tables',
            'tables_of', 'evaluate_as_asked']
@@ -57,7 +57,7 @@ class EvalRun:
     pictures:bool=True
     skip_existing:bool=False   # leave results of the same weights and files
     how:str='probe'            # of a model without a text side: 'probe' or 'fine-tune'
-    train:Path|None=None       # generated images, keys CLASS/NUMBER, for the probe of an aligned model
+    train:Path|None=None       # generated images, keys CLASS/NUMBER, for a probe through f_g
     source:SourceSettings=SourceSettings() # how a set of one's own is read
     say:Callable=print         # told what is done and what is left out
     settings:EvalSettings=EvalSettings()
@@ -145,8 +145,8 @@ def eval_retrieval(
     "Recalls, mAP and median ranks both ways; writes all queries' values, two grids and a curve."
     ds, known, stem = tested.data, tested.protocol, run.stem(name, arm)
     e = embed_captioned(encoder, ds, known.per_image, run.features, run.settings.embed)
-    device = encoder.device
-    ranks = retrieval_in_folds(e, known.folds, device=device) if known.folds > 1 else e.ranks(device=device)
+    if known.folds > 1: ranks = retrieval_in_folds(e, known.folds, device=encoder.device)
+    else: ranks = e.ranks(device=encoder.device)
     ks = possible_ks(min(ranks.gallery), arm, name, run.say)
     write_queries(run.queries(name, arm), retrieval_keys(e), per_query(ranks, ks))
     if run.pictures: retrieval_pictures(e, ds, ranks, arm, run.out/stem)
@@ -293,7 +293,7 @@ def eval_classification(
     tested:EvalSet, # of labelled files
     **extra         # further fields of each record
 ) -> list[dict]: # records; 'main' is the set's own measure
-    "Top-1, top-5 and mean per class, zero-shot or of a trained classifier; writes the worst confusions."
+    "Top-1, top-5 and mean per class, zero-shot or by what was learned; writes the worst confusions."
     files, known, how = tested.data, tested.protocol, 'zero-shot'
     if isinstance(encoder.text, NoText): p, files, how = learned_classes(encoder, name, arm, run)
     else:
@@ -304,7 +304,8 @@ def eval_classification(
     write_queries(run.queries(name, arm), dict(image=image_names(files.files)),
                   values | dict(main=values[known.metric]))
     if run.pictures: classification_pictures(p, files.files, f'{run.out/run.stem(name, arm)}')
-    records = classification_records(run.experiment, arm, name, 'test', p, how=how, **p.facts, **extra)
+    more = dict(how=how, **p.facts, **extra)
+    records = classification_records(run.experiment, arm, name, 'test', p, **more)
     main = next(r for r in records if r['metric'] == known.metric)
     return records + [dict(main, metric='main', of=known.metric)]
 
@@ -339,13 +340,13 @@ def read_set(
 def picture_name(
     key:str # of an image
 ) -> str:
-    "The name of a picture without its ending; COCO's, such as COCO_val2014_000000000139, as its number."
+    "A picture's name without its ending; COCO's, as COCO_val2014_000000000139, as its number."
     path = Path(key)
     plain = key[:-len(path.suffix)] if path.suffix.lower() in IMAGE_SUFFIXES else key
     coco = re.fullmatch(r'(?:.*/)?(?:COCO_\w+_)?(\d{12})', plain)
     return str(int(coco[1])) if coco else plain
 
-def tested_names(tested:EvalSet) -> list[str]:
+def compared_names(tested:EvalSet) -> list[str]:
     "What training must not have seen; nothing of the package's own sets, whose keys are concepts."
     if tested.protocol.keys == 'concepts': return []
     if isinstance(tested.data, LabelledFiles): names = image_names(tested.data.files)
@@ -362,7 +363,7 @@ def check_leaks(
     settings:EvalSettings=EvalSettings()
 ) -> None:
     "`ValueError` when a model was trained on images that it is to be tested on."
-    names = tested_names(tested)
+    names = compared_names(tested)
     if settings.equal_keys == 'allow' or not names: return
     trained = [picture_name(k) for k in trained_keys(spec, below)]
     try: check_apart(trained, names, f'the training of {arm}', name)
@@ -397,7 +398,7 @@ def reason(error:Exception) -> str:
 
 # %% ../../nbs/runs/40_evaluate.ipynb #91d87dd2
 class Results:
-    "The records of an output folder, written after each measurement, and what could not be measured."
+    "The records of an output folder, written after each measurement, and what failed."
     def __init__(self, run:EvalRun):
         self.run, self.file, self.failed = run, run.out/'results.jsonl', {} # (row, set) -> reason
         self.records = read_results(self.file) if self.file.exists() else []
@@ -422,10 +423,10 @@ class Results:
         self.failed[arm, data] = reason(error)
         self.run.say(f'{arm} on {data} not measured: {reason(error)}')
 
-# %% ../../nbs/runs/40_evaluate.ipynb #02ce40e1
+# %% ../../nbs/runs/40_evaluate.ipynb #02ce40e0
 @contextmanager
 def main_process_first():
-    "Of several processes, the first goes ahead and the others read what it wrote, also when it fails."
+    "Of several processes, the first goes ahead and the others read what it wrote; also if it fails."
     from accelerate import PartialState
     state = PartialState()
     if not state.is_main_process: state.wait_for_everyone()
@@ -440,10 +441,11 @@ def measured(
 ) -> list[dict]: # records
     "One row on one set. Fine-tuning is what all processes do together."
     measure = eval_classification if run.task == 'classification' else eval_retrieval
-    together = run.task == 'classification' and run.how == 'fine-tune' and isinstance(encoder.text, NoText)
-    if together: return measure(encoder, d, arm, run, tested, **same)
+    learned = run.task == 'classification' and isinstance(encoder.text, NoText)
+    if learned and run.how == 'fine-tune': return measure(encoder, d, arm, run, tested, **same)
     with main_process_first(): return measure(encoder, d, arm, run, tested, **same)
 
+# %% ../../nbs/runs/40_evaluate.ipynb #02ce40e1
 def measure_row(
     arm:str, spec:str,
     encoder:Encoder,
@@ -457,7 +459,8 @@ def measure_row(
         try:
             same = dict(model=spec, weights=encoder.fingerprint, files=tested.files)
             check_leaks(arm, spec, below, d, tested, run.settings)
-            if run.skip_existing and results.has(arm, d, same): run.say(f'{arm} on {d}: already there')
+            if run.skip_existing and results.has(arm, d, same):
+                run.say(f'{arm} on {d}: already there')
             else:
                 new = measured(arm, d, encoder, tested, run, same)
                 results.put(arm, d, new)
@@ -492,7 +495,7 @@ def load_rows(
     below:Path,            # the folder of the models
     results:Results
 ):
-    "Yield (row, model string, encoder), one at a time; a model that does not load is noted for every set."
+    "Yield (row, model string, encoder), one at a time; one that does not load is noted for every set."
     for arm, spec in models.items():
         try: encoder = load_or_say(arm, spec, below, results.run)
         except Exception as e:
@@ -507,7 +510,7 @@ def evaluate_rows(
     below:str|Path='.',        # where models' folders and files are
     against:dict|None=None     # as in `compare_rows`
 ) -> Results:
-    "Measure every row on every set, then differences. `FileNotFoundError` or `ValueError` when nothing was measured."
+    "Every row on every set, then differences. `FileNotFoundError`, `ValueError` if nothing is measured."
     if run.task not in TASKS: raise unknown_name('task', run.task, TASKS)
     below, specs = Path(below), {arm: spec_of(spec, Path(below)) for arm, spec in models.items()}
     check_writable(run.out)
@@ -559,9 +562,11 @@ def table_blocks(
     wide = [max(len(row[j]) for row in table) + 2 for j in range(len(table[0]))]
     blocks = [[]]
     for j in range(1, len(wide)):
-        if blocks[-1] and wide[0] + sum(wide[c] for c in blocks[-1]) + wide[j] > width: blocks.append([])
+        taken = wide[0] + sum(wide[c] for c in blocks[-1])
+        if blocks[-1] and taken + wide[j] > width: blocks.append([])
         blocks[-1].append(j)
-    return '\n\n'.join(table_text([[row[j] for j in (0, *block)] for row in table]) for block in blocks)
+    def text(block): return table_text([[row[j] for j in (0, *block)] for row in table])
+    return '\n\n'.join(map(text, blocks))
 
 # %% ../../nbs/runs/40_evaluate.ipynb #4a93e1b6
 def row_order(records:list[dict], failed:dict) -> list[str]:
@@ -579,15 +584,16 @@ def eval_table(
     ours = [r for r in records if (r['experiment'], r['dataset']) == (experiment, data)]
     by = {(r['arm'], r['metric']): r for r in ours if r['arm'] not in failed}
     papers = {row: dict(zip(metrics, n)) for (row, d), n in (reported or {}).items() if d == data}
-    arms, found = row_order(ours, failed), dict.fromkeys(r['metric'] for r in ours if r['metric'] != 'main')
-    metrics = [m for m in metrics or found if any((a, m) in by for a in arms)]
-    rows = [[Path(data).name, *map(short_name, metrics or ('',))]]
+    arms, found = row_order(ours, failed), dict.fromkeys(r['metric'] for r in ours)
+    known = metrics or [m for m in found if m != 'main']
+    metrics = [m for m in known if any((a, m) in by for a in arms)] or ['']
+    rows = [[Path(data).name, *map(short_name, metrics)]]
     for arm in arms:
-        rows.append([arm, *(table_cell(by.get((arm, m))) for m in metrics or ('',))])
+        rows.append([arm, *(table_cell(by.get((arm, m))) for m in metrics)])
         if arm in failed: rows[-1][1] = 'not measured'
         paper = papers.get(arm)
         if paper is None: continue
-        rows.append(['  in the paper', *(f'{paper[m]:.1f}' if m in paper else '' for m in metrics or ('',))])
+        rows.append(['  in the paper', *(f'{paper[m]:.1f}' if m in paper else '' for m in metrics)])
     return rows
 
 # %% ../../nbs/runs/40_evaluate.ipynb #ccde7de9
@@ -619,7 +625,7 @@ def task_of(
     if preset and task != its: raise ValueError(f'{preset} is a table of {its}, not of {task}')
     return task
 
-# %% ../../nbs/runs/40_evaluate.ipynb #c1b84f1d
+# %% ../../nbs/runs/40_evaluate.ipynb #c1b84f1e
 class Tables(str):
     "Tables as text; `failed` says which rows were not measured on which set, and why."
     failed:dict
@@ -632,7 +638,8 @@ def tables_of(
     "A table for each set that something was measured on, and below it what was not."
     name, metrics, reported = results.run.experiment, (), None
     if preset: metrics, reported = preset.metrics, preset.reported
-    there = {r['dataset'] for r in results.records if r['experiment'] == name} | {d for _, d in results.failed}
+    there = {r['dataset'] for r in results.records if r['experiment'] == name}
+    there |= {d for _, d in results.failed}
     texts = []
     for d in (d for d in data if d in there):
         table = eval_table(results.records, name, d, metrics, reported, results.failed)
@@ -642,6 +649,7 @@ def tables_of(
     out.failed = results.failed
     return out
 
+# %% ../../nbs/runs/40_evaluate.ipynb #c1b84f1d
 def evaluate_as_asked(
     preset:str|None=None,   # of `EVAL_PRESETS`
     task:str|None=None,     # of `TASKS`; that of the preset, or retrieval
@@ -655,8 +663,9 @@ def evaluate_as_asked(
 ) -> Tables:
     "Measure, write results.jsonl and table.txt, and return the tables."
     task, known = task_of(preset, task), EVAL_PRESETS.get(preset)
-    models, data = chosen_models(model, rows, known), tuple(data) or (known.data if known else (OWN[task],))
-    run = EvalRun(preset or task, Path(out), task, None if root is None else Path(root), **options)
+    data = tuple(data) or (known.data if known else (OWN[task],))
+    models, root = chosen_models(model, rows, known), None if root is None else Path(root)
+    run = EvalRun(preset or task, Path(out), task, root, **options)
     results = evaluate_rows(models, data, run, below, AGAINST if known else None)
     tables = tables_of(results, data, known)
     atomic_write(Path(out)/'table.txt', tables + '\n')

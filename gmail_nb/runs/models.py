@@ -96,7 +96,8 @@ def kind_of_folder(
     card = Path(folder)/'card.json'
     if not card.is_file(): return None
     try: said = json.loads(card.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{Path(folder).name}/card.json is no JSON: {e}') from e
+    except ValueError as e:
+        raise ValueError(f'{Path(folder).name}/card.json is no JSON: {e}') from e
     if 'kind' not in said: return 'aligned' if 'base' in said and 'dim' in said else 'no model'
     return 'tuned' if said['kind'] == 'tuned text' else said['kind']
 
@@ -104,14 +105,16 @@ def spec_of(
     spec:str,             # what a person writes
     models:Path=Path('.') # the folder that FOLDER and FILE are below
 ) -> str: # one of `MODEL_FORMS`
-    "A folder named without its kind gets it from its card. `ValueError` for one of another kind, or an unknown form."
+    "A folder named without its kind gets it from its card. `ValueError` for another kind or form."
     kinds = {form.partition(':')[0] for form in MODEL_FORMS}
     kind, _, rest = spec.partition(':')
     if kind == 'stretched' and rest: return f'{kind}:{spec_of(rest, models)}'
     if spec == 'embedded' or kind in kinds and rest: return spec
     found = kind_of_folder(models/spec)
     if found in ('aligned', 'tuned'): return f'{found}:{spec}'
-    if found: raise ValueError(f'{spec} holds {found!r}, which is no encoder: name an aligned or a tuned folder')
+    if found:
+        raise ValueError(f'{spec} holds {found!r}, which is no encoder: '
+                         'name an aligned or a tuned folder')
     raise unknown_name('model', spec, MODEL_FORMS)
 
 # %% ../../nbs/runs/08_models.ipynb #0ceb5bd3
@@ -144,7 +147,9 @@ def model_at(
     found = kind_of_folder(name)
     if found == 'aligned': return GenReal.from_pretrained(name)
     if found == 'tuned': return load_tuned(name, load=stretched_by_name)
-    if found: raise ValueError(f'{name} holds {found!r}, which is no encoder: name an aligned or a tuned folder')
+    if found:
+        raise ValueError(f'{name} holds {found!r}, which is no encoder: '
+                         'name an aligned or a tuned folder')
     return load_encoder(str(name))
 
 # %% ../../nbs/runs/08_models.ipynb #8db6d414
