@@ -77,7 +77,7 @@ def stretch_parameter(
     "The positions of an open_clip tower and its causal mask, in place."
     p = m.positional_embedding
     m.positional_embedding = nn.Parameter(stretch_positions(p.data, length, keep), p.requires_grad)
-    m.attn_mask = torch.full((length, length), -torch.inf, device=p.device).triu_(1)
+    m.attn_mask = torch.full((length, length), -torch.inf, device=p.device, dtype=m.attn_mask.dtype).triu_(1)
     for name in ('context_length', 'num_pos'):
         if hasattr(m, name): setattr(m, name, length)
     return len(p)
@@ -263,7 +263,10 @@ def recall_by_length(
     lengths:tuple=(12, 20, 32, 48, 77, 128)
 ) -> dict[int, Ranks]: # by the number of tokens that are read
     "Retrieval with texts cut at each length."
-    return {n: retrieval(image_features, encode_texts(cut_at(encoder, n), texts)) for n in lengths}
+    def ranks(n):
+        text_features = encode_texts(cut_at(encoder, n), texts)
+        return retrieval(image_features, text_features, device=encoder.device)
+    return {n: ranks(n) for n in lengths}
 
 # %% ../nbs/32_long_captions.ipynb #36902232
 def show_lengths(

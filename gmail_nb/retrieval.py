@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'TIES', 'RETRIEVAL_SETS', 'Ranks', 'feature_rows', 'check_features', 'check_owners', 'owners', 'own_scores',
-           'by_image', 'thresholds', 'Levels', 'own_levels', 'count_block', 'count_above', 'average_precision',
-           'retrieval', 'recall_at', 'per_query', 'retrieval_scores', 'retrieval_records', 'Embedded',
-           'embed_captioned', 'nearest', 'show_retrieval', 'retrieval_grid', 'show_recall', 'from_sharegpt4v',
-           'from_flickr_tokens', 'from_urban', 'RetrievalSet', 'load_retrieval_set', 'retrieval_in_folds',
-           'retrieval_miniature']
+           'by_image', 'thresholds', 'Levels', 'own_levels', 'count_block', 'without_own', 'Counting', 'count_above',
+           'average_precision', 'retrieval', 'recall_at', 'per_query', 'retrieval_scores', 'retrieval_records',
+           'Embedded', 'image_identity', 'features_made_from', 'set_features', 'read_array', 'fill_texts',
+           'embed_texts', 'embed_captioned', 'nearest', 'show_retrieval', 'retrieval_grid', 'show_recall',
+           'from_sharegpt4v', 'from_flickr_tokens', 'from_urban', 'RetrievalSet', 'described_emoji', 'own_set',
+           'load_retrieval_set', 'retrieval_in_folds', 'retrieval_miniature']
 
 # %% ../nbs/30_retrieval.ipynb #8539963c
 import gmail_nb.runtime
 import json
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -23,13 +24,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.lib.format import open_memmap
 from PIL import Image
 
-from .data import CAPTIONED, FEATURES, check_captioned, emoji
-from .encoders import Encoder, cached_features, encode_images, encode_texts
-from .files import progress, record, unknown_name
+from .data import CAPTIONED, FEATURES, check_captioned, emoji, undecoded
+from .encoders import Encoder, encode_images, encode_texts
+from .features import LazyPixels, embed, native_precision
+from .files import atomic_path, check_writable, name_some, progress, record, unknown_name
 from .runtime import fingerprint
-from .sources import from_coco, from_hub, load_captioned
+from .settings import EmbedSettings, SourceSettings
+from .sources import from_coco, from_hub, load_captioned, read_coco
 from .stats import Interval, bootstrap
 
 # %% ../nbs/30_retrieval.ipynb #352a8157
@@ -55,7 +59,9 @@ def feature_rows(
     device:torch.device|str='cpu'
 ) -> torch.Tensor: # (B, D) float32
     "Some rows, read from wherever they are."
-    if isinstance(x, torch.Tensor): return x[index].to(device, torch.float32)
+    if isinstance(x, torch.Tensor):
+        if isinstance(index, torch.Tensor): index = index.to(x.device)
+        return x[index].to(device).float()
     if isinstance(index, torch.Tensor): index = index.cpu().numpy()
     return torch.from_numpy(np.array(x[index], dtype=np.float32)).to(device)
 
@@ -196,6 +202,51 @@ def count_block(
     return torch.ge(scores, own[:, None], out=hits).sum(1).long()
 
 # %% ../nbs/30_retrieval.ipynb #1b300011
+def without_own(
+    scores:torch.Tensor, # (B, C), texts x images of a block; changed in place
+    column:torch.Tensor  # (B,), where the image of each text stands, counted from the block's first
+) -> None:
+    "Set the scores of matching pairs to minus infinity, so that they are nobody's rivals."
+    inside = (column >= 0) & (column < scores.shape[1])
+    at = column.clamp(0, scores.shape[1] - 1)[:, None]
+    kept = torch.where(inside[:, None], -torch.inf, scores.gather(1, at))
+    scores.scatter_(1, at, kept)
+
+# %% ../nbs/30_retrieval.ipynb #07ac510f
+class Counting:
+    "A pass over all blocks of scores, and what it has counted so far."
+    def __init__(self,
+        image_features, text_features, # (N, D), (M, D)
+        levels:Levels,
+        chunk:int=2048                 # images in a block, and texts
+    ):
+        self.images, self.texts = image_features, text_features
+        self.levels, self.chunk = levels, chunk
+        n, m, self.device = len(image_features), len(text_features), levels.own.device
+        self.sorted_own, parts = levels.own[levels.order], range(0, n, chunk)
+        counts = torch.zeros(2, m, dtype=torch.long, device=self.device)
+        self.images_above, self.texts_above = counts # (M,) each
+        def needed(i): return thresholds(levels.first[i:i + chunk], levels.count[i:i + chunk])
+        self.needed = {i: needed(i) for i in parts}
+        self.buffers = torch.empty(2, min(chunk, m) * min(chunk, n), device=self.device)
+
+    def block(self, index:torch.Tensor, texts:torch.Tensor, first:int, images:torch.Tensor) -> None:
+        "Texts of these numbers beside the images from the first of the block on."
+        levels, size = self.levels, len(texts) * len(images)
+        scores, hits = self.buffers[:, :size].view(2, len(texts), len(images))
+        torch.mm(texts, images.T, out=scores)
+        without_own(scores, levels.image_of_text[index] - first)
+        own, needed = levels.own[index], self.needed[first]
+        self.images_above[index] += count_block(scores, hits, own, self.sorted_own, needed, self.texts_above)
+
+    def count(self, index:torch.Tensor) -> None:
+        "These texts beside all images."
+        parts = [(i, feature_rows(self.texts, i, self.device)) for i in index.split(self.chunk)]
+        for first in self.needed:
+            images = feature_rows(self.images, slice(first, first + self.chunk), self.device)
+            for i, texts in parts: self.block(i, texts, first, images)
+
+# %% ../nbs/30_retrieval.ipynb #45bc2476
 def count_above(
     image_features, text_features, # (N, D), (M, D)
     levels:Levels,
@@ -203,24 +254,10 @@ def count_above(
     desc:str|None=None
 ) -> tuple[torch.Tensor, torch.Tensor]: # (M,) images above each text; (M,) texts above each level
     "One pass over all blocks of scores."
-    n, m, device = len(image_features), len(text_features), levels.own.device
-    own, sorted_own = levels.own, levels.own[levels.order]
-    images_above, texts_above = torch.zeros(2, m, dtype=torch.long, device=device)
-    starts = range(0, n, chunk)
-    needed = {i: thresholds(levels.first[i:i + chunk], levels.count[i:i + chunk]) for i in starts}
-    buffers = torch.empty(2, min(chunk, m) * min(chunk, n), device=device)
-    for index in progress(levels.order.split(chunk), desc, disable=desc is None):
-        texts, mine = feature_rows(text_features, index, device), levels.image_of_text[index]
-        for i in starts:
-            images = feature_rows(image_features, slice(i, i + chunk), device)
-            size = len(texts) * len(images)
-            scores, hits = buffers[:, :size].view(2, len(texts), len(images))
-            torch.mm(texts, images.T, out=scores)
-            inside = ((mine >= i) & (mine < i + len(images))).nonzero()[:, 0]
-            scores[inside, mine[inside] - i] = -torch.inf      # matching pairs are nobody's rivals
-            images_above[index] += count_block(
-                scores, hits, own[index], sorted_own, needed[i], texts_above)
-    return images_above, texts_above
+    counting = Counting(image_features, text_features, levels, chunk)
+    for index in progress(levels.order.split(8 * chunk), desc, disable=desc is None):
+        counting.count(index)
+    return counting.images_above, counting.texts_above
 
 # %% ../nbs/30_retrieval.ipynb #1b300015
 def average_precision(
@@ -243,10 +280,11 @@ def retrieval(
     image_of_text:torch.Tensor|None=None, # (M,), for each text the number of its image; j if absent
     ties:str='worst',                     # equal scores count against us ('worst') or for us ('best')
     chunk:int=2048,                       # images in a block, and texts
-    desc:str|None=None                    # shown beside a progress bar
+    desc:str|None=None,                   # shown beside a progress bar
+    device:torch.device|str|None=None     # where scores are computed; that of the texts if absent
 ) -> Ranks:
-    """Exact ranks both ways, on the device of the texts. Holds two blocks of chunk x chunk scores
-    and a few numbers an image and text. `ValueError` for input that has no answer."""
+    """Exact ranks both ways. Holds two blocks of chunk x chunk scores, eight blocks of texts, and a
+    few numbers an image and text. `ValueError` for input that has no answer."""
     if ties not in TIES: raise unknown_name('rule for ties', ties, TIES)
     n, m = len(image_features), len(text_features)
     d, e = image_features.shape[-1], text_features.shape[-1]
@@ -254,7 +292,7 @@ def retrieval(
         raise ValueError(f'image features are {d} wide and text features {e}: '
                          'they come from different models')
     for x, name in ((image_features, 'image'), (text_features, 'text')): check_features(x, name)
-    device = getattr(text_features, 'device', 'cpu')
+    device = device or getattr(text_features, 'device', 'cpu')
     at = torch.arange(m) if image_of_text is None else torch.as_tensor(image_of_text)
     levels = own_levels(image_features, text_features, at.to(device), ties)
     images_above, texts_above = count_above(image_features, text_features, levels, chunk, desc)
@@ -327,49 +365,109 @@ class Embedded:
         return retrieval(self.image_features, self.text_features, self.image_of_text, **options)
 
 # %% ../nbs/30_retrieval.ipynb #1b310004
-def _identity(image:dict): # what tells one stored image from another without decoding it
-    if image.get('bytes') is not None: return fingerprint(image['bytes'])
-    stat = Path(image['path']).stat()
-    return [Path(image['path']).name, stat.st_size, stat.st_mtime_ns]
+def image_identity(
+    image # a path, encoded bytes, a row's {'bytes', 'path'}, or a PIL image
+) -> str:
+    "What tells stored images apart, undecoded: the bytes, or the file's name, size and time."
+    if isinstance(image, dict):
+        image = Path(image['path']) if image.get('bytes') is None else image['bytes']
+    if isinstance(image, Image.Image): image = image.tobytes()
+    if isinstance(image, bytes): return fingerprint(image)
+    stat = Path(image).stat()
+    return fingerprint([Path(image).name, stat.st_size, stat.st_mtime_ns])
+
+# %% ../nbs/30_retrieval.ipynb #050e0281
+def features_made_from(
+    encoder:Encoder,
+    ds:datasets.Dataset,   # with `key` and `image`
+    settings:EmbedSettings
+) -> str: # a fingerprint
+    "All that the features of a set depend on: weights, preprocessing, every key and stored image."
+    def one(r): return [r['key'], r['image'].get('path'), image_identity(r['image'])]
+    precision = native_precision(settings.precision, encoder.device)
+    return fingerprint(encoder.fingerprint, repr(encoder.preprocess), settings.store, precision,
+                       settings.part_rows, [one(r) for r in undecoded(ds, 'key')])
+
+# %% ../nbs/30_retrieval.ipynb #770ca7a9
+def set_features(
+    encoder:Encoder,
+    ds:datasets.Dataset,      # with `key` and `image`
+    cache:str|Path|None=None, # a folder below which features are kept; in memory alone if absent
+    settings:EmbedSettings=EmbedSettings()
+) -> torch.Tensor: # (N, D), unit length; with a cache, mapped from its file
+    "Features of every image of a set. `ValueError` naming images that do not decode."
+    if cache is None:
+        pixels = LazyPixels(ds, encoder.preprocess, workers=settings.workers)
+        return encode_images(encoder.encode_image, pixels, batch_size=settings.batch_size)
+    folder = Path(cache)/f'images-{features_made_from(encoder, ds, settings)}'
+    found = embed(ds, encoder, folder, settings=settings)
+    if not found.failed: return found.features
+    raise ValueError(f'{len(found.failed)} of {len(ds)} images do not decode: '
+                     f'{name_some([f["key"] for f in found.failed])} ({found.failed[0]["reason"]})')
+
+# %% ../nbs/30_retrieval.ipynb #a1fd271d
+def read_array(
+    path:Path,
+    shape:tuple, dtype:str # that it must have
+) -> np.ndarray|None: # mapped
+    "An array of a file, or None where there is none of this shape and type."
+    try: found = np.load(path, mmap_mode='c', allow_pickle=False)
+    except (OSError, ValueError): return None # whatever does not read back is made again
+    return found if found.shape == shape and found.dtype == dtype else None
+
+def fill_texts(path:Path, encoder:Encoder, texts:list[str], store:str, chunk:int) -> None:
+    "Write the features of all texts, a chunk at a time."
+    array = open_memmap(path, 'w+', dtype=store, shape=(len(texts), encoder.dim))
+    for i in range(0, len(texts), chunk):
+        part = encode_texts(encoder, texts[i:i + chunk], batch_size=256, by_length=True)
+        array[i:i + chunk] = part.numpy()
+    array.flush()
+
+# %% ../nbs/30_retrieval.ipynb #991f8326
+def embed_texts(
+    encoder:Encoder,
+    texts:list[str],          # M of them
+    cache:str|Path|None=None, # a folder below which features are kept; in memory alone if absent
+    store:str='float32',      # or float16, half the disk
+    chunk:int=8192            # texts between two writes
+) -> torch.Tensor: # (M, D), unit length; with a cache, mapped from its file
+    "Features of texts, made once for the same weights and texts."
+    if cache is None: return encode_texts(encoder, texts, batch_size=256, by_length=True)
+    longest = getattr(encoder.tokenizer, 'length', 0)
+    made_from = fingerprint(encoder.fingerprint, longest, store, texts)
+    path, shape = check_writable(cache)/f'texts-{made_from}.npy', (len(texts), encoder.dim)
+    if read_array(path, shape, store) is None:
+        with atomic_path(path) as tmp: fill_texts(tmp, encoder, texts, store, chunk)
+    return torch.from_numpy(read_array(path, shape, store))
 
 # %% ../nbs/30_retrieval.ipynb #22f1c18a
 def embed_captioned(
     encoder:Encoder,
     ds:datasets.Dataset,          # a captioned set
     per_image:int|None=None,      # captions an image at most; COCO's protocol takes 5 of 6 or 7
-    cache:str|Path|None=None,     # a .safetensors file for image features
-    batch_size:int=64, desc:str|None=None
+    cache:str|Path|None=None,     # a folder below which features are kept; in memory alone if absent
+    settings:EmbedSettings=EmbedSettings()
 ) -> Embedded:
-    "Embed a captioned set. Image features come from a cache that was made from the same encoder and files."
-    raw = ds.select_columns(['key', 'image']).cast_column('image', datasets.Image(decode=False))
-    keys, captions = list(raw['key']), [c[:per_image] for c in ds['captions']]
+    "Embed a captioned set, or read the features of an earlier call with the same weights and files."
+    keys, captions = list(ds['key']), [c[:per_image] for c in ds['captions']]
     at = owners(keys, [k for k, cs in zip(keys, captions) for _ in cs])
-
-    def compute():
-        images = ((r['key'], r['image']) for r in raw)
-        return encode_images(encoder.encode_image, images, encoder.preprocess,
-                             batch_size=batch_size, desc=desc, total=len(raw))
-    if cache:
-        made_from = fingerprint(encoder.fingerprint, [_identity(r['image']) for r in raw])
-        features = cached_features(cache, made_from, compute, keys)
-    else: features = compute()
     texts = [c for cs in captions for c in cs]
-    text_features = encode_texts(encoder, texts, batch_size=256, by_length=True)
-    return Embedded(keys, features, text_features, at, texts)
+    return Embedded(keys, set_features(encoder, ds, cache, settings),
+                    embed_texts(encoder, texts, cache, settings.store), at, texts)
 
 # %% ../nbs/30_retrieval.ipynb #585aa822
 @torch.inference_mode()
 def nearest(
     queries:torch.Tensor, # (Q, D), unit length
-    gallery:torch.Tensor, # (G, D), unit length
+    gallery:torch.Tensor, # (G, D), unit length; or an array, or a memory-mapped file
     k:int=5, chunk:int=4096
 ) -> torch.Tensor: # (Q, k), numbers in the gallery, best first
     "The k best of a gallery of any size. `ValueError` for a gallery smaller than k."
-    g, q, device = len(gallery), len(queries), queries.device
+    g, q, device, queries = len(gallery), len(queries), queries.device, queries.float()
     if not 0 < k <= g: raise ValueError(f'the {k} best of a gallery of {g}: choose 1 <= k <= {g}')
     best, index = queries.new_zeros(q, 0), torch.zeros(q, 0, dtype=torch.long, device=device)
     for i in range(0, g, chunk):
-        scores = queries @ gallery[i:i + chunk].T
+        scores = queries @ feature_rows(gallery, slice(i, i + chunk), device).T
         there = torch.arange(i, i + scores.shape[1], device=device).expand(q, -1)
         best, index = torch.cat([best, scores], 1), torch.cat([index, there], 1)
         best, keep = best.topk(min(k, best.shape[1]), 1)
@@ -525,6 +623,7 @@ class RetrievalSet:
     per_image:int|None=None # captions an image
     folds:int=1             # galleries to average over
     hub:dict|None=None      # options of `from_hub`
+    keys:str='names'        # of pictures; 'numbers' that count those of this set; 'concepts' of our own
 
 def _karpathy(file, images): return lambda root: from_coco(root/file, root/images, 'test')
 def _hub(repo):
@@ -535,10 +634,17 @@ def _hub(repo):
 _coco = dict(read=_karpathy('dataset_coco.json', ''), per_image=5,
              hub=_hub('mscoco_2014_5k_test_image_text_retrieval'))
 _flickr = dict(read=_karpathy('dataset_flickr30k.json', 'flickr30k-images'), per_image=5,
-               hub=_hub('flickr_1k_test_image_text_retrieval'))
+               hub=_hub('flickr_1k_test_image_text_retrieval'), keys='numbers')
 _val2017 = lambda root: from_coco(root/'annotations'/'captions_val2017.json', root/'val2017')
 _tokens = lambda root: from_flickr_tokens(root/'results_20130124.token', root/'flickr30k-images')
 _long = lambda root: from_sharegpt4v(root/'share-captioner_coco_lcs_sam_1246k_1107.json', root)
+_own = dict(split='B-twemoji', keys='concepts')
+
+def described_emoji(root=None) -> datasets.Dataset:
+    "The package's own test images with a description of several sentences for a caption."
+    ds = emoji('B', source='twemoji')
+    told = [[d] for d in ds['description']]
+    return ds.remove_columns('captions').add_column('captions', told)
 
 # %% ../nbs/30_retrieval.ipynb #1b310006
 RETRIEVAL_SETS = {
@@ -548,23 +654,33 @@ RETRIEVAL_SETS = {
     'coco-val2017': RetrievalSet(_val2017, split='val', per_image=5),
     'flickr30k-all': RetrievalSet(_tokens, split='all', per_image=5),
     'sharegpt4v-1k': RetrievalSet(_long),
-    'urban-1k': RetrievalSet(lambda root: from_urban(root/'Urban1k')),
-    'emoji': RetrievalSet(lambda root: emoji('B', source='twemoji'), split='B-twemoji', per_image=1)}
+    'urban-1k': RetrievalSet(lambda root: from_urban(root/'Urban1k'), keys='numbers'),
+    'emoji': RetrievalSet(lambda root: emoji('B', source='twemoji'), per_image=1, **_own),
+    'emoji-long': RetrievalSet(described_emoji, **_own)}
 
 # %% ../nbs/30_retrieval.ipynb #1bf9ff73
+def own_set(
+    name:str,               # anything that `load_captioned` reads
+    source:SourceSettings
+) -> tuple[datasets.Dataset, RetrievalSet]:
+    "A set of one's own; of a file with Karpathy's splits, the test images unless a split is named."
+    if source.split is None and Path(name).is_file() and Path(name).suffix.lower() == '.json':
+        images = read_coco(name).get('images', ())
+        if any(i.get('split') == 'test' for i in images): source = replace(source, split='test')
+    return load_captioned(name, source), RetrievalSet(lambda root: None, split=source.split or 'all')
+
 def load_retrieval_set(
     name:str,                # of `RETRIEVAL_SETS`, or anything that `load_captioned` reads
-    root:str|Path|None=None  # the folder that holds the benchmark's files; from the Hub if absent
+    root:str|Path|None=None, # the folder that holds the benchmark's files; from the Hub if absent
+    source:SourceSettings=SourceSettings() # how a set of one's own is read
 ) -> tuple[datasets.Dataset, RetrievalSet]:
     """A captioned set and its protocol. `ValueError` for an unknown name, `FileNotFoundError` saying
     which file is not there."""
     if name not in RETRIEVAL_SETS:
-        if not any(c in name for c in '/\\.*') and not Path(name).exists():
-            raise unknown_name('dataset', name, [*RETRIEVAL_SETS, 'PATH'])
-        return load_captioned(name), RetrievalSet(lambda root: None, split='all')
+        if any(c in name for c in '/\\.*') or Path(name).exists(): return own_set(name, source)
+        raise unknown_name('dataset', name, [*RETRIEVAL_SETS, 'PATH'])
     known = RETRIEVAL_SETS[name]
-    if name == 'emoji': return known.read(None), known
-    if root is not None: return known.read(Path(root)), known
+    if known.keys == 'concepts' or root is not None: return known.read(root and Path(root)), known
     if known.hub is None:
         raise FileNotFoundError(f'{name} is on no hub in a form that can be read here: '
                                 'download it and name its folder')
@@ -591,7 +707,7 @@ def retrieval_in_folds(
 # %% ../nbs/30_retrieval.ipynb #1b300031
 _PLACES = ('val2014/COCO_val2014_{:012}.jpg', 'val2017/{:012}.jpg', 'flickr30k-images/{}.jpg',
            'sam/images/sa_{}.jpg', 'Urban1k/image/{}.jpg')
-_DRAWN = ('once', 'again', 'a third time', 'in colour', 'on white', 'too often')
+_DRAWN = ('once', 'again', 'a third time', 'in colour', 'on white', 'too often', 'for the last time')
 
 def _place_pictures(root, ds):
     for i, r in enumerate(ds):
@@ -637,9 +753,10 @@ def retrieval_miniature(
     root:str|Path, # an empty folder
     n:int=10       # test images
 ) -> Path:
-    "The files of every retrieval benchmark, in miniature and of emoji."
+    "The files of every benchmark in miniature, of emoji; COCO's have 5 to 7 captions an image."
     root, ds = Path(root), emoji('B', source='twemoji').select(range(0, 4 * (n + 2), 4))
-    said = [[f'{label}, drawn {w}' for w in _DRAWN] for label in ds['label']]
+    counts = [5 + (i + 1) % 3 for i in range(len(ds))]
+    said = [[f'{label}, drawn {w}' for w in _DRAWN[:k]] for label, k in zip(ds['label'], counts)]
     _place_pictures(root, ds)
     _karpathy_files(root, said, n)
     _coco_annotations(root, said[:n])

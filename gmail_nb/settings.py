@@ -6,8 +6,9 @@
 __all__ = ['GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'TEXT_TUNINGS',
            'check_above', 'check_share', 'check_known', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'Generator',
            'AdapterSettings', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings',
-           'EmbedSettings', 'TuneSettings', 'same_settings', 'CaptionerSettings', 'CaptionRunSettings', 'DemoSettings',
-           'demo_settings', 'CaptionExperimentSettings', 'IFCapSettings']
+           'EmbedSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'same_settings',
+           'CaptionerSettings', 'CaptionRunSettings', 'DemoSettings', 'demo_settings', 'CaptionExperimentSettings',
+           'IFCapSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -295,6 +296,55 @@ class TuneSettings:
         check_known(self, 'precision', PRECISIONS)
         check_share(self, 'validation_share')
         check_above(self, 'steps', 'batch_size', 'tau', 'every', 'validation_limit')
+
+# %% ../nbs/01_settings.ipynb #f191600a
+_strengths = tuple(10**(i / 4 - 5) for i in range(45)) # inverse regularisation
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    "What a linear probe depends on besides its features and labels."
+    strengths:tuple=field(default=_strengths, metadata=dict(flag=False)) # from strong to weak
+    validation_share:float=.2   # share of the training images by which the strength is chosen
+    tolerance:float=1e-4        # largest entry of the gradient of the mean loss at which a fit ends
+    max_steps:int=300           # steps of L-BFGS after which a fit ends in any case
+    seed:int=0                  # of which training images are kept out
+
+    def __post_init__(self):
+        check_share(self, 'validation_share')
+        check_above(self, 'tolerance', 'max_steps')
+        if not self.strengths: raise ValueError('strengths is empty: a probe needs at least one')
+
+# %% ../nbs/01_settings.ipynb #edb773be
+@dataclass(frozen=True)
+class FineTuneSettings:
+    "What fine-tuning a tower on classes depends on besides its images and labels."
+    start:str='f_g'             # of an aligned model: f_g, or f_r, which is its base encoder
+    epochs:int=10               # passes over the training images
+    batch_size:int=32           # images a step, over all processes together
+    lr:float=1e-4               # peak learning rate of the tower
+    head_lr:float=1e-2          # peak learning rate of the linear head
+    weight_decay:float=.01      # of AdamW
+    warmup:int=0                # steps over which the rates rise to their peaks
+    clip:float|None=None        # largest norm of the gradient; any if absent
+    precision:str='auto'        # bf16 for autocast; auto for that where the device has it
+    save_every:int=1000         # steps between checkpoints
+    seed:int=0                  # of the head's bias and the order of the images
+
+    def __post_init__(self):
+        check_known(self, 'start', ('f_g', 'f_r'))
+        check_known(self, 'precision', PRECISIONS)
+        check_above(self, 'epochs', 'batch_size', 'lr', 'head_lr', 'clip', 'save_every')
+
+# %% ../nbs/01_settings.ipynb #243e390e
+@dataclass(frozen=True)
+class EvalSettings:
+    "How an evaluation is carried out."
+    embed:EmbedSettings=EmbedSettings()
+    probe:ProbeSettings=ProbeSettings()
+    fine_tune:FineTuneSettings=FineTuneSettings()
+    equal_keys:str='refuse'     # in training and test: refuse; allow where equal by accident
+
+    def __post_init__(self): check_known(self, 'equal_keys', ('refuse', 'allow'))
 
 # %% ../nbs/01_settings.ipynb #8230a0ed
 def same_settings(

@@ -1,5 +1,7 @@
 "Exact ranks: the same whatever the blocks, ties and order; what is refused; the readers of every benchmark."
 import json
+import tracemalloc
+from dataclasses import replace
 from unittest.mock import patch
 
 import datasets, numpy as np, pytest, torch
@@ -9,10 +11,13 @@ from gmail_nb.data import emoji
 from gmail_nb.encoders import encode_texts, load_encoder
 from gmail_nb.gap import ranks as paired_ranks
 from gmail_nb.retrieval import (
-    TIES, WAYS, embed_captioned, from_flickr_tokens, from_sharegpt4v, from_urban, load_retrieval_set, nearest, owners,
-    per_query, retrieval, retrieval_in_folds, retrieval_miniature, retrieval_records, retrieval_scores, show_recall,
-    thresholds)
+    RETRIEVAL_SETS, TIES, WAYS, Counting, count_above, embed_captioned, embed_texts, features_made_from, from_flickr_tokens,
+    from_sharegpt4v, from_urban, image_identity, load_retrieval_set, nearest, own_levels, owners, per_query, retrieval,
+    retrieval_in_folds, retrieval_miniature, retrieval_records, retrieval_scores, set_features, show_recall, thresholds)
+from gmail_nb.settings import EmbedSettings, SourceSettings
 from gmail_nb.stats import bootstrap
+
+QUIET = EmbedSettings(show_progress=False)
 
 def weight(item): return 8
 
@@ -84,6 +89,29 @@ def test_memory_goes_with_the_texts_and_not_with_images_times_the_largest_count(
     many = torch.cat([torch.arange(300), torch.zeros(1200, dtype=torch.long)])
     for count, places in ((torch.bincount(many), 1500), (torch.tensor([5, 5]), 10)):
         assert sum(len(p) for _, p in thresholds(count.cumsum(0) - count, count)) == places
+
+@pytest.mark.parametrize('chunk', [7, 64, 2048])
+def test_a_device_that_is_named_changes_nothing(chunk):
+    other = retrieval(images.half(), texts.half(), image_of_text, chunk=chunk, device='cpu')
+    half = retrieval(images.half(), texts.half(), image_of_text)
+    assert torch.equal(other.text_to_image, half.text_to_image) and torch.equal(other.image_to_text, half.image_to_text)
+
+def test_images_of_a_block_are_read_once_for_several_blocks_of_texts():
+    class Read:
+        "Counts how often rows are asked for."
+        dtype, shape, times = torch.float32, images.shape, 0
+        def __len__(self): return len(images)
+        def __getitem__(self, index):
+            self.times += 1
+            return images.numpy()[index]
+    read, levels = Read(), own_levels(images, texts, image_of_text)
+    above = count_above(read, texts, levels, chunk=100)
+    assert read.times == 2 * 3 # two groups of eight blocks of texts, three blocks of images
+    assert torch.equal(above[0], found.text_to_image)
+
+def test_memory_of_a_pass_is_that_of_its_blocks():
+    levels = own_levels(images, texts, image_of_text)
+    assert Counting(images, texts, levels, chunk=50).buffers.numel() == 2 * 50 * 50
 
 # Ties
 
@@ -195,12 +223,54 @@ def drawings(): return emoji('B', source='twemoji').select(range(0, 600, 4))
 def world(encoder, drawings): return embed_captioned(encoder, drawings.select(range(40)))
 
 def test_features_come_from_the_cache_the_second_time(encoder, drawings, world, tmp_path):
-    few, cache = drawings.select(range(6)), tmp_path/'f.safetensors'
-    first = embed_captioned(encoder, few, 1, cache=cache)
+    few = drawings.select(range(6))
+    first = embed_captioned(encoder, few, 1, tmp_path, QUIET)
     assert len(first.captions) == 6
-    with patch.object(encoder, 'encode_image', side_effect=AssertionError): again = embed_captioned(encoder, few, 1, cache=cache)
-    assert torch.equal(first.image_features, again.image_features)
+    with patch.object(encoder, 'encode_image', side_effect=AssertionError), patch.object(encoder, 'encode_text', side_effect=AssertionError):
+        again = embed_captioned(encoder, few, 1, tmp_path, QUIET)
+    assert torch.equal(first.image_features, again.image_features) and torch.equal(first.text_features, again.text_features)
     torch.testing.assert_close(again.image_features, world.image_features[:6], atol=1e-5, rtol=0)
+
+def test_other_images_weights_or_captions_are_embedded_again(encoder, drawings, tmp_path):
+    few = drawings.select(range(6))
+    embed_captioned(encoder, few, 1, tmp_path, QUIET)
+    embed_captioned(encoder, few, 2, tmp_path, QUIET)                      # the same images, more captions
+    embed_captioned(encoder, drawings.select(range(1, 7)), 1, tmp_path, QUIET)
+    assert [len(list(tmp_path.glob(f'{kind}-*'))) for kind in ('images', 'texts')] == [2, 3]
+    names = {features_made_from(encoder, few, s) for s in (QUIET, replace(QUIET, store='float16'), replace(QUIET, workers=5, batch_size=3))}
+    assert len(names) == 2 # workers and batches change nothing
+
+def test_features_of_16_bits_take_half_the_disk_and_rank_alike(encoder, drawings, world, tmp_path):
+    few = drawings.select(range(40))
+    half = embed_captioned(encoder, few, None, tmp_path, replace(QUIET, store='float16'))
+    assert half.image_features.dtype == half.text_features.dtype == torch.float16
+    ours, theirs = half.ranks(), world.ranks()
+    for way in WAYS: assert (ours[way] - theirs[way]).abs().float().mean() < .1
+    assert torch.equal(nearest(world.text_features[:3], half.image_features, 1), nearest(world.text_features[:3], world.image_features, 1))
+
+def test_a_damaged_image_is_named(encoder, tmp_path):
+    rows = [dict(key=str(i), image=str(tmp_path/f'{i}.png'), captions=['a']) for i in range(3)]
+    for r in rows: emoji('B', source='twemoji')[0]['image'].save(r['image'])
+    ds = datasets.Dataset.from_list(rows).cast_column('image', datasets.Image())
+    (tmp_path/'1.png').write_bytes(b'no picture')
+    for cache in (None, tmp_path/'cache'):
+        with pytest.raises(ValueError, match="'1'"): set_features(encoder, ds, cache, QUIET)
+    emoji('B', source='twemoji')[0]['image'].save(tmp_path/'1.png')
+    assert len(set_features(encoder, ds, tmp_path/'cache', QUIET)) == 3
+
+def test_texts_that_were_half_written_are_made_again(encoder, tmp_path):
+    words = [f'word {i}' for i in range(9)]
+    first = embed_texts(encoder, words, tmp_path).clone()
+    file, = tmp_path.glob('texts-*.npy')
+    file.write_bytes(file.read_bytes()[:-100])
+    assert torch.equal(embed_texts(encoder, words, tmp_path), first)
+
+def test_identity_tells_files_and_bytes_apart(tmp_path):
+    (tmp_path/'a').write_bytes(b'one')
+    path, encoded = image_identity(tmp_path/'a'), image_identity(b'one')
+    assert path == image_identity(dict(bytes=None, path=str(tmp_path/'a'))) and encoded == image_identity(dict(bytes=b'one', path=None))
+    (tmp_path/'a').write_bytes(b'other')
+    assert image_identity(tmp_path/'a') != path and image_identity(b'two') != encoded
 
 def test_an_image_listed_twice_is_refused(encoder, drawings):
     few = drawings.select(range(6))
@@ -238,6 +308,47 @@ def root(tmp_path_factory): return retrieval_miniature(tmp_path_factory.mktemp('
 def test_coco_is_read_with_its_protocol(root):
     ds, known = load_retrieval_set('coco-5k', root)
     assert (len(ds), len(ds[0]['captions']), known.per_image) == (10, 6, 5)
+
+@pytest.mark.parametrize('name', ['coco-5k', 'coco-1k', 'coco-val2017'])
+def test_of_five_to_seven_captions_an_image_the_first_five_are_taken(encoder, root, name):
+    ds, known = load_retrieval_set(name, root)
+    assert {len(c) for c in ds['captions']} == {5, 6, 7}
+    e = embed_captioned(encoder, ds, known.per_image)
+    assert len(e.captions) == 50 and torch.bincount(e.image_of_text).tolist() == [5] * 10
+    assert e.captions[5:10] == ds[1]['captions'][:5]
+    everything = embed_captioned(encoder, ds)
+    assert len(everything.captions) == sum(len(c) for c in ds['captions']) and everything.ranks().gallery == (10, len(everything.captions))
+
+def test_of_karpathys_file_the_test_images_are_read_unless_a_split_is_named(root):
+    def read(**source): return load_retrieval_set(str(root/'dataset_coco.json'), source=SourceSettings(images=str(root), **source))
+    (test, known), (train, other) = read(), read(split='train')
+    assert (len(test), known.split, len(train), other.split) == (10, 'test', 2, 'train')
+    assert not set(test['key']) & set(train['key'])
+
+def test_cocos_own_file_is_read_whole(root):
+    source = SourceSettings(images=str(root/'val2017'))
+    ds, known = load_retrieval_set(str(root/'annotations'/'captions_val2017.json'), source=source)
+    assert len(ds) == 10 and known.split == 'all' and {len(c) for c in ds['captions']} == {5, 6, 7}
+
+def test_own_long_captions():
+    ds, known = load_retrieval_set('emoji-long')
+    assert ds[0]['captions'] == [ds[0]['description']] and known.keys == 'concepts'
+    assert {n for n, s in RETRIEVAL_SETS.items() if s.keys == 'concepts'} == {'emoji', 'emoji-long'}
+
+def test_keys_are_read_without_the_pictures(tmp_path):
+    big = np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8)
+    from PIL import Image
+    for i in range(20):
+        Image.fromarray(np.roll(big, i)).save(tmp_path/f'{i}.png')
+    rows = dict(key=[str(i) for i in range(20)], image=[str(tmp_path/f'{i}.png') for i in range(20)], captions=[['a']] * 20)
+    datasets.Dataset.from_dict(rows).cast_column('image', datasets.Image()).to_parquet(str(tmp_path/'big.parquet'))
+    ds = datasets.load_dataset('parquet', data_files=str(tmp_path/'big.parquet'), split='train', cache_dir=str(tmp_path/'cache'))
+    with patch('PIL.Image.open', side_effect=AssertionError):
+        tracemalloc.start()
+        list(ds['key']), [c[:5] for c in ds['captions']]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 2e6
 
 def test_long_captions_are_read(root):
     described = emoji('B', source='twemoji')[12]['description'].replace('\n', ' ').strip()

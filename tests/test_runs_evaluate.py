@@ -1,6 +1,7 @@
 "Evaluations from files to tables: every preset on miniatures, what is left out, and what a person gets wrong."
 import gmail_nb.runtime
 import json
+import shutil
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -18,11 +19,12 @@ from gmail_nb.encoders import load_encoder
 from gmail_nb.files import read_results, record, write_results
 from gmail_nb.generate import generate
 from gmail_nb.long_captions import OPENAI_MEAN, convert_longclip, stretch_encoder
-from gmail_nb.retrieval import WAYS, retrieval_miniature
-from gmail_nb.runs.evaluate import EvalRun, captioned_set, eval_table, labelled_set, read_set
-from gmail_nb.runs.models import eval_model, safe_name
+from gmail_nb.retrieval import WAYS, load_retrieval_set, retrieval_miniature
+from gmail_nb.runs.evaluate import EvalRun, EvalSet, check_leaks, eval_table, labelled_set, picture_name, read_set, table_blocks, compared_names
+from gmail_nb.runs.models import eval_model, kind_of_folder, model_at, safe_name, spec_of, trained_keys
 from gmail_nb.runs.presets import EIGHT, EVAL_PRESETS, RECALLS, TEXT_RECIPES
-from gmail_nb.settings import DrawSettings, TuneSettings, WorkSettings
+from gmail_nb.settings import DrawSettings, EmbedSettings, EvalSettings, TuneSettings, WorkSettings
+from gmail_nb.splits import write_trained_on
 from gmail_nb.tune import save_tuned, tune_text
 from PIL import Image
 
@@ -129,6 +131,15 @@ def test_table4_fine_tuned(world, capsys):
     status, _, _ = world.preset(capsys, 'paper-table4', '--data', 'pets', '--rows', 'SynCLR', '--model', SYNCLR, '--how', 'fine-tune', out='fine')
     assert status == 0 and {r['how'] for r in world.records('fine')} == {'fine-tuned'}
 
+def test_fine_tuning_an_aligned_tower_trains_all_of_it(world, capsys):
+    asked = '--data', 'pets', '--rows', 'SynCLR', '--rows', 'SynCLR + GMAIL', '--model', SYNCLR, '--how', 'fine-tune', '--epochs', '2'
+    tower = sum(p.numel() for p in timm.create_model('test_vit', num_classes=0).parameters())
+    for start in ('f_g', 'f_r'):
+        status, _, _ = world.preset(capsys, 'paper-table4', *asked, '--start', start, out=f'fine_{start}')
+        records = [r for r in world.records(f'fine_{start}') if 'trained' in r]
+        assert status == 0 and {r['trained'] for r in records} == {tower}
+        assert {r['how'] for r in records if r['arm'] == 'SynCLR + GMAIL'} == {f'fine-tuned from {start}'}
+
 def test_table4_from_generated_images_through_f_g(world, capsys):
     pets = labelled_set('pets', world.root)[0].classnames
     drawn = generate({f'{c}/{i}': c for c in pets for i in range(2)}, 'embedded', world.folder/'pets', DrawSettings(steps=2),
@@ -164,7 +175,7 @@ def test_a_model_that_was_tuned_again_is_measured_again(world, capsys):
     assert status == 0 and 'already there' not in said
 
 def test_other_files_under_the_same_name_make_another_set(world, tmp_path):
-    def files(root): return read_set('coco-5k', EvalRun('t', tmp_path, root=root))[1]
+    def files(root): return read_set('coco-5k', EvalRun('t', tmp_path, root=root)).files
     assert files(world.root) != files(retrieval_miniature(tmp_path/'elsewhere', 10))
 
 def test_a_download_that_fails_and_a_set_that_is_not_there_cost_only_themselves(world, capsys):
@@ -217,7 +228,7 @@ def test_what_was_trained_on_is_not_tested(world, capsys):
 def test_the_packages_own_sets():
     ds = emoji('B', source='twemoji')
     assert len(labelled_set('emoji-concept', None)[0].classnames) == len(ds)
-    assert captioned_set('emoji-long', None)[0][0]['captions'] == [ds[0]['description']]
+    assert load_retrieval_set('emoji-long')[0][0]['captions'] == [ds[0]['description']]
     with pytest.raises(ValueError, match="unknown classification set 'emoji-family'"): labelled_set('emoji-family', None)
 
 def test_pictures_of_answers_are_written(world, capsys):
@@ -266,7 +277,144 @@ def test_what_a_person_gets_wrong(world, capsys, tmp_path, argv, said):
 
 def test_sun397_needs_its_two_lists_for_a_probe(world, capsys, tmp_path):
     root = classification_miniature(tmp_path/'sets')
-    for part in ('Training', 'Testing'): (root/'SUN397'/f'{part}_01.txt').unlink()
+    for split in ('Training', 'Testing'): (root/'SUN397'/f'{split}_01.txt').unlink()
     status, _, err = world.ask(capsys, '--task', 'classification', '--data', 'sun397', '--root', root, '--models', world.below,
                                '--model', 'timm:test_vit/synclr.pth', '--out', tmp_path/'o')
     assert status == 2 and 'Training_01.txt' in err
+
+# Features are kept
+
+def test_a_second_call_and_other_tasks_read_the_features(world, capsys):
+    asked = '--data', 'urban-1k', '--root', world.root, '--model', 'CLIP=hf:clip', '--models', world.below, '--no-pictures', '--out', world.folder/'kept'
+    assert world.ask(capsys, *asked)[0] == 0
+    with patch('gmail_nb.encoders.Encoder.encode_image', side_effect=AssertionError), patch('gmail_nb.encoders.Encoder.encode_text', side_effect=AssertionError):
+        assert world.ask(capsys, *asked)[0] == world.ask(capsys, *asked, '--task', 'long')[0] == 0
+    kept = world.folder/'kept'/'features'
+    assert [len(list(kept.glob(f'{kind}-*'))) for kind in ('images', 'texts')] == [1, 1]
+
+def test_features_of_16_bits(world, capsys):
+    asked = '--data', 'coco-5k', '--root', world.root, '--model', 'CLIP=hf:clip', '--models', world.below, '--no-pictures', '--out', world.folder/'sixteen'
+    assert world.ask(capsys, *asked, '--store', 'float16')[0] == 0
+    settings, = (json.loads(f.read_text()) for f in (world.folder/'sixteen'/'features').glob('images-*/settings.json'))
+    assert settings['store'] == 'float16'
+
+def test_features_of_two_aligned_towers_are_never_mixed(world, tmp_path):
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model('test_vit', num_classes=0).state_dict(), tmp_path/f'{seed}.pth')
+        GenReal(load_encoder(f'timm:test_vit/{tmp_path}/{seed}.pth')).save_pretrained(tmp_path/f'aligned{seed}')
+    one, two = (eval_model(f'aligned{seed}', tmp_path) for seed in (1, 2))
+    assert one.fingerprint != two.fingerprint and one.generated_side.fingerprint != two.generated_side.fingerprint
+    assert eval_model('aligned1', tmp_path).fingerprint == one.fingerprint
+
+# A row that fails costs itself
+
+def failing(error):
+    real = eval_model
+    def load(spec, *args):
+        found = real(spec, *args)
+        if spec == 'longclip:longclip-B.pt': found.encode_image = lambda pixels: (_ for _ in ()).throw(error)
+        return found
+    return load
+
+@pytest.mark.parametrize('error', [TypeError('dies at the first image'), RuntimeError('out of memory'), KeyError('x')])
+def test_a_row_that_fails_is_named_and_the_others_go_on(world, capsys, tmp_path, error):
+    with patch('gmail_nb.runs.evaluate.eval_model', failing(error)):
+        status, printed, said = world.preset(capsys, 'paper-table2', '--data', 'coco-5k', '--rows', 'Long-CLIP', '--rows', 'CLIP', out=tmp_path/'o')
+    row = next(l for l in printed.splitlines() if l.startswith('Long-CLIP'))
+    assert status == 2 and 'not measured' in row and str(error).strip("'") in printed
+    assert 'Long-CLIP on coco-5k not measured' in said and 'CLIP on coco-5k: 50 queries' in said
+    assert {r['arm'] for r in read_results(tmp_path/'o'/'results.jsonl')} == {'CLIP'}
+    assert 'not measured' in (tmp_path/'o'/'table.txt').read_text()
+
+def test_an_old_result_is_not_shown_for_a_row_that_fails(world, capsys, tmp_path):
+    asked = '--data', 'coco-5k', '--rows', 'Long-CLIP', '--rows', 'CLIP'
+    assert world.preset(capsys, 'paper-table2', *asked, out=tmp_path/'o')[0] == 0
+    with patch('gmail_nb.runs.evaluate.eval_model', failing(ValueError('broken'))):
+        # other pixels, so that no features are there
+        shutil.rmtree(tmp_path/'o'/'features')
+        status, printed, _ = world.preset(capsys, 'paper-table2', *asked, out=tmp_path/'o')
+    assert status == 2 and next(l for l in printed.splitlines() if l.startswith('Long-CLIP')).split()[1:3] == ['not', 'measured']
+
+def test_a_damaged_folder_costs_its_row(world, capsys, tmp_path):
+    shutil.copytree(world.below/'gmail-clip', tmp_path/'models'/'gmail-clip')
+    shutil.copytree(world.below/'clip', tmp_path/'models'/'clip')
+    (tmp_path/'models'/'gmail-clip'/'card.json').write_text('{"kind": "tuned text"}')
+    status, printed, said = world.ask(capsys, '--data', 'urban-1k', '--root', world.root, '--models', tmp_path/'models', '--model', 'CLIP=hf:clip',
+                                      '--model', 'G=gmail-clip', '--no-pictures', '--out', tmp_path/'o')
+    assert status == 2 and 'G on urban-1k not measured' in said and 'CLIP' in printed
+
+# Trained on, tested on
+
+def test_a_model_is_not_tested_on_what_it_was_trained_on(world, capsys, tmp_path):
+    models = tmp_path/'models'
+    shutil.copytree(world.below, models)
+    write_trained_on(models/'aligned', ['3', '4', 'COCO_train2014_000000000077'])
+    asked = '--data', 'coco-5k', '--data', 'urban-1k', '--root', world.root, '--models', models, '--no-pictures', '--model', 'CLIP=hf:clip', '--model'
+    status, printed, said = world.ask(capsys, *asked, 'G=tuned:gmail-clip', '--out', tmp_path/'o')
+    assert status == 2 and "2 of 10 images of coco-5k are among those of the training of G, such as '3', '4'" in said
+    assert 'G on urban-1k: 12 queries' in said # whose numbers only count its images
+    assert {(r['arm'], r['dataset']) for r in read_results(tmp_path/'o'/'results.jsonl')} >= {('CLIP', 'coco-5k'), ('G', 'urban-1k')}
+    status, _, _ = world.ask(capsys, *asked, 'G=tuned:gmail-clip', '--out', tmp_path/'allowed', '--equal-keys', 'allow')
+    assert status == 0
+
+def test_the_keys_of_the_aligned_model_count_too(world, tmp_path):
+    models = tmp_path/'models'
+    shutil.copytree(world.below, models)
+    write_trained_on(models/'gmail-clip', ['b'])
+    write_trained_on(models/'aligned', ['a'])
+    assert trained_keys('tuned:gmail-clip', models) == trained_keys('gmail-clip', models) == trained_keys('tuned-f_g:gmail-clip', models) == ['a', 'b']
+    assert trained_keys('aligned', models) == ['a'] and trained_keys('hf:clip', models) == []
+
+def test_a_picture_has_one_name():
+    same = 'COCO_val2014_000000000139.jpg', '139', '000000000139', 'val2017/000000000139.jpg', 'val2014/COCO_val2014_000000000139'
+    assert {picture_name(k) for k in same} == {'139'}
+    assert picture_name('1000092795.jpg') == '1000092795' and picture_name('pug/7.v2') == 'pug/7.v2'
+
+def test_flickrs_files_are_compared_and_not_its_numbers(world):
+    tested = EvalSet(*load_retrieval_set('flickr30k', world.root))
+    assert compared_names(tested)[:2] == ['0', '1'] and tested.data['file'][:2] == ['0.jpg', '1.jpg'] # of the miniature
+    assert compared_names(EvalSet(*load_retrieval_set('urban-1k', world.root))) == []
+    assert compared_names(EvalSet(*load_retrieval_set('emoji'))) == [] == compared_names(EvalSet(*labelled_set('emoji-group', None)))
+
+def test_classes_are_compared_by_folder_and_file(world, tmp_path):
+    folder = tmp_path/'aligned'
+    shutil.copytree(world.below/'gmail-synclr', folder)
+    tested = EvalSet(*labelled_set('imagenet', world.root))
+    key = picture_name('/'.join(tested.data.files[0].parts[-2:]))
+    write_trained_on(folder, [key])
+    with pytest.raises(ValueError, match='1 of 6 images of imagenet'): check_leaks('S', 'aligned', tmp_path, 'imagenet', tested)
+    check_leaks('S', 'aligned', tmp_path, 'imagenet', tested, EvalSettings(equal_keys='allow'))
+
+# Folders by their cards
+
+def test_folders_are_known_by_their_cards(world, capsys, tmp_path):
+    below = world.below
+    assert [kind_of_folder(below/n) for n in ('aligned', 'gmail-clip', 'clip')] == ['aligned', 'tuned', None]
+    assert spec_of('aligned', below) == 'aligned:aligned' and spec_of('stretched:gmail-clip', below) == 'stretched:tuned:gmail-clip'
+    assert eval_model('gmail-clip', below).fingerprint == eval_model('tuned:gmail-clip', below).fingerprint
+    assert isinstance(model_at(below/'aligned'), GenReal) and model_at(below/'gmail-clip').name.endswith('+tuned')
+    (tmp_path/'captioner').mkdir()
+    (tmp_path/'captioner'/'card.json').write_text('{"kind": "captioner"}')
+    with pytest.raises(ValueError, match="holds 'captioner', which is no encoder"): spec_of('captioner', tmp_path)
+
+def test_a_bare_folder_is_evaluated(world, capsys, tmp_path):
+    status, printed, _ = world.ask(capsys, '--data', 'urban-1k', '--root', world.root, '--models', world.below, '--model', 'aligned',
+                                   '--model', 'gmail-clip', '--no-pictures', '--out', tmp_path/'o')
+    assert status == 0 and 'gmail-clip' in printed
+
+# Files in COCO's forms
+
+@pytest.mark.parametrize('more, n, split', [((), 10, 'test'), (('--split', 'train'), 2, 'train')])
+def test_a_karpathy_file_is_a_set(world, capsys, tmp_path, more, n, split):
+    file = world.root/'dataset_coco.json'
+    status, _, said = world.ask(capsys, '--data', file, '--images', world.root, '--model', 'CLIP=hf:clip', '--models', world.below,
+                                '--no-pictures', '--out', tmp_path/'o', *more)
+    records = read_results(tmp_path/'o'/'results.jsonl')
+    assert status == 0 and f'{n} images of the split {split}' in said and {r['split'] for r in records} == {split}
+    assert {r['n'] for r in records if r['metric'].startswith('image')} == {n}
+
+def test_tables_are_cut_into_blocks_that_fit():
+    table = [['set', *(f'column {i}' for i in range(12))], ['row', *('90.0 [80.0, 95.0]' for _ in range(12))]]
+    lines = table_blocks(table).splitlines()
+    assert max(map(len, lines)) <= 110 and sum(l.startswith('row') for l in lines) == 3

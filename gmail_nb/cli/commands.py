@@ -18,8 +18,8 @@ from ..bench.comparison import BENCHES
 from ..runs.presets import CAPTIONER_PRESETS, EVAL_PRESETS, MODEL_FORMS, SET_NAMES, TASKS
 from ..runs.presets import TEXT_RECIPES, CaptionerPreset, TextRecipe
 from ..settings import GENERATORS, PAPER_ALIGN, AlignRunSettings, CaptionExperimentSettings
-from ..settings import DemoSettings, DrawSettings, EmbedSettings, IFCapSettings, SourceSettings
-from ..settings import TuneSettings, WorkSettings
+from ..settings import DemoSettings, DrawSettings, EmbedSettings, EvalSettings, IFCapSettings
+from ..settings import SourceSettings, TuneSettings, WorkSettings
 
 # %% ../../nbs/cli/10_commands.ipynb #db6e719d
 @command()
@@ -181,7 +181,7 @@ def gmail_caption(
 # %% ../../nbs/cli/10_commands.ipynb #968803c1
 _known = dict(preset=EVAL_PRESETS, task=TASKS, model=MODEL_FORMS, data=SET_NAMES)
 
-@command(leave=('cache_dir', 'which'), more={k: listed(v) for k, v in _known.items()})
+@command(leave=('cache_dir', 'which', 'engine'), more={k: listed(v) for k, v in _known.items()})
 def gmail_eval(
     preset:str|None=None,  # a table of the paper
     task:str|None=None,    # retrieval, unless the preset says otherwise
@@ -195,17 +195,20 @@ def gmail_eval(
     no_pictures:bool=False, # results and tables alone
     out:str='eval',        # results.jsonl, table.txt and pictures
     skip_existing:bool=False, # leave results of the same weights and files that are there
-    source:SourceSettings=SourceSettings()
+    source:SourceSettings=SourceSettings(),
+    settings:EvalSettings=EvalSettings()
 ):
     "Measure encoders on retrieval, classification and long-caption retrieval, with intervals."
     from gmail_nb.runs.evaluate import evaluate_as_asked
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
     def say(text): print(text, file=sys.stderr)
-    more = dict(pictures=not no_pictures, how=how, train=generated, source=source, say=say)
-    print(evaluate_as_asked(preset, task, model, data, rows, out, root=root, below=models,
-                            skip_existing=skip_existing, **more))
+    more = dict(pictures=not no_pictures, how=how, train=generated, source=source, say=say, settings=settings)
+    tables = evaluate_as_asked(preset, task, model, data, rows, out, root=root, below=models,
+                               skip_existing=skip_existing, **more)
+    print(tables)
     print(f'results: {out}/results.jsonl, tables: {out}/table.txt')
+    return 2 if tables.failed else 0
 
 # %% ../../nbs/cli/10_commands.ipynb #3f7ccced
 @command(more=dict(name=listed(BENCHES)))

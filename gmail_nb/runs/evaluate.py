@@ -4,40 +4,46 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'EMOJI_WORDS', 'MISSING', 'EvalRun', 'write_queries', 'shared_queries', 'query_difference',
-           'difference_records', 'captioned_set', 'eval_retrieval', 'possible_ks', 'retrieval_keys',
-           'retrieval_pictures', 'labelled_set', 'file_features', 'probe_parts', 'generated_training',
-           'learned_classes', 'classification_keys', 'classification_pictures', 'eval_classification', 'set_files',
-           'identity', 'read_set', 'read_sets', 'load_or_say', 'Results', 'measure_row', 'compare_rows', 'evaluate',
-           'short_name', 'table_cell', 'eval_table', 'chosen_models', 'task_of', 'evaluate_as_asked']
+           'difference_records', 'EvalSet', 'eval_retrieval', 'possible_ks', 'retrieval_keys', 'retrieval_pictures',
+           'labelled_set', 'file_features', 'probe_splits', 'generated_training', 'start_tower', 'fine_tuned_classes',
+           'learned_classes', 'classification_pictures', 'eval_classification', 'set_fingerprint', 'read_set',
+           'picture_name', 'compared_names', 'check_leaks', 'read_sets', 'load_or_say', 'reason', 'Results',
+           'main_process_first', 'measured', 'measure_row', 'compare_rows', 'load_rows', 'evaluate_rows', 'evaluate',
+           'short_name', 'table_cell', 'table_blocks', 'row_order', 'eval_table', 'chosen_models', 'task_of', 'Tables',
+           'tables_of', 'evaluate_as_asked']
 
 # %% ../../nbs/runs/40_evaluate.ipynb #308b3ede
 import pickle
+import re
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from ..classification import CLASSIFICATION_SETS, ClassificationSet, FilePixels, LabelledFiles
-from ..classification import Predictions, classification_records, classify, fine_tune
-from ..classification import linear_probe, load_classification_set, per_image, read_class_folders
-from ..classification import show_confusion_matrix, show_confusions, zero_shot_weights
-from ..data import decode_image, emoji
-from ..encoders import Encoder, NoText, encode_images
+from ..classification import CLASSIFICATION_SETS, ClassificationSet, Labelled, LabelledFiles
+from ..classification import Predictions, classification_records, classify, fine_tune, image_names
+from ..classification import image_rows, linear_probe, load_classification_set, per_image, plain_tower
+from ..classification import read_class_folders, show_confusion_matrix, show_confusions
+from ..classification import zero_shot_weights
+from ..data import decode_image, emoji, undecoded
+from ..encoders import Encoder, NoText
+from ..features import LazyPixels
 from ..files import atomic_path, atomic_write, check_writable, read_results, record, unknown_name
 from ..files import write_results
 from ..generate import load_generated
 from ..pages import save_figure, table_text
-from ..retrieval import RETRIEVAL_SETS, WAYS, RetrievalSet, embed_captioned, load_retrieval_set
-from ..retrieval import per_query, retrieval_grid, retrieval_in_folds, retrieval_records, show_recall
-from .models import eval_model, safe_name
+from ..retrieval import RETRIEVAL_SETS, WAYS, embed_captioned, image_identity, load_retrieval_set
+from ..retrieval import per_query, retrieval_grid, retrieval_in_folds, retrieval_records, set_features
+from ..retrieval import show_recall
+from .models import eval_model, safe_name, spec_of, trained_keys
 from .presets import AGAINST, EVAL_PRESETS, OWN, TASKS, EvalPreset
 from ..runtime import default_device, fingerprint
-from ..settings import SourceSettings
-from ..sources import load_captioned
+from ..settings import EvalSettings, SourceSettings
+from ..sources import IMAGE_SUFFIXES
+from ..splits import check_apart
 from ..stats import Interval, bootstrap
 
 # %% ../../nbs/runs/40_evaluate.ipynb #8d9b6362
@@ -45,15 +51,16 @@ from ..stats import Interval, bootstrap
 class EvalRun:
     "What the measurements of one call share."
     experiment:str             # name in the records
-    out:Path                   # results and pictures
+    out:Path                   # results and pictures; features are kept below it
     task:str='retrieval'       # or 'classification', 'long'
     root:Path|None=None        # where the sets' files are
     pictures:bool=True
     skip_existing:bool=False   # leave results of the same weights and files
     how:str='probe'            # of a model without a text side: 'probe' or 'fine-tune'
-    train:Path|None=None       # generated images, keys CLASS/NUMBER, for the probe of an aligned model
+    train:Path|None=None       # generated images, keys CLASS/NUMBER, for a probe through f_g
     source:SourceSettings=SourceSettings() # how a set of one's own is read
     say:Callable=print         # told what is done and what is left out
+    settings:EvalSettings=EvalSettings()
 
     def stem(self, name:str, arm:str) -> str:
         "What files of one row and set are called."
@@ -62,6 +69,9 @@ class EvalRun:
     def queries(self, name:str, arm:str) -> Path:
         "Where the value of every query is kept."
         return self.out/'queries'/f'{self.stem(name, arm)}.npz'
+
+    @property
+    def features(self) -> Path: return self.out/'features'
 
 # %% ../../nbs/runs/40_evaluate.ipynb #8d8269d2
 def write_queries(
@@ -73,7 +83,7 @@ def write_queries(
     path.parent.mkdir(parents=True, exist_ok=True)
     named = {f'keys:{k}': np.array(v) for k, v in keys.items()}
     with atomic_path(path) as p, open(p, 'wb') as f:
-        np.savez_compressed(f, **named, **{m: v.numpy() for m, v in values.items()})
+        np.savez_compressed(f, **named, **{m: v.cpu().numpy() for m, v in values.items()})
 
 def shared_queries(
     ours:list[str], theirs:list[str] # keys
@@ -118,32 +128,25 @@ def difference_records(
     return [of(m, d) for m, d in found.items()]
 
 # %% ../../nbs/runs/40_evaluate.ipynb #eee0ae22
-def captioned_set(
-    name:str,        # of `RETRIEVAL_SETS`, 'emoji-long', or any captioned set
-    root:Path|None,  # where the files of named sets are
-    source:SourceSettings=SourceSettings() # how a set of one's own is read
-) -> tuple[datasets.Dataset, RetrievalSet]:
-    "A captioned set and its protocol."
-    if name == 'emoji-long':
-        ds = emoji('B', source='twemoji')
-        told = [[d] for d in ds['description']]
-        ds = ds.remove_columns('captions').add_column('captions', told)
-        return ds, RetrievalSet(lambda root: ds, split='B-twemoji')
-    if name not in RETRIEVAL_SETS and Path(name).exists():
-        return load_captioned(name, source), RetrievalSet(lambda root: None, split='all')
-    return load_retrieval_set(name, root)
+@dataclass
+class EvalSet:
+    "A set that is measured on."
+    data:object     # a captioned set, or labelled files
+    protocol:object # a `RetrievalSet` or a `ClassificationSet`
+    files:str=''    # fingerprint of its images, labels and captions
 
 # %% ../../nbs/runs/40_evaluate.ipynb #266d7c6c
 def eval_retrieval(
     encoder:Encoder, name:str, arm:str,
     run:EvalRun,
-    part:tuple, # a captioned set and its protocol
-    **extra     # further fields of each record
+    tested:EvalSet, # of captions
+    **extra         # further fields of each record
 ) -> list[dict]: # records
     "Recalls, mAP and median ranks both ways; writes all queries' values, two grids and a curve."
-    (ds, known), stem = part, run.stem(name, arm)
-    e = embed_captioned(encoder, ds, known.per_image, run.out/'cache'/f'{stem}.safetensors')
-    ranks = retrieval_in_folds(e, known.folds) if known.folds > 1 else e.ranks()
+    ds, known, stem = tested.data, tested.protocol, run.stem(name, arm)
+    e = embed_captioned(encoder, ds, known.per_image, run.features, run.settings.embed)
+    if known.folds > 1: ranks = retrieval_in_folds(e, known.folds, device=encoder.device)
+    else: ranks = e.ranks(device=encoder.device)
     ks = possible_ks(min(ranks.gallery), arm, name, run.say)
     write_queries(run.queries(name, arm), retrieval_keys(e), per_query(ranks, ks))
     if run.pictures: retrieval_pictures(e, ds, ranks, arm, run.out/stem)
@@ -186,72 +189,96 @@ def labelled_set(
     ds = emoji('B', source='twemoji' if split == 'test' else 'noto')
     names = sorted(set(ds[column]))
     labels = torch.tensor([names.index(v) for v in ds[column]])
-    protocol = ClassificationSet(labelled_set, EMOJI_WORDS)
+    protocol = ClassificationSet(labelled_set, EMOJI_WORDS, keys='concepts')
     return LabelledFiles(list(ds['image']), labels, names), protocol
 
 # %% ../../nbs/runs/40_evaluate.ipynb #cc620ea3
 def file_features(
     encoder:Encoder,
-    files:list # paths, or pictures
-) -> torch.Tensor: # (N, D)
-    "Image features of files. `ValueError` naming the one that does not decode."
-    rows = ((getattr(f, 'name', 'emoji'), str(f) if isinstance(f, Path) else f) for f in files)
-    return encode_images(encoder.encode_image, rows, encoder.preprocess, total=len(files))
+    files:list, # paths, or pictures
+    run:EvalRun
+) -> torch.Tensor: # (N, D), mapped from a file below `run.features`
+    "Image features of files. `ValueError` naming one that does not decode."
+    return set_features(encoder, image_rows(files), run.features, run.settings.embed)
 
 # %% ../../nbs/runs/40_evaluate.ipynb #628fe3b1
-def probe_parts(
+def probe_splits(
     name:str, root:Path|None
 ) -> tuple[LabelledFiles, LabelledFiles]: # train, test
     "Training and test images of a probe. `ValueError` when a set's files do not part them."
     train, test = (labelled_set(name, root, s)[0] for s in ('train', 'test'))
     own = name not in CLASSIFICATION_SETS and Path(name).is_dir()
     if own and not (Path(name)/'test').is_dir(): test = read_class_folders(Path(name), 'test')
-    if name == 'sun397' and {str(f) for f in train.files} & {str(f) for f in test.files}:
+    files = [[str(f) for f in side.files if isinstance(f, Path)] for side in (train, test)]
+    if name == 'sun397' and set(files[0]) & set(files[1]):
         raise ValueError('sun397 needs Training_01.txt and Testing_01.txt for a probe: '
                          'without them its training and test images are the same')
+    check_apart(*files, 'its own training', name)
     return train, test
 
 # %% ../../nbs/runs/40_evaluate.ipynb #4a5f6e6a
 def generated_training(
     folder:Path, # of `generate`
     encoder:Encoder,
-    classnames:list[str]
-) -> tuple[torch.Tensor, torch.Tensor]: # features (N, D) through f_g, and labels (N,)
+    classnames:list[str],
+    run:EvalRun
+) -> Labelled: # features through f_g
     "Generated images of classes. `ValueError` for a key that does not begin with one."
     ds, label = load_generated(folder), {c: i for i, c in enumerate(classnames)}
     names = [k.rsplit('/', 1)[0] for k in ds['key']]
     if lost := sorted({n for n in names if n not in label}):
         raise ValueError(f'{len(lost)} classes of {folder.name} are not in the set, '
                          f'such as {lost[0]!r}: keys must be CLASS/NUMBER')
-    device = encoder.device
-    def encode(x): return F.normalize(encoder.generated_side(x.to(device)), dim=-1)
-    x = encode_images(encode, zip(ds['key'], ds['image']), encoder.preprocess, total=len(ds))
-    return x, torch.tensor([label[n] for n in names])
+    x = set_features(encoder.generated_side, ds, run.features, run.settings.embed)
+    return Labelled(x, torch.tensor([label[n] for n in names]))
+
+def start_tower(
+    encoder:Encoder,
+    start:str # of `FineTuneSettings`
+) -> tuple[torch.nn.Module, str]: # the tower, and what is said of it
+    "Where fine-tuning begins."
+    side = getattr(encoder, 'generated_side', None)
+    if side is None: return encoder.visual, 'fine-tuned'
+    f_g, f_r = side.visual.tower, encoder.visual.tower
+    adapted = hasattr(f_g, 'merge_and_unload')
+    tower = plain_tower(f_g, start) if adapted or start == 'f_g' else f_r
+    return tower, f'fine-tuned from {start}'
 
 # %% ../../nbs/runs/40_evaluate.ipynb #6cfa10bb
+def fine_tuned_classes(
+    encoder:Encoder,
+    train:LabelledFiles, test:LabelledFiles,
+    stem:str, # of files of this row and set
+    run:EvalRun
+) -> tuple[Predictions, str]: # and how
+    "The whole tower and a head, trained on the set's training images."
+    s = run.settings
+    def pixels(files):
+        rows = image_rows(files.files)
+        return Labelled(LazyPixels(rows, encoder.preprocess, workers=s.embed.workers), files.labels)
+    tower, how = start_tower(encoder, s.fine_tune.start)
+    desc = 'fine-tuning' if s.embed.show_progress else None
+    p, _ = fine_tune(tower, pixels(train), pixels(test), test.classnames, s.fine_tune,
+                     run.out/'checkpoints'/f'{stem}.pt', desc)
+    return p, how
+
 def learned_classes(
-    encoder:Encoder, name:str, run:EvalRun
+    encoder:Encoder, name:str, arm:str, run:EvalRun
 ) -> tuple[Predictions, LabelledFiles, str]: # predictions, the test images, and how
     "A classifier for an image tower without a text side: by a probe, or by fine-tuning."
-    train, test = probe_parts(name, run.root)
+    train, test = probe_splits(name, run.root)
     if run.how == 'fine-tune':
-        learn, look = (FilePixels(part.files, encoder.preprocess) for part in (train, test))
-        p, _ = fine_tune(encoder.visual, learn, train.labels, look, test.labels, test.classnames)
-        return p, test, 'fine-tuned'
-    x, y, how = None, train.labels, 'linear probe'
+        p, how = fine_tuned_classes(encoder, train, test, run.stem(name, arm), run)
+        return p, test, how
+    learn, how = None, 'linear probe'
     if run.train and hasattr(encoder, 'generated_side'):
-        x, y = generated_training(Path(run.train), encoder, test.classnames)
+        learn = generated_training(Path(run.train), encoder, test.classnames, run)
         how = 'linear probe on generated images through f_g'
-    if x is None: x = file_features(encoder, train.files)
-    seen = file_features(encoder, test.files)
-    return linear_probe(x, y, seen, test.labels, test.classnames), test, how
+    learn = learn or Labelled(file_features(encoder, train.files, run), train.labels)
+    seen = Labelled(file_features(encoder, test.files, run), test.labels)
+    return linear_probe(learn, seen, test.classnames, run.settings.probe, encoder.device), test, how
 
 # %% ../../nbs/runs/40_evaluate.ipynb #339c971a
-def classification_keys(files:list) -> list[str]:
-    "A name for each test image."
-    def name(i, f): return f'{f.parent.name}/{f.name}' if isinstance(f, Path) else str(i)
-    return [name(i, f) for i, f in enumerate(files)]
-
 def classification_pictures(p:Predictions, files:list, stem:str) -> None:
     "The worst confusions, and the matrix where classes are few."
     def image(i): return decode_image(str(files[i]) if isinstance(files[i], Path) else files[i])
@@ -263,52 +290,86 @@ def classification_pictures(p:Predictions, files:list, stem:str) -> None:
 def eval_classification(
     encoder:Encoder, name:str, arm:str,
     run:EvalRun,
-    part:tuple, # labelled files and their protocol
-    **extra     # further fields of each record
+    tested:EvalSet, # of labelled files
+    **extra         # further fields of each record
 ) -> list[dict]: # records; 'main' is the set's own measure
-    "Top-1, top-5 and mean per class, zero-shot or of a trained classifier; writes the worst confusions."
-    (files, known), how = part, 'zero-shot'
-    if isinstance(encoder.text, NoText): p, files, how = learned_classes(encoder, name, run)
+    "Top-1, top-5 and mean per class, zero-shot or by what was learned; writes the worst confusions."
+    files, known, how = tested.data, tested.protocol, 'zero-shot'
+    if isinstance(encoder.text, NoText): p, files, how = learned_classes(encoder, name, arm, run)
     else:
         words = zero_shot_weights(encoder, files.classnames, known.templates, known.repeats)
-        p = classify(file_features(encoder, files.files), words, files.labels, files.classnames)
+        x = file_features(encoder, files.files, run)
+        p = classify(x, words.to(encoder.device), files.labels, files.classnames)
     values = per_image(p)
-    write_queries(run.queries(name, arm), dict(image=classification_keys(files.files)),
+    write_queries(run.queries(name, arm), dict(image=image_names(files.files)),
                   values | dict(main=values[known.metric]))
     if run.pictures: classification_pictures(p, files.files, f'{run.out/run.stem(name, arm)}')
-    records = classification_records(run.experiment, arm, name, 'test', p, how=how, **extra)
+    more = dict(how=how, **p.facts, **extra)
+    records = classification_records(run.experiment, arm, name, 'test', p, **more)
     main = next(r for r in records if r['metric'] == known.metric)
     return records + [dict(main, metric='main', of=known.metric)]
 
 # %% ../../nbs/runs/40_evaluate.ipynb #73c4b3c2
-def set_files(
-    part:tuple,  # a set and its protocol
-    classes:bool # whether it is for classification
-) -> tuple[list, list]: # files, and what else the set consists of
-    "The images of a set, unopened, with its labels or captions."
-    if classes:
-        files = part[0]
-        return files.files, [files.labels.tolist(), files.classnames]
-    raw = part[0].select_columns(['image']).cast_column('image', datasets.Image(decode=False))
-    images = [r['image']['bytes'] or Path(r['image']['path']) for r in raw]
-    return images, [list(part[0]['key']), list(part[0]['captions'])]
-
-def identity(f) -> str: # f: a path, bytes, or a picture
-    "What tells one image from another without decoding it."
-    if isinstance(f, Path): return fingerprint([f.name, f.stat().st_size, f.stat().st_mtime_ns])
-    return fingerprint(f if isinstance(f, bytes) else f.tobytes())
+def set_fingerprint(
+    data,      # labelled files, or a captioned set
+    split:str
+) -> str:
+    "Of every image of a set, unopened and one after the other, and of its labels or captions."
+    if isinstance(data, LabelledFiles):
+        images, rest = data.files, [data.labels.tolist(), data.classnames]
+    else:
+        images = (r['image'] for r in undecoded(data))
+        rest = [list(data['key']), list(data['captions'])]
+    return fingerprint(split, rest, [image_identity(f) for f in images])
 
 # %% ../../nbs/runs/40_evaluate.ipynb #9e8a7c89
 def read_set(
     name:str,
     run:EvalRun
-) -> tuple[tuple, str]: # the set with its protocol, and a fingerprint of its files
-    "A set of the run's task."
-    classes = run.task == 'classification'
-    part = labelled_set(name, run.root) if classes else captioned_set(name, run.root, run.source)
-    files, rest = set_files(part, classes)
-    split = 'test' if classes else str(part[1].split)
-    return part, fingerprint(split, rest, [identity(f) for f in files])
+) -> EvalSet:
+    "A set of the run's task, with its protocol and a fingerprint."
+    if run.task == 'classification':
+        data, protocol = labelled_set(name, run.root)
+        return EvalSet(data, protocol, set_fingerprint(data, 'test'))
+    data, protocol = load_retrieval_set(name, run.root, run.source)
+    if name not in RETRIEVAL_SETS and protocol.split != 'all':
+        run.say(f'{name}: {len(data)} images of the split {protocol.split}')
+    return EvalSet(data, protocol, set_fingerprint(data, str(protocol.split)))
+
+# %% ../../nbs/runs/40_evaluate.ipynb #25e9ff67
+def picture_name(
+    key:str # of an image
+) -> str:
+    "A picture's name without its ending; COCO's, as COCO_val2014_000000000139, as its number."
+    path = Path(key)
+    plain = key[:-len(path.suffix)] if path.suffix.lower() in IMAGE_SUFFIXES else key
+    coco = re.fullmatch(r'(?:.*/)?(?:COCO_\w+_)?(\d{12})', plain)
+    return str(int(coco[1])) if coco else plain
+
+def compared_names(tested:EvalSet) -> list[str]:
+    "What training must not have seen; nothing of the package's own sets, whose keys are concepts."
+    if tested.protocol.keys == 'concepts': return []
+    if isinstance(tested.data, LabelledFiles): names = image_names(tested.data.files)
+    else: names = list(tested.data['key'])
+    if tested.protocol.keys == 'numbers':
+        files = 'file' in tested.data.column_names
+        names = list(tested.data['file']) if files else [k for k in names if not k.isdigit()]
+    return [picture_name(k) for k in names]
+
+# %% ../../nbs/runs/40_evaluate.ipynb #9c647ddf
+def check_leaks(
+    arm:str, spec:str, below:Path, # a row, its model, and the folder of the models
+    name:str, tested:EvalSet,
+    settings:EvalSettings=EvalSettings()
+) -> None:
+    "`ValueError` when a model was trained on images that it is to be tested on."
+    names = compared_names(tested)
+    if settings.equal_keys == 'allow' or not names: return
+    trained = [picture_name(k) for k in trained_keys(spec, below)]
+    try: check_apart(trained, names, f'the training of {arm}', name)
+    except ValueError as e:
+        raise ValueError(f'{e}. Where two sets only happen to have equal keys, allow them '
+                         '(--equal-keys allow)') from e
 
 # %% ../../nbs/runs/40_evaluate.ipynb #3a2964e3
 MISSING = OSError, RuntimeError, pickle.UnpicklingError # weights that cannot be had, or are none
@@ -316,7 +377,7 @@ MISSING = OSError, RuntimeError, pickle.UnpicklingError # weights that cannot be
 def read_sets(
     data:tuple, # names of sets
     run:EvalRun
-) -> dict[str, tuple]: # name -> the set with its protocol, and the fingerprint of its files
+) -> dict[str, EvalSet]: # by name
     "The sets that are there. `FileNotFoundError` when none is."
     sets = {}
     for d in data:
@@ -331,11 +392,15 @@ def load_or_say(arm:str, spec:str, below:Path, run:EvalRun) -> Encoder|None:
     try: return eval_model(spec, below, run.out).to(default_device())
     except MISSING as e: run.say(f'{arm} left out: {str(e).splitlines()[0]}')
 
+def reason(error:Exception) -> str:
+    "The message in one line; the kind of error where there is no message."
+    return ' '.join(str(error).split()) or type(error).__name__
+
 # %% ../../nbs/runs/40_evaluate.ipynb #91d87dd2
 class Results:
-    "The records of an output folder, written after each measurement."
+    "The records of an output folder, written after each measurement, and what failed."
     def __init__(self, run:EvalRun):
-        self.run, self.file = run, run.out/'results.jsonl'
+        self.run, self.file, self.failed = run, run.out/'results.jsonl', {} # (row, set) -> reason
         self.records = read_results(self.file) if self.file.exists() else []
 
     def of(self, arm:str, data:str) -> list[dict]:
@@ -353,27 +418,55 @@ class Results:
         self.records = [r for r in self.records if r not in old] + new
         write_results(self.file, self.records)
 
+    def fail(self, arm:str, data:str, error:Exception) -> None:
+        "Say and note that a row could not be measured on a set."
+        self.failed[arm, data] = reason(error)
+        self.run.say(f'{arm} on {data} not measured: {reason(error)}')
+
+# %% ../../nbs/runs/40_evaluate.ipynb #02ce40e0
+@contextmanager
+def main_process_first():
+    "Of several processes, the first goes ahead and the others read what it wrote; also if it fails."
+    from accelerate import PartialState
+    state = PartialState()
+    if not state.is_main_process: state.wait_for_everyone()
+    try: yield
+    finally:
+        if state.is_main_process: state.wait_for_everyone()
+
+def measured(
+    arm:str, d:str,
+    encoder:Encoder, tested:EvalSet,
+    run:EvalRun, same:dict # fields that say what the records are made from
+) -> list[dict]: # records
+    "One row on one set. Fine-tuning is what all processes do together."
+    measure = eval_classification if run.task == 'classification' else eval_retrieval
+    learned = run.task == 'classification' and isinstance(encoder.text, NoText)
+    if learned and run.how == 'fine-tune': return measure(encoder, d, arm, run, tested, **same)
+    with main_process_first(): return measure(encoder, d, arm, run, tested, **same)
+
 # %% ../../nbs/runs/40_evaluate.ipynb #02ce40e1
 def measure_row(
     arm:str, spec:str,
     encoder:Encoder,
-    sets:dict, # from `read_sets`
-    results:Results
+    sets:dict[str, EvalSet],
+    results:Results,
+    below:Path=Path('.') # the folder of the models
 ) -> list[str]: # names of the sets that this row now has results of
-    "One model on every set."
+    "One model on every set; what fails is noted, and the others go on."
     run, done = results.run, []
-    measure = eval_classification if run.task == 'classification' else eval_retrieval
-    for d, (part, files) in sets.items():
-        same = dict(model=spec, weights=encoder.fingerprint, files=files)
-        if run.skip_existing and results.has(arm, d, same): run.say(f'{arm} on {d}: already there')
-        else:
-            try: new = measure(encoder, d, arm, run, part, **same)
-            except OSError as e:
-                run.say(f'{arm} on {d} left out: {e}')
-                continue
-            results.put(arm, d, new)
-            run.say(f"{arm} on {d}: {new[0]['n']} queries")
-        done.append(d)
+    for d, tested in sets.items():
+        try:
+            same = dict(model=spec, weights=encoder.fingerprint, files=tested.files)
+            check_leaks(arm, spec, below, d, tested, run.settings)
+            if run.skip_existing and results.has(arm, d, same):
+                run.say(f'{arm} on {d}: already there')
+            else:
+                new = measured(arm, d, encoder, tested, run, same)
+                results.put(arm, d, new)
+                run.say(f"{arm} on {d}: {new[0]['n']} queries")
+        except Exception as e: results.fail(arm, d, e)
+        else: done.append(d)
     return done
 
 # %% ../../nbs/runs/40_evaluate.ipynb #3b45cf69
@@ -390,11 +483,49 @@ def compare_rows(
              for row, d in sorted(done) if row == a and (b, d) in done]
     for a, b, d in pairs:
         split = {r['metric']: r['split'] for r in results.of(a, d)}
-        new = difference_records(results.run, d, a, b, list(split), next(iter(split.values())),
-                                 model=f'{models[a]} - {models[b]}')
-        results.put(f'{a} - {b}', d, new)
+        try: new = difference_records(results.run, d, a, b, list(split), next(iter(split.values())),
+                                      model=f'{models[a]} - {models[b]}')
+        except ValueError as e: results.run.say(f'{a} is not compared with {b} on {d}: {e}')
+        else: results.put(f'{a} - {b}', d, new)
 
 # %% ../../nbs/runs/40_evaluate.ipynb #886ac7f6
+def load_rows(
+    models:dict[str, str], # row -> model string
+    sets:dict[str, EvalSet],
+    below:Path,            # the folder of the models
+    results:Results
+):
+    "Yield (row, model string, encoder), one at a time; one that does not load is noted for every set."
+    for arm, spec in models.items():
+        try: encoder = load_or_say(arm, spec, below, results.run)
+        except Exception as e:
+            for d in sets: results.fail(arm, d, e)
+        else:
+            if encoder is not None: yield arm, spec, encoder
+
+def evaluate_rows(
+    models:dict[str, str],     # row -> model string
+    data:tuple,                # names of sets
+    run:EvalRun,
+    below:str|Path='.',        # where models' folders and files are
+    against:dict|None=None     # as in `compare_rows`
+) -> Results:
+    "Every row on every set, then differences. `FileNotFoundError`, `ValueError` if nothing is measured."
+    if run.task not in TASKS: raise unknown_name('task', run.task, TASKS)
+    below, specs = Path(below), {arm: spec_of(spec, Path(below)) for arm, spec in models.items()}
+    check_writable(run.out)
+    sets, results, done = read_sets(data, run), Results(run), set()
+    for arm, spec, encoder in load_rows(specs, sets, below, results):
+        done |= {(arm, d) for d in measure_row(arm, spec, encoder, sets, results, below)}
+    if results.failed and not done:
+        raise ValueError(f'nothing was measured: {next(iter(results.failed.values()))}')
+    if not done:
+        raise FileNotFoundError(f'none of the models is there: {", ".join(models)}. '
+                                'Name your own with --model, or their folder with --models')
+    compare_rows(specs, against, done, results)
+    return results
+
+# %% ../../nbs/runs/40_evaluate.ipynb #1d3b2054
 def evaluate(
     models:dict[str, str],     # row -> model string
     data:tuple,                # names of sets
@@ -406,20 +537,9 @@ def evaluate(
     against:dict|None=None,    # row -> the row that it is compared with; the first of all if absent
     **options                  # of `EvalRun`
 ) -> list[dict]: # all records of `out`
-    "Measure every row on every set, then differences. `FileNotFoundError` when nothing is there."
-    if task not in TASKS: raise unknown_name('task', task, TASKS)
-    root = None if root is None else Path(root)
-    run = EvalRun(experiment, check_writable(out), task, root, **options)
-    sets, results, done = read_sets(data, run), Results(run), set()
-    for arm, spec in models.items():
-        encoder = load_or_say(arm, spec, Path(below), run)
-        if encoder is None: continue
-        done |= {(arm, d) for d in measure_row(arm, spec, encoder, sets, results)}
-    if not done:
-        raise FileNotFoundError(f'none of the models is there: {", ".join(models)}. '
-                                'Name your own with --model, or their folder with --models')
-    compare_rows(models, against, done, results)
-    return results.records
+    "`evaluate_rows` in an output folder."
+    run = EvalRun(experiment, Path(out), task, None if root is None else Path(root), **options)
+    return evaluate_rows(models, data, run, below, against).records
 
 # %% ../../nbs/runs/40_evaluate.ipynb #67b69932
 def short_name(metric:str) -> str:
@@ -434,22 +554,43 @@ def table_cell(r:dict|None) -> str:
     value = Interval(r['value'], r['low'], r['high'])
     return value.text(1 if 'median' in r['metric'] else 100, '+' if 'minus' in r else '')
 
+def table_blocks(
+    table:list[list[str]], # a header and its rows
+    width:int=110          # characters of a line
+) -> str:
+    "The table as text, its columns in as many blocks as fit."
+    wide = [max(len(row[j]) for row in table) + 2 for j in range(len(table[0]))]
+    blocks = [[]]
+    for j in range(1, len(wide)):
+        taken = wide[0] + sum(wide[c] for c in blocks[-1])
+        if blocks[-1] and taken + wide[j] > width: blocks.append([])
+        blocks[-1].append(j)
+    def text(block): return table_text([[row[j] for j in (0, *block)] for row in table])
+    return '\n\n'.join(map(text, blocks))
+
 # %% ../../nbs/runs/40_evaluate.ipynb #4a93e1b6
+def row_order(records:list[dict], failed:dict) -> list[str]:
+    "Rows with results, and those that could not be measured, as they came."
+    return list(dict.fromkeys([*(r['arm'] for r in records), *failed]))
+
 def eval_table(
     records:list[dict], experiment:str, data:str,
     metrics:tuple=(),               # those of the records if empty
-    reported:dict|None=None         # (row, set) -> the paper's numbers
+    reported:dict|None=None,        # (row, set) -> the paper's numbers
+    failed:dict|None=None           # (row, set) -> why it was not measured
 ) -> list[list[str]]: # a header and its rows, as text
     "A row for each model; the paper's numbers below it."
+    failed = {row for row, d in failed or {} if d == data}
     ours = [r for r in records if (r['experiment'], r['dataset']) == (experiment, data)]
-    by = {(r['arm'], r['metric']): r for r in ours}
-    arms = list(dict.fromkeys(r['arm'] for r in ours))
+    by = {(r['arm'], r['metric']): r for r in ours if r['arm'] not in failed}
     papers = {row: dict(zip(metrics, n)) for (row, d), n in (reported or {}).items() if d == data}
-    found = dict.fromkeys(r['metric'] for r in ours if r['metric'] != 'main')
-    metrics = [m for m in metrics or found if any((a, m) in by for a in arms)]
+    arms, found = row_order(ours, failed), dict.fromkeys(r['metric'] for r in ours)
+    known = metrics or [m for m in found if m != 'main']
+    metrics = [m for m in known if any((a, m) in by for a in arms)] or ['']
     rows = [[Path(data).name, *map(short_name, metrics)]]
     for arm in arms:
         rows.append([arm, *(table_cell(by.get((arm, m))) for m in metrics)])
+        if arm in failed: rows[-1][1] = 'not measured'
         paper = papers.get(arm)
         if paper is None: continue
         rows.append(['  in the paper', *(f'{paper[m]:.1f}' if m in paper else '' for m in metrics)])
@@ -484,6 +625,30 @@ def task_of(
     if preset and task != its: raise ValueError(f'{preset} is a table of {its}, not of {task}')
     return task
 
+# %% ../../nbs/runs/40_evaluate.ipynb #c1b84f1e
+class Tables(str):
+    "Tables as text; `failed` says which rows were not measured on which set, and why."
+    failed:dict
+
+def tables_of(
+    results:Results,
+    data:tuple, # names of sets
+    preset:EvalPreset|None
+) -> Tables:
+    "A table for each set that something was measured on, and below it what was not."
+    name, metrics, reported = results.run.experiment, (), None
+    if preset: metrics, reported = preset.metrics, preset.reported
+    there = {r['dataset'] for r in results.records if r['experiment'] == name}
+    there |= {d for _, d in results.failed}
+    texts = []
+    for d in (d for d in data if d in there):
+        table = eval_table(results.records, name, d, metrics, reported, results.failed)
+        lost = [f'{row} not measured: {why}' for (row, s), why in results.failed.items() if s == d]
+        texts.append('\n'.join([table_blocks(table), *lost]))
+    out = Tables('\n\n'.join(texts))
+    out.failed = results.failed
+    return out
+
 # %% ../../nbs/runs/40_evaluate.ipynb #c1b84f1d
 def evaluate_as_asked(
     preset:str|None=None,   # of `EVAL_PRESETS`
@@ -492,17 +657,16 @@ def evaluate_as_asked(
     data:tuple=(),          # those of the preset, or the package's own
     rows:tuple=(),          # of the preset
     out:str|Path='eval',
-    **more                  # of `evaluate`
-) -> str:
+    root:str|Path|None=None, # where the sets' files are
+    below:str|Path='.',     # where models' folders and files are
+    **options               # of `EvalRun`
+) -> Tables:
     "Measure, write results.jsonl and table.txt, and return the tables."
     task, known = task_of(preset, task), EVAL_PRESETS.get(preset)
-    models, name = chosen_models(model, rows, known), preset or task
     data = tuple(data) or (known.data if known else (OWN[task],))
-    against = AGAINST if known else None
-    records = evaluate(models, data, task, out, experiment=name, against=against, **more)
-    there = {(r['experiment'], r['dataset']) for r in records}
-    measured = [d for d in data if (name, d) in there]
-    metrics, reported = (known.metrics, known.reported) if known else ((), None)
-    tables = [table_text(eval_table(records, name, d, metrics, reported)) for d in measured]
-    atomic_write(Path(out)/'table.txt', '\n\n'.join(tables) + '\n')
-    return '\n\n'.join(tables)
+    models, root = chosen_models(model, rows, known), None if root is None else Path(root)
+    run = EvalRun(preset or task, Path(out), task, root, **options)
+    results = evaluate_rows(models, data, run, below, AGAINST if known else None)
+    tables = tables_of(results, data, known)
+    atomic_write(Path(out)/'table.txt', tables + '\n')
+    return tables
