@@ -401,8 +401,9 @@ def _caption_lines(ax, reference, captions, letters):
         y, color = 1 - (i + 1.5) * step, 'black'
         if caption.lower() == reference.lower(): color = 'tab:green'
         ax.text(0, y, arm, va='center', fontsize=11, color='gray')
-        if score is not None: ax.text(.24, y, f'{score:.2f}', va='center', fontsize=11, color='gray')
-        ax.text(.32, y, _wrapped(caption, letters), va='center', fontsize=11, color=color,
+        if score is not None:
+            ax.text(.31, y, f'{score:.2f}', va='center', ha='right', fontsize=11, color='gray')
+        ax.text(.33, y, _wrapped(caption, letters), va='center', fontsize=11, color=color,
                 linespacing=.95)
 
 # %% ../../nbs/experiments/40_captioning.ipynb #h8exp018
