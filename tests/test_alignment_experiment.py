@@ -1,5 +1,6 @@
 "The study of the alignment in miniature: what a variant changes, one row a caption or two, records and what may be said."
 from dataclasses import asdict, replace
+from inspect import signature
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from gmail_nb.experiments.alignment import (
     alignment_table, alignment_verdict, repeated)
 from gmail_nb.experiments.demo import make_side
 from gmail_nb.files import read_results
-from gmail_nb.settings import DemoSettings
+from gmail_nb.settings import STUDY_SEEDS, DemoSettings
+from gmail_nb.stats import Interval, verdict
 
 def weight(item): return 60
 
@@ -41,6 +43,11 @@ def test_the_study_is_the_demo_but_for_its_epochs():
     s = DemoSettings()
     assert replace(STUDY, align=replace(STUDY.align, epochs=s.align.epochs)) == s
 
+def test_seeds_and_settings_of_the_study_have_one_home():
+    for function in (alignment_runs, alignment_experiment):
+        assert signature(function).parameters['seeds'].default == STUDY_SEEDS
+    assert signature(alignment_experiment).parameters['settings'].default is STUDY
+
 def test_the_sigmoid_loss_has_its_own_temperature():
     assert VARIANTS['sigmoid'].applied(DemoSettings()).align.temperature == .1
 
@@ -66,6 +73,13 @@ def test_another_reference_is_allowed(found):
 def test_the_verdict_names_its_reference(found):
     for m in MEASURES:
         assert alignment_verdict(alignment_records(found), m).startswith(f"By {m}, against 'the demo")
+
+@pytest.mark.parametrize('low, high', [(.1, .2), (-.2, -.1), (-.1, .1)])
+def test_the_verdict_is_in_the_words_of_stats(found, low, high):
+    records = [dict(r, low=low, high=high) if 'low' in r else r for r in alignment_records(found)]
+    said = verdict(Interval(0, low, high))
+    line = next(l for l in alignment_verdict(records).splitlines() if l.strip().startswith(said))
+    assert all(name in line for name in (*FEW[1:], 'base'))
 
 def test_the_experiment_writes_records_table_and_figures(home, found):
     records = alignment_experiment(home, small(), {n: VARIANTS[n] for n in FEW}, seeds=2)

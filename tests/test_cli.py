@@ -283,7 +283,7 @@ def test_the_demo_is_called_with_its_settings(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(room, 'demo', lambda out, settings: seen.append((out, settings)) or [])
     monkeypatch.setattr(room, 'demo_table', lambda records: [['arm']])
-    monkeypatch.setattr(room, 'verdict', lambda records: 'It helps.')
+    monkeypatch.setattr(room, 'demo_verdict', lambda records: 'It helps.')
     status, out, _ = answer(capsys, gmail_demo, '--quick', '--seed', 2, '--out', tmp_path)
     assert status == 0 and 'It helps.' in out and f'report: {tmp_path}/report.html' in out
     assert seen[0][1].seed == 2 and seen[0][1].align_captions == 256

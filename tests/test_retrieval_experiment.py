@@ -6,8 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from gmail_nb.data import emoji
 from gmail_nb.encoders import Encoder, HFText, load_encoder
-from gmail_nb.experiments.retrieval import Shown, World, arm_features, found_by_any, arm_ranks, hit_records, nested, recall_table, tune_arms
+from gmail_nb.experiments import retrieval as room
+from gmail_nb.experiments.retrieval import (
+    Shown, World, arm_features, arm_ranks, found_by_any, hit_records, nested, recall_table, tune_arms)
 from gmail_nb.settings import TuneSettings
 from gmail_nb.tune import tune_text
 
@@ -74,3 +77,28 @@ def test_in_every_row_of_answers_a_right_one_is_framed(encoder, world):
     queries, counts = found_by_any(encoder, two, world.tests['B-twemoji'], 3, k=10)
     ranks = torch.stack([arm_ranks(encoder, t, world.tests)['B-twemoji']['text_to_image'][queries] for t in two.values()])
     assert (ranks < 10).any(0).all() and counts['by_any'] >= max(counts['gmail'], counts['indiscriminate'])
+
+class Elsewhere:
+    "A model whose weights are on another device: the meta device, which takes no tensor of the CPU."
+    device = torch.device('meta')
+    def checked(self, pixels): return pixels.to(self.device)
+    def f_g(self, pixels):
+        assert pixels.device == self.device, 'f_g is called with a batch of another device'
+        return torch.ones(len(pixels), 256)
+    def project_real(self, features): return F.normalize(features, dim=-1)
+    def encode_real(self, pixels): return self.project_real(self.f_g(self.checked(pixels)))
+
+def test_test_images_go_to_where_the_model_is(encoder):
+    keys = list(emoji('unseen', source='twemoji')['key'])[:2]
+    assert room.shown(encoder, Elsewhere(), 'unseen', keys).features_g.shape == (2, 256)
+
+def test_the_words_of_an_interval_are_those_of_stats(hits):
+    records = hit_records('miniature', hits, draws=50)
+    records = [dict(r, low=.01, high=.02) if r['arm'] == 'gmail-indiscriminate' else r for r in records]
+    said = room.retrieval_verdict(records)
+    assert said.count(' it helps: ') == 12 and max(map(len, said.splitlines())) <= 120
+
+def test_tables_fit_a_terminal(hits, tmp_path):
+    room.write_retrieval(tmp_path, hit_records('miniature', hits, draws=50), [])
+    assert max(map(len, (tmp_path/'retrieval_table.txt').read_text().splitlines())) <= 120
+    assert (tmp_path/'arms.png').stat().st_size > 1000 and not (tmp_path/'scaling.png').exists()

@@ -30,14 +30,14 @@ def gmail_demo(
 ):
     "The whole method on the embedded set. Writes results.jsonl, figures and report.html."
     import time
-    from gmail_nb.experiments.demo import demo, demo_table, verdict
+    from gmail_nb.experiments.demo import demo, demo_table, demo_verdict
     from gmail_nb.pages import table_text
     from gmail_nb.runtime import use_all_cores
     from gmail_nb.settings import demo_settings
     started = time.time()
     use_all_cores()
     records = demo(out, demo_settings(quick, seed))
-    print(f'\n{table_text(demo_table(records))}\n\n{verdict(records)}\n')
+    print(f'\n{table_text(demo_table(records))}\n\n{demo_verdict(records)}\n')
     print(f'report: {out}/report.html  ({time.time() - started:.0f} s)')
 
 # %% ../../nbs/cli/10_commands.ipynb #1212b9bd

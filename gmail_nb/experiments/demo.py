@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'KS', 'ARMS', 'some_concepts', 'Side', 'draw_side', 'kept_features', 'make_side', 'align_side', 'gap_records',
-           'arm_ranks', 'downstream', 'recall_records', 'difference_records', 'table_cell', 'demo_table', 'verdict',
-           'demo_test_features', 'write_demo_report', 'demo']
+           'arm_ranks', 'downstream', 'recall_records', 'difference_records', 'table_cell', 'demo_table',
+           'demo_verdict', 'demo_test_features', 'write_demo_report', 'demo_records', 'demo']
 
 # %% ../../nbs/experiments/10_demo.ipynb #3a69d7cc
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +26,7 @@ from ..gap import (
 from ..generate import generate, load_generated
 from ..pages import report_page, save_figure
 from ..runtime import (
-    fast_bfloat16, fingerprint, machine, noise_generator, set_seed, stable_seed)
+    default_device, fast_bfloat16, fingerprint, machine, noise_generator, set_seed, stable_seed)
 from ..settings import DemoSettings, WorkSettings
 from ..stats import Interval, paired_difference, sentence
 from ..train import align, show_history
@@ -58,6 +58,7 @@ class Side:
     real_features:torch.Tensor        # (N, D), through f_r
     pairs:object                      # of images, to look at
 
+# %% ../../nbs/experiments/10_demo.ipynb #8cd2c49d
 def draw_side(split:str, n:int, samples:int, settings:DemoSettings, out:Path):
     "The pairs of n concepts: real drawings, and images generated from their captions."
     real = some_concepts(split, n, settings.seed)
@@ -74,7 +75,15 @@ def kept_features(
     def compute(): return encode_images(encoder.encode_image, pixels, desc=f'f_r of {what}')
     return cached_features(path, fingerprint(encoder.fingerprint, pixels), compute, keys)
 
-def make_side(encoder:Encoder, split:str, n:int, samples:int, settings:DemoSettings, out:Path) -> Side:
+# %% ../../nbs/experiments/10_demo.ipynb #197659a4
+def make_side(
+    encoder:Encoder,
+    split:str,              # A or B
+    n:int,                  # concepts
+    samples:int,            # generated images of each
+    settings:DemoSettings,
+    out:Path                # images and features are kept here
+) -> Side:
     "Generate images for n concepts of a split, and embed both sides once."
     joined = draw_side(split, n, samples, settings, out)
     items = list(progress(joined, f'decoding {split}'))               # by key, then by sample
@@ -95,7 +104,7 @@ def align_side(encoder:Encoder, side:Side, settings:DemoSettings) -> tuple[GenRe
     order = torch.randperm(len(side.keys), generator=noise_generator('held out', settings.seed))
     n = settings.validation_captions
     validation, kept = order[:n], order[n:]
-    model = GenReal(encoder, settings.adapters)
+    model = GenReal(encoder, settings.adapters).to(encoder.device)
     x, target = side.generated_pixels[0, validation], side.real_features[validation]
     def evaluate(m):
         cosines = paired_cosines(encode_images(m.encode_generated, x), target)
@@ -129,6 +138,7 @@ def arm_ranks(
     return dict(text_to_image=ranks(text_features, image_features),
                 image_to_text=ranks(image_features, text_features))
 
+# %% ../../nbs/experiments/10_demo.ipynb #80d9b9f9
 def downstream(
     encoder:Encoder,
     features:dict[str, torch.Tensor], # arm -> (N, D), what it learns from
@@ -159,6 +169,7 @@ def recall_records(name:str, hits:dict, n:int) -> list[dict]:
         return record(name, arm, 'emoji', 'B-twemoji', metric, value, seed, n)
     return [one(*f, k) for f in found for k in KS]
 
+# %% ../../nbs/experiments/10_demo.ipynb #4be7bbff
 def difference_records(name:str, hits:dict, n:int) -> list[dict]:
     "Paired differences of GMAIL and the indiscriminate arm, intervals over queries and seeds."
     def found(arm, way, k): return torch.stack([run[way] for run in hits[arm]]) < k
@@ -180,6 +191,7 @@ def table_cell(found:list[dict]) -> str:
         return Interval(value, first['low'], first['high']).text(100 if share else 1, '+')
     return f'{100 * value:.1f}' if share else f'{value:.3f}'
 
+# %% ../../nbs/experiments/10_demo.ipynb #90b685c9
 def demo_table(
     records:list[dict] # of a demo run
 ) -> list[list[str]]: # a heading and its rows, as text
@@ -192,7 +204,7 @@ def demo_table(
     return [heading] + [[m, *cells(m)] for m in metrics]
 
 # %% ../../nbs/experiments/10_demo.ipynb #ac42c400
-def verdict(records:list[dict]) -> str:
+def demo_verdict(records:list[dict]) -> str:
     "The sentence that the paired interval of text-to-image R@1 allows."
     wanted = 'gmail-indiscriminate', 'text_to_image_recall_at_1'
     r = next(r for r in records if (r['arm'], r['metric']) == wanted)
@@ -210,6 +222,7 @@ def demo_test_features(encoder:Encoder, side:Side, out:Path) -> torch.Tensor: # 
     path = out/'cache'/'B_twemoji.safetensors'
     return kept_features(encoder, pixels, side.keys, path, 'the unseen style')
 
+# %% ../../nbs/experiments/10_demo.ipynb #78dfff4b
 def write_demo_report(
     out:Path, records:list[dict], history:list[dict],
     side:Side, aligned:torch.Tensor # of B, and its generated images through f_g
@@ -224,18 +237,30 @@ def write_demo_report(
         ('cosines', 'Cosine of pairs that alignment never saw', cosines),
         ('tsne', 'Generated and real, before and after', show_tsne((g, r), (aligned, r))))
     pictures = {title: save_figure(fig, out/f'{name}.png') for name, title, fig in figures}
-    intro = f'{verdict(records)} {machine()}.'
+    intro = f'{demo_verdict(records)} {machine()}.'
     page = report_page('GMAIL on emoji', intro, demo_table(records), pictures)
     return atomic_write(out/'report.html', page)
 
 # %% ../../nbs/experiments/10_demo.ipynb #45c72a08
+def demo_records(
+    sides:dict[str, torch.Tensor], # arm -> generated images of B as it sees them, (N, D)
+    real:torch.Tensor,             # of the same concepts, through f_r
+    hits:dict,                     # from `downstream`
+    seed:int                       # of the run
+) -> list[dict]:
+    "The gap before and after the alignment, recalls, and paired differences."
+    gaps = [gap_records('demo', arm, x, real, seed) for arm, x in sides.items()]
+    n = len(real)
+    return sum(gaps, []) + recall_records('demo', hits, n) + difference_records('demo', hits, n)
+
+# %% ../../nbs/experiments/10_demo.ipynb #f5342c19
 def demo(
     out:str|Path='demo',                  # results, figures, report and the aligned model go here
     settings:DemoSettings=DemoSettings()
 ) -> list[dict]: # the records, also in results.jsonl
     "Generate, align, learn from generated images, test on real ones, and write the report."
     out, s = check_writable(out), settings
-    encoder = load_encoder('embedded')
+    encoder = load_encoder('embedded').to(default_device())
     a = make_side(encoder, 'A', s.align_captions, s.draw.samples, s, out)
     b = make_side(encoder, 'B', s.tune_captions, 1, s, out)
     test = demo_test_features(encoder, b, out)
@@ -244,9 +269,7 @@ def demo(
     features = dict(indiscriminate=b.generated_features, gmail=aligned, real=b.real_features)
     hits = downstream(encoder, features, b.captions, test, s)
     sides = dict(base=b.generated_features, gmail=aligned)
-    r, n = b.real_features, len(test)
-    records = sum((gap_records('demo', arm, x, r, s.seed) for arm, x in sides.items()), [])
-    records += recall_records('demo', hits, n) + difference_records('demo', hits, n)
+    records = demo_records(sides, b.real_features, hits, s.seed)
     write_results(out/'results.jsonl', records)
     found = {r['metric']: r['value'] for r in records if r['arm'] == 'gmail'}
     model.save_pretrained(out/'model', settings=asdict(s), results=found)

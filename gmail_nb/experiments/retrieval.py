@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'FRACTIONS', 'Hits', 'DIFFERENCES', 'COLORS', 'Shown', 'World', 'arm_features', 'aligned_model', 'shown',
-           'world_features', 'retrieval_world', 'arm_ranks', 'nested', 'tune_arms', 'intervals', 'hit_records',
-           'of_record', 'recall_table', 'bars', 'show_arms', 'found_by_any', 'show_answers', 'scaling', 'show_scaling',
-           'retrieval_verdict', 'lost_ability', 'retrieval_experiment']
+           'described_tests', 'world_features', 'kept_world', 'retrieval_world', 'arm_ranks', 'nested', 'check_arms',
+           'stacked', 'tune_arms', 'per_query', 'intervals', 'hit_records', 'of_record', 'recall_table', 'bars',
+           'show_arms', 'found_by_any', 'answers_row', 'show_answers', 'scaling', 'curves', 'show_scaling', 'said_of',
+           'lost_ability', 'retrieval_verdict', 'write_retrieval', 'retrieval_experiment']
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #1665ecb1
 import json
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,10 +26,10 @@ from ..encoders import Encoder, encode_images, encode_texts, load_encoder, prepr
 from .demo import align_side, make_side
 from ..files import atomic_write, check_writable, progress, record, write_results
 from ..pages import save_figure, table_text
-from ..retrieval import WAYS, nearest, retrieval, show_retrieval
-from ..runtime import fingerprint, stable_seed
+from ..retrieval import WAYS, nearest, retrieval
+from ..runtime import default_device, fingerprint, stable_seed
 from ..settings import DemoSettings, TuneSettings, same_settings
-from ..stats import Interval, bootstrap, paired_difference, verdict
+from ..stats import DRAWS, Interval, bootstrap, paired_difference, verdict
 from ..tune import TunedText, head_inputs, last_linear, save_tuned, tune_text
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #ce8a543e
@@ -46,15 +48,17 @@ class World:
     arms:dict[str, torch.Tensor] # what each arm learns from: (N, D), or (2, N, D) for the mix
     tests:dict[str, Shown]       # 'B-twemoji' and 'unseen-twemoji'
 
+# %% ../../nbs/experiments/20_retrieval.ipynb #6bb2df71
 def arm_features(
-    generated:torch.Tensor, aligned:torch.Tensor, real:torch.Tensor # (N, D) of the same captions
+    generated:torch.Tensor, # (N, D), generated images of B through f_r
+    aligned:torch.Tensor,   # (N, D), the same images through f_g
+    real:torch.Tensor       # (N, D), real images of B through f_r
 ) -> dict[str, torch.Tensor]:
     "The four arms that learn. `ValueError` when the features are not of the same shape."
     if not generated.shape == aligned.shape == real.shape:
         raise ValueError(
             f'the arms need features of the same captions: generated {tuple(generated.shape)}, '
-            f'aligned {tuple(aligned.shape)}, real {tuple(real.shape)}'
-        )
+            f'aligned {tuple(aligned.shape)}, real {tuple(real.shape)}')
     mix = torch.stack([generated, real])
     return dict(indiscriminate=generated, gmail=aligned, mix=mix, real=real)
 
@@ -69,7 +73,7 @@ def aligned_model(
     except FileNotFoundError: model = None
     card = json.loads((out/'model'/'card.json').read_text()) if model else {}
     there = card.get('settings')
-    if model and (there is None or same_settings(there, settings)): return model
+    if model and (there is None or same_settings(there, settings)): return model.to(encoder.device)
     if model:
         raise ValueError(f'{out.name}/model was aligned with other settings: '
                          'choose another folder, or the settings of its card')
@@ -78,45 +82,49 @@ def aligned_model(
     model.save_pretrained(out/'model', settings=asdict(settings))
     return model
 
-def shown(encoder:Encoder, model:GenReal, split:str, keys:list[str]|None=None) -> Shown:
-    "Drawings of the unseen style of a split, of all its concepts or of `keys` in their order."
+# %% ../../nbs/experiments/20_retrieval.ipynb #54997bc0
+def shown(
+    encoder:Encoder,
+    model:GenReal,
+    split:str,                  # B or unseen
+    keys:list[str]|None=None    # in this order; all concepts of the split if absent
+) -> Shown:
+    "Drawings of the unseen style through both towers, on the device of the model."
     ds = emoji(split, source='twemoji')
     index = {k: i for i, k in enumerate(ds['key'])}
     ds = ds.select([index[k] for k in keys]) if keys else ds
     x = preprocess_images(encoder, list(ds['image']))
-    through_g = encode_images(lambda b: model.project_real(model.f_g(b)), x)
-    return Shown(list(ds['key']), list(ds['label']), encode_images(model.encode_real, x), through_g)
+    def through_g(batch): return model.project_real(model.f_g(model.checked(batch)))
+    return Shown(list(ds['key']), list(ds['label']), encode_images(model.encode_real, x),
+                 encode_images(through_g, x))
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #6f73f1fc
+def described_tests(tests:dict[str, Shown]) -> dict: # what a card keeps of them
+    return {name: dict(keys=t.keys, captions=t.captions) for name, t in tests.items()}
+
+# %% ../../nbs/experiments/20_retrieval.ipynb #174ed592
 def world_features(
-    out: Path, settings: DemoSettings
-) -> tuple[dict, dict]:  # features by name, and what they are of
+    out:Path,
+    settings:DemoSettings
+) -> tuple[dict, dict]: # features by name, and what they are of
     "Generate, align and embed everything that the experiment reads."
-    encoder = load_encoder('embedded')
+    encoder = load_encoder('embedded').to(default_device())
     b = make_side(encoder, 'B', settings.tune_captions, 1, settings, out)
     model = aligned_model(encoder, out, settings)
-    tests = {
-        'B-twemoji': shown(encoder, model, 'B', b.keys),
-        'unseen-twemoji': shown(encoder, model, 'unseen'),
-    }
-    aligned = encode_images(
-        model.encode_generated, b.generated_pixels[0], desc='f_g of generated B'
-    )
+    tests = {'B-twemoji': shown(encoder, model, 'B', b.keys),
+             'unseen-twemoji': shown(encoder, model, 'unseen')}
+    aligned = encode_images(model.encode_generated, b.generated_pixels[0], desc='f_g of generated B')
     x = dict(generated=b.generated_features, real=b.real_features, aligned=aligned)
     for name, t in tests.items(): x |= {f'{name}.f_r': t.features, f'{name}.f_g': t.features_g}
-    card = dict(
-        captions=b.captions,
-        tests={n: dict(keys=t.keys, captions=t.captions) for n, t in tests.items()},
-    )
-    return x, card
+    return x, dict(captions=b.captions, tests=described_tests(tests))
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #057f3f1c
-def retrieval_world(
-    out:str|Path='retrieval',             # images, model and features go here
-    settings:DemoSettings=DemoSettings()  # of generation and alignment, as in the demo
-) -> tuple[Encoder, World]:
-    "Generate, align and embed, or read what an earlier call, or a demo, left in `out`."
-    out, encoder = check_writable(out), load_encoder('embedded')
+def kept_world(
+    encoder:Encoder,
+    out:Path,
+    settings:DemoSettings
+) -> tuple[dict, dict]: # as `world_features`
+    "Features and card from their files, or made now and kept."
     made_from = fingerprint(encoder.fingerprint, json.dumps(asdict(settings)))
     file = out/'retrieval_features.safetensors'
     described = file.with_suffix('.json')
@@ -126,14 +134,20 @@ def retrieval_world(
         atomic_write(file, save({k: v.contiguous() for k, v in x.items()}))
         card = dict(card, fingerprint=made_from)
         atomic_write(described, json.dumps(card))
-    x = load_file(file)
-    tests = {
-        n: Shown(t['keys'], t['captions'], x[f'{n}.f_r'], x[f'{n}.f_g'])
-        for n, t in card['tests'].items()
-    }
-    return encoder, World(
-        card['captions'], arm_features(x['generated'], x['aligned'], x['real']), tests
-    )
+    return load_file(file), card
+
+# %% ../../nbs/experiments/20_retrieval.ipynb #da0ce00b
+def retrieval_world(
+    out:str|Path='retrieval',             # images, model and features go here
+    settings:DemoSettings=DemoSettings()  # of generation and alignment, as in the demo
+) -> tuple[Encoder, World]:
+    "Generate, align and embed, or read what an earlier call, or a demo, left in `out`."
+    out, encoder = check_writable(out), load_encoder('embedded').to(default_device())
+    x, card = kept_world(encoder, out, settings)
+    tests = {n: Shown(t['keys'], t['captions'], x[f'{n}.f_r'], x[f'{n}.f_g'])
+             for n, t in card['tests'].items()}
+    arms = arm_features(x['generated'], x['aligned'], x['real'])
+    return encoder, World(card['captions'], arms, tests)
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #b02dffe0
 ARMS = ('base', 'indiscriminate', 'gmail', 'mix', 'real')
@@ -141,8 +155,10 @@ FRACTIONS = (1/8, 1/4, 1/2, 1)
 
 Hits = dict[str, dict[str, dict[str, torch.Tensor]]] # arm -> test -> way -> ranks (seeds, queries)
 
+# %% ../../nbs/experiments/20_retrieval.ipynb #eca68b90
 def arm_ranks(
-    encoder:Encoder, tuned:TunedText|None, # None: the base
+    encoder:Encoder,
+    tuned:TunedText|None,                  # None: the base
     tests:dict[str, Shown],
     through:str='features'                 # 'features' or 'features_g'
 ) -> dict[str, dict[str, torch.Tensor]]: # test -> way -> ranks
@@ -164,96 +180,101 @@ def nested(
     return torch.tensor(sorted(first))
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #021c8467
+def check_arms(world:World, arms:tuple) -> list[str]: # those that learn
+    "`ValueError` for an arm that the world has no features for."
+    learning = [a for a in arms if a != 'base']
+    if unknown := [a for a in learning if a not in world.arms]:
+        raise ValueError(f'no features for the arm {unknown[0]!r}: the world has {list(world.arms)}')
+    return learning
+
+# %% ../../nbs/experiments/20_retrieval.ipynb #30276741
+def stacked(
+    runs:dict[str, list], # arm -> over seeds, `arm_ranks`
+    tests:dict[str, Shown]
+) -> Hits:
+    "Ranks of all seeds in one tensor."
+    return {a: {t: {w: torch.stack([r[t][w] for r in rs]) for w in WAYS} for t in tests}
+            for a, rs in runs.items()}
+
+# %% ../../nbs/experiments/20_retrieval.ipynb #cdc749fc
 def tune_arms(
     encoder:Encoder,
     world:World,
     settings:TuneSettings=DemoSettings().tune,
-    seeds:int=5,
+    seeds:int=DemoSettings().seeds,
     arms:tuple=ARMS,
     fraction:float=1.,     # of the captions of B
     keep=None              # called with (arm, seed, tuned)
 ) -> Hits:
-    "Tune and test every arm with every seed; 'gmail f_g' comes with 'gmail'. `ValueError` for an unknown arm."
-    learning = [a for a in arms if a != 'base']
-    if unknown := [a for a in learning if a not in world.arms]:
-        raise ValueError(
-            f'no features for the arm {unknown[0]!r}: the world has {list(world.arms)}'
-        )
+    """Tune and test every arm with every seed; 'gmail f_g' comes with 'gmail'.
+
+    `ValueError` for an unknown arm."""
+    learning, tests = check_arms(world, arms), world.tests
     indices, runs = nested(len(world.captions), fraction), {}
     captions = [world.captions[i] for i in indices]
     shared = settings.tuning == 'head' and last_linear(encoder.text) is not None
     inputs = head_inputs(encoder, captions) if shared else None
-    if 'base' in arms: runs['base'] = [arm_ranks(encoder, None, world.tests)] * seeds
-    for seed, arm in progress(
-        [(s, a) for s in range(seeds) for a in learning], f'{len(indices)} captions'
-    ):
+    if 'base' in arms: runs['base'] = [arm_ranks(encoder, None, tests)] * seeds
+    all_runs = [(s, a) for s in range(seeds) for a in learning]
+    for seed, arm in progress(all_runs, f'{len(indices)} captions'):
         how = replace(settings, seed=stable_seed(settings.seed, seed))
         tuned = tune_text(encoder, world.arms[arm][..., indices, :], captions, how, inputs)
-        runs.setdefault(arm, []).append(arm_ranks(encoder, tuned, world.tests))
-        if arm == 'gmail':
-            runs.setdefault('gmail f_g', []).append(
-                arm_ranks(encoder, tuned, world.tests, 'features_g')
-            )
+        runs.setdefault(arm, []).append(arm_ranks(encoder, tuned, tests))
+        if arm == 'gmail': # the other reading of where real images go
+            other = arm_ranks(encoder, tuned, tests, 'features_g')
+            runs.setdefault('gmail f_g', []).append(other)
         if keep: keep(arm, seed, tuned)
-    return {
-        a: {t: {w: torch.stack([r[t][w] for r in rs]) for w in WAYS} for t in world.tests}
-        for a, rs in runs.items()
-    }
+    return stacked(runs, tests)
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #95a837db
 DIFFERENCES = (('gmail', 'indiscriminate'), ('gmail', 'base'), ('gmail f_g', 'gmail'))
 
+def per_query(
+    ranks:torch.Tensor, # from 0
+    ks:tuple
+) -> dict[str, torch.Tensor]: # what is averaged over queries
+    "Whether a query was found among the first k, and the reciprocal of its rank."
+    return {f'recall_at_{k}': (ranks < k).float() for k in ks} | {'map': 1 / (ranks + 1.)}
+
+# %% ../../nbs/experiments/20_retrieval.ipynb #e92e7eec
 def intervals(
     ranks:dict[str, torch.Tensor], # arm -> (seeds, N), from 0
-    ks:tuple, draws:int
+    ks:tuple,
+    draws:int=DRAWS
 ) -> dict[tuple[str, str], Interval]: # (arm or difference, metric)
     "Recalls at k, mAP and median rank of each arm, and the paired differences."
-    values = {f'recall_at_{k}': {a: (r < k).float() for a, r in ranks.items()} for k in ks}
-    values['map'] = {a: 1 / (r + 1.) for a, r in ranks.items()}
-    out = {}
-    for m, found in values.items():
-        out |= {(a, m): bootstrap(x, draws=draws) for a, x in found.items()}
-        out |= {(f'{a}-{b}', m): paired_difference(found[a], found[b], draws=draws)
-                for a, b in DIFFERENCES if a in found and b in found}
-    return out | {
-        (a, 'median_rank'): bootstrap(r + 1.0, 'median', draws=draws) for a, r in ranks.items()
-    }
+    found, out = {a: per_query(r, ks) for a, r in ranks.items()}, {}
+    pairs = [(a, b) for a, b in DIFFERENCES if a in found and b in found]
+    for m in per_query(next(iter(ranks.values())), ks):
+        out |= {(a, m): bootstrap(values[m], draws=draws) for a, values in found.items()}
+        out |= {(f'{a}-{b}', m): paired_difference(found[a][m], found[b][m], draws=draws)
+                for a, b in pairs}
+    return out | {(a, 'median_rank'): bootstrap(r + 1., 'median', draws=draws)
+                  for a, r in ranks.items()}
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #53e57237
 def hit_records(
     experiment:str,
     hits:Hits,
     ks:tuple=(1, 5, 10),
-    draws:int=1000,
+    draws:int=DRAWS,
     **extra
 ) -> list[dict]: # of each arm, over its seeds, and of each difference, with intervals
     "Every interval as a result record."
     tests, out = next(iter(hits.values())), []
     seeds = len(next(iter(tests.values()))[WAYS[0]])
+    def one(arm, test, metric, v):
+        return record(experiment, arm, 'emoji', test, metric, v.value, 0, v.n,
+                      low=v.low, high=v.high, seeds=seeds, **extra)
     for test, way in ((t, w) for t in tests for w in WAYS):
         found = intervals({a: r[test][way] for a, r in hits.items()}, ks, draws)
-        out += [
-            record(
-                experiment,
-                a,
-                'emoji',
-                test,
-                f'{way}_{m}',
-                v.value,
-                0,
-                v.n,
-                low=v.low,
-                high=v.high,
-                seeds=seeds,
-                **extra,
-            )
-            for (a, m), v in found.items()
-        ]
+        out += [one(a, test, f'{way}_{m}', v) for (a, m), v in found.items()]
     return out
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #61d1dfa9
 def of_record(r:dict) -> Interval: return Interval(r['value'], r['low'], r['high'], r['n'])
 
+# %% ../../nbs/experiments/20_retrieval.ipynb #4abe3f31
 def recall_table(
     records:list[dict], # from `hit_records`
     test:str='B-twemoji',
@@ -264,71 +285,73 @@ def recall_table(
     columns = [(way, k) for way in WAYS for k in ks]
     def cell(arm, way, k):
         return by[arm, f'{way}_recall_at_{k}'].text(sign='+' if '-' in arm else '')
-
-    head = [
-        f'{test}, learned from',
-        *(f'{"T2I" if way == WAYS[0] else "I2T"} R@{k}' for way, k in columns),
-    ]
-    return [head] + [
-        [a, *(cell(a, *c) for c in columns)] for a in dict.fromkeys(r['arm'] for r in records)
-    ]
+    names = {WAYS[0]: 'T2I', WAYS[1]: 'I2T'}
+    head = [f'{test}, learned from', *(f'{names[way]} R@{k}' for way, k in columns)]
+    arms = dict.fromkeys(r['arm'] for r in records)
+    return [head] + [[a, *(cell(a, *c) for c in columns)] for a in arms]
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #d18624ec
-_names = ('base', 'indiscriminate', 'gmail', 'gmail f_g', 'mix', 'real')
-COLORS = dict(
-    zip(_names, ('gray', 'tab:orange', 'tab:blue', 'tab:cyan', 'tab:purple', 'tab:green'))
-)
+COLORS = {'base': 'gray', 'indiscriminate': 'tab:orange', 'gmail': 'tab:blue',
+          'gmail f_g': 'tab:cyan', 'mix': 'tab:purple', 'real': 'tab:green'}
 
 def bars(ax, rows:list[dict]) -> None:
-    "A bar an arm, with its interval."
+    "A bar an arm, with its interval; the first arm on top."
     for i, r in enumerate(rows):
-        ax.bar(i, 100 * r['value'], color=COLORS.get(r['arm'], 'black'))
-        ax.plot([i, i], [100 * r['low'], 100 * r['high']], color='black', lw=1.2)
-    ax.set_xticks(range(len(rows)), [r['arm'] for r in rows], rotation=45, ha='right', fontsize=8)
-    ax.tick_params(axis='y', labelsize=8)
+        ax.barh(i, 100 * r['value'], color=COLORS.get(r['arm'], 'black'))
+        ax.plot([100 * r['low'], 100 * r['high']], [i, i], color='black', lw=1.5)
+    ax.set_yticks(range(len(rows)), [r['arm'] for r in rows], fontsize=11)
+    ax.tick_params(axis='x', labelsize=11)
+    ax.spines[['top', 'right']].set_visible(False)
 
+# %% ../../nbs/experiments/20_retrieval.ipynb #644294f3
 def show_arms(
     records:list[dict], # from `hit_records`
     k:int=1
 ) -> Figure:
-    "Recall at k of every arm with its interval, by test and direction."
-    panels = [(t, w) for t in dict.fromkeys(r['split'] for r in records) for w in WAYS]
-    fig, axes = plt.subplots(
-        1, len(panels), figsize=(2.3 * len(panels), 2.6), dpi=90, squeeze=False
-    )
-    for ax, (test, way) in zip(axes[0], panels):
+    "Recall at k of every arm with its interval: a row of panels a test, a column a direction."
+    tests = list(dict.fromkeys(r['split'] for r in records))
+    shape = dict(figsize=(8, 2.9 * len(tests)), dpi=100, squeeze=False, sharey=True, sharex=True)
+    fig, axes = plt.subplots(len(tests), len(WAYS), **shape)
+    for ax, (test, way) in zip(axes.flat, ((t, w) for t in tests for w in WAYS)):
         wanted = test, f'{way}_recall_at_{k}'
-        bars(
-            ax, [r for r in records if (r['split'], r['metric']) == wanted and '-' not in r['arm']]
-        )
-        ax.set_title(f'{test}\n{way.replace("_", " ")}', fontsize=8)
-    axes[0, 0].set_ylabel(f'recall at {k} in %', fontsize=8)
+        found = [r for r in records if (r['split'], r['metric']) == wanted]
+        bars(ax, [r for r in found if '-' not in r['arm']])
+        ax.set_title(f'{test}, {way.replace("_", " ")}', fontsize=12)
+    axes[0, 0].invert_yaxis() # of all panels, which share it
+    for ax in axes[-1]: ax.set_xlabel(f'recall at {k} in %', fontsize=11)
     fig.tight_layout()
     plt.close(fig)
     return fig
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #7af76f4e
 def found_by_any(
-    encoder: Encoder,
-    tuned: dict[str, TunedText],
-    test: Shown,
-    n: int = 4,
-    k: int = 5,
-    seed: int = 0,
-) -> tuple[
-    list[int], dict
-]:  # indices of n queries, in order; and of how many queries, by how many towers
+    encoder:Encoder,
+    tuned:dict[str, TunedText],
+    test:Shown,
+    n:int=4,                 # queries
+    k:int=5,
+    seed:int=0
+) -> tuple[list[int], dict]: # indices of queries, in order; of how many, by how many towers
     "Queries drawn at random among those whose right answer some tower has in its first k."
-    ranks = torch.stack(
-        [arm_ranks(encoder, t, {'': test})['']['text_to_image'] for t in tuned.values()]
-    )
+    ranks = torch.stack([arm_ranks(encoder, t, {'': test})['']['text_to_image']
+                         for t in tuned.values()])
     good = (ranks < k).any(0).nonzero()[:, 0]
     order = torch.randperm(len(good), generator=torch.Generator().manual_seed(seed))
     counts = dict(queries=len(test.captions), by_any=len(good))
     counts |= {name: int((r < k).sum()) for name, r in zip(tuned, ranks)}
     return good[order[:n]].sort().values.tolist(), counts
 
+# %% ../../nbs/experiments/20_retrieval.ipynb #de284c9d
+def answers_row(axes, name:str, images:list, right:list[bool]) -> None:
+    "What is asked, on the left, and the drawings that come first; the right one is framed."
+    axes[0].text(1, .5, name, ha='right', va='center', fontsize=12)
+    axes[0].axis('off')
+    for ax, image, good in zip(axes[1:], images, right):
+        ax.imshow(image)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(visible=good, color='tab:green', linewidth=4)
 
+# %% ../../nbs/experiments/20_retrieval.ipynb #c3cbdee1
 def show_answers(
     encoder:Encoder, tuned:dict[str, TunedText], test:Shown, split:str,
     queries:list[int],      # their indices
@@ -336,19 +359,25 @@ def show_answers(
 ) -> Figure:
     "A row a query and arm: the name, and the k best drawings, the right one framed."
     ds = emoji(split, source='twemoji')
-    index, rows = {key: i for i, key in enumerate(ds['key'])}, []
-    for j in queries:
-        for arm, t in tuned.items():
-            text = t.encode_text(encoder.tokenize([test.captions[j]]))
-            best = nearest(text, t.project(test.features), k)[0].tolist()
-            images = [ds[index[test.keys[i]]]['image'] for i in best]
-            rows.append((f'{test.captions[j]}\n({arm})', images, [i == j for i in best]))
-    return show_retrieval(*map(list, zip(*rows)), size=.8)
+    index = {key: i for i, key in enumerate(ds['key'])}
+    rows = [(j, arm) for j in queries for arm in tuned]
+    fig, axes = plt.subplots(len(rows), k + 1, figsize=(8, len(rows)), dpi=100, squeeze=False,
+                             gridspec_kw=dict(width_ratios=[2.4, *[1] * k]))
+    for line, (j, arm) in zip(axes, rows):
+        text = tuned[arm].encode_text(encoder.tokenize([test.captions[j]]))
+        best = nearest(text, tuned[arm].project(test.features), k)[0].tolist()
+        images = [ds[index[test.keys[i]]]['image'] for i in best]
+        name = textwrap.fill(test.captions[j], 28) + f'\n({arm})'
+        answers_row(line, name, images, [i == j for i in best])
+    fig.subplots_adjust(0, 0, 1, 1, wspace=.12, hspace=.12)
+    plt.close(fig)
+    return fig
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #cea9a1a6
 def scaling(
     encoder:Encoder, world:World,
-    settings:TuneSettings=DemoSettings().tune, seeds:int=5,
+    settings:TuneSettings=DemoSettings().tune,
+    seeds:int=DemoSettings().seeds,
     fractions:tuple=FRACTIONS,
     arms:tuple=('base', 'indiscriminate', 'gmail', 'real')
 ) -> list[dict]: # records with the number of captions
@@ -359,65 +388,93 @@ def scaling(
         out += hit_records('scaling', hits, captions=len(nested(n, f)))
     return out
 
+# %% ../../nbs/experiments/20_retrieval.ipynb #bf576a85
+def curves(ax, rows:list[dict]) -> None:
+    "A line an arm over the number of captions, with its interval as a band."
+    for arm in (a for a in COLORS if a in {r['arm'] for r in rows} and a != 'gmail f_g'):
+        mine = [r for r in rows if r['arm'] == arm]
+        x, found = [r['captions'] for r in mine], [of_record(r) for r in mine]
+        ax.plot(x, [100 * v.value for v in found], marker='o', color=COLORS[arm], label=arm)
+        low, high = ([100 * getattr(v, end) for v in found] for end in ('low', 'high'))
+        ax.fill_between(x, low, high, color=COLORS[arm], alpha=.15)
+    ax.set_xscale('log', base=2)
+    ax.set_xticks(x, x)
+    ax.tick_params(labelsize=11)
+    ax.set_xlabel('captions of B', fontsize=11)
+
+# %% ../../nbs/experiments/20_retrieval.ipynb #0200e1aa
 def show_scaling(
     records:list[dict],  # from `scaling`
     k:int=1, test:str='B-twemoji'
 ) -> Figure:
     "Recall against the number of captions, both ways, with intervals."
-    fig, axes = plt.subplots(1, 2, figsize=(7, 2.6), dpi=90)
+    fig, axes = plt.subplots(1, 2, figsize=(8, 3.6), dpi=100, sharey=True)
     for ax, way in zip(axes, WAYS):
-        rows = [r for r in records if r['split'] == test and r['metric'] == f'{way}_recall_at_{k}']
-        for arm in [
-            a for a in dict.fromkeys(r['arm'] for r in rows) if a in COLORS and a != 'gmail f_g'
-        ]:
-            mine = [r for r in rows if r['arm'] == arm]
-            x, (v, lo, hi) = [r['captions'] for r in mine], zip(
-                *((100 * y for y in of_record(r)[:3]) for r in mine)
-            )
-            ax.plot(x, v, marker='.', color=COLORS[arm], label=arm)
-            ax.fill_between(x, lo, hi, color=COLORS[arm], alpha=.15)
-        ax.set_xscale('log', base=2)
-        ax.set_xticks(x, x)
-        ax.set_xlabel('captions of B')
-        ax.set_title(way.replace('_', ' '), fontsize=9)
-    axes[0].set_ylabel(f'recall at {k} in %')
-    axes[0].legend(fontsize=7)
+        wanted = test, f'{way}_recall_at_{k}'
+        curves(ax, [r for r in records if (r['split'], r['metric']) == wanted])
+        ax.set_title(way.replace('_', ' '), fontsize=12)
+    axes[0].set_ylabel(f'recall at {k} in %', fontsize=11)
+    axes[0].legend(fontsize=11)
     fig.tight_layout()
     plt.close(fig)
     return fig
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #67ecd620
+def said_of(
+    by:dict,  # intervals by arm, split and metric
+    test:str,
+    way:str
+) -> str:
+    "Aligning first, in one test and direction: a line for each k."
+    found = {k: by['gmail-indiscriminate', test, f'{way}_recall_at_{k}'] for k in (1, 5, 10)}
+    lines = [f'  at {k:2} it {verdict(d)}: {d.text(sign="+")} points' for k, d in found.items()]
+    head = f"{test}, {way.replace('_', ' ')}, {found[1].n} concepts: aligning first"
+    return '\n'.join([head, *lines])
+
+# %% ../../nbs/experiments/20_retrieval.ipynb #24fa2c7b
+def lost_ability(by:dict, arm:str) -> str: # by: intervals by arm, split and metric
+    "What tuning costs on concepts that stand in no caption."
+    def moved(k):
+        metric = f'text_to_image_recall_at_{k}'
+        before, after = (100 * by[a, 'unseen-twemoji', metric].value for a in ('base', arm))
+        return f'R@{k} {before:.1f} -> {after:.1f}'
+    return (f'Unseen concepts, text to image, before and after {arm}: '
+            f'{", ".join(map(moved, (1, 5, 10)))}.')
+
+# %% ../../nbs/experiments/20_retrieval.ipynb #f593919b
 def retrieval_verdict(records:list[dict]) -> str:
     "What the paired intervals allow one to say, and what zero-shot ability was lost."
     by = {(r['arm'], r['split'], r['metric']): of_record(r) for r in records}
-    seeds, lines = records[0]['seeds'], []
-    def said(d, k): return f'at {k} it {verdict(d)}, {d.text(sign="+")} points'
-    for test, way in ((t, w) for t in dict.fromkeys(r['split'] for r in records) for w in WAYS):
-        found = [by['gmail-indiscriminate', test, f'{way}_recall_at_{k}'] for k in (1, 5, 10)]
-        points = '; '.join(said(d, k) for k, d in zip((1, 5, 10), found))
-        lines.append(f"{test}, {way.replace('_', ' ')}, aligning first: {points}. "
-                     f'{found[0].n} concepts, {seeds} seeds, 95% intervals.')
-    return '\n'.join(lines + [lost_ability(by, arm) for arm in ('gmail', 'indiscriminate')])
+    tests = dict.fromkeys(r['split'] for r in records)
+    said = [said_of(by, test, way) for test in tests for way in WAYS]
+    lost = [lost_ability(by, arm) for arm in ('gmail', 'indiscriminate')]
+    seeds = f"{records[0]['seeds']} seeds; 95% intervals over concepts and seeds."
+    return '\n'.join([*said, seeds, '', *lost])
 
-def lost_ability(by:dict, arm:str) -> str: # by: intervals by arm, split and metric
-    "What tuning costs on concepts that stand in no caption."
-    metrics = {k: f'text_to_image_recall_at_{k}' for k in (1, 5, 10)}
-    pairs = {
-        k: [100 * by[a, 'unseen-twemoji', m].value for a in ('base', arm)]
-        for k, m in metrics.items()
-    }
-    moved = ', '.join(f'R@{k} {a:.1f} -> {b:.1f}' for k, (a, b) in pairs.items())
-    return f'Unseen concepts, text to image, before and after {arm}: {moved}.'
+# %% ../../nbs/experiments/20_retrieval.ipynb #4d604ac8
+def write_retrieval(
+    out:Path,
+    records:list[dict],  # of the arms
+    more:list[dict]      # of the scaling; may be empty
+) -> None:
+    "retrieval_results.jsonl, retrieval_table.txt and the figures."
+    tests = dict.fromkeys(r['split'] for r in records)
+    tables = [table_text(recall_table(records, t), width=100) for t in tests]
+    text = '\n\n'.join([*tables, retrieval_verdict(records)])
+    atomic_write(out/'retrieval_table.txt', text + '\n')
+    save_figure(show_arms(records), out/'arms.png')
+    if more: save_figure(show_scaling(more), out/'scaling.png')
+    write_results(out/'retrieval_results.jsonl', records + more)
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #d6d13d6f
 def retrieval_experiment(
-    out: str | Path = 'retrieval',  # results, figures and the tuned model of the GMAIL arm go here
-    settings: TuneSettings = DemoSettings().tune,
-    demo: DemoSettings = DemoSettings(),  # of generation and alignment
-    seeds: int = 5,
-    shares: tuple = FRACTIONS,  # of the captions, for the scaling plot; () leaves it out
-) -> tuple[list[dict], list[dict]]:  # records of the arms, and of the scaling
-    "All arms and the scaling. Writes retrieval_results.jsonl, retrieval_table.txt, figures and tuned/."
+    out:str|Path='retrieval',               # results, figures and the tuned model of the GMAIL arm
+    settings:TuneSettings=DemoSettings().tune,
+    demo:DemoSettings=DemoSettings(),       # of generation and alignment
+    seeds:int=DemoSettings().seeds,
+    shares:tuple=FRACTIONS                  # of the captions, for the scaling; () leaves it out
+) -> tuple[list[dict], list[dict]]: # records of the arms, and of the scaling
+    "All arms and the scaling. Writes results, tables, figures and tuned/."
     encoder, world = retrieval_world(out, demo)
     out = Path(out)
     def keep(arm, seed, tuned):
@@ -425,12 +482,6 @@ def retrieval_experiment(
         how = asdict(replace(settings, seed=stable_seed(settings.seed, seed)))
         save_tuned(tuned, encoder, out/'tuned', aligned=out/'model', settings=how)
     records = hit_records('retrieval', tune_arms(encoder, world, settings, seeds, keep=keep))
-    tables = [table_text(recall_table(records, t)) for t in world.tests]
-    atomic_write(
-        out / 'retrieval_table.txt', '\n\n'.join([*tables, retrieval_verdict(records)]) + '\n'
-    )
-    save_figure(show_arms(records), out/'arms.png')
     more = scaling(encoder, world, settings, seeds, shares)
-    if more: save_figure(show_scaling(more), out/'scaling.png')
-    write_results(out/'retrieval_results.jsonl', records + more)
+    write_retrieval(out, records, more)
     return records, more
