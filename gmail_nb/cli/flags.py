@@ -130,7 +130,7 @@ def options_of(
     return [o for o in found if o.path[-1] not in leave or len(o.path) == 1]
 
 # %% ../../nbs/cli/00_flags.ipynb #8e34744c
-SPELLED = dict(image='image-column') # field -> its flag; the field's own name is understood too
+SPELLED = dict(image='image-column', captioned='set') # name -> how a person spells it
 
 def flag_names(
     options:list[Option]
@@ -236,7 +236,8 @@ def add_option(
 ) -> None:
     "Give the parser one argument or flag."
     if not o.required: return add_flag(parser, o, flag, more)
-    how = dict(nargs='+' if o.several else None, type=reader(o.annotation), metavar=o.path[-1])
+    how = dict(nargs='+' if o.several else None, type=reader(o.annotation),
+               metavar=SPELLED.get(o.path[-1], o.path[-1]))
     parser.add_argument(o.dest, help=help_of(o, more), **how)
 
 # %% ../../nbs/cli/00_flags.ipynb #e01e2965
@@ -329,13 +330,14 @@ def preset_named(name:str, presets:dict):
 # %% ../../nbs/cli/00_flags.ipynb #9bb7c2cc
 def show_plan(
     rows:list[tuple] # what, where, state, note
-) -> int: # 2 where a state is 'missing'
+) -> int: # 2 where a state is 'missing' or 'refused'
     "Print what a command would do."
-    from gmail_nb.pages import table_text # what it imports is not needed before
-    print(table_text([['what', 'where', 'state', 'note'], *map(list, rows)]))
-    missing = [what for what, _, state, _ in rows if state == 'missing']
-    print(f'\nmissing: {", ".join(missing)}' if missing else '\nnothing is missing')
-    return 2 if missing else 0
+    cells = [('what', 'where', 'state', 'note'), *(tuple(map(str, r)) for r in rows)]
+    widths = [max(len(r[i]) for r in cells) for i in range(3)]
+    for r in cells: print(*(c.ljust(w) for c, w in zip(r, widths)), r[3], sep='  ')
+    bad = list(dict.fromkeys(f'{r[0]} {r[2]}' for r in rows if r[2] in ('missing', 'refused')))
+    print(f'\nthis would not run: {", ".join(bad)}' if bad else '\nthis would run')
+    return 2 if bad else 0
 
 # %% ../../nbs/cli/00_flags.ipynb #f1c6cf41
 class Command:
