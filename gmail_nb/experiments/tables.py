@@ -27,6 +27,7 @@ from ..runs.presets import LLAMACAP, LONGCLIP, RECALLS, SAME_STEPS, SIGLIP, TEXT
 from ..runs.presets import TUNED_STEPS, CaptionSource, TextRecipe, recipe, with_known
 from ..settings import GENERATORS, PAPER_ALIGN, AdapterSettings, AlignRunSettings
 from ..settings import CaptionerSettings, DrawSettings, SourceSettings, WorkSettings
+from ..settings import check_above, check_share
 
 # %% ../../nbs/experiments/60_tables.ipynb #42d64d2e
 @dataclass(frozen=True)
@@ -251,21 +252,25 @@ def tables_text() -> str:
 # %% ../../nbs/experiments/60_tables.ipynb #d21b0cf4
 @dataclass(frozen=True)
 class TableRun:
-    "How a table of the paper is run."
+    "How a table of the paper is run, with --scale paper."
     root:str='.'                # folder that the sets lie below, as they are published
     models:str='.'              # folder of published weights, such as longclip-B.pt
-    seeds:int=1                 # chains of alignment and tuning
-    rows:tuple=()               # only these rows of the table
-    encoder:tuple=()            # [NAME=]OTHER in place of an encoder
-    lm:tuple=()                 # [NAME=]OTHER in place of a language model
-    generator:tuple=()          # [NAME=]OTHER in place of a generator
-    data:tuple=()               # sets to measure on in place of the table's
-    epochs:int|None=None        # of every alignment, in place of the paper's
-    steps:int|None=None         # of every tuning, in place of the paper's
-    batch_size:int|None=None    # of every training, in place of the paper's
-    validation_share:float|None=None # kept out of every training, in place of its own
+    seeds:int=1                 # how many chains of alignment and tuning
+    rows:list=()                # only these rows of the table, repeatable
+    encoder:list=()             # [NAME=]OTHER in place of an encoder, repeatable
+    lm:list=()                  # [NAME=]OTHER in place of a language model, repeatable
+    generator:list=()           # [NAME=]OTHER in place of a generator, repeatable
+    data:list=()                # sets to measure on in place of the table's, repeatable
+    epochs:int|None=None        # epochs of every alignment, in place of the paper's
+    steps:int|None=None         # steps of every tuning, in place of the paper's
+    batch_size:int|None=None    # batch of every training, in place of the paper's
+    validation_share:float|None=None # share kept out of every training, in place of its own
     draw_steps:int|None=None    # inference steps of every generator, in place of its own
-    device:str|None=None        # that draws; the fastest present if absent
+    device:str|None=None        # where images are drawn; the fastest present if absent
+
+    def __post_init__(self):
+        check_above(self, 'seeds', 'epochs', 'steps', 'batch_size', 'draw_steps')
+        check_share(self, 'validation_share')
 
 def exchanged(value:str, pairs:tuple) -> str: # pairs: '[NAME=]OTHER' each
     "A name, or the other that was given in its place."

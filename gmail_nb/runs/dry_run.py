@@ -35,8 +35,8 @@ from ..plan import Plan, make_settings, read_captions, settings_difference, spli
 from ..plan import training_split
 from .presets import CAPTION_SOURCES, EVAL_PRESETS, OWN, check_arm
 from ..runtime import default_device, default_dtype, machine
-from ..settings import GENERATORS, DemoSettings, DrawSettings, EmbedSettings, Generator
-from ..settings import SourceSettings, WorkSettings, is_commit
+from ..settings import GENERATORS, DrawSettings, EmbedSettings, Generator, SourceSettings
+from ..settings import WorkSettings, demo_settings, is_commit
 from ..sources import load_captioned, read_coco
 
 # %% ../../nbs/runs/50_dry_run.ipynb #671b9a6e
@@ -585,10 +585,10 @@ def dry_eval(
 
 # %% ../../nbs/runs/50_dry_run.ipynb #7c7ed0e7
 def dry_demo(
-    out:str='demo', quick:bool=False, settings:DemoSettings|None=None, **rest
+    out:str='demo', quick:bool=False, **rest
 ) -> list[Look]:
     "What `gmail_demo`, or an experiment on the embedded set, would do."
-    s = settings or DemoSettings()
+    s = demo_settings(quick)
     images = s.align_captions * s.draw.samples + s.tune_captions
     rate, where = RATES['embedded'] # for 16 steps
     seconds = images * s.draw.steps / 16 / rate
