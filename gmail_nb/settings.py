@@ -183,7 +183,7 @@ class AlignSettings:
     epochs:int=10               # passes over the pairs
     batch_size:int=128          # pairs a step, over all processes together
     lr:float=1e-3               # peak learning rate
-    weight_decay:float=.01      # of AdamW
+    weight_decay:float=.01      # weight decay of AdamW
     clip:float=1.               # largest norm of the gradient
     warmup:int=10               # steps of linear rise, at most a tenth of all
     cycles:int=1                # cosines of the learning rate; each begins with a warm restart
@@ -281,7 +281,7 @@ class TuneSettings:
     tau:float=.07               # temperature of the contrastive loss
     noise:float=1.              # noise on what the head reads, relative to its length; with head alone
     validation_share:float=.1   # share of the captions kept out; 0 trains on all to the last step
-    validation_limit:int=5000   # of the captions kept out, at most so many are looked at
+    validation_limit:int=5000   # at most so many of the captions kept out are looked at
     every:int=20                # steps between two looks at them
     max_norm:float|None=None    # gradients longer than this are cut to it
     patience:int|None=5         # looks without a better one before it stops; None: it never stops early
