@@ -1,17 +1,15 @@
 "Asked first: what is there, what is missing, and that nothing is written."
-import json
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 
 from gmail_nb.classification import classification_miniature
-from gmail_nb.cli.commands import COMMANDS, gmail_experiment, gmail_tune
+from gmail_nb.cli.commands import COMMANDS, gmail_experiment
 from gmail_nb.cli.flags import Commands
 from gmail_nb.data import emoji, quiet_datasets
 from gmail_nb.generate import generate
 from gmail_nb.retrieval import retrieval_miniature
-from gmail_nb.runs import dry_run
 from gmail_nb.runs.dry_run import (HUB_SETS, SET_FILES, dry_align, dry_generate, look_data, look_device, look_generated, look_hub,
                                    look_lm, look_model, look_out, look_set)
 from gmail_nb.runs.presets import EIGHT, SET_NAMES

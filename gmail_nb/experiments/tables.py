@@ -265,11 +265,12 @@ class TableRun:
     steps:int|None=None         # steps of every tuning, in place of the paper's
     batch_size:int|None=None    # batch of every training, in place of the paper's
     validation_share:float|None=None # share kept out of every training, in place of its own
+    max_new_tokens:int|None=None # longest caption in tokens, in place of the table's
     draw_steps:int|None=None    # inference steps of every generator, in place of its own
     device:str|None=None        # where images are drawn; the fastest present if absent
 
     def __post_init__(self):
-        check_above(self, 'seeds', 'epochs', 'steps', 'batch_size', 'draw_steps')
+        check_above(self, 'seeds', 'epochs', 'steps', 'batch_size', 'max_new_tokens', 'draw_steps')
         check_share(self, 'validation_share')
 
 def exchanged(value:str, pairs:tuple) -> str: # pairs: '[NAME=]OTHER' each
@@ -283,7 +284,7 @@ def as_asked(link:Link, run:TableRun) -> Link:
     "A chain with the names and numbers of a run in place of the paper's."
     names = dict(encoder=run.encoder, lm=run.lm, generator=run.generator)
     numbers = dict(epochs=run.epochs, batch_size=run.batch_size, steps=run.steps,
-                   validation_share=run.validation_share)
+                   validation_share=run.validation_share, max_new_tokens=run.max_new_tokens)
     def change(name, value):
         if name in names: return exchanged(value, names[name])
         return value if value is None or numbers.get(name) is None else numbers[name]
