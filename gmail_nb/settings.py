@@ -62,8 +62,8 @@ class SourceSettings:
     caption:str|None=None       # column of captions; 'captions', 'caption' or 'text' if absent
     image:str='image'           # column that holds the images
     which:str|int='first'       # which of several captions of a key: first, all, or a number from 0
-    split:str|None=None         # the split to read of a Hub set or a Karpathy file, such as train+restval
-    header:bool=True            # a table begins with the names of its columns; otherwise they are '0', '1', ...
+    split:str|None=None         # split of a Hub set or a Karpathy file, such as train+restval
+    header:bool=True            # a table names its columns first; else they are '0', '1', ...
     images:str|None=None        # folder of the pictures that a COCO file names
     cache_dir:str|None=None     # where large sets are cached; the library's own folder if absent
 
@@ -77,7 +77,7 @@ class WorkSettings:
     engine:str='local'          # local, or ray for many workers
     workers:int=1               # how many workers Ray starts
     device:str|None=None        # cuda, cuda:1, mps or cpu; the fastest present if absent
-    dtype:str|None=None         # float32, float16 or bfloat16; if absent, bfloat16 where a GPU has it and else float32
+    dtype:str|None=None         # float32, float16 or bfloat16; that of the device if absent
     attention:str='sdpa'        # sdpa (fused), or sliced where memory is short
     compile:bool=False          # compile the denoiser
     retry_failed:bool=False     # draw recorded failures again
@@ -269,7 +269,7 @@ TEXT_TUNINGS = ('head', 'lora', 'last', 'full')
 @dataclass(frozen=True)
 class TuneSettings:
     "What the tuning of a text side depends on besides its data."
-    tuning:str='head'           # what of the text tower is trained: head, lora, last (its last blocks and head) or full
+    tuning:str='head'           # what is trained: head, lora, last (some blocks and head) or full
     blocks:int=1                # how many last blocks are trained with last
     rank:int=4                  # rank of LoRA's matrices with lora
     projection:bool=True        # learn the shared projection P too
@@ -279,12 +279,12 @@ class TuneSettings:
     projection_lr:float=1e-4    # peak rate of P
     weight_decay:float=.01      # pulls P towards the identity
     tau:float=.07               # temperature of the contrastive loss
-    noise:float=1.              # noise on what the head reads, relative to its length; with head alone
+    noise:float=1.              # relative noise on what the head reads, with head alone
     validation_share:float=.1   # share of the captions kept out; 0 trains on all to the last step
     validation_limit:int=5000   # at most so many of the captions kept out are looked at
     every:int=20                # steps between two looks at them
     max_norm:float|None=None    # gradients longer than this are cut to it
-    patience:int|None=5         # looks without a better one before it stops; None: it never stops early
+    patience:int|None=5         # looks without a better one to the end; None: it never stops early
     seed:int=0                  # seed of order, noise and which captions are kept out
 
     def __post_init__(self):
@@ -296,7 +296,7 @@ class TuneSettings:
 @dataclass(frozen=True)
 class CaptionerSettings:
     "What training a captioner depends on, besides the data."
-    encoder:str='embedded'      # embedded, open_clip:ARCHITECTURE/PRETRAINED, hf:ID or timm:ARCHITECTURE/FILE
+    encoder:str='embedded'      # embedded, open_clip:NAME/PRETRAINED, hf:ID or timm:NAME/FILE
     lm:str='small'              # small (trained from nothing), smollm2, a Hub id or a folder
     prefix_length:int=4         # tokens that the image becomes
     mapper:str='mlp'            # mlp or transformer
@@ -317,7 +317,7 @@ class CaptionerSettings:
 class CaptionSettings:
     "How a captioner writes the captions of pictures."
     beams:int=1                 # captions that are followed at once; 1 is greedy
-    top_p:float|None=None       # share of the probability that words are drawn from, in place of beams
+    top_p:float|None=None       # share of the probability to draw words from, not beams
     batch_size:int|None=None    # images at a time; that of the library if absent
     max_new_tokens:int|None=None # longest caption, in tokens; that of the library if absent
     seed:int=0                  # seed of the drawing

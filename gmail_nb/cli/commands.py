@@ -27,8 +27,8 @@ from ..settings import EmbedSettings, IFCapSettings, SourceSettings, TuneSetting
 def dry(name:str) -> Callable: # of a function of `gmail_nb.runs.dry_run`
     "What `--dry-run` reports; the room is loaded when it is asked."
     def look(**asked):
-        from gmail_nb.runs import dry_run
-        return getattr(dry_run, name)(**asked)
+        import gmail_nb.runs.dry_run as room
+        return getattr(room, name)(**asked)
     return look
 
 @command(dry=dry('dry_demo'), example='gmail_demo --quick --out demo')
@@ -58,12 +58,13 @@ def listed(names) -> str:
 _not_asked = 'part', 'show_progress', 'cache_dir'
 _draw = ('gmail_generate dataset_coco.json --which all --generator stable-diffusion-2 --out generated')
 
-@command(leave=_not_asked, more=dict(generator=listed(GENERATORS)), dry=dry('dry_generate'), example=_draw)
+@command(leave=_not_asked, more=dict(generator=listed(GENERATORS)), dry=dry('dry_generate'),
+         example=_draw)
 def gmail_generate(
     captioned:str,            # a captioned set, with or without images
     generator:str='embedded', # a generator by name, a pipeline folder, or a Hub id
     out:str='generated',      # folder of shards
-    repo:str|None=None,       # a Hub id or a folder, where a generator by name has its weights elsewhere
+    repo:str|None=None,       # a Hub id or a folder: other place of the weights of a named one
     revision:str|None=None,   # Hub revision of the generator, best a commit
     part:str='0/1',           # i/n: only the shards whose number is i modulo n, for job arrays
     quiet:bool=False,         # no progress bar
@@ -92,7 +93,7 @@ _align = 'gmail_align photos generated --encoder open_clip:ViT-L-14/openai --out
 def gmail_align(
     captioned:str,          # a captioned set of real images
     generated:str,          # a folder of gmail_generate, drawn from the captions of the same keys
-    encoder:str='embedded', # embedded, open_clip:ARCHITECTURE/PRETRAINED, hf:ID or timm:ARCHITECTURE/FILE
+    encoder:str='embedded', # embedded, open_clip:NAME/PRETRAINED, hf:ID or timm:NAME/FILE
     out:str='aligned',      # the model, its card, curves and checkpoints
     push:str|None=None,     # OWNER/NAME: push the model to the Hub
     source:SourceSettings=SourceSettings(),
@@ -112,7 +113,7 @@ def gmail_embed(
     captioned:str,          # a captioned set, or a folder of gmail_generate
     model:str='embedded',   # a folder of gmail_align, or an encoder by name
     out:str='features',     # memory-mapped features, their keys and a card
-    side:Literal['real', 'generated', 'base']='real', # the side of an aligned model; base is f_r alone
+    side:Literal['real', 'generated', 'base']='real', # side of an aligned model; base: f_r alone
     source:SourceSettings=SourceSettings(),
     settings:EmbedSettings=EmbedSettings()
 ):
@@ -127,7 +128,8 @@ Arm = Literal['gmail', 'indiscriminate', 'real', 'mix']
 
 _text = 'gmail_tune text --generated generated --model aligned --preset gmail-clip --out tuned'
 
-@command(presets=TEXT_RECIPES, name='gmail_tune text', leave=('cache_dir', 'which'), dry=dry('dry_text'),
+@command(presets=TEXT_RECIPES, name='gmail_tune text', leave=('cache_dir', 'which'),
+         dry=dry('dry_text'),
          example=_text)
 def gmail_tune_text(
     out:str='tuned',             # the tuned folder, with the features that were learned from
@@ -149,7 +151,8 @@ def gmail_tune_text(
 # %% ../../nbs/cli/10_commands.ipynb #ac1d052c
 _caption = 'gmail_tune caption --real photos --generated generated --model aligned --out captions'
 
-@command(presets=CAPTIONER_PRESETS, leave=('cache_dir', 'which', 'split'), name='gmail_tune caption',
+@command(presets=CAPTIONER_PRESETS, leave=('cache_dir', 'which', 'split'),
+         name='gmail_tune caption',
          dry=dry('dry_captioner'), example=_caption)
 def gmail_tune_caption(
     out:str='captions',          # the captioner and its scores
@@ -158,7 +161,7 @@ def gmail_tune_caption(
     model:str|None=None,         # a folder of gmail_align, whose f_g sees the generated images
     arm:Arm|None=None,           # what to learn from; gmail with --generated, otherwise real
     test:str|None=None,          # a captioned set of real images to score on
-    splits:tuple=('train', 'test'), # splits of a Karpathy file to train and to test on, such as: train+restval test
+    splits:tuple=('train', 'test'), # to train and to test on, such as: train+restval test
     validation_share:float=.1,   # share of the keys to score on, without test set and splits
     seed:int=0,                  # seed of weights and order
     source:SourceSettings=SourceSettings(),
@@ -176,7 +179,8 @@ gmail_tune = Commands('gmail_tune', 'Tune what reads an encoder, on generated im
                       text=gmail_tune_text, caption=gmail_tune_caption)
 
 # %% ../../nbs/cli/10_commands.ipynb #095d956d
-@command(dry=dry('dry_write'), example='gmail_caption photo.jpg --captioner captions/captioner --beams 4')
+@command(dry=dry('dry_write'),
+         example='gmail_caption photo.jpg --captioner captions/captioner --beams 4')
 def gmail_caption(
     *images:str,                           # picture files
     captioner:str='captions/captioner',    # a folder of gmail_tune caption
@@ -302,7 +306,7 @@ def experiment_captioning(
 @command(name='gmail_experiment ifcap', quick=QUICK_IFCAP, dry=dry('dry_demo'),
          example='gmail_experiment ifcap --quick --out captions')
 def experiment_ifcap(
-    out:str='captions', # folder that is written; features that the captioning experiment left there are read
+    out:str='captions', # folder that is written; features left there by captioning are read
     quick:bool=False,   # fewer concepts, steps and seeds
     settings:IFCapSettings=IFCapSettings()
 ):
@@ -315,13 +319,13 @@ def experiment_ifcap(
 # %% ../../nbs/cli/10_commands.ipynb #7fc7ae73
 def dry_table(table:str, scale:str, out:str, settings:TableRun, **rest) -> list:
     "What a table would do, at either scale."
-    from gmail_nb.experiments import tables
+    import gmail_nb.experiments.tables as tables
     from gmail_nb.runs.dry_run import dry_demo
     return tables.dry_table(table, out, settings) if scale == 'paper' else dry_demo(out)
 
 def experiment_table(
     table:str,           # given by the command
-    scale:Literal['embedded', 'paper']='embedded', # the same question on the embedded set, or the table itself
+    scale:Literal['embedded', 'paper']='embedded', # its question there, or the table itself
     out:str='tables',    # folder that all tables share
     settings:TableRun=TableRun()
 ):
@@ -346,7 +350,8 @@ def table_command(table:str) -> Command:
 
 # %% ../../nbs/cli/10_commands.ipynb #3b1f4fd7
 gmail_experiment = Commands(
-    'gmail_experiment', 'Run an experiment of the paper, on the embedded set or at the paper\'s scale.',
+    'gmail_experiment',
+    'Run an experiment of the paper, on the embedded set or at the paper\'s scale.',
     word='name', listing=tables_text,
     demo=Command(gmail_demo.work, name='gmail_experiment demo', dry=gmail_demo.dry,
                  example='gmail_experiment demo --quick'),
@@ -356,7 +361,8 @@ gmail_experiment = Commands(
 
 # %% ../../nbs/cli/10_commands.ipynb #047bde26
 COMMANDS = Commands(
-    'python -m gmail_nb.cli.commands', 'Generative modality alignment, from a shell.', word='command',
+    'python -m gmail_nb.cli.commands', 'Generative modality alignment, from a shell.',
+    word='command',
     demo=gmail_demo, generate=gmail_generate, align=gmail_align, embed=gmail_embed, tune=gmail_tune,
     caption=gmail_caption, eval=gmail_eval, bench=gmail_bench, experiment=gmail_experiment)
 

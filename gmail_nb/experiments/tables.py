@@ -108,7 +108,7 @@ class TableRow:
     "One row of a table."
     name:str
     last:'Link|str'                          # a link, or a model as `gmail_eval` takes it
-    reported:dict[str, tuple] = field(default_factory=dict) # set -> numbers, in the order of the metrics
+    reported:dict[str, tuple] = field(default_factory=dict) # set -> numbers, as the metrics
 
 @dataclass(frozen=True)
 class PaperTable:
@@ -155,16 +155,19 @@ SIGLIP_BASE = CaptionTuning('real', replace(CLIPCAP, encoder=SIGLIP))
 
 TABLE1 = PaperTable('Captioning on COCO', (
     TableRow('ClipCap', BASE, said(32.15, 27.10, 108.35, 20.12)),
-    TableRow('ClipCap + GMAIL', captioner('gmail'), said(38.12, 31.67, 119.53, 23.75, 56.27, 62.16)),
+    TableRow('ClipCap + GMAIL', captioner('gmail'),
+             said(38.12, 31.67, 119.53, 23.75, 56.27, 62.16)),
     TableRow('Llama 3', LLAMA_BASE, said(47.36, 35.21, 158.13, 28.35, 68.32, 75.13)),
     TableRow('Llama 3 + GMAIL', LLAMA_GMAIL, said(50.21, 38.59, 168.53, 32.58, 73.29, 80.25))),
     MANY, left_out='IFCap and LLaVA have no command at this scale')
 TABLE6 = PaperTable('ClipCap on generated images, without and with alignment', (
-    TableRow('without alignment', captioner('indiscriminate'), said(36.15, 30.32, 115.35, 22.95, 55.12, 61.08)),
+    TableRow('without alignment', captioner('indiscriminate'),
+             said(36.15, 30.32, 115.35, 22.95, 55.12, 61.08)),
     TableRow('GMAIL', captioner('gmail'), said(38.12, 31.67, 119.53, 23.75, 56.27, 62.16))), MANY)
 TABLE8 = PaperTable('SigLIP in place of CLIP', (
     TableRow('SigLIP', SIGLIP_BASE, said(37.51, 117.82)),
-    TableRow('SigLIP + GMAIL', captioner('gmail', start=SIGLIP_BASE), said(42.35, 125.68))), FEW[:2])
+    TableRow('SigLIP + GMAIL', captioner('gmail', start=SIGLIP_BASE), said(42.35, 125.68))),
+    FEW[:2])
 
 # %% ../../nbs/experiments/60_tables.ipynb #5ec91df4
 TABLE9 = PaperTable('What a captioner is tuned on', (
@@ -176,16 +179,19 @@ TABLE9 = PaperTable('What a captioner is tuned on', (
 _ranks = {'2': (36.85, 117.62, 23.10), '4': (38.12, 119.53, 23.75), '6': (37.96, 119.12, 23.60)}
 TABLE11 = PaperTable('Rank of LoRA', (
     *(TableRow(f'rank {r}', captioner('gmail', rank=int(r)), said(*n)) for r, n in _ranks.items()),
-    TableRow('full', captioner('gmail', tuning='full'), said(37.50, 118.95, 23.50))), FEW, embedded='alignment')
+    TableRow('full', captioner('gmail', tuning='full'), said(37.50, 118.95, 23.50))), FEW,
+    embedded='alignment')
 TABLE13 = PaperTable('The same number of steps', (
     TableRow('base', BASE, said(32.15, 108.35, 20.12)),
-    TableRow('generated, no alignment', captioner('indiscriminate', SAME_STEPS), said(35.76, 113.42, 22.63)),
+    TableRow('generated, no alignment', captioner('indiscriminate', SAME_STEPS),
+             said(35.76, 113.42, 22.63)),
     TableRow('GMAIL', captioner('gmail', SAME_STEPS), said(37.92, 117.6, 23.42))), FEW)
 TABLE16 = PaperTable('Beside a mix of real and generated images', (
     TableRow('Task2Sim', captioner('mix'), said(36.65, 115.72, 23.02)),
     TableRow('GMAIL', captioner('gmail'), said(38.12, 119.53, 23.75))), FEW)
 TABLE17 = PaperTable('FLUX as generator', (
-    TableRow('no alignment', captioner('indiscriminate', generator='flux-dev'), said(37.20, 117.82, 23.40)),
+    TableRow('no alignment', captioner('indiscriminate', generator='flux-dev'),
+             said(37.20, 117.82, 23.40)),
     TableRow('GMAIL', captioner('gmail', generator='flux-dev'), said(39.54, 122.36, 24.15))), FEW)
 
 # %% ../../nbs/experiments/60_tables.ipynb #d5327405
@@ -207,7 +213,8 @@ def measured_rows(preset:str) -> tuple[TableRow, ...]:
         numbers = {d: p.reported[name, d] for d in p.data if (name, d) in p.reported}
         rows.append(TableRow(name, last, numbers))
         if kind != 'tuned': continue
-        trained = replace(last.recipe, settings=with_known(last.recipe.settings, real_projection=True))
+        both = with_known(last.recipe.settings, real_projection=True)
+        trained = replace(last.recipe, settings=both)
         if trained != last.recipe:
             rows.append(TableRow(f'{name}, proj_real trained', replace(last, recipe=trained)))
     return tuple(rows)
@@ -232,7 +239,8 @@ def needs_of(table:PaperTable) -> dict[str, list[str]]:
     "What has to be there: weights by their names, and sets."
     steps = chain(r.last for r in table.rows if not isinstance(r.last, str))
     def names(kind, get): return [get(s) for s in steps if isinstance(s, kind)]
-    encoders = names(Aligning, lambda s: s.encoder) + names(CaptionTuning, lambda s: s.settings.encoder)
+    encoders = names(Aligning, lambda s: s.encoder)
+    encoders += names(CaptionTuning, lambda s: s.settings.encoder)
     encoders += [r.last for r in table.rows if isinstance(r.last, str)]
     found = dict(generators=names(Drawing, lambda s: s.generator), encoders=encoders,
                  lms=names(CaptionTuning, lambda s: s.settings.lm),
@@ -273,6 +281,7 @@ class TableRun:
         check_above(self, 'seeds', 'epochs', 'steps', 'batch_size', 'max_new_tokens', 'draw_steps')
         check_share(self, 'validation_share')
 
+# %% ../../nbs/experiments/60_tables.ipynb #438ba893
 def exchanged(value:str, pairs:tuple) -> str: # pairs: '[NAME=]OTHER' each
     "A name, or the other that was given in its place."
     for pair in pairs:
@@ -296,9 +305,10 @@ def changed_draw(value, steps:int):
     "A chain whose drawings take so many steps."
     if isinstance(value, DrawSettings): return replace(value, steps=steps)
     if not is_dataclass(value): return value
-    return replace(value, **{f.name: changed_draw(getattr(value, f.name), steps) for f in fields(value)})
+    return replace(value,
+                   **{f.name: changed_draw(getattr(value, f.name), steps) for f in fields(value)})
 
-# %% ../../nbs/experiments/60_tables.ipynb #2ff0f174
+# %% ../../nbs/experiments/60_tables.ipynb #6be705e4
 @dataclass(frozen=True)
 class Step:
     "One step of a table: a link, and where its result lies."
@@ -315,7 +325,9 @@ def chosen_rows(table:PaperTable, names:tuple) -> list[TableRow]:
         if n not in by_name: raise unknown_name('row', n, by_name)
     return [by_name[n] for n in names] if names else list(table.rows)
 
-def row_links(table:PaperTable, run:TableRun) -> list[tuple[TableRow, int, 'Link|str']]: # row, seed, last
+def row_links(
+    table:PaperTable, run:TableRun
+) -> list[tuple[TableRow, int, 'Link|str']]: # row, seed, last
     "The end of every chain, for every seed."
     def last(row, seed):
         if isinstance(row.last, str): return exchanged(row.last, run.encoder)
@@ -333,8 +345,10 @@ def paper_plan(
     links = (last for _, _, last in row_links(TABLES[table], run) if not isinstance(last, str))
     return [Step(link, Path(out)/folder_name(link)) for link in chain(links)]
 
-# %% ../../nbs/experiments/60_tables.ipynb #c2e5d87b
-def source_of(captions:str, run:TableRun, split:str|None=None) -> tuple[str, SourceSettings]: # file, settings
+# %% ../../nbs/experiments/60_tables.ipynb #234e1b7c
+def source_of(
+    captions:str, run:TableRun, split:str|None=None
+) -> tuple[str, SourceSettings]: # file, settings
     "A file of captions below the folder of sets, and how it is read."
     known = CAPTION_SOURCES[captions]
     return str(Path(run.root)/known.file), replace(known.source, split=split or known.source.split)
@@ -345,7 +359,8 @@ def encoder_name(name:str, run:TableRun, out:Path) -> str: # for `load_encoder`
     if kind != 'longclip': return name
     from gmail_nb.long_captions import convert_longclip
     folder = out/'converted'/Path(rest).stem
-    if not (folder/'preprocessor_config.json').exists(): convert_longclip(Path(run.models)/rest, folder)
+    done = folder/'preprocessor_config.json'
+    if not done.exists(): convert_longclip(Path(run.models)/rest, folder)
     return f'hf:{folder}'
 
 def run_drawing(step:Drawing, folder:Path, run:TableRun, at:Callable) -> None:
@@ -358,11 +373,12 @@ def run_drawing(step:Drawing, folder:Path, run:TableRun, at:Callable) -> None:
 def run_aligning(step:Aligning, folder:Path, run:TableRun, at:Callable) -> None:
     "Align an encoder on the split that is learned from."
     from gmail_nb.runs.align import align_sets
-    file, source = source_of(step.drawing.captions, run, CAPTION_SOURCES[step.drawing.captions].learned)
+    file, source = source_of(step.drawing.captions, run,
+                             CAPTION_SOURCES[step.drawing.captions].learned)
     encoder = encoder_name(step.encoder, run, folder.parent)
     align_sets(file, at(step.drawing), encoder, folder, step.settings, source)
 
-# %% ../../nbs/experiments/60_tables.ipynb #e1a52a61
+# %% ../../nbs/experiments/60_tables.ipynb #6631cad3
 def learned_images(folder:Path, captions:str, run:TableRun):
     "Generated images whose keys are in the split that is learned from; the folder itself for all."
     known = CAPTION_SOURCES[captions]
@@ -381,7 +397,8 @@ def run_text(step:TextTuning, folder:Path, run:TableRun, at:Callable) -> None:
     known = CAPTION_SOURCES[captions]
     file, source = source_of(captions, run, known.learned)
     recipe = replace(step.recipe, encoder=encoder_name(step.recipe.encoder, run, folder.parent))
-    tune_from_files(folder, recipe, learned_images(at(step.drawing), captions, run), at(step.aligning),
+    tune_from_files(folder, recipe, learned_images(at(step.drawing), captions, run),
+                    at(step.aligning),
                     file if known.real else None, 'gmail', source)
 
 def run_captioner(step:CaptionTuning, folder:Path, run:TableRun, at:Callable) -> None:
@@ -392,9 +409,10 @@ def run_captioner(step:CaptionTuning, folder:Path, run:TableRun, at:Callable) ->
     settings = with_known(step.settings, **started)
     tune_captioner(file, folder, settings, generated=at(step.drawing) if step.drawing else None,
                    model=at(step.aligning) if step.aligning else None, arm=step.arm,
-                   splits=(source.split, 'test'), source=replace(source, split=None), seed=step.seed)
+                   splits=(source.split, 'test'), source=replace(source, split=None),
+                   seed=step.seed)
 
-# %% ../../nbs/experiments/60_tables.ipynb #b6e6c10b
+# %% ../../nbs/experiments/60_tables.ipynb #cf86f00f
 RUNNERS = {Drawing: run_drawing, Aligning: run_aligning, TextTuning: run_text,
            CaptionTuning: run_captioner}
 
@@ -410,12 +428,13 @@ def run_step(step:Step, run:TableRun, say:Callable=print) -> float: # seconds
     def at(link): return step.folder.parent/folder_name(link)
     RUNNERS[type(step.link)](step.link, step.folder, run, at)
     seconds = round(time.time() - started, 1)
-    made = json.dumps(dict(kind=KINDS[type(step.link)], settings=asdict(step.link), seconds=seconds), indent=1)
+    facts = dict(kind=KINDS[type(step.link)], settings=asdict(step.link), seconds=seconds)
+    made = json.dumps(facts, indent=1)
     atomic_write(step.folder/'done.json', made)
     say(f'{name}: {seconds:.0f} s')
     return seconds
 
-# %% ../../nbs/experiments/60_tables.ipynb #eb85f974
+# %% ../../nbs/experiments/60_tables.ipynb #49839b1c
 def table_miniature(
     root:str|Path, # an empty folder
     train:int=12, rest:int=3, test:int=6 # images
@@ -426,7 +445,8 @@ def table_miniature(
     rows, official = [], dict(images=[], annotations=[])
     for i, (r, split) in enumerate(zip(emoji('B', source='twemoji'), splits)):
         sub = 'train2014' if split == 'train' else 'val2014'
-        name, words = f'COCO_{sub}_{i:012}.jpg', [f'{r["label"]}, {w}' for w in ('drawn', 'in colour')]
+        name = f'COCO_{sub}_{i:012}.jpg'
+        words = [f'{r["label"]}, {w}' for w in ('drawn', 'in colour')]
         places = [root/sub/name] + ([root/'val2017'/f'{i:012}.jpg'] if split != 'train' else [])
         for place in places:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -435,13 +455,14 @@ def table_miniature(
         rows.append(dict(cocoid=i, filename=name, filepath=sub, split=split, sentences=sentences))
         if split == 'train': continue
         official['images'].append(dict(id=i, file_name=f'{i:012}.jpg'))
-        official['annotations'] += [dict(id=10 * i + j, image_id=i, caption=w) for j, w in enumerate(words)]
+        official['annotations'] += [dict(id=10 * i + j, image_id=i, caption=w) for j,
+                                    w in enumerate(words)]
     (root/'annotations').mkdir(exist_ok=True)
     atomic_write(root/'dataset_coco.json', json.dumps(dict(images=rows, dataset='coco')))
     atomic_write(root/'annotations'/'captions_val2017.json', json.dumps(official))
     return root
 
-# %% ../../nbs/experiments/60_tables.ipynb #fc8b83d4
+# %% ../../nbs/experiments/60_tables.ipynb #53169e17
 def caption_values(folder:Path, metrics:tuple) -> dict[str, dict]: # metric -> record
     "The scores of a captioner that the table asks for."
     found = {r['metric']: r for r in read_results(folder/'results.jsonl')}
@@ -454,7 +475,8 @@ def measured_values(
 ) -> list[dict]: # records
     "Finished models on the sets of a table; `evaluate` leaves out what is not there."
     from gmail_nb.runs.evaluate import evaluate
-    return evaluate(models, run.data or table.data, table.task, out, root=run.root, below=run.models,
+    return evaluate(models, run.data or table.data, table.task, out, root=run.root,
+                    below=run.models,
                     experiment=name, against=None, pictures=False, skip_existing=True)
 
 def table_records(name:str, out:Path, run:TableRun) -> list[dict]:
@@ -463,7 +485,8 @@ def table_records(name:str, out:Path, run:TableRun) -> list[dict]:
     for row, seed, last in row_links(table, run):
         if table.task == 'caption':
             for m, r in caption_values(out/folder_name(last), table.metrics).items():
-                records.append(record(name, row.name, 'coco', r['split'], m, r['value'], seed, r['n']))
+                records.append(record(name, row.name, 'coco', r['split'], m, r['value'], seed,
+                                      r['n']))
         else:
             label = f'{row.name}, seed {seed}'
             model = last if isinstance(last, str) else f'tuned:{(out/folder_name(last)).resolve()}'
@@ -472,10 +495,11 @@ def table_records(name:str, out:Path, run:TableRun) -> list[dict]:
         for r in measured_values(name, table, models, out/name, run):
             if r['arm'] in rows and r['metric'] in table.metrics:
                 arm, seed = rows[r['arm']]
-                records.append(record(name, arm, r['dataset'], r['split'], r['metric'], r['value'], seed, r['n']))
+                records.append(record(name, arm, r['dataset'], r['split'], r['metric'], r['value'],
+                                      seed, r['n']))
     return records
 
-# %% ../../nbs/experiments/60_tables.ipynb #3fd8e2b3
+# %% ../../nbs/experiments/60_tables.ipynb #01d180a6
 def mean_text(values:list[float]) -> str:
     "The mean in hundredths, and the range over seeds where there are several."
     mean = 100 * sum(values) / len(values)
@@ -488,7 +512,10 @@ def paper_table(name:str, records:list[dict], data:str) -> list[list[str]]: # a 
     for r in records:
         if r['dataset'] == data: by.setdefault((r['arm'], r['metric']), []).append(r['value'])
     def short(m):
-        return m.replace('image_to_text', 'I2T').replace('text_to_image', 'T2I').replace('_recall_at_', ' R@')
+        for long, name in (('image_to_text', 'I2T'), ('text_to_image', 'T2I'),
+                           ('_recall_at_', ' R@')):
+            m = m.replace(long, name)
+        return m
     rows = [[f'{name} on {data}', *map(short, table.metrics)]]
     for row in table.rows:
         ours = [by.get((row.name, m)) for m in table.metrics]
@@ -496,9 +523,11 @@ def paper_table(name:str, records:list[dict], data:str) -> list[list[str]]: # a 
         rows.append([row.name, *(mean_text(v) if v else '' for v in ours)])
         theirs = row.reported.get(data, ())
         if theirs:
-            rows.append(['  in the paper', *map(str, theirs), *[''] * (len(table.metrics) - len(theirs))])
+            rows.append(['  in the paper', *map(str, theirs),
+                         *[''] * (len(table.metrics) - len(theirs))])
     return rows
 
+# %% ../../nbs/experiments/60_tables.ipynb #91ffd6a5
 def run_table(
     table:str,              # of `TABLES`
     out:str|Path='tables',  # shared by all tables
@@ -516,7 +545,7 @@ def run_table(
     atomic_write(folder/'paper.txt', text + '\n')
     return records
 
-# %% ../../nbs/experiments/60_tables.ipynb #b3d336b8
+# %% ../../nbs/experiments/60_tables.ipynb #da623d4b
 def dry_table(
     table:str, out:str|Path='tables', run:TableRun=TableRun(), **rest
 ) -> list[tuple]: # of `Look`
@@ -524,18 +553,21 @@ def dry_table(
     from gmail_nb.runs.dry_run import RATES, Look, look_data, look_device, look_generator, look_lm
     from gmail_nb.runs.dry_run import look_model, look_out, look_set, look_time
     t, steps, rows = TABLES[table], paper_plan(table, out, run), [look_device(run.device)]
-    needs = needs_of(replace(t, rows=tuple(TableRow(r.name, last) for r, _, last in row_links(t, run))))
+    needs = needs_of(replace(t, rows=tuple(TableRow(r.name, last) for r, _,
+                                           last in row_links(t, run))))
     rows += [look_generator(g)[0] for g in needs.get('generators', ())]
     rows += [look_model(e, run.models) for e in needs.get('encoders', ())]
     rows += [look_lm(lm) for lm in needs.get('lms', ())]
     captions = [c for c in needs['sets'] if c in CAPTION_SOURCES]
-    found = {c: look_set(f'captions of {c}', *source_of(c, run), images=CAPTION_SOURCES[c].real) for c in captions}
+    found = {c: look_set(f'captions of {c}', *source_of(c, run),
+                         images=CAPTION_SOURCES[c].real) for c in captions}
     rows += [r for looks, _ in found.values() for r in looks]
     if t.task != 'caption': rows += [r for d in run.data or t.data for r in look_data(d, run.root)]
     for step in steps:
         state, note = ('there', 'done') if step.done else ('to write', '')
         rows.append(Look(KINDS[type(step.link)], step.folder.name, state, note))
         if isinstance(step.link, Drawing) and not step.done:
-            ds, rate = found[step.link.captions][1], RATES.get(step.link.generator, (None, 'not measured'))
+            ds, rate = found[step.link.captions][1], RATES.get(step.link.generator,
+                                                               (None, 'not measured'))
             if ds is not None: rows.append(look_time(sum(map(len, ds['captions'])), *rate))
     return [*rows, look_out(out)]

