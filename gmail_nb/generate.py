@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['log', 'DTYPES', 'folder_settings', 'check_folder', 'open_folder', 'fresh_folder', 'room_for', 'strays', 'why_make',
            'shards_to_make', 'lock_shard', 'unlock_shard', 'draw_shard', 'make_shards', 'sum_up', 'write_manifest',
-           'number_format', 'default_batch', 'load_for_run', 'report', 'ShardActor', 'make_shards_ray', 'carry_out',
-           'generate', 'finished_shards', 'with_quality', 'load_generated']
+           'run_device', 'check_dtype', 'number_format', 'default_batch', 'load_for_run', 'report', 'ShardActor',
+           'make_shards_ray', 'carry_out', 'generate', 'check_lengths', 'finished_shards', 'with_quality',
+           'load_generated']
 
 # %% ../nbs/10_generate.ipynb #51616302
 import gmail_nb.runtime
@@ -240,18 +241,46 @@ def write_manifest(
     atomic_write(out/'manifest.json', json.dumps(manifest, indent=1))
     return manifest
 
-# %% ../nbs/10_generate.ipynb #982f456c
+# %% ../nbs/10_generate.ipynb #a2f8d005
 DTYPES = ('float32', 'float16', 'bfloat16')
 
+def run_device(
+    name:str|None=None # cuda, cuda:1, mps or cpu; the fastest present if absent
+) -> torch.device:
+    "The device of a run. `ValueError` for one that is not there, or no device at all."
+    if name is None: return default_device()
+    try: device = torch.device(name)
+    except RuntimeError: raise unknown_name('device', name, ('cuda', 'mps', 'cpu')) from None
+    here = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    missing = not here.get(device.type, True)
+    if not missing and device.type == 'cuda' and device.index is not None:
+        missing = device.index >= torch.cuda.device_count()
+    if missing: raise ValueError(f'there is no device {name!r} here: leave it out for {default_device()}')
+    return device
+
+def check_dtype(
+    dtype:str, # one of `DTYPES`
+    device:torch.device
+) -> None:
+    "`ValueError` for a number format that is unknown, or that a device does not compute in."
+    if dtype not in DTYPES: raise unknown_name('dtype', dtype, DTYPES)
+    if device.type == 'cpu' and dtype == 'float16':
+        raise ValueError(f'{dtype} is not for a CPU: use float32 or bfloat16')
+    if dtype == 'bfloat16' and device.type == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f'{torch.cuda.get_device_name(device)} does not compute in bfloat16: '
+                         'use float16 or float32')
+
+# %% ../nbs/10_generate.ipynb #982f456c
 def number_format(
     work:WorkSettings, # `dtype` if given, else the default of the device
     pipeline:DiffusionPipeline|None=None # one that is loaded already decides
 ) -> str: # such as 'float32'
-    "The number format of a run's arithmetic; `ValueError` for an unknown one."
+    "The number format of a run's arithmetic; `ValueError` for one that is not to be had."
+    elsewhere = work.engine == 'ray' # the head node need not have what the workers have
+    device = torch.device(work.device or default_device()) if elsewhere else run_device(work.device)
     if work.dtype is not None:
-        if work.dtype not in DTYPES: raise unknown_name('dtype', work.dtype, DTYPES)
+        check_dtype(work.dtype, torch.device('meta') if elsewhere else device)
         return work.dtype
-    device = torch.device(work.device or default_device())
     found = default_dtype(device) if pipeline is None else pipeline.dtype
     return str(found).split('.')[-1]
 
@@ -362,6 +391,7 @@ def generate(
     source:SourceSettings=SourceSettings(), # how the captions are read
     work:WorkSettings=WorkSettings(),     # how the run is carried out
     revision:str|None=None,               # Hub revision of the generator
+    repo:str|Path|None=None,              # other place of its weights: a Hub id, or a folder
     pipeline:DiffusionPipeline|None=None  # one that is loaded already
 ) -> Path: # the folder
     """Draw one image for each caption and sample; continue or repair what an earlier run left.
@@ -369,8 +399,10 @@ def generate(
     out = Path(out)
     if work.engine == 'ray' and not importlib.util.find_spec('ray'):
         raise ImportError("engine='ray' needs Ray: pip install 'gmail_nb[ray]'")
-    captions, found = read_captions(captions, source), resolve_generator(generator, revision)
-    asked = make_settings(captions, found, draw, work.shard_size, number_format(work, pipeline))
+    dtype = number_format(work, pipeline) # first, for a device that is not there
+    captions = read_captions(captions, source)
+    found = resolve_generator(generator, revision, repo=repo)
+    asked = make_settings(captions, found, draw, work.shard_size, dtype)
     but = ('dtype',) if work.retry_failed and work.dtype else ()
     plan = Plan(captions, check_folder(out, asked, but))
     with room_for(out), fresh_folder(out):
@@ -381,6 +413,23 @@ def generate(
         carry_out(out, plan, asked, todo, work, partial(load_for_run, found, asked, work), pipeline)
         report(out, write_manifest(out, plan))
     return out
+
+# %% ../nbs/10_generate.ipynb #47fdc98b
+def check_lengths(
+    folder:Path,   # from `generate`
+    manifest:dict  # of a complete run
+) -> None:
+    "`ValueError` for a shard that does not read, or has other rows than the run wrote."
+    for s in manifest['shards']:
+        path = folder/s['shard']
+        if not path.exists(): continue # said elsewhere
+        try: rows = pq.read_metadata(path).num_rows
+        except (pa.ArrowException, OSError) as e:
+            raise ValueError(f'{folder.name}/{path.name} is cut or damaged ({e}): '
+                             'run `generate` again, which makes it anew') from e
+        if rows == s['rows']: continue
+        raise ValueError(f'{folder.name}/{path.name} has {rows} rows and not {s["rows"]}: '
+                         'run `generate` again, which makes it anew')
 
 # %% ../nbs/10_generate.ipynb #74fa6092
 def finished_shards(
@@ -398,6 +447,7 @@ def finished_shards(
         raise ValueError(f'the run in {folder.name!r} is not complete: '
                          'run `generate` again, or pass partial=True')
     manifest = json.loads((folder/'manifest.json').read_text())
+    check_lengths(folder, manifest)
     if [p.name for p in files] != [s['shard'] for s in manifest['shards']]:
         raise ValueError(f'{folder.name!r} has lost shards since it was complete: '
                          'run `generate` again')

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'TEXT_TUNINGS', 'STUDY',
-           'STUDY_SEEDS', 'check_above', 'check_share', 'check_known', 'DrawSettings', 'SourceSettings', 'WorkSettings',
-           'Generator', 'AdapterSettings', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings',
-           'AlignRunSettings', 'EmbedSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings',
-           'same_settings', 'CaptionerSettings', 'CaptionRunSettings', 'DemoSettings', 'demo_settings',
-           'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings']
+           'STUDY_SEEDS', 'QUICK_CAPTIONS', 'QUICK_IFCAP', 'check_above', 'check_share', 'check_known', 'DrawSettings',
+           'SourceSettings', 'WorkSettings', 'Generator', 'is_commit', 'AdapterSettings', 'check_align', 'check_parts',
+           'AlignSettings', 'RunSettings', 'AlignRunSettings', 'EmbedSettings', 'TuneSettings', 'ProbeSettings',
+           'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
+           'CaptionRunSettings', 'DemoSettings', 'demo_settings', 'check_small_captioner', 'CaptionExperimentSettings',
+           'IFCapSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -47,25 +48,25 @@ class DrawSettings:
     samples:int=1               # images for each caption
     steps:int|None=None         # inference steps; the generator's own if absent
     guidance:float|None=None    # classifier-free guidance scale; the generator's own if absent
-    width:int|None=None         # pixels
-    height:int|None=None        # pixels
-    scheduler:str|None=None     # class name of a diffusers scheduler
+    width:int|None=None         # pixels; the generator's own if absent
+    height:int|None=None        # pixels; the generator's own if absent
+    scheduler:str|None=None     # class name of a diffusers scheduler; the generator's own if absent
     prefix:str|None=None        # put before every caption
     suffix:str|None=None        # put after every caption
     negative:str|None=None      # negative prompt
     options:dict|None=None      # further arguments of the pipeline's call, such as {"style": "noto"}
-    image_format:str|None=None  # png, jpeg or webp
+    image_format:str|None=None  # png, jpeg or webp; the generator's own if absent
 
 # %% ../nbs/01_settings.ipynb #136a839b
 @dataclass(frozen=True)
 class SourceSettings:
     "How a captioned set is read."
-    key:str|None='key'          # column of unique names; None: the row's number is the name
+    key:str|None='key'          # column of unique names; None: the number of a row is its name
     caption:str|None=None       # column of captions; 'captions', 'caption' or 'text' if absent
-    image:str='image'           # column of images
-    which:str|int='first'       # of several captions of a key: first, all, or a number
-    split:str|None=None         # of a Hub set, or of a Karpathy file, such as train+restval
-    header:bool=True            # False: a table without column names; they are '0', '1', ...
+    image:str='image'           # column that holds the images
+    which:str|int='first'       # which of several captions of a key: first, all, or a number from 0
+    split:str|None=None         # split of a Hub set or a Karpathy file, such as train+restval
+    header:bool=True            # a table names its columns first; else they are '0', '1', ...
     images:str|None=None        # folder of the pictures that a COCO file names
     cache_dir:str|None=None     # where large sets are cached; the library's own folder if absent
 
@@ -77,10 +78,10 @@ class WorkSettings:
     batch_size:int|None=None    # images drawn at once; a default for the device if absent
     part:tuple=(0, 1)           # (i, n): only the shards whose number is i modulo n
     engine:str='local'          # local, or ray for many workers
-    workers:int=1               # of Ray
-    device:str|None=None        # cuda, mps or cpu; the fastest present if absent
-    dtype:str|None=None         # float32, float16 or bfloat16; float32 on a CPU if absent
-    attention:str='sdpa'        # implementation of attention
+    workers:int=1               # how many workers Ray starts
+    device:str|None=None        # cuda, cuda:1, mps or cpu; the fastest present if absent
+    dtype:str|None=None         # float32, float16 or bfloat16; that of the device if absent
+    attention:str='sdpa'        # sdpa (fused), or sliced where memory is short
     compile:bool=False          # compile the denoiser
     retry_failed:bool=False     # draw recorded failures again
     verify:bool=True            # read the checksums of finished shards, not only their sizes
@@ -96,7 +97,7 @@ class Generator:
     "A text-to-image model, and the settings it is run with unless the caller says otherwise."
     name:str                   # how people call it, stored with every image
     repo:str                   # Hub id, folder, or 'embedded'
-    revision:str               # a commit, or 'main' when none is known
+    revision:str               # a commit, or a branch such as 'main' where none is known
     steps:int|None=None        # inference steps; None here and below: the default of the pipeline
     guidance:float|None=None   # classifier-free guidance scale
     width:int|None=None        # pixels
@@ -104,6 +105,13 @@ class Generator:
     licence:str='see its page' # licence of the weights
     image_format:str='jpeg'    # 'png' keeps every bit; 'jpeg' takes a tenth of the room
     options:dict=field(default_factory=dict) # further arguments of the pipeline's call
+
+# %% ../nbs/01_settings.ipynb #63472c78
+def is_commit(
+    revision:str # of a repository on the Hub
+) -> bool:
+    "Whether a revision can never stand for other weights: a branch or a tag can be moved."
+    return len(revision) == 40 and set(revision) <= set('0123456789abcdef')
 
 # %% ../nbs/01_settings.ipynb #a4d245b6
 _turbo = '71153311d3dbb46851df1931d3ca6e939de83304'
@@ -130,9 +138,9 @@ LAYERS = ('all', 'attention')
 class AdapterSettings:
     "What of the image tower is trained for generated images."
     tuning:str='lora'           # lora, full (every weight of a copy), or projections (`proj_gen` alone)
-    rank:int=4                  # of LoRA
+    rank:int=4                  # rank of LoRA's matrices
     alpha:float|None=None       # LoRA's scale is alpha / rank; 4 * rank if absent
-    dropout:float=0.            # before LoRA's first matrix
+    dropout:float=0.            # share of the inputs of LoRA that are dropped in training
     layers:str='all'            # of a block of a ViT: all (attention and MLP), or attention alone
     targets:tuple|None=None     # names of modules to adapt; those of `layers` if absent
     adapted_share:float=1.      # share of the blocks that get adapters, from the end
@@ -178,13 +186,13 @@ PRECISIONS = ('auto', 'no', 'bf16')
 @dataclass(frozen=True)
 class AlignSettings:
     "What an alignment depends on besides its data and its adapters."
-    epochs:int=10
+    epochs:int=10               # passes over the pairs
     batch_size:int=128          # pairs a step, over all processes together
     lr:float=1e-3               # peak learning rate
-    weight_decay:float=.01
+    weight_decay:float=.01      # weight decay of AdamW
     clip:float=1.               # largest norm of the gradient
     warmup:int=10               # steps of linear rise, at most a tenth of all
-    cycles:int=1                # of the cosine; each ends with a warm restart
+    cycles:int=1                # cosines of the learning rate; each begins with a warm restart
     loss:str='info_nce'         # info_nce (Eq. 1), symmetric, sigmoid or cosine
     tau:float|None=None         # temperature; .07 unless given, and .1 for the sigmoid loss
     learn_tau:bool=False        # train the temperature too
@@ -194,7 +202,7 @@ class AlignSettings:
     ema:float|None=None         # decay of an average of the weights, which is measured and kept
     patience:int|None=None      # epochs without a better validation value before it stops
     most_bad_steps:int=10       # steps with a loss that is no number before it stops
-    seed:int=0                  # of the data order
+    seed:int=0                  # seed of the data order and the adapters
 
     @property
     def temperature(self) -> float: # tau, or that of the loss where none was given
@@ -255,8 +263,8 @@ class EmbedSettings:
     part_rows:int=4096          # rows between two markers, after which a killed run goes on
     workers:int=2               # threads that decode; with Ray, workers that hold an encoder each
     precision:str='no'          # bf16 for autocast; auto for that where the device has it
-    store:str='float32'         # or float16, half the disk
-    engine:str='local'          # local, or ray
+    store:str='float32'         # number format on disk: float32, or float16 for half the room
+    engine:str='local'          # local, or ray for many workers
     show_progress:bool=True     # a bar over images
 
     def __post_init__(self):
@@ -271,25 +279,25 @@ TEXT_TUNINGS = ('head', 'lora', 'last', 'full')
 @dataclass(frozen=True)
 class TuneSettings:
     "What the tuning of a text side depends on besides its data."
-    tuning:str='head'           # of the text tower: head, lora, last (its last blocks and head) or full
-    blocks:int=1                # of last
-    rank:int=4                  # of lora
+    tuning:str='head'           # what is trained: head, lora, last (some blocks and head) or full
+    blocks:int=1                # how many last blocks are trained with last
+    rank:int=4                  # rank of LoRA's matrices with lora
     projection:bool=True        # learn the shared projection P too
     real_projection:bool=False  # learn one for real images beside it, where there are any
-    steps:int=400
-    batch_size:int=256
+    steps:int=400               # training steps
+    batch_size:int=256          # captions a step, over all processes together
     lr:float=1e-3               # peak rate of the text tower
     projection_lr:float=1e-4    # peak rate of P
     weight_decay:float=.01      # pulls P towards the identity
     tau:float|None=None         # temperature of the contrastive loss; that of the encoder if absent
-    noise:float=1.              # on what the head reads, relative to its length; of head alone
+    noise:float=1.              # relative noise on what the head reads, with head alone
     validation_share:float=.1   # share of the captions kept out; 0 trains on all to the last step
-    validation_limit:int=5000   # of the captions kept out, at most so many are looked at
+    validation_limit:int=5000   # at most so many of the captions kept out are looked at
     every:int=20                # steps between two looks at them
     max_norm:float|None=None    # gradients longer than this are cut to it
-    patience:int|None=5         # looks without a better one before the end; None: never
+    patience:int|None=5         # looks without a better one to the end; None: it never stops early
     precision:str='auto'        # bf16 for autocast, no for float32; auto for bf16 where the device has it
-    seed:int=0                  # of order, noise and which captions are kept out
+    seed:int=0                  # seed of order, noise and which captions are kept out
 
     def __post_init__(self):
         check_known(self, 'tuning', TEXT_TUNINGS)
@@ -364,23 +372,23 @@ def same_settings(
 @dataclass(frozen=True)
 class CaptionerSettings:
     "What training a captioner depends on, besides the data."
-    encoder:str='embedded'      # a name for `load_encoder`
+    encoder:str='embedded'      # embedded, open_clip:NAME/PRETRAINED, hf:ID or timm:NAME/FILE
     lm:str='small'              # small (trained from nothing), smollm2, a Hub id or a folder
     prefix_length:int=4         # tokens that the image becomes
     mapper:str='mlp'            # mlp or transformer
-    tuning:str='full'           # of the language model: full, lora or frozen
-    steps:int=600
+    tuning:str='full'           # what of the language model is trained: full, lora or frozen
+    steps:int=600               # training steps
     batch_size:int=64           # captions a step, over all processes together
     lr:float=2e-3               # peak learning rate
     noise:float=.3              # length of the noise on unit features
-    max_new_tokens:int=24       # of a caption
-    dtype:str='float32'         # of a language model that is not tuned in full
-    weight_decay:float=.01
-    rank:int=8                  # of lora
-    beams:int=1                 # of the captions that are scored; 1 is greedy
+    max_new_tokens:int=24       # longest caption that is written, in tokens
+    dtype:str='float32'         # number format of a language model that is not tuned in full
+    weight_decay:float=.01      # weight decay of AdamW
+    rank:int=8                  # rank of LoRA's matrices with lora
+    beams:int=1                 # beams of the captions that are scored; 1 is greedy
     precision:str='auto'        # bf16 for autocast, or no; auto: bf16 where the device has it
-    four_bit:bool=False         # the language model in 4 bit, with bitsandbytes on a CUDA device
-    revision:str|None=None      # of the language model on the Hub
+    four_bit:bool=False         # load the language model in 4 bit, with bitsandbytes on a CUDA device
+    revision:str|None=None      # revision of the language model on the Hub
     start:str|None=None         # folder of a captioner to go on from
 
     def __post_init__(self):
@@ -392,6 +400,25 @@ class CaptionerSettings:
         if self.four_bit and (self.tuning == 'full' or self.lm == 'small'):
             raise ValueError('weights in 4 bit cannot be trained: name a language model with lm, '
                              "and choose the tuning 'lora' or 'frozen'")
+
+# %% ../nbs/01_settings.ipynb #41f45634
+@dataclass(frozen=True)
+class CaptionSettings:
+    "How a captioner writes the captions of pictures."
+    beams:int=1                 # captions that are followed at once; 1 is greedy
+    top_p:float|None=None       # share of the probability to draw words from, not beams
+    batch_size:int|None=None    # images at a time; that of the library if absent
+    max_new_tokens:int|None=None # longest caption, in tokens; that of the library if absent
+    seed:int=0                  # seed of the drawing
+
+    def __post_init__(self):
+        check_above(self, 'beams', 'batch_size', 'max_new_tokens', 'top_p')
+        if self.top_p is not None and self.top_p > 1:
+            raise ValueError(f'top_p is {self.top_p}: a share is at most 1, such as .9')
+
+    def given(self) -> dict:
+        "What was asked for, by name."
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
 # %% ../nbs/01_settings.ipynb #bacaa480
 @dataclass(frozen=True)
@@ -465,14 +492,14 @@ def check_small_captioner(
 @dataclass(frozen=True)
 class CaptionExperimentSettings:
     "What a comparison of captioners depends on."
-    layers:int=2                # of the decoder
-    width:int=128               # of the decoder
+    layers:int=2                # blocks of the decoder
+    width:int=128               # numbers a token of the decoder
     captioner:CaptionerSettings=_small # few captions a step: here many updates count for more
-    base_steps:int=1200         # on real images of A, at the captioner's rate
-    tune_steps:int=1800         # on B, each arm
-    tune_lr:float=3e-3          # of each arm
-    seeds:int=5                 # of the five arms
-    extra_seeds:int=3           # of the other variants
+    base_steps:int=1200         # steps of the base on real images of A, at the captioner's rate
+    tune_steps:int=1800         # steps of each arm, on B
+    tune_lr:float=3e-3          # learning rate of each arm
+    seeds:int=5                 # how many of the five arms
+    extra_seeds:int=3           # how many of the other variants
     seed:int=0
 
     def __post_init__(self): check_small_captioner(self.captioner)
@@ -480,11 +507,15 @@ class CaptionExperimentSettings:
 @dataclass(frozen=True)
 class IFCapSettings:
     "What the comparison of captioners from text alone depends on."
-    base_steps:int=600          # text and noise, names of A and B
-    tune_steps:int=600          # names of B, each arm
-    layers:int=2                # of the decoder
+    base_steps:int=600          # steps from text and noise, with names of A and B
+    tune_steps:int=600          # steps of each arm, with names of B
+    layers:int=2                # blocks of the decoder
     captioner:CaptionerSettings=replace(_small, batch_size=24) # its noise is for image features
     seeds:int=3
     seed:int=0
 
     def __post_init__(self): check_small_captioner(self.captioner)
+
+# %% ../nbs/01_settings.ipynb #37786c5f
+QUICK_CAPTIONS = CaptionExperimentSettings(base_steps=300, tune_steps=400, seeds=2, extra_seeds=2)
+QUICK_IFCAP = IFCapSettings(base_steps=200, tune_steps=200, seeds=1)

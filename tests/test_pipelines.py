@@ -124,3 +124,20 @@ def test_a_prompt_is_cut_when_the_longest_window_is_too_short(pipe, sd):
     assert count_truncated(Two(), prompts) == 1 and truncated_prompts(Two(), ['a cat']) == []
     assert [w for _, w in text_windows(Two(), dict(max_sequence_length=200))] == [77, 200]
     assert count_truncated(Two(), [' '.join(['cat']*60)]) == 0 # past one window, inside the other
+
+# ---- where weights lie
+
+def test_a_revision_that_can_be_moved_is_warned_of(monkeypatch, caplog):
+    import gmail_nb.pipelines as room
+    monkeypatch.setattr(room, 'hub_commit', lambda repo, revision: 'b' * 40)
+    found = resolve_generator('stable-diffusion-2')
+    assert found.revision == 'b' * 40 and 'is not pinned' in caplog.text and 'revision=' + 'b' * 40 in caplog.text
+    caplog.clear()
+    assert resolve_generator('stable-diffusion-2', 'a' * 40).revision == 'a' * 40 and not caplog.text
+    assert resolve_generator('sdxl-turbo').revision != 'main' and not caplog.text
+
+def test_a_named_generator_keeps_its_settings_elsewhere(tiny):
+    moved = resolve_generator('stable-diffusion-2', repo=tiny)
+    assert (moved.name, moved.steps, moved.width, moved.repo) == ('stable-diffusion-2', 50, 768, str(tiny))
+    assert moved.revision == folder_fingerprint(tiny)
+    assert resolve_generator('stable-diffusion-2', resolve=False, repo='some/where').repo == 'some/where'

@@ -156,3 +156,27 @@ def test_samples_count_through_the_captions_of_a_key(embedded):
     items = Plan(captions, make_settings(captions, embedded, DrawSettings(samples=2, prefix='<', suffix='>'))).items(0)
     assert [(i.key, i.sample, i.prompt) for i in items] == [
         ('a', 0, '<one>'), ('a', 1, '<one>'), ('a', 2, '<two>'), ('a', 3, '<two>'), ('b', 0, '<three>'), ('b', 1, '<three>')]
+
+def karpathy(folder, *splits):
+    rows = [dict(cocoid=i, filename=f'{i}.jpg', split=s, sentences=[dict(raw=f'{s} {i}'), dict(raw=f'again {i}')])
+            for i, s in enumerate(splits)]
+    (folder/'dataset_coco.json').write_text(json.dumps(dict(images=rows)))
+    return folder/'dataset_coco.json'
+
+@pytest.mark.parametrize('there, asked, drawn', [
+    (('train', 'test', 'restval', 'val'), None, ['0', '2']), (('train', 'test', 'val'), None, ['0']),
+    (('train', 'test'), 'test', ['1']), (('train', 'test', 'restval'), 'train+test', ['0', '1'])])
+def test_no_test_caption_is_drawn_unasked(tmp_path, caplog, there, asked, drawn):
+    found = read_captions(karpathy(tmp_path, *there), SourceSettings(split=asked))
+    assert found['key'].to_pylist() == drawn and ('reading train' in caplog.text) == (asked is None)
+    assert len(caplog.records) == (asked is None) # in one line
+
+def test_a_file_of_tests_alone_draws_nothing_unasked(tmp_path):
+    with pytest.raises(ValueError, match='has no split train or restval'): read_captions(karpathy(tmp_path, 'test', 'val'))
+
+def test_all_captions_have_a_sample_each(tmp_path, embedded):
+    captions = read_captions(karpathy(tmp_path, 'train', 'train', 'test'), SourceSettings(which='all'))
+    plan = Plan(captions, make_settings(captions, embedded, DrawSettings(samples=2)))
+    made = [(i.key, i.sample, i.caption) for i in plan.items(0)]
+    assert [(k, s) for k, s, _ in made] == [(k, s) for k in '01' for s in range(4)]
+    assert [c for _, _, c in made[:4]] == ['train 0', 'train 0', 'again 0', 'again 0']

@@ -43,3 +43,26 @@ def test_other_settings_of_a_finished_folder_are_refused(captions, tmp_path):
 @pytest.mark.parametrize('text', ['4/4', '1', 'a/2', '-1/2'])
 def test_parts_that_are_none(text):
     with pytest.raises(ValueError, match='expected i/n'): part_of(text)
+
+@pytest.mark.parametrize('work, message', [(dict(device='cuda:99'), "no device 'cuda:99' here"), (dict(device='gpu'), "unknown device 'gpu'"),
+                                           (dict(device='cpu', dtype='float16'), 'not for a CPU'), (dict(dtype='float8'), 'unknown dtype')])
+def test_a_device_or_format_that_is_not_there_is_said_before_anything_is_read(tmp_path, work, message):
+    with pytest.raises(ValueError, match=message): generate_run(tmp_path/'no-captions.csv', out=tmp_path/'x', work=WorkSettings(**work), quality='embedded')
+    assert not (tmp_path/'x').exists()
+
+def test_a_shard_that_ends_early_is_named(captions, tmp_path):
+    out = generate_run(captions, out=tmp_path/'x', draw=two, work=quiet)
+    shard = next(out.glob('shard-*.parquet'))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match=shard.name): load_generated(out)
+    pq.write_table(pq.read_table(generate_run(captions, out=tmp_path/'y', draw=two, work=quiet)/shard.name).slice(0, 1), shard)
+    with pytest.raises(ValueError, match='has 1 rows and not 2'): load_generated(out)
+    assert len(load_generated(generate_run(captions, out=out, draw=two, work=quiet))) == 2 # made anew
+
+def test_the_real_set_of_the_page_is_read_as_the_captions_are(tmp_path):
+    from gmail_nb.experiments.tables import table_miniature
+    root = table_miniature(tmp_path/'sets', 4, 1, 1)
+    source = SourceSettings(split='train', images=str(root))
+    out = generate_run(root/'dataset_coco.json', out=tmp_path/'run', draw=two, source=source, work=quiet, report=True, real=root/'dataset_coco.json')
+    assert len(load_generated(out)) == 4 and 'Real and generated' in (out/'report.html').read_text()

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['RECALLS', 'ROWS', 'AGAINST', 'TABLE2', 'TABLE3', 'EIGHT', 'TABLE4_ROWS', 'TABLE4_NUMBERS', 'TABLE4', 'TABLE5',
-           'TABLE7', 'TABLE7_ROWS', 'EVAL_PRESETS', 'MODEL_FORMS', 'TASKS', 'OWN', 'SET_NAMES', 'B16', 'L14', 'COCO',
-           'CC3M', 'CC12M', 'LONGCLIP', 'TEXT_RECIPES', 'GPT2', 'LLAMA', 'SIGLIP', 'CLIPCAP', 'LLAMACAP',
-           'CAPTIONER_PRESETS', 'ARMS', 'EvalPreset', 'reported', 'TextRecipe', 'one_epoch', 'CaptionerPreset',
-           'check_arm']
+           'TABLE7', 'TABLE7_ROWS', 'EVAL_PRESETS', 'MODEL_FORMS', 'TASKS', 'OWN', 'SET_NAMES', 'CAPTION_SOURCES',
+           'B16', 'L14', 'LONGCLIP', 'TEXT_RECIPES', 'GPT2', 'LLAMA', 'SIGLIP', 'CLIPCAP', 'LLAMACAP', 'FOUR_BIT',
+           'TUNED_STEPS', 'SAME_STEPS', 'CAPTIONER_PRESETS', 'ARMS', 'EvalPreset', 'reported', 'CaptionSource',
+           'TextRecipe', 'one_epoch', 'recipe', 'CaptionerPreset', 'with_known', 'check_arm']
 
 # %% ../../nbs/runs/00_presets.ipynb #29062f76
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from ..files import unknown_name
-from ..settings import CaptionerSettings, TuneSettings
+from ..settings import CaptionerSettings, SourceSettings, TuneSettings
 
 # %% ../../nbs/runs/00_presets.ipynb #8641d9d2
 @dataclass(frozen=True)
@@ -103,12 +103,30 @@ SET_NAMES = (
 
 # %% ../../nbs/runs/00_presets.ipynb #72e63d99
 @dataclass(frozen=True)
+class CaptionSource:
+    "Captions that images are drawn from, in a file below the folder of sets."
+    file:str                # as it is published
+    captions:int            # in the splits that are drawn
+    source:SourceSettings   # how they are read; all captions of an image are drawn
+    learned:str|None=None   # the split that is aligned and tuned on; None: all of it
+    learned_captions:int|None=None # in that split
+    real:bool=True          # whether the real images lie beside it
+
+_table = SourceSettings(key=None, header=False, caption='0')
+CAPTION_SOURCES = dict(
+    coco=CaptionSource('dataset_coco.json', 566_435,
+                       SourceSettings(split='train+restval', which='all'),
+                       'train', 414_113),
+    cc3m=CaptionSource('cc3m.tsv', 3_318_333, _table, real=False),
+    cc12m=CaptionSource('cc12m.tsv', 12_423_374, replace(_table, caption='1'), real=False))
+
+# %% ../../nbs/runs/00_presets.ipynb #a12eae6e
+@dataclass(frozen=True)
 class TextRecipe:
     "What a tuned row of a table depends on, besides the generated images and the aligned model."
-    encoder:str='embedded'  # a name for `load_encoder`
+    encoder:str='embedded'  # embedded, open_clip:NAME/PRETRAINED, hf:ID or timm:NAME/FILE
     settings:TuneSettings=TuneSettings()
-    captions:str=field(default='', metadata=dict(flag=False)) # that the images are generated from
-    rows:str=field(default='', metadata=dict(flag=False))     # of which tables
+    captions:str=field(default='', metadata=dict(flag=False)) # of `CAPTION_SOURCES`; '': one's own
 
 def one_epoch(
     captions:int,       # how many there are
@@ -120,54 +138,62 @@ def one_epoch(
 
 # %% ../../nbs/runs/00_presets.ipynb #cc7cc85d
 B16, L14 = 'open_clip:ViT-B-16/openai', 'open_clip:ViT-L-14/openai'
-COCO = 566_435, 'the 566,435 captions of Karpathy train+restval'
-CC3M = 3_318_333, 'the 3,318,333 captions of CC3M'
-CC12M = 12_423_374, 'the 12,423,374 captions of CC12M'
-LONGCLIP = 'tables 2, 3 and 5: Long-CLIP + GMAIL; the folder is written by `convert_longclip`'
+LONGCLIP = 'hf:longclip-B' # the folder is written by `convert_longclip`
 
-def _recipe(encoder, captions, rows):
-    return TextRecipe(encoder, one_epoch(captions[0]), captions[1], rows)
+def recipe(
+    encoder:str,
+    captions:str # of `CAPTION_SOURCES`
+) -> TextRecipe:
+    "One epoch of the captions that are learned from."
+    known = CAPTION_SOURCES[captions]
+    return TextRecipe(encoder, one_epoch(known.learned_captions or known.captions), captions)
 
 # %% ../../nbs/runs/00_presets.ipynb #0bc21d3b
 TEXT_RECIPES = {
-    'small': TextRecipe('embedded', TuneSettings(), 'the concepts of B', 'no downloads'),
-    'gmail-clip': _recipe(B16, COCO, 'tables 2, 3 and 5: CLIP + GMAIL'),
-    'gmail-longclip': _recipe('hf:longclip-B', COCO, LONGCLIP),
-    'gmail-clip-l': _recipe(L14, COCO, 'table 4: CLIP + GMAIL'),
-    'gmail-clip-coco': _recipe(B16, COCO, 'table 7'),
-    'gmail-clip-cc3m': _recipe(B16, CC3M, 'table 7'),
-    'gmail-clip-cc12m': _recipe(B16, CC12M, 'table 7')}
+    'small': TextRecipe('embedded', TuneSettings()),
+    'gmail-clip': recipe(B16, 'coco'),          # tables 2, 3 and 5: CLIP + GMAIL
+    'gmail-longclip': recipe(LONGCLIP, 'coco'), # tables 2, 3 and 5: Long-CLIP + GMAIL
+    'gmail-clip-l': recipe(L14, 'coco'),        # table 4: CLIP + GMAIL
+    'gmail-clip-coco': recipe(B16, 'coco'),     # table 7, here and below
+    'gmail-clip-cc3m': recipe(B16, 'cc3m'),
+    'gmail-clip-cc12m': recipe(B16, 'cc12m')}
 
 # %% ../../nbs/runs/00_presets.ipynb #aa48f141
 @dataclass(frozen=True)
 class CaptionerPreset:
     "How a captioner of one of the paper's tables is trained, whatever it learns from."
     settings:CaptionerSettings=CaptionerSettings()
-    rows:str=field(default='', metadata=dict(flag=False)) # of the table, and which --arm makes each
+
+def with_known(
+    settings,   # a dataclass
+    **wanted    # values of fields; those that its class does not have are left out
+):
+    "Settings with what this version of their class knows."
+    known = {f.name for f in fields(settings)}
+    return replace(settings, **{name: v for name, v in wanted.items() if name in known})
 
 GPT2, LLAMA = 'openai-community/gpt2', 'meta-llama/Meta-Llama-3-8B'
 SIGLIP = 'hf:google/siglip-base-patch16-224'
 CLIPCAP = CaptionerSettings(L14, GPT2, prefix_length=10, mapper='mlp', tuning='full', steps=141_000,
                             batch_size=40, lr=2e-5, noise=0., max_new_tokens=67)
 LLAMACAP = CaptionerSettings(L14, LLAMA, prefix_length=10, mapper='transformer', tuning='lora',
-                             steps=60_000, batch_size=40, lr=1e-4, noise=0., max_new_tokens=67, dtype='bfloat16')
+                             steps=60_000, batch_size=40, lr=1e-4, noise=0., max_new_tokens=67,
+                             dtype='bfloat16')
+FOUR_BIT = with_known(LLAMACAP, four_bit=True) # for a GPU of less memory
 
 # %% ../../nbs/runs/00_presets.ipynb #6e619dfb
-_rows = {
-    '1': 'ClipCap: --arm real; + GMAIL: --arm gmail',
-    '6': 'without alignment: --arm indiscriminate; with: --arm gmail',
-    '9': '--arm indiscriminate, gmail, real',
-    '11': '--arm gmail, with a --model of LoRA rank 2, 4 or 6, or of full tuning',
-    '13': '--arm indiscriminate, gmail: the steps are the same as they are',
-    '16': 'Task2Sim: --arm mix; GMAIL: --arm gmail',
-    '17': '--arm indiscriminate, gmail, with --generated of gmail_generate --generator flux-dev'}
-_siglip = 'SigLIP: --arm real; + GMAIL: --arm gmail, with a --model aligned on this encoder'
+TUNED_STEPS = dict(gmail=60_000, real=60_000, indiscriminate=70_000, mix=70_000) # of Table 12
+SAME_STEPS = 50_000 # of all arms in Table 13
 
+_further = CaptionerPreset(replace(CLIPCAP, steps=TUNED_STEPS['gmail']))
+_siglip = CaptionerPreset(replace(CLIPCAP, encoder=SIGLIP))
 CAPTIONER_PRESETS = {
-    'small': CaptionerPreset(rows='no downloads'),
-    **{f'paper-table{n}': CaptionerPreset(CLIPCAP, rows) for n, rows in _rows.items()},
-    'paper-table1-llama': CaptionerPreset(LLAMACAP, 'Llama 3: --arm real; + GMAIL: --arm gmail'),
-    'paper-table8': CaptionerPreset(replace(CLIPCAP, encoder=SIGLIP), _siglip)}
+    'small': CaptionerPreset(),
+    'clipcap': CaptionerPreset(CLIPCAP), 'clipcap-siglip': _siglip,
+    'llama': CaptionerPreset(LLAMACAP), 'llama-4bit': CaptionerPreset(FOUR_BIT),
+    'paper-table1': CaptionerPreset(CLIPCAP), 'paper-table1-llama': CaptionerPreset(LLAMACAP),
+    'paper-table8': _siglip, 'paper-table13': CaptionerPreset(replace(CLIPCAP, steps=SAME_STEPS)),
+    **{f'paper-table{n}': _further for n in (6, 9, 11, 16, 17)}}
 
 # %% ../../nbs/runs/00_presets.ipynb #6e0a4a61
 ARMS = ('gmail', 'indiscriminate', 'real', 'mix')
@@ -182,6 +208,9 @@ def check_arm(
     if arm not in ARMS: raise unknown_name('arm', arm, ARMS)
     if arm != 'real' and generated is None:
         raise ValueError(f'{arm} learns from generated images: name their folder with --generated')
+    if arm == 'real' and real is None and generated is None:
+        raise ValueError('there is nothing to learn from: name generated images with '
+                         '--generated and --model, or real ones with --real')
     if arm in ('real', 'mix') and real is None:
         raise ValueError(f'{arm} learns from real images: name a captioned set with --real')
     if arm == 'gmail' and model is None:

@@ -1,0 +1,169 @@
+"Asked first: what is there, what is missing, and that nothing is written."
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from gmail_nb.classification import classification_miniature
+from gmail_nb.cli.commands import COMMANDS, gmail_experiment
+from gmail_nb.cli.flags import Commands
+from gmail_nb.data import emoji, quiet_datasets
+from gmail_nb.generate import generate
+from gmail_nb.retrieval import retrieval_miniature
+from gmail_nb.runs.dry_run import (HUB_SETS, SET_FILES, dry_align, dry_generate, look_data, look_device, look_generated, look_hub,
+                                   look_lm, look_model, look_out, look_set)
+from gmail_nb.runs.presets import EIGHT, SET_NAMES
+from gmail_nb.settings import AlignRunSettings, DrawSettings, SourceSettings, WorkSettings
+
+quiet = WorkSettings(show_progress=False)
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    folder = classification_miniature(retrieval_miniature(tmp_path_factory.mktemp('sets')))
+    generate(folder/'dataset_coco.json', 'embedded', folder/'drawn', DrawSettings(steps=1),
+             SourceSettings(split='test', which='all'), quiet)
+    return folder
+
+def files_of(folder): return {str(p): p.stat().st_mtime_ns for p in Path(folder).rglob('*')}
+
+def answer(capsys, *argv):
+    status = COMMANDS(list(map(str, argv)))
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+def asked(root):
+    "A call of every command that reads or computes, and its exit status."
+    coco, drawn = root/'dataset_coco.json', root/'drawn'
+    return {
+        'demo': ([], 0), 'generate': ([coco], 0), 'generate sd': ([coco, '--generator', 'stable-diffusion-2'], 2),
+        'align': ([coco, drawn, '--split', 'test', '--validation-share', '.2'], 0), 'align apart': ([coco, drawn], 2),
+        'embed': ([coco, '--split', 'test'], 0), 'embed nothing': (['photos'], 2),
+        'tune text': (['--real', coco], 0), 'tune text without': ([], 2), 'tune caption': (['--real', coco], 0),
+        'tune caption gmail': (['--real', coco, '--generated', drawn, '--model', root/'aligned'], 2),
+        'caption': ([root/'val2017'/'000000000000.jpg'], 2),
+        'eval': (['--data', 'emoji'], 0), 'eval preset': (['--preset', 'paper-table2', '--root', root], 2),
+        'experiment retrieval': (['--quick'], 0), 'experiment table2': ([], 0),
+        'experiment table2 paper': (['--scale', 'paper', '--root', root], 2)}
+
+CALLS = list(asked(Path('x')))
+
+@pytest.mark.parametrize('name', CALLS)
+def test_every_command_says_what_it_would_do_and_writes_nothing(name, root, tmp_path, monkeypatch, capsys):
+    argv, wanted = asked(root)[name]
+    words = [w for w in name.split() if w in ('tune', 'text', 'caption', 'experiment', *COMMANDS.commands) or w in gmail_experiment.commands]
+    before = files_of(root)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = answer(capsys, *words, *argv, '--dry-run')
+    assert status == wanted, out + err
+    assert out.startswith('what') and ('this would not run' in out) == (wanted == 2) and 'device' in out
+    assert not list(tmp_path.iterdir()) and files_of(root) == before
+
+def test_every_command_but_the_benchmarks_has_one():
+    for name, c in COMMANDS.commands.items():
+        for each in (c.commands.values() if isinstance(c, Commands) else [c]):
+            assert bool(each.dry) == (name != 'bench') and ('--dry-run' in each.parser().format_help()) == bool(each.dry)
+
+# Sets
+
+def test_the_files_of_named_sets_are_those_that_are_read(root):
+    assert set(SET_FILES) == {n for n in SET_NAMES if not n.startswith('emoji')} and set(HUB_SETS) <= set(SET_FILES)
+    for name in SET_FILES:
+        looks = look_data(name, root)
+        if name == 'coco-val2017' or name not in EIGHT: assert looks[0].state == 'there', looks
+    there = [name for name in EIGHT if look_data(name, root)[0].state == 'there']
+    assert set(there) >= set(EIGHT) - {'imagenet'}, there
+
+def test_a_set_that_is_not_there_is_named(tmp_path):
+    assert look_data('flickr30k-all', tmp_path)[0].state == 'missing' and 'token' in look_data('flickr30k-all', tmp_path)[0].note
+    assert '--root' in look_data('dtd', None)[0].note
+
+def test_pictures_that_are_not_there_are_named(root):
+    rows, ds = look_set('set', root/'dataset_coco.json', SourceSettings(images=str(root/'val2017'), split='test'))
+    assert [r.state for r in rows] == ['there', 'missing'] and '--images' in rows[1].note and len(ds) == 10
+
+def test_a_column_that_is_missing_is_named(tmp_path):
+    with quiet_datasets(): emoji('A', 'noto').select(range(4)).rename_column('image', 'photo').to_parquet(tmp_path/'set.parquet')
+    rows, _ = look_set('set', tmp_path/'set.parquet')
+    assert rows[1].state == 'missing' and "'photo'" in rows[1].note and '--image-column' in rows[1].note
+    assert look_set('set', tmp_path/'set.parquet', SourceSettings(image='photo'))[0][1].state == 'there'
+    assert "no column 'title'" in look_set('set', tmp_path/'set.parquet', SourceSettings(caption='title'))[0][0].note
+
+def test_a_generated_folder_that_lost_a_shard_is_missing(root, tmp_path):
+    out = generate(root/'dataset_coco.json', 'embedded', tmp_path/'x', DrawSettings(steps=1), SourceSettings(split='train'), quiet)
+    assert look_generated(out)[0][0].state == 'there'
+    next(out.glob('shard-*.parquet')).unlink()
+    assert 'gmail_generate again' in look_generated(out)[0][0].note
+    (out/'manifest.json').unlink()
+    assert 'not complete' in look_generated(out)[0][0].note
+
+# Runs
+
+def test_a_run_that_began_says_what_is_left_and_how_fast_it_was(root):
+    draw, source = DrawSettings(steps=1), SourceSettings(split='test', which='all')
+    rows = dry_generate(root/'dataset_coco.json', 'embedded', root/'drawn', draw=draw, source=source)
+    said = {r.what: r for r in rows}
+    assert said['run so far'].note == '60 images are finished' and said['time'].note == 'nothing is left to do'
+    other = dry_generate(root/'dataset_coco.json', 'embedded', root/'drawn', draw=DrawSettings(steps=2), source=source)
+    assert any(r.state == 'refused' and 'steps 1 and not 2' in r.note for r in other)
+
+def test_too_few_pairs_are_refused(root):
+    rows = dry_align(root/'dataset_coco.json', root/'drawn', source=SourceSettings(split='test'),
+                     settings=AlignRunSettings(validation_share=0.))
+    assert any(r.state == 'refused' and '--validation-share' in r.note for r in rows)
+
+def test_a_disk_without_room_is_refused(tmp_path):
+    assert look_out(tmp_path, 1e18).state == 'refused' and look_out(tmp_path/'a'/'b').state == 'to write'
+
+@pytest.mark.parametrize('asked, state', [(('cpu', None), 'there'), (('cuda:99', None), 'missing'), (('gpu', None), 'refused'),
+                                          (('cpu', 'float16'), 'refused')])
+def test_devices(asked, state): assert look_device(*asked).state == state
+
+# Weights
+
+class Answer:
+    def __init__(self, error=None): self.error = error
+    def __call__(self, *args, **kwargs):
+        if self.error: raise self.error
+    def repo_info(self, *args, **kwargs):
+        file = type('File', (), dict(size=3_000_000_000))
+        return type('Info', (), dict(siblings=[file, file]))
+
+def online(monkeypatch, error=None):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(huggingface_hub, 'auth_check', Answer(error))
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Answer)
+
+def gated():
+    from huggingface_hub.errors import GatedRepoError
+    return GatedRepoError.__new__(GatedRepoError)
+
+def test_weights_on_the_hub_are_to_be_downloaded(monkeypatch):
+    online(monkeypatch)
+    look = look_hub('weights', 'no-owner-of/this', 'main')
+    assert look.state == 'to download' and look.note == "6 GB; 'main' is not pinned to a commit"
+    assert 'pinned' not in look_hub('weights', 'no-owner-of/this', 'a' * 40).note
+
+def test_a_licence_that_must_be_accepted_is_named(monkeypatch):
+    online(monkeypatch, gated())
+    look = look_hub('weights', 'meta-llama/Meta-Llama-3-8B')
+    assert look.state == 'missing' and 'accept its licence at huggingface.co/meta-llama' in look.note
+
+def test_a_hub_that_does_not_answer_is_said(monkeypatch):
+    online(monkeypatch, ConnectionError('no route'))
+    assert 'the Hub says: no route' in look_hub('weights', 'no-owner-of/this').note
+
+def test_weights_in_the_cache_are_there(monkeypatch, tmp_path):
+    (tmp_path/'w.bin').write_bytes(b'1234')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *a, **k: str(tmp_path))
+    assert look_hub('weights', 'owner/name')[2:] == ('there', '4 B')
+
+def test_models_by_name(tmp_path):
+    (tmp_path/'tuned').mkdir()
+    (tmp_path/'vit.pth').write_bytes(b'1234')
+    assert look_model('tuned:tuned', tmp_path).note == 'it has no card.json'
+    (tmp_path/'tuned'/'card.json').write_text('{}')
+    for name in ('tuned:tuned', 'tuned-f_g:tuned', 'timm:vit_tiny/vit.pth', 'longclip:vit.pth', 'stretched:embedded', 'embedded'):
+        assert look_model(name, tmp_path).state == 'there', name
+    for name in ('aligned:else', 'timm:vit_tiny/no.pth', 'longclip:no.pt', 'hf:owner/name', 'open_clip:ViT-B-99/openai', 'what'):
+        assert look_model(name, tmp_path).state == 'missing', name
+    assert look_lm('small').state == 'there' and look_lm('no/such/folder').state == 'missing'

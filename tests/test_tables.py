@@ -1,0 +1,151 @@
+"The paper's tables: what they are made of, what they share, and that each runs to its end in miniature."
+import json
+from dataclasses import replace
+
+import pytest
+
+from gmail_nb.experiments.tables import (TABLES, Drawing, TableRun, as_asked, chain, dry_table, exchanged,
+                                         folder_name, needs_of, paper_plan, run_table, seeded, table_miniature)
+from gmail_nb.files import read_results
+from gmail_nb.pipelines import tiny_stable_diffusion
+from gmail_nb.runs.presets import CAPTION_SOURCES, CAPTIONER_PRESETS, EVAL_PRESETS, TEXT_RECIPES, with_known
+from gmail_nb.settings import GENERATORS, CaptionerSettings
+
+def weight(item): return 60
+
+CAPTIONED = [n for n, t in TABLES.items() if t.task == 'caption']
+
+# As data
+
+def test_no_two_captioning_tables_are_one_configuration():
+    rows = {n: tuple(r.last for r in TABLES[n].rows) for n in CAPTIONED}
+    assert len(set(rows.values())) == len(rows) == 8
+
+def test_ranks_and_generators_are_those_of_the_tables():
+    adapters = [r.last.aligning.settings.adapters for r in TABLES['table11'].rows]
+    assert [(a.tuning, a.rank) for a in adapters] == [('lora', 2), ('lora', 4), ('lora', 6), ('full', 4)]
+    assert needs_of(TABLES['table17'])['generators'] == ['flux-dev'] and needs_of(TABLES['table6'])['generators'] == ['stable-diffusion-2']
+    steps = {r.name: r.last.settings.steps for r in TABLES['table13'].rows}
+    assert steps['GMAIL'] == steps['generated, no alignment'] and steps['base'] == 141_000
+    assert [r.last.arm for r in TABLES['table16'].rows] == ['mix', 'gmail'] and TABLES['table8'].rows[1].last.aligning.encoder.startswith('hf:google')
+
+def test_more_captions_are_more_captions():
+    drawn = [r.last.drawing.captions for r in TABLES['table7'].rows if not isinstance(r.last, str)]
+    assert drawn == ['coco', 'cc3m', 'cc12m']
+    assert {r.last.aligning.drawing.captions for r in TABLES['table7'].rows} == {'coco'} # CC's real images lie nowhere
+
+def test_every_reported_number_has_a_metric():
+    for t in TABLES.values():
+        for row in t.rows:
+            for numbers in row.reported.values(): assert len(numbers) <= len(t.metrics)
+
+def test_what_is_measured_is_never_learned_from():
+    assert CAPTION_SOURCES['coco'].learned == 'train' # which has no image of val2014, and so none of val2017
+    assert not {'val', 'test'} & set(CAPTION_SOURCES['coco'].source.split.split('+'))
+
+def test_recipes_fix_no_temperature_of_ours():
+    from gmail_nb.settings import TuneSettings
+    for r in TEXT_RECIPES.values(): assert r.settings.tau == TuneSettings().tau
+
+def test_every_needed_generator_and_caption_set_is_known():
+    for t in TABLES.values():
+        needs = needs_of(t)
+        assert set(needs['generators']) <= set(GENERATORS) and any(s in CAPTION_SOURCES for s in needs['sets'])
+
+def test_old_names_of_presets_stay():
+    assert {f'paper-table{n}' for n in (1, 6, 8, 9, 11, 13, 16, 17)} | {'small', 'paper-table1-llama'} <= set(CAPTIONER_PRESETS)
+    assert {'paper-table2', 'paper-table3', 'paper-table4', 'paper-table5', 'paper-table7'} == set(EVAL_PRESETS)
+
+def test_four_bit_can_be_reached_where_there_is_such_a_setting():
+    known = {f for f in CaptionerSettings.__dataclass_fields__}
+    if 'four_bit' in known: assert CAPTIONER_PRESETS['llama-4bit'].settings.four_bit
+    assert with_known(CaptionerSettings(), no_such=1) == CaptionerSettings()
+
+# What is shared
+
+def test_equal_steps_have_one_folder_and_others_have_not():
+    assert folder_name(Drawing()) == folder_name(Drawing()) != folder_name(Drawing(generator='flux-dev'))
+    nine, eleven = ({s.folder for s in paper_plan(t)} for t in ('table9', 'table11'))
+    assert len(nine & eleven) == 4
+    everything = [s.folder for t in TABLES for s in paper_plan(t)]
+    drawings = {f for f in everything if f.name.startswith('drawing')}
+    assert len(drawings) == 4 # COCO by two generators, CC3M and CC12M
+
+def test_a_step_comes_after_those_that_it_needs():
+    for table in TABLES:
+        order = [folder_name(s.link) for s in paper_plan(table, run=TableRun(seeds=2))]
+        for step in paper_plan(table, run=TableRun(seeds=2)):
+            at = order.index(folder_name(step.link))
+            for before in chain([step.link])[:-1]: assert order.index(folder_name(before)) < at
+
+def test_seeds_share_the_images():
+    one, two = (paper_plan('table6', run=TableRun(seeds=n)) for n in (1, 2))
+    kinds = [type(s.link).__name__ for s in two]
+    assert kinds.count('Drawing') == 1 and kinds.count('Aligning') == 2 and len(two) == 2 * len(one) - 1
+    link = TABLES['table6'].rows[1].last
+    assert seeded(link, 3).aligning.settings.align.seed == 3 and seeded(link, 0) == link
+
+def test_names_are_exchanged():
+    assert exchanged('a', ('b',)) == 'b' and exchanged('a', ('c=b',)) == 'a' and exchanged('a', ('a=b',)) == 'b'
+    link = as_asked(TABLES['table17'].rows[1].last, TableRun(generator=('flux-dev=embedded',), epochs=2, validation_share=.3))
+    assert link.drawing.generator == link.aligning.drawing.generator == 'embedded' and link.start.drawing is None
+    assert link.aligning.settings.align.epochs == 2 and link.aligning.settings.validation_share == .3
+
+# In miniature
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    home = tmp_path_factory.mktemp('tables')
+    table_miniature(home/'sets')
+    tiny_stable_diffusion(home/'flux', seed=1)
+    run = TableRun(str(home/'sets'), encoder=('embedded',), lm=('small',), steps=3, epochs=1, batch_size=8,
+                   generator=('stable-diffusion-2=embedded', f'flux-dev={home/"flux"}'), validation_share=.4, max_new_tokens=8,
+                   draw_steps=1, device='cpu')
+    return home, run
+
+@pytest.mark.parametrize('table, rows', [('table2', ('CLIP', 'CLIP + GMAIL')), ('table1', ('ClipCap', 'ClipCap + GMAIL')), ('table11', ('rank 2', 'full')),
+                                         ('table17', ('GMAIL',)), pytest.param('table11', (), marks=pytest.mark.slow),
+                                         pytest.param('table17', (), marks=pytest.mark.slow)])
+def test_a_table_runs_to_its_end(world, table, rows, capsys):
+    home, run = world
+    run = replace(run, rows=rows, data=('coco-val2017', 'coco-5k') if table == 'table2' else ())
+    records = run_table(table, home/'out', run)
+    assert all(s.done for s in paper_plan(table, home/'out', run))
+    names = rows or tuple(r.name for r in TABLES[table].rows)
+    assert {r['arm'] for r in records} == set(names) and all(r['n'] > 0 for r in records)
+    text = (home/'out'/table/'paper.txt').read_text()
+    assert text.count('in the paper') == len(names) and all(n in text for n in names)
+    assert read_results(home/'out'/table/'table.jsonl') == records
+    capsys.readouterr()
+    again = run_table(table, home/'out', run) # finds all of it done
+    said = capsys.readouterr().out
+    assert 'begins' not in said and [r['value'] for r in again] == [r['value'] for r in records]
+    assert not [r.what for r in dry_table(table, home/'out', run) if r.state in ('missing', 'refused')]
+
+def test_a_killed_step_is_run_again_and_no_other(world, capsys):
+    home, run = world
+    run = replace(run, rows=('ClipCap', 'ClipCap + GMAIL'))
+    run_table('table1', home/'out', run)
+    step = paper_plan('table1', home/'out', run)[-1]
+    (step.folder/'done.json').unlink()
+    capsys.readouterr()
+    run_table('table1', home/'out', run)
+    said = capsys.readouterr().out
+    assert said.count('begins') == 1 and f'{step.folder.name}: begins' in said
+
+def test_a_text_side_learns_from_no_image_that_is_measured(world):
+    home, run = world
+    run = replace(run, rows=('CLIP + GMAIL',), data=('coco-val2017',))
+    run_table('table2', home/'out', run)
+    folder = next(s.folder for s in paper_plan('table2', home/'out', run) if s.folder.name.startswith('text'))
+    assert json.loads((folder/'card.json').read_text())['pairs'] == 24 # twelve images of train with two captions each
+
+def test_the_command(world, capsys):
+    from gmail_nb.cli.commands import gmail_experiment
+    home, run = world
+    flags = ['--scale', 'paper', '--root', run.root, '--out', home/'out', '--rows', 'CLIP', '--rows', 'CLIP + GMAIL', '--data', 'coco-val2017',
+             '--encoder', 'embedded', '--lm', 'small', '--steps', 3, '--epochs', 1, '--batch-size', 8, '--validation-share', .4,
+             '--max-new-tokens', 8, '--draw-steps', 1, '--device', 'cpu', *(v for g in run.generator for v in ('--generator', g))]
+    assert gmail_experiment(['table2', *map(str, flags)]) == 0
+    out = capsys.readouterr().out
+    assert 'begins' not in out and 'in the paper' in out # the steps of the test above
