@@ -6,7 +6,7 @@
 __all__ = ['GENERATORS', 'TUNINGS', 'LOSS_NAMES', 'PRECISIONS', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'TEXT_TUNINGS', 'check_above',
            'check_share', 'check_known', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'Generator',
            'AdapterSettings', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings',
-           'EmbedSettings', 'TuneSettings', 'CaptionerSettings', 'DemoSettings', 'demo_settings',
+           'part_of', 'EmbedSettings', 'TuneSettings', 'CaptionerSettings', 'DemoSettings', 'demo_settings',
            'CaptionExperimentSettings', 'IFCapSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
@@ -62,7 +62,7 @@ class SourceSettings:
     caption:str|None=None       # column of captions; 'captions', 'caption' or 'text' if absent
     image:str='image'           # column of images
     which:str|int='first'       # of several captions of a key: first, all, or a number
-    split:str|None=None         # of a Hub set, or of a Karpathy file, such as train+restval
+    split:str|None=None         # of a Hub set, or of a Karpathy file, such as train+restval, which training reads
     header:bool=True            # False: a table without column names; they are '0', '1', ...
     images:str|None=None        # folder of the pictures that a COCO file names
     cache_dir:str|None=None     # where large sets are cached; the library's own folder if absent
@@ -211,12 +211,12 @@ ALIGN_PRESETS = dict(small=AlignSettings(), paper=PAPER_ALIGN)
 @dataclass(frozen=True)
 class RunSettings:
     "Where an alignment is kept while it runs. None of it changes the result."
-    checkpoints:str|None=None   # a folder to save into, and to go on from
+    checkpoints:str|None=field(default=None, metadata=dict(flag=False)) # a folder to save into, and to go on from
     save_every:int=100          # steps between checkpoints
     keep:int=2                  # checkpoints
-    log_file:str|None=None      # JSON lines; log.jsonl among the checkpoints if absent
+    log_file:str|None=field(default=None, metadata=dict(flag=False)) # JSON lines; among the checkpoints if absent
     trackers:tuple=()           # tensorboard, trackio or wandb, where installed
-    desc:str='aligning'         # beside the progress bar
+    desc:str=field(default='aligning', metadata=dict(flag=False)) # beside the progress bar
     max_bank:int=2 * 2**30      # bytes of real features that may lie on the device
 
     def __post_init__(self): check_above(self, 'save_every', 'keep')
@@ -228,15 +228,26 @@ class AlignRunSettings:
     adapters:AdapterSettings=AdapterSettings()
     align:AlignSettings=AlignSettings()
     validation_share:float=.05   # share of the keys kept out of training, to measure on
+    validation_limit:int=5000    # of the pairs kept out, at most so many are measured
     equal_captions:str='apart'   # apart: all other images are negatives; together: not those of an equal caption
-    workers:int=2                # threads that decode
-    save_every:int=100           # steps between checkpoints
-    trackers:tuple=()            # tensorboard, trackio or wandb; log.jsonl is written in any case
+    workers:int|None=None        # threads that decode; as many as cores if absent
+    processes:int=0              # that decode, in place of threads
+    run:RunSettings=RunSettings()
 
     def __post_init__(self):
         check_share(self, 'validation_share')
         check_known(self, 'equal_captions', ('apart', 'together'))
-        check_above(self, 'workers', 'save_every')
+        check_above(self, 'workers', 'validation_limit')
+        check_above(self, 'processes', least=-1)
+
+# %% ../nbs/01_settings.ipynb #4e50a422
+def part_of(
+    text:str # such as '3/8'
+) -> tuple[int, int]: # (3, 8)
+    "Read `i/n`; `ValueError` unless 0 <= i < n."
+    i, _, n = text.partition('/')
+    if i.isdigit() and n.isdigit() and int(i) < int(n): return int(i), int(n)
+    raise ValueError(f'part is {text!r}: expected i/n with 0 <= i < n, such as 0/4')
 
 # %% ../nbs/01_settings.ipynb #9eff8e33
 @dataclass(frozen=True)
@@ -244,7 +255,10 @@ class EmbedSettings:
     "How images become features on disk."
     batch_size:int=64           # images a forward pass
     part_rows:int=4096          # rows between two markers, after which a killed run goes on
-    workers:int=2               # threads that decode; with Ray, workers that hold an encoder each
+    part:str='0/1'              # i/n: only the parts whose number is i modulo n, for job arrays
+    workers:int|None=None       # threads that decode, as many as cores if absent; with Ray, that hold an encoder
+    processes:int=0             # that decode, in place of threads: for many cores beside one fast GPU
+    draft:bool=False            # JPEG at a fraction of its size where that is enough: faster, other features
     precision:str='no'          # bf16 for autocast; auto for that where the device has it
     store:str='float32'         # or float16, half the disk
     engine:str='local'          # local, or ray
@@ -255,6 +269,8 @@ class EmbedSettings:
         check_known(self, 'store', ('float32', 'float16'))
         check_known(self, 'engine', ('local', 'ray'))
         check_above(self, 'batch_size', 'part_rows', 'workers')
+        check_above(self, 'processes', least=-1)
+        part_of(self.part)
 
 # %% ../nbs/01_settings.ipynb #466ebbf8
 TEXT_TUNINGS = ('head', 'lora', 'last', 'full')
