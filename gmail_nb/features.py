@@ -576,8 +576,8 @@ def finish_features(
     atomic_write(parts.folder/'card.json', json.dumps(parts.settings | card))
     (parts.folder/'.lock').unlink(missing_ok=True)
     if failed:
-        log.warning('%s: %d of %d images do not decode and have no features, the first %r (%s)',
-                    parts.folder.name, len(failed), len(keys), failed[0]['key'], failed[0]['reason'])
+        log.warning('%s: %d of %d images do not decode and have no features, such as this:\n%s',
+                    parts.folder.name, len(failed), len(keys), failed[0]['reason'])
     return load_features(parts.folder)
 
 # %% ../nbs/24_features.ipynb #38bb7f20
