@@ -18,7 +18,8 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from numpy.lib.format import open_memmap
 from .align import FrozenTower, GenReal
 from .data import column_of, decode_image
 from .encoders import Encoder, load_encoder
-from .files import (atomic_path, atomic_write, check_writable, name_some, progress, unknown_name,
+from .files import (atomic_path, atomic_write, check_writable, progress, unknown_name,
                             versions)
 from .runtime import default_device, fingerprint
 from .settings import PRECISIONS, EmbedSettings, part_of
@@ -93,10 +94,10 @@ def decode_row(self:LazyPixels,
     return self.preprocess(decode_image(found[self.column], found[self.key], side))
 
 class Team:
-    "The threads or processes that decode; sets of one dataset share them. They begin when they are needed."
+    "The threads or processes that decode, begun when they are needed; parts of a set share them."
     def __init__(self, pixels:LazyPixels): self.pixels, self.pool = pixels, None
 
-    def __getstate__(self): return dict(pixels=self.pixels, pool=None) # what a process takes with it
+    def __getstate__(self): return dict(pixels=self.pixels, pool=None) # for a process
 
     def start(self) -> Executor:
         p = self.pixels
@@ -138,8 +139,8 @@ class Arriving:
     def result(self) -> torch.Tensor: # (3, H, W)
         try: found = self.several.result()[self.place]
         except BrokenExecutor as e:
-            raise RuntimeError('a process that decodes images has died, most often because memory ran '
-                               'out: run again with fewer processes, or with processes=0') from e
+            raise RuntimeError('a process that decodes images has died, most often because memory '
+                               'ran out: run again with fewer processes, or processes=0') from e
         if isinstance(found, Exception): raise found
         return torch.from_numpy(found)
 
@@ -157,7 +158,7 @@ def decode_some(rows:list[int]) -> list: # arrays (3, H, W), or errors
     return [caught(lambda r: _pixels.decode_row(r).numpy(), row) for row in rows]
 
 def decoding_processes(pixels:LazyPixels) -> Executor:
-    "Processes that hold a set each: its table, which is mapped where it is large, and the preprocessing."
+    "Processes with a set each: its table, mapped where it is large, and the preprocessing."
     server = 'forkserver' in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context('forkserver' if server else 'spawn')
     if server: context.set_forkserver_preload(['gmail_nb.features'])
@@ -206,8 +207,9 @@ class OneByOne(list):
     "The values of a column where a list is counted and gone through, without making it."
     def __init__(self, column:pa.ChunkedArray): self.column = column
     def __len__(self): return len(self.column)
-    def __iter__(self): return (v for chunk in self.column.chunks for i in range(0, len(chunk), 4096)
-                                for v in chunk.slice(i, 4096).to_pylist())
+    def __iter__(self):
+        parts = (c.slice(i, 4096) for c in self.column.chunks for i in range(0, len(c), 4096))
+        return (v for part in parts for v in part.to_pylist())
 
 @patch(as_prop=True)
 def keys(self:LazyPixels) -> pa.ChunkedArray: # (N,)
@@ -248,7 +250,7 @@ def begin_folder(
     folder:Path,
     settings:dict # as in `check_same`
 ) -> None:
-    "Settings, and an array of the full size. Nothing that lies in a folder is trusted without settings."
+    "Settings, and an array of the full size. Nothing in a folder is trusted without settings."
     for marker in (folder/'done').glob('*.json'): marker.unlink()
     shape = (settings['n'], settings['dim'])
     open_memmap(folder/'features.npy', 'w+', dtype=settings['store'], shape=shape).flush()
@@ -269,13 +271,15 @@ def open_features(
     settings:dict # as in `check_same`
 ) -> np.memmap: # (n, dim), to be read
     "The array, made if absent. `ValueError` when the folder belongs to other settings."
-    known, path, shape = folder/'settings.json', folder/'features.npy', (settings['n'], settings['dim'])
+    known, path = folder/'settings.json', folder/'features.npy'
+    shape = (settings['n'], settings['dim'])
     with alone_in(folder): # of jobs that begin together, one makes the array
         if known.exists(): check_same(folder, settings)
         if not known.exists() or not path.exists(): begin_folder(folder, settings)
     try: array = np.load(path, mmap_mode='r')
     except ValueError as e:
-        raise ValueError(f'{path.name} in {folder.name} is cut short ({e}): remove the folder') from e
+        raise ValueError(f'{path.name} in {folder.name} is cut short ({e}): '
+                         'remove the folder') from e
     if array.shape == shape: return array
     raise ValueError(f'{path.name} in {folder.name} is {array.shape}, expected {shape}: '
                      'remove the folder')
@@ -444,7 +448,8 @@ class Features:
         indices:np.ndarray|None=None, # numbers in the file; all if absent
         samples:list[int]|None=None   # of generated images: which sample of its caption each is
     ):
-        self.key_column = keys if isinstance(keys, pa.ChunkedArray) else pa.chunked_array([pa.array(keys)])
+        is_column = isinstance(keys, pa.ChunkedArray)
+        self.key_column = keys if is_column else pa.chunked_array([pa.array(keys)])
         self.mapped, self.card, self.failed, self.indices = mapped, card, failed, indices
         self.sample_numbers = None if samples is None else np.asarray(samples)
 
@@ -522,9 +527,11 @@ def read_keys(
     else:
         try: table = pq.read_table(folder/'keys.parquet')
         except (OSError, pa.ArrowException) as e:
-            raise ValueError(f'{folder.name}/keys.parquet does not read back ({e}): run `embed` again') from e
+            raise ValueError(f'{folder.name}/keys.parquet does not read back ({e}): '
+                             'run `embed` again') from e
     if len(table) != card.get('n', len(table)):
-        raise ValueError(f'{folder.name} has {len(table)} keys for {card["n"]} features: run `embed` again')
+        raise ValueError(f'{folder.name} has {len(table)} keys for {card["n"]} features: '
+                         'run `embed` again')
     keys, *samples = table.columns
     return keys, samples[0].to_numpy() if samples else None
 
@@ -650,10 +657,10 @@ def embed(
     column:str='image',
     key:str='key'
 ) -> Features:
-    "Features of every image, read as far as they are there. `ValueError` for a folder of other settings."
+    "Features of every image, read as far as they are there. `ValueError` for another folder."
     encode = embedder(model, side)
-    pixels = LazyPixels(ds, encode.preprocess, None, column, key, settings.workers, settings.processes,
-                        settings.draft)
+    pixels = LazyPixels(ds, encode.preprocess, None, column, key, settings.workers,
+                        settings.processes, settings.draft)
     out = check_writable(out)
     check_writable(out/'done')
     parts = Parts(out, folder_settings(pixels, encode, side, settings))
@@ -668,8 +675,8 @@ def as_column(
     values # a column of Arrow, or a list
 ) -> pa.ChunkedArray: # of text
     "Keys as a column, in whatever form they come."
-    column = values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([pa.array(list(values))])
-    return pc.cast(column, pa.string())
+    if not isinstance(values, pa.ChunkedArray): values = pa.chunked_array([pa.array(list(values))])
+    return pc.cast(values, pa.string())
 
 def match_keys(
     real_keys,      # a list or a column, of `Features.key_column` for example: each key once

@@ -56,10 +56,11 @@ def ranks(
     queries, gallery, out = F.normalize(queries, dim=-1), F.normalize(gallery, dim=-1), []
     blocks = gallery.split(chunk * block) # no N x N matrix exists, nor a row of one
     for k, part in enumerate(queries.split(chunk)):
-        scores = part @ blocks[k // block].T                       # (chunk, a block), with the partners
-        right = scores.diagonal(k % block * chunk).unsqueeze(1)    # (chunk, 1)
+        scores = part @ blocks[k // block].T                    # (chunk, a block): the partners' own
+        right = scores.diagonal(k % block * chunk).unsqueeze(1) # (chunk, 1)
         found = (scores >= right).sum(1) - 1
-        for b in blocks[:k // block] + blocks[k // block + 1:]: found += (part @ b.T >= right).sum(1)
+        others = blocks[:k // block] + blocks[k // block + 1:]
+        for b in others: found += (part @ b.T >= right).sum(1)
         out.append(found)
     return torch.cat(out)
 
@@ -127,7 +128,7 @@ def uniformity(
     features:torch.Tensor, # (N, D), N > 1
     chunk:int=1024         # rows compared with all at once
 ) -> float: # at most 0
-    "Log of the mean Gaussian potential of all pairs on the sphere; the time grows with the square of N."
+    "Log of the mean Gaussian potential of all pairs on the sphere; in a time of N squared."
     n = len(features)
     if n < 2: raise ValueError('uniformity compares vectors with each other: pass at least 2')
     x = F.normalize(features.double(), dim=-1)
@@ -173,7 +174,8 @@ def gap_report(
     return dict(
         paired_cosine=paired_cosines(g, r).mean().item(), centroid_distance=centroid_distance(g, r),
         alignment=alignment(g, r), uniformity_generated=uniformity(g), uniformity_real=uniformity(r),
-        modality_probe_accuracy=probe['accuracy'], modality_probe_auc=probe['roc_auc']) | recalls(g, r)
+        modality_probe_accuracy=probe['accuracy'],
+        modality_probe_auc=probe['roc_auc']) | recalls(g, r)
 
 # %% ../nbs/28_gap.ipynb #e18d9a33
 def show_cosines(

@@ -62,7 +62,7 @@ class SourceSettings:
     caption:str|None=None       # column of captions; 'captions', 'caption' or 'text' if absent
     image:str='image'           # column of images
     which:str|int='first'       # of several captions of a key: first, all, or a number
-    split:str|None=None         # of a Hub set, or of a Karpathy file, such as train+restval, which training reads
+    split:str|None=None         # of a Hub set, or of a Karpathy file, such as train+restval
     header:bool=True            # False: a table without column names; they are '0', '1', ...
     images:str|None=None        # folder of the pictures that a COCO file names
     cache_dir:str|None=None     # where large sets are cached; the library's own folder if absent
@@ -211,10 +211,10 @@ ALIGN_PRESETS = dict(small=AlignSettings(), paper=PAPER_ALIGN)
 @dataclass(frozen=True)
 class RunSettings:
     "Where an alignment is kept while it runs. None of it changes the result."
-    checkpoints:str|None=field(default=None, metadata=dict(flag=False)) # a folder to save into, and to go on from
+    checkpoints:str|None=field(default=None, metadata=dict(flag=False)) # to save into and go on from
     save_every:int=100          # steps between checkpoints
     keep:int=2                  # checkpoints
-    log_file:str|None=field(default=None, metadata=dict(flag=False)) # JSON lines; among the checkpoints if absent
+    log_file:str|None=field(default=None, metadata=dict(flag=False)) # beside them if absent
     trackers:tuple=()           # tensorboard, trackio or wandb, where installed
     desc:str=field(default='aligning', metadata=dict(flag=False)) # beside the progress bar
     max_bank:int=2 * 2**30      # bytes of real features that may lie on the device
@@ -256,9 +256,9 @@ class EmbedSettings:
     batch_size:int=64           # images a forward pass
     part_rows:int=4096          # rows between two markers, after which a killed run goes on
     part:str='0/1'              # i/n: only the parts whose number is i modulo n, for job arrays
-    workers:int|None=None       # threads that decode, as many as cores if absent; with Ray, that hold an encoder
-    processes:int=0             # that decode, in place of threads: for many cores beside one fast GPU
-    draft:bool=False            # JPEG at a fraction of its size where that is enough: faster, other features
+    workers:int|None=None       # threads that decode, one a core if absent; of Ray, in all
+    processes:int=0             # that decode, in place of threads: for one fast GPU
+    draft:bool=False            # JPEG at a fraction of its size: faster, other features
     precision:str='no'          # bf16 for autocast; auto for that where the device has it
     store:str='float32'         # or float16, half the disk
     engine:str='local'          # local, or ray
