@@ -6,8 +6,8 @@
 __all__ = ['GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'TEXT_TUNINGS', 'STUDY',
            'STUDY_SEEDS', 'QUICK_CAPTIONS', 'QUICK_IFCAP', 'check_above', 'check_share', 'check_known', 'DrawSettings',
            'SourceSettings', 'WorkSettings', 'Generator', 'is_commit', 'AdapterSettings', 'check_align', 'check_parts',
-           'AlignSettings', 'RunSettings', 'AlignRunSettings', 'EmbedSettings', 'TuneSettings', 'ProbeSettings',
-           'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
+           'AlignSettings', 'RunSettings', 'AlignRunSettings', 'part_of', 'EmbedSettings', 'TuneSettings',
+           'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
            'CaptionRunSettings', 'DemoSettings', 'demo_settings', 'check_small_captioner', 'CaptionExperimentSettings',
            'IFCapSettings']
 
@@ -227,12 +227,12 @@ ALIGN_PRESETS = dict(small=AlignSettings(), paper=PAPER_ALIGN)
 @dataclass(frozen=True)
 class RunSettings:
     "Where an alignment is kept while it runs. None of it changes the result."
-    checkpoints:str|None=None   # a folder to save into, and to go on from
+    checkpoints:str|None=field(default=None, metadata=dict(flag=False)) # to save into and go on from
     save_every:int=100          # steps between checkpoints
     keep:int=2                  # checkpoints
-    log_file:str|None=None      # JSON lines; log.jsonl among the checkpoints if absent
+    log_file:str|None=field(default=None, metadata=dict(flag=False)) # beside them if absent
     trackers:tuple=()           # tensorboard, trackio or wandb, where installed
-    desc:str='aligning'         # beside the progress bar
+    desc:str=field(default='aligning', metadata=dict(flag=False)) # beside the progress bar
     max_bank:int=2 * 2**30      # bytes of real features that may lie on the device
     device:str|None=None        # cpu or cuda; the fastest present if absent
 
@@ -245,15 +245,26 @@ class AlignRunSettings:
     adapters:AdapterSettings=AdapterSettings()
     align:AlignSettings=AlignSettings()
     validation_share:float=.05   # share of the keys kept out of training, to measure on
+    validation_limit:int=5000    # of the pairs kept out, at most so many are measured
     equal_captions:str='apart'   # apart: all other images are negatives; together: not those of an equal caption
-    workers:int=2                # threads that decode
-    save_every:int=100           # steps between checkpoints
-    trackers:tuple=()            # tensorboard, trackio or wandb; log.jsonl is written in any case
+    workers:int|None=None        # threads that decode; as many as cores if absent
+    processes:int=0              # that decode, in place of threads
+    run:RunSettings=RunSettings()
 
     def __post_init__(self):
         check_share(self, 'validation_share')
         check_known(self, 'equal_captions', ('apart', 'together'))
-        check_above(self, 'workers', 'save_every')
+        check_above(self, 'workers', 'validation_limit')
+        check_above(self, 'processes', least=-1)
+
+# %% ../nbs/01_settings.ipynb #4e50a422
+def part_of(
+    text:str # such as '3/8'
+) -> tuple[int, int]: # (3, 8)
+    "Read `i/n`; `ValueError` unless 0 <= i < n."
+    i, _, n = text.partition('/')
+    if i.isdigit() and n.isdigit() and int(i) < int(n): return int(i), int(n)
+    raise ValueError(f'part is {text!r}: expected i/n with 0 <= i < n, such as 0/4')
 
 # %% ../nbs/01_settings.ipynb #9eff8e33
 @dataclass(frozen=True)
@@ -261,7 +272,10 @@ class EmbedSettings:
     "How images become features on disk."
     batch_size:int=64           # images a forward pass
     part_rows:int=4096          # rows between two markers, after which a killed run goes on
-    workers:int=2               # threads that decode; with Ray, workers that hold an encoder each
+    part:str='0/1'              # i/n: only the parts whose number is i modulo n, for job arrays
+    workers:int|None=None       # threads that decode, one a core if absent; of Ray, in all
+    processes:int=0             # that decode, in place of threads: for one fast GPU
+    draft:bool=False            # JPEG at a fraction of its size: faster, other features
     precision:str='no'          # bf16 for autocast; auto for that where the device has it
     store:str='float32'         # number format on disk: float32, or float16 for half the room
     engine:str='local'          # local, or ray for many workers
@@ -272,6 +286,8 @@ class EmbedSettings:
         check_known(self, 'store', ('float32', 'float16'))
         check_known(self, 'engine', ('local', 'ray'))
         check_above(self, 'batch_size', 'part_rows', 'workers')
+        check_above(self, 'processes', least=-1)
+        part_of(self.part)
 
 # %% ../nbs/01_settings.ipynb #466ebbf8
 TEXT_TUNINGS = ('head', 'lora', 'last', 'full')

@@ -1,18 +1,24 @@
 "Images to features: what is decoded when, what a folder refuses, what is mended, and what belongs together."
+import io
 import json
 import sys
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gmail_nb import features as room
 from gmail_nb.align import GenReal
 from gmail_nb.data import emoji
-from gmail_nb.encoders import embedded_encoder
-from gmail_nb.features import (Features, LazyPixels, embed, embedder, load_features, match_keys,
+from gmail_nb.encoders import Preprocess, embedded_encoder
+from gmail_nb.features import (Features, LazyPixels, Parts, embed, embedder, load_features, match_keys,
                                native_precision)
+from gmail_nb.runtime import fingerprint
 from gmail_nb.settings import EmbedSettings
 
 quiet = EmbedSettings(part_rows=16, batch_size=8, show_progress=False)
@@ -69,6 +75,38 @@ def test_pixels_refuse_an_absent_column_and_an_empty_set(encoder, drawings):
         LazyPixels(drawings, encoder.preprocess, column='picture')
     with pytest.raises(ValueError, match='the dataset is empty'):
         LazyPixels(drawings.select([]), encoder.preprocess)
+
+def test_keys_and_fingerprint_of_a_subset_read_no_pixels(encoder):
+    "40 MB of images: all of them were in memory at once before."
+    stored = [dict(bytes=np.random.default_rng(i).bytes(40_000), path=None) for i in range(1000)]
+    columns = datasets.Features(key=datasets.Value('string'), image=datasets.Image())
+    ds = datasets.Dataset.from_dict(dict(key=[f'{i:04}' for i in range(1000)], image=stored), features=columns)
+    some = LazyPixels(ds, encoder.preprocess, indices=range(999))
+    tracemalloc.start()
+    assert some.keys[5].as_py() == '0005'
+    of_keys = tracemalloc.get_traced_memory()[1]
+    found = some.fingerprint # 64 images: 2.6 MB
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert of_keys < 1e6 and peak < 8e6
+    sampled = [stored[i]['bytes'] for i in np.unique(np.linspace(0, 998, 64).astype(int))]
+    assert found == fingerprint(ds['key'][:999], repr(encoder.preprocess), sampled) # as it was: nothing is embedded anew
+
+def test_processes_decode_the_same_and_one_that_dies_is_told(drawings):
+    pixels = LazyPixels(damaged(drawings, (5,)), Preprocess(32), processes=1)
+    assert torch.equal(pixels[[3, 0, 7]], LazyPixels(drawings, Preprocess(32))[[3, 0, 7]])
+    with pytest.raises(ValueError, match='does not decode'): pixels[[4, 5]]
+    for p in pixels.team.pool._processes.values(): p.kill()
+    with pytest.raises(RuntimeError, match='a process that decodes images has died'): pixels[0:9]
+
+def test_a_draft_is_smaller_and_another_set(drawings, encoder, tmp_path):
+    file = io.BytesIO()
+    Image.effect_mandelbrot((768, 768), (-2, -1.5, 1, 1.5), 50).convert('RGB').save(file, 'JPEG')
+    ds = datasets.Dataset.from_dict(dict(key=['a'], image=[dict(bytes=file.getvalue(), path=None)]),
+                                    features=datasets.Features(key=datasets.Value('string'), image=datasets.Image()))
+    whole, draft = (LazyPixels(ds, encoder.preprocess, draft=d) for d in (False, True))
+    assert draft.shape == whole.shape and 0 < (draft[[0]] - whole[[0]]).abs().mean() < .1
+    assert draft.fingerprint != whole.fingerprint
 
 # sides of a model
 
@@ -132,19 +170,49 @@ def test_damaged_images_are_named_and_left_out(tmp_path, encoder, drawings, plai
     with pytest.raises(ValueError, match='holds other features'):
         embed(drawings, encoder, tmp_path/'broken', settings=quiet)
 
-def test_a_card_of_before_calls_the_index_a_row(tmp_path, encoder, drawings):
+def test_a_card_of_before_holds_the_keys_and_calls_the_index_a_row(tmp_path, encoder, drawings):
     embed(damaged(drawings, (5,)), encoder, tmp_path/'old', settings=quiet)
     card = json.loads((tmp_path/'old'/'card.json').read_text())
     card['failed'] = [dict(row=f['index'], key=f['key'], reason=f['reason']) for f in card['failed']]
+    card |= dict(keys=list(drawings['key']), samples=None)
+    (tmp_path/'old'/'keys.parquet').unlink()
     (tmp_path/'old'/'card.json').write_text(json.dumps(card))
     old = load_features(tmp_path/'old')
+    assert old.keys == [k for i, k in enumerate(drawings['key']) if i != 5]
     assert len(old) == 39 and old.failed[0]['index'] == 5 and not old[:].isnan().any()
 
 def test_load_refuses_other_weights_and_unfinished_folders(folder, tmp_path):
     with pytest.raises(ValueError, match='embed again with this model'): load_features(folder, weights='0' * 16)
     with pytest.raises(FileNotFoundError, match='card.json is missing'): load_features(tmp_path)
 
+def test_jobs_of_an_array_give_what_one_gives(folder, tmp_path, encoder, drawings):
+    one = load_features(folder)
+    for i in (2, 0, 1):
+        found = embed(drawings, encoder, tmp_path/'jobs', settings=replace(quiet, part=f'{i}/3'))
+        assert (tmp_path/'jobs'/'card.json').exists() == (i == 1)
+        assert found.keys == [one.keys[j] for j in found.indices] if i != 1 else found.keys == one.keys
+    assert torch.equal(found.features, one.features) and found.fingerprint == one.fingerprint
+    assert (tmp_path/'jobs'/'features.npy').read_bytes() == (folder/'features.npy').read_bytes()
+
+def test_jobs_that_begin_together_make_the_array_once(tmp_path):
+    (tmp_path/'done').mkdir()
+    settings = dict(n=40, dim=3, store='float32', part_rows=10)
+    def job(i):
+        parts = Parts(tmp_path, settings)
+        for p in parts.todo(f'{i}/4'): parts.put(p, np.full((10, 3), p, 'float32'), [])
+    with ThreadPoolExecutor(4) as pool: list(pool.map(job, range(4)))
+    assert Parts(tmp_path, settings).todo() == []
+    assert np.load(tmp_path/'features.npy')[:, 0].tolist() == np.repeat(range(4), 10).tolist()
+
+def test_files_that_end_early_are_named(folder, encoder, drawings):
+    keys = (folder/'keys.parquet').read_bytes()
+    (folder/'keys.parquet').write_bytes(keys[:-20])
+    with pytest.raises(ValueError, match='keys.parquet does not read back.*run `embed` again'): load_features(folder)
+    (folder/'features.npy').write_bytes((folder/'features.npy').read_bytes()[:-400])
+    with pytest.raises(ValueError, match='features.npy in f_r is cut short'): embed(drawings, encoder, folder, settings=quiet)
+
 def test_unknown_words_of_the_settings_are_named():
+    with pytest.raises(ValueError, match="part is '3/3': expected i/n"): EmbedSettings(part='3/3')
     with pytest.raises(ValueError, match="'bf16'"): EmbedSettings(precision='bf61')
     with pytest.raises(ValueError, match="'float16'"): EmbedSettings(store='float61')
     with pytest.raises(ValueError, match="'local'"): EmbedSettings(engine='locale')

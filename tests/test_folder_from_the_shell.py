@@ -1,12 +1,12 @@
 "One folder of captioned pictures goes through every command as it is, and its keys are the same throughout."
 import csv
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
@@ -46,7 +46,7 @@ def shell(cwd, command, *argv):
     assert done.returncode == 0, f'{command} {argv}: {done.stderr[-3000:]}'
     return done.stdout
 
-def feature_keys(folder): return sorted(json.loads((folder/'card.json').read_text())['keys'])
+def feature_keys(folder): return sorted(pq.read_table(folder/'keys.parquet')['key'].to_pylist())
 
 @pytest.fixture(scope='module')
 def way(photos, tmp_path_factory):
@@ -75,7 +75,7 @@ def test_the_keys_are_those_of_the_pictures_throughout(way, photos):
     assert sorted(load_generated(home/'generated')['key']) == keys
     assert feature_keys(home/'features') == feature_keys(home/'features_g') == feature_keys(home/'aligned'/'real_features') == keys
     with np.load(next((home/'eval'/'queries').glob('*tuned*'))) as f: assert sorted(f['keys:image_to_text'].tolist()) == keys
-    assert set(json.loads((home/'tuned'/'features'/'gmail'/'card.json').read_text())['keys']) == set(keys)
+    assert set(feature_keys(home/'tuned'/'features'/'gmail')) == set(keys)
     assert len(keys) == 24 and 'red things/day 1/ball no. 0' in keys
 
 def test_scores_are_there(way):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from gmail_nb.gap import (alignment, centroid_distance, gap_report, modality_probe, paired_cosines,
-                          project_2d, ranks, recall_at_k, uniformity)
+                          project_2d, ranks, recall_at_k, some_pairs, uniformity)
 
 def unit(*shape, seed=0): return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
@@ -20,11 +20,13 @@ def test_a_point_is_its_own_nearest(real):
 def test_ranks_do_not_depend_on_the_chunk_and_are_those_of_sorting(generated, real):
     found = ranks(generated, real)
     assert torch.equal(ranks(generated, real, chunk=7), found)
+    assert torch.equal(ranks(generated, real, chunk=50, block=3), found) and torch.equal(ranks(generated, real, 32, 1), found)
     order = (generated @ real.T).argsort(1, descending=True)
     assert (order == torch.arange(400)[:, None]).int().argmax(1).tolist() == found.tolist()
 
 def test_collapsed_features_find_nothing():
     assert recall_at_k(ranks(torch.ones(20, 4), torch.ones(20, 4)), 10) == 0.
+    assert ranks(torch.ones(20, 4), torch.ones(20, 4), chunk=4, block=2).tolist() == [19] * 20
 
 def test_unpaired_and_damaged_features_are_refused(real):
     with pytest.raises(ValueError, match='the gallery has 400'): recall_at_k(ranks(real, real), 401)
@@ -52,6 +54,14 @@ def test_taking_the_shift_out_closes_the_gap(generated, real):
 def test_the_report_leaves_out_a_k_without_room(real):
     assert 'gen_to_real_recall_at_5' in gap_report(real[:6], real[:6])
     assert 'gen_to_real_recall_at_10' not in gap_report(real[:6], real[:6])
+
+def test_of_many_pairs_some_are_drawn(generated, real):
+    "The time of a report does not grow with the set."
+    many_g, many_r = generated.repeat(50, 1), real.repeat(50, 1)
+    some = some_pairs(20_000, 300)
+    assert len(some) == 300 and torch.equal(some, some_pairs(20_000, 300)) and not torch.equal(some, some_pairs(20_000, 300, seed=1))
+    assert gap_report(many_g, many_r, limit=300) == gap_report(many_g[some], many_r[some])
+    assert gap_report(generated, real) == gap_report(generated, real, limit=400)
 
 def test_an_unknown_projection_is_named(real):
     with pytest.raises(ValueError, match="'umap'"): project_2d(real, 'umapp')

@@ -1,6 +1,7 @@
 "Aligning and embedding from files: what comes out, what goes on where it was, and what a person gets wrong."
 import gmail_nb.runtime
 import json
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,8 +16,11 @@ from gmail_nb.encoders import preprocess_images
 from gmail_nb.features import load_features
 from gmail_nb.files import read_results
 from gmail_nb.generate import generate, load_generated
-from gmail_nb.runs.align import align_sets, caption_ids, generated_images, indices_by_sample, validation_indices
-from gmail_nb.settings import AdapterSettings, AlignRunSettings, AlignSettings, DrawSettings, WorkSettings
+from gmail_nb.runs.align import align_sets, caption_ids, generated_images, indices_by_sample, pair_sets, validation_indices
+from gmail_nb.settings import (AdapterSettings, AlignRunSettings, AlignSettings, DrawSettings, RunSettings, SourceSettings,
+                               WorkSettings)
+from gmail_nb.sources import load_captioned
+from gmail_nb.splits import trained_on
 
 def weight(item): return 20
 
@@ -95,9 +99,19 @@ def test_what_a_person_gets_wrong_in_embed(home, capsys, monkeypatch):
     with patch('gmail_nb.runs.align.embed', side_effect=lost): status, text = answer(capsys, gmail_embed, 'real.parquet', '--out', 'y')
     assert status == 2 and text.startswith('gmail_embed: parts')
 
-def test_indices_by_sample_leave_out_keys_that_lack_one():
-    keys = ['a', 'b', 'c', 'd']
-    assert indices_by_sample(keys, ['c', 'a', 'c', 'a', 'b'], [0, 0, 1, 1, 0]) == ([[1, 0], [3, 2]], [0, 2])
+def test_a_caption_with_fewer_images_gives_them_again():
+    of, whole = indices_by_sample(['a', 'b', 'c', 'd'], ['c', 'a', 'c', 'a', 'b'], [0, 0, 1, 1, 0])
+    assert of.tolist() == [[1, 4, 0], [3, 4, 2]] and whole.tolist() == [0, 1, 2]
+
+def test_nobody_is_left_out_where_captions_have_five_to_seven_images():
+    "97 keys with five, two with six, one with seven: one key alone was left of them before."
+    counts = [5] * 97 + [6] * 2 + [7]
+    made = [(f'{i:03}', s) for i, n in enumerate(counts) for s in range(n)]
+    random.Random(0).shuffle(made)
+    of, whole = indices_by_sample([f'{i:03}' for i in range(100)], [k for k, _ in made], [s for _, s in made])
+    assert of.shape == (7, 100) and whole.tolist() == list(range(100))
+    for s in range(7): assert [made[i] for i in of[s]] == [(f'{i:03}', s % n) for i, n in enumerate(counts)]
+    assert set(of.flatten().tolist()) == set(range(len(made))) # every image is trained on
 
 def test_keys_kept_out_stay_the_same_when_the_set_grows():
     keys = list(emoji('A', source='noto')['key'])
@@ -115,6 +129,56 @@ def test_equal_captions_go_together(home):
     align_sets(str(home/'real.parquet'), home/'generated', 'embedded', home/'together', settings)
     assert json.loads((home/'together'/'card.json').read_text())['settings']['equal_captions'] == 'together'
     with pytest.raises(ValueError, match="did you mean 'together'"): AlignRunSettings(equal_captions='togther')
+
+@pytest.fixture(scope='module')
+def coco(tmp_path_factory):
+    "A COCO of 24 drawings with five to seven captions, in Karpathy's form: a third of it is for tests."
+    root = tmp_path_factory.mktemp('coco')
+    (root/'val2014').mkdir()
+    splits, images = ('train', 'restval', 'test'), []
+    for i, row in enumerate(emoji('A', source='noto').select(range(24))):
+        name = f'COCO_val2014_{i:012}.jpg'
+        row['image'].convert('RGB').save(root/'val2014'/name)
+        words = [dict(raw=f'{row["label"]} {j}', tokens=['x']) for j in range(5 + i % 3)]
+        images.append(dict(filepath='val2014', filename=name, cocoid=1000 + i, split=splits[i // 8], sentences=words))
+    (root/'dataset_coco.json').write_text(json.dumps(dict(images=images)))
+    return root
+
+def test_all_captions_of_a_coco_are_drawn_and_aligned_but_not_those_of_its_test(coco, caplog):
+    "`gmail_generate --which all`, on every split, and then `gmail_align`."
+    draw = WorkSettings(show_progress=False, batch_size=64)
+    generate(str(coco/'dataset_coco.json'), 'embedded', coco/'generated', DrawSettings(steps=1), SourceSettings(which='all'), draw)
+    settings = replace(SETTINGS, align=AlignSettings(epochs=1, batch_size=4), run=RunSettings(save_every=7))
+    model = align_sets(str(coco/'dataset_coco.json'), coco/'generated', 'embedded', coco/'aligned', settings, SourceSettings(images=str(coco)))
+    assert 'dataset_coco.json: read for training is train+restval, without test' in caplog.text
+    learned = {str(1000 + i) for i in range(16)}
+    kept_out = {k for k in learned if validation_indices([k], .2)}
+    assert set(trained_on(coco/'aligned')) == learned - kept_out and len(kept_out) >= 2
+    features = load_features(coco/'aligned'/'real_features')
+    assert set(features.keys) == learned
+    sets = pair_sets(generated_images(coco/'generated'), features, model.encoder.preprocess, settings)
+    assert len(sets.pixels) == 7 and len(sets.features) == len(learned - kept_out)
+
+def test_a_named_split_is_trained_on(coco):
+    how = SourceSettings(images=str(coco), split='train+test')
+    ds = load_captioned(str(coco/'dataset_coco.json'), how, training=True)
+    assert len(ds) == 16 and len(load_captioned(str(coco/'dataset_coco.json'), replace(how, split=None))) == 24
+
+def test_too_few_pairs_are_said_before_anything_is_embedded(home, tmp_path):
+    with patch('gmail_nb.runs.align.load_encoder', side_effect=AssertionError('it was loaded')):
+        with pytest.raises(ValueError, match='0 to measure on.*validation_share=0'):
+            align_sets(str(home/'real.parquet'), home/'generated', 'embedded', tmp_path/'x', replace(SETTINGS, validation_share=0.))
+
+def test_at_most_so_many_pairs_are_measured(home):
+    few = pair_sets(generated_images(home/'generated'), load_features(home/'aligned'/'real_features'), None, replace(SETTINGS, validation_limit=3))
+    every = pair_sets(generated_images(home/'generated'), load_features(home/'aligned'/'real_features'), None, SETTINGS)
+    assert len(few.test) == 3 < len(every.test) and few.features.keys == every.features.keys
+
+def test_captions_of_a_set_of_pictures_stay_where_they_lie(tmp_path):
+    ds = emoji('A', source='fluent').select(range(3)).select_columns(['key', 'image', 'captions']).add_column('sample', [0, 1, 0])
+    ds.to_parquet(tmp_path/'a.parquet')
+    made = generated_images(str(tmp_path/'a.parquet'))
+    assert made['sample'][:] == [0, 1, 0] and made['caption'][:] == [c[0] for c in ds['captions']]
 
 @pytest.mark.slow
 def test_two_processes_align_as_one(home, tmp_path):

@@ -1,11 +1,14 @@
 "Readers of captioned sets: what comes back in every form, and what a wrong file is told."
 import csv
+import io
 import json
 import string
+import tarfile
 
 import datasets
 import numpy as np
 import pytest
+from gmail_nb import sources
 from gmail_nb.data import CAPTIONED, FEATURES, emoji, quiet_datasets
 from gmail_nb.settings import SourceSettings
 from gmail_nb.sources import captions_of, from_coco, from_folder, from_table, key_of, load_captioned
@@ -181,6 +184,87 @@ def test_what_is_not_there_or_no_set_is_said(tmp_path):
     (tmp_path/'cut.parquet').write_bytes((tmp_path/'a.parquet').read_bytes()[:-30])
     for images in (True, False):
         with pytest.raises(ValueError, match='cut.parquet is not a whole parquet file'): load_captioned(tmp_path/'cut.parquet', images=images)
+
+def test_for_training_only_its_splits_are_read(tmp_path, caplog):
+    def file(*splits):
+        images = [dict(filename='x.png', cocoid=i, split=s, sentences=[dict(raw=f'caption {i}')]) for i, s in enumerate(splits)]
+        (tmp_path/'k.json').write_text(json.dumps(dict(images=images)))
+        return tmp_path/'k.json'
+    assert load_captioned(file('train', 'restval', 'val', 'test'), images=False, training=True)['key'][:] == ['0', '1']
+    assert 'k.json: read for training is train+restval, without val+test (--split names others)' in caplog.text
+    assert load_captioned(file('val', 'train'), images=False, training=True)['key'][:] == ['1'] # Flickr30k has no restval
+    assert len(load_captioned(file('train', 'test'), images=False)) == 2 # what measures may read all
+    with pytest.raises(ValueError, match="has the splits 'test' and none for training.*--split"): load_captioned(file('test'), images=False, training=True)
+
+def test_a_coco_file_without_its_images_says_where_it_looked(coco):
+    with pytest.raises(FileNotFoundError, match=r"the folder of a.json does not hold 1 of 1 images.*\(--images\)"):
+        (coco/'a.json').write_text(json.dumps(dict(images=[dict(id=1, file_name='no.png')], annotations=[dict(image_id=1, caption='x')])))
+        from_coco(coco/'a.json', '')
+
+# tar shards
+def write_tar(path, files):
+    "Members in this order: {name: bytes}."
+    with tarfile.open(path, 'w') as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+def png(i=0):
+    file = io.BytesIO()
+    picture(i).save(file, 'PNG')
+    return file.getvalue()
+
+@pytest.fixture
+def tars(tmp_path):
+    "Three samples in two shards, with a text or JSON, and what else such shards hold."
+    (tmp_path/'tars').mkdir()
+    write_tar(tmp_path/'tars/a.tar', {'x/1.png': png(1), 'x/1.txt': b'one\ntwo\n', 'x/1.json': b'{"caption": "of json", "url": null}',
+                                      './2.PNG': png(2), './2.json': b'{"caption": "three", "width": 8, "more": {"a": []}}'})
+    write_tar(tmp_path/'tars/b.tar', {'3.seg.png': png(3), '3.txt': 'vier ü'.encode()})
+    return tmp_path/'tars'
+
+@pytest.mark.parametrize('mapped', [False, True])
+def test_tar_shards_are_a_captioned_set(tars, tmp_path, monkeypatch, mapped):
+    if mapped: monkeypatch.setattr(sources, 'IN_MEMORY', 0)
+    for source in (tars, f'{tars}/*.tar'):
+        ds = load_captioned(source, SourceSettings(cache_dir=str(tmp_path/'cache')))
+        assert dict(zip(ds['key'], ds['captions'])) == {'x/1': ['one', 'two'], '2': ['three'], '3': ['vier ü']}
+        assert bool(ds.cache_files) == mapped and ds[1]['image'].getpixel((0, 0)) == picture(2).getpixel((0, 0))
+    assert load_captioned(tars/'a.tar', SourceSettings(caption='caption'), images=False)['captions'][:] == [['of json'], ['three']]
+
+def test_a_changed_shard_is_read_again(tars, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, 'IN_MEMORY', 0)
+    how = SourceSettings(cache_dir=str(tmp_path/'cache'))
+    load_captioned(tars/'b.tar', how)
+    write_tar(tars/'b.tar', {'9.png': png(), '9.txt': b'another'})
+    assert load_captioned(tars/'b.tar', how)['captions'][:] == [['another']]
+
+@pytest.mark.parametrize('mapped', [False, True])
+@pytest.mark.parametrize('images', [False, True])
+def test_shards_that_end_early_are_named(tars, tmp_path, monkeypatch, images, mapped):
+    if mapped: monkeypatch.setattr(sources, 'IN_MEMORY', 0)
+    whole = (tars/'a.tar').read_bytes()
+    with tarfile.open(tars/'a.tar') as tar: last = tar.getmembers()[-1].offset # cut where a member begins, in one, in a header
+    for n in (last, 700, last + 100, 0):
+        (tars/'a.tar').write_bytes(whole[:n])
+        with pytest.raises(ValueError, match='a.tar is no tar file, or not all of it.*download it again'):
+            load_captioned(tars, SourceSettings(cache_dir=str(tmp_path/'cache')), images=images)
+
+@pytest.mark.parametrize('files, message', [
+    ({'1.png': b'x'}, "'1' in t.tar has neither a .txt nor a .json"), ({'1.txt': b'x'}, "'1' in t.tar has no image"),
+    ({'1.png': b'x', '1.txt': b' '}, "'1' in t.tar has an empty caption"), ({'1.png': b'x', '1.txt': b'x'}, "the image of '1'"),
+    ({'1.png': b'x', '1.json': b'{"url": "x"}'}, "'1' in t.tar has no 'caption'")])
+def test_what_a_sample_lacks_is_said(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message): load_captioned(write_tar(tmp_path/'t.tar', files))
+
+def test_rows_beyond_what_memory_is_for_are_mapped(tmp_path, monkeypatch):
+    (tmp_path/'t.tsv').write_text('key\tcaption\n' + ''.join(f'{i}\tcaption {i}\n' for i in range(3000)))
+    held = load_captioned(tmp_path/'t.tsv', images=False)
+    monkeypatch.setattr(sources._rows_as_table, '__defaults__', (1024, 10_000))
+    mapped = load_captioned(tmp_path/'t.tsv', images=False)
+    assert mapped.to_dict() == held.to_dict() and mapped.cache_files and not held.cache_files
 
 # folders
 @quick
