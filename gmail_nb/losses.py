@@ -155,6 +155,7 @@ def without_siblings(
     same = bank_ids[start:start + logits.shape[1]] == bank_ids[targets, None]
     logits.masked_fill_(same & (columns != targets[:, None]), -math.inf)
 
+# %% ../nbs/21_losses.ipynb #deb0a406
 def expected_partner(g, bank, targets, tau, bank_ids, columns): # g: (rows, D) -> (rows, 1), (rows, D)
     "log sum exp over the bank, and the real feature that its softmax expects to see, tile by tile."
     toward, norm = 0, None

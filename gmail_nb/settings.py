@@ -29,6 +29,7 @@ def check_above(
         if value is not None and not value > least:
             raise ValueError(f'{name} is {value}: it must be above {least}')
 
+# %% ../nbs/01_settings.ipynb #b7bb55d3
 def check_share(settings, *names:str) -> None:
     "`ValueError` that names the first field that is no share from 0 to 1, 1 left out."
     for name in names:
@@ -36,6 +37,7 @@ def check_share(settings, *names:str) -> None:
         if value is not None and not 0 <= value < 1:
             raise ValueError(f'{name} is {value}: a share is at least 0 and below 1, such as .05')
 
+# %% ../nbs/01_settings.ipynb #8c77fd3c
 def check_known(settings, name:str, known:tuple) -> None:
     "`ValueError` with near names when the field holds none of the known ones."
     value = getattr(settings, name)
@@ -141,7 +143,7 @@ class AdapterSettings:
     rank:int=4                  # rank of LoRA's matrices
     alpha:float|None=None       # LoRA's scale is alpha / rank; 4 * rank if absent
     dropout:float=0.            # share of the inputs of LoRA that are dropped in training
-    layers:str='all'            # of a block of a ViT: all (attention and MLP), or attention alone
+    layers:str='all'            # adapted layers of a ViT's blocks: all, or attention alone
     targets:tuple|None=None     # names of modules to adapt; those of `layers` if absent
     adapted_share:float=1.      # share of the blocks that get adapters, from the end
 
@@ -245,7 +247,7 @@ class AlignRunSettings:
     adapters:AdapterSettings=AdapterSettings()
     align:AlignSettings=AlignSettings()
     validation_share:float=.05   # share of the keys kept out of training, to measure on
-    validation_limit:int=5000    # of the pairs kept out, at most so many are measured
+    validation_limit:int=5000    # at most so many of the pairs kept out are measured
     equal_captions:str='apart'   # apart: all other images are negatives; together: not those of an equal caption
     workers:int|None=None        # threads that decode; as many as cores if absent
     processes:int=0              # that decode, in place of threads
@@ -331,7 +333,7 @@ class ProbeSettings:
     validation_share:float=.2   # share of the training images by which the strength is chosen
     tolerance:float=1e-4        # largest entry of the gradient of the mean loss at which a fit ends
     max_steps:int=300           # steps of L-BFGS after which a fit ends in any case
-    seed:int=0                  # of which training images are kept out
+    seed:int=0                  # seed of which training images are kept out
 
     def __post_init__(self):
         check_share(self, 'validation_share')
@@ -342,17 +344,17 @@ class ProbeSettings:
 @dataclass(frozen=True)
 class FineTuneSettings:
     "What fine-tuning a tower on classes depends on besides its images and labels."
-    start:str='f_g'             # of an aligned model: f_g, or f_r, which is its base encoder
+    start:str='f_g'             # where it begins with an aligned model: f_g, or f_r, its base encoder
     epochs:int=10               # passes over the training images
     batch_size:int=32           # images a step, over all processes together
     lr:float=1e-4               # peak learning rate of the tower
     head_lr:float=1e-2          # peak learning rate of the linear head
-    weight_decay:float=.01      # of AdamW
+    weight_decay:float=.01      # weight decay of AdamW
     warmup:int=0                # steps over which the rates rise to their peaks
     clip:float|None=None        # largest norm of the gradient; any if absent
     precision:str='auto'        # bf16 for autocast; auto for that where the device has it
     save_every:int=1000         # steps between checkpoints
-    seed:int=0                  # of the head's bias and the order of the images
+    seed:int=0                  # seed of the head's bias and the order of the images
 
     def __post_init__(self):
         check_known(self, 'start', ('f_g', 'f_r'))

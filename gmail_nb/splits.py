@@ -50,6 +50,7 @@ def write_trained_on(
     with atomic_path(path) as tmp: pq.write_table(table, tmp, compression='zstd')
     return path
 
+# %% ../nbs/11_splits.ipynb #5e8c2876
 def trained_on(
     folder:str|Path # of a model
 ) -> list[str]: # keys; empty where the folder does not say

@@ -143,6 +143,7 @@ def verdict(
     if difference.low > 0: return 'helps'
     return 'hurts' if difference.high < 0 else 'makes no difference that this run can show'
 
+# %% ../nbs/03_stats.ipynb #42250876
 def sentence(
     what:str,              # the subject, such as 'Aligning generated images first'
     measure:str,           # what differs, such as 'text-to-image R@1 on real images'

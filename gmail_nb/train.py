@@ -331,6 +331,7 @@ def over_processes(
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
     return most + accelerator.reduce((sums - most).exp(), 'sum').log()
 
+# %% ../nbs/26_train.ipynb #478ecdf9
 @patch
 @torch.no_grad()
 def columns(self:StepRunner, batch:Batch, features:list) -> torch.Tensor: # (size,)
@@ -350,6 +351,7 @@ def columns_first(self:StepRunner, batch:Batch) -> torch.Tensor: # (size,)
         features = [side(inputs.to(device)) for inputs in batch.inputs]
     return self.columns(batch, features)
 
+# %% ../nbs/26_train.ipynb #69e2f447
 @patch
 def loss(self:StepRunner, batch:Batch, part:int, columns:torch.Tensor|None=None) -> torch.Tensor:
     "The mean loss of the rows of a part against the real features of the whole batch."
@@ -781,6 +783,7 @@ class Checkpoints:
     def __init__(self, folder:str|Path, accelerator:Accelerator, keep:int=RunSettings.keep):
         self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
 
+# %% ../nbs/26_train.ipynb #b6959c11
 @patch
 def begin(self:Checkpoints, tmp:Path) -> None:
     "An empty folder to write into."
@@ -788,6 +791,7 @@ def begin(self:Checkpoints, tmp:Path) -> None:
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
 
+# %% ../nbs/26_train.ipynb #db5037e1
 @patch
 def publish(self:Checkpoints, tmp:Path, final:Path) -> Path:
     "Give a whole checkpoint its name, and remove the oldest."

@@ -280,6 +280,7 @@ def mapped(
     real = torch.as_tensor(source == len(rows) - 1).expand(len(x))[:, None].to(x.device)
     return torch.where(real, run.real(x), out)
 
+# %% ../nbs/27_tune.ipynb #2ebd4d5d
 def compared(
     run:TextRun,
     images:torch.Tensor,        # (B, D), from `mapped`
@@ -494,6 +495,7 @@ def run_state(run:TextRun) -> dict:
         optimizer=run.optimizer.state_dict(), schedule=run.schedule.state_dict(),
         noise=run.noise.get_state(), random=gather_object([own]))
 
+# %% ../nbs/27_tune.ipynb #3d521bc6
 def go_on(run:TextRun, state:dict) -> None: # from `run_state`
     "Put a run where another one was."
     restore(run, state['weights'])

@@ -187,6 +187,7 @@ def _named(text:str, choices:tuple) -> list[tuple[int, int]]: # (where it was na
     low = text.lower()
     return [(low.rfind(c.lower()), i) for i, c in enumerate(choices) if c.lower() in low]
 
+# %% ../nbs/39_vqa.ipynb #caf332c7
 def mmmu_choice(
     answer:str,
     choices:tuple,
@@ -211,6 +212,7 @@ def plain_forms(text:str) -> list: # a number rounded to two places, or lower-ca
     except ValueError: text = text.lower()
     return [f' {text}', f'{text} '] if len(text) == 1 else [text]
 
+# %% ../nbs/39_vqa.ipynb #57bc0ea1
 def answer_tails(answer:str) -> list[str]:
     "The shortest text behind a word that announces an answer, in each line; all of it otherwise."
     whole = answer.strip().strip('.').lower()
@@ -270,6 +272,7 @@ def right_ones(runs:list[list[Answered]]) -> np.ndarray: # (S, N)
                          'they cannot be pooled')
     return np.array([[a.right for a in run] for run in runs], dtype=float)
 
+# %% ../nbs/39_vqa.ipynb #182ce213
 def accuracy(
     runs:list[list[Answered]] # one list of answers a seed
 ) -> dict[str, Interval]: # 'all', then by subject in the order of the alphabet
@@ -279,6 +282,7 @@ def accuracy(
     named = sorted(set(subjects.tolist()) - {''})
     return found | {s: bootstrap(right[:, subjects == s]) for s in named}
 
+# %% ../nbs/39_vqa.ipynb #f53c9119
 def accuracy_difference(ours:list[list[Answered]], theirs:list[list[Answered]]) -> Interval:
     "Accuracy of one arm minus another's, on the same questions and seeds."
     if [a.key for a in ours[0]] != [a.key for a in theirs[0]]:
@@ -343,6 +347,7 @@ def placed(right:str, others:list[str], turn:int) -> tuple[tuple, int]: # choice
     choices.insert(turn % 4, right)
     return tuple(choices), turn % 4
 
+# %% ../nbs/39_vqa.ipynb #b5a184a6
 def known_choices(kind:str, rows:datasets.Dataset) -> list[str]:
     "What may be a choice of this kind of question. `ValueError` when there are fewer than four."
     if kind == 'count': return ['1', '2', '3', '4']
@@ -351,6 +356,7 @@ def known_choices(kind:str, rows:datasets.Dataset) -> list[str]:
     if len(known) >= 4: return known
     raise ValueError(f'only {len(known)} choices of the kind {kind!r}: pass more rows to draw from')
 
+# %% ../nbs/39_vqa.ipynb #f60e0ce0
 def others_of(kind:str, key:str, right:str, known:list[str], seed:int) -> list[str]:
     "Three wrong choices, drawn by the question's key."
     return shuffled([k for k in known if k != right], kind, key, seed)[:3]

@@ -474,6 +474,7 @@ def llama_captioner(
                           tuning='lora')
     return captioner.to(on.device)
 
+# %% ../../nbs/bench/40_gpu.ipynb #548fbc7b
 def padded(
     captioner:Captioner,
     captions:list[str],

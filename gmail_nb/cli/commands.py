@@ -332,6 +332,7 @@ def dry_table(table:str, scale:str, out:str, settings:TableRun, **rest) -> list:
     from gmail_nb.runs.dry_run import dry_demo
     return tables.dry_table(table, out, settings) if scale == 'paper' else dry_demo(out)
 
+# %% ../../nbs/cli/10_commands.ipynb #4e05986a
 def experiment_table(
     table:str,           # given by the command
     scale:Literal['embedded', 'paper']='embedded', # its question there, or the table itself
@@ -350,6 +351,7 @@ def experiment_table(
     print(f'on the embedded set {table} is: gmail_experiment {kind} --out {out}/{kind}')
     return gmail_experiment.find(kind)(['--out', f'{out}/{kind}'])
 
+# %% ../../nbs/cli/10_commands.ipynb #ba8ce586
 def table_command(table:str) -> Command:
     "The command of one table."
     name, title = f'gmail_experiment {table}', TABLES[table].title

@@ -378,6 +378,7 @@ def parser(self:Command) -> Parser:
     add_options(parser, options_of(self.work, self.presets, self.leave, tuple(self.fixed)), self.more)
     return parser
 
+# %% ../../nbs/cli/00_flags.ipynb #e9dab67d
 @patch
 def run(self:Command, argv:list[str]) -> int|None:
     "Read the arguments, and call the function with what they say."
@@ -390,6 +391,7 @@ def run(self:Command, argv:list[str]) -> int|None:
     bound.apply_defaults()
     return show_plan(self.dry(**bound.arguments))
 
+# %% ../../nbs/cli/00_flags.ipynb #0cb33c17
 @patch
 def __call__(self:Command, argv:list[str]|None=None) -> int:
     argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]

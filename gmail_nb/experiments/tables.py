@@ -39,6 +39,7 @@ class Drawing:
     revision:str|None=None                  # a commit; the one written down if absent
     draw:DrawSettings=DrawSettings()
 
+# %% ../../nbs/experiments/60_tables.ipynb #f547eb9d
 @dataclass(frozen=True)
 class Aligning:
     "An encoder aligned on the real and the generated images of the split that is learned from."
@@ -46,6 +47,7 @@ class Aligning:
     encoder:str=L14
     settings:AlignRunSettings=AlignRunSettings(align=PAPER_ALIGN)
 
+# %% ../../nbs/experiments/60_tables.ipynb #2f8a7255
 @dataclass(frozen=True)
 class TextTuning:
     "A text side that learns from generated images through an aligned encoder."
@@ -53,6 +55,7 @@ class TextTuning:
     recipe:TextRecipe
     drawing:Drawing=Drawing()
 
+# %% ../../nbs/experiments/60_tables.ipynb #58a9597c
 @dataclass(frozen=True)
 class CaptionTuning:
     "A captioner of one arm, scored on the test split."
@@ -131,6 +134,7 @@ def aligning(
     settings = AlignRunSettings(AdapterSettings(tuning, rank), PAPER_ALIGN)
     return Aligning(Drawing(generator=generator), encoder, settings)
 
+# %% ../../nbs/experiments/60_tables.ipynb #89110f2d
 def captioner(
     arm:str,
     steps:int|None=None,   # those of Table 12 if absent
@@ -203,6 +207,7 @@ def text_row(name:str, recipe_name:str) -> TextTuning:
     r = replace(r, encoder=LONG_ALIGNED) if long else r
     return TextTuning(aligning(r.encoder), r, Drawing(r.captions))
 
+# %% ../../nbs/experiments/60_tables.ipynb #0d248485
 def measured_rows(preset:str) -> tuple[TableRow, ...]:
     "The rows of a preset of `gmail_eval`, and what is tuned for them."
     p, rows = EVAL_PRESETS[preset], []
@@ -219,6 +224,7 @@ def measured_rows(preset:str) -> tuple[TableRow, ...]:
             rows.append(TableRow(f'{name}, proj_real trained', replace(last, recipe=trained)))
     return tuple(rows)
 
+# %% ../../nbs/experiments/60_tables.ipynb #816d9d79
 def measured(preset:str, title:str, **how) -> PaperTable:
     "A table of finished models."
     p = EVAL_PRESETS[preset]
@@ -289,6 +295,7 @@ def exchanged(value:str, pairs:tuple) -> str: # pairs: '[NAME=]OTHER' each
         if not mark or name == value: return other
     return value
 
+# %% ../../nbs/experiments/60_tables.ipynb #2e1a543c
 def as_asked(link:Link, run:TableRun) -> Link:
     "A chain with the names and numbers of a run in place of the paper's."
     names = dict(encoder=run.encoder, lm=run.lm, generator=run.generator)
@@ -301,6 +308,7 @@ def as_asked(link:Link, run:TableRun) -> Link:
     if run.draw_steps is None: return out
     return changed_draw(out, run.draw_steps)
 
+# %% ../../nbs/experiments/60_tables.ipynb #2f85e73d
 def changed_draw(value, steps:int):
     "A chain whose drawings take so many steps."
     if isinstance(value, DrawSettings): return replace(value, steps=steps)
@@ -318,6 +326,7 @@ class Step:
     @property
     def done(self) -> bool: return (self.folder/'done.json').exists()
 
+# %% ../../nbs/experiments/60_tables.ipynb #3e478d04
 def chosen_rows(table:PaperTable, names:tuple) -> list[TableRow]:
     "The rows that are run. `ValueError` for one that there is not."
     by_name = {r.name: r for r in table.rows}
@@ -325,6 +334,7 @@ def chosen_rows(table:PaperTable, names:tuple) -> list[TableRow]:
         if n not in by_name: raise unknown_name('row', n, by_name)
     return [by_name[n] for n in names] if names else list(table.rows)
 
+# %% ../../nbs/experiments/60_tables.ipynb #23b645c1
 def row_links(
     table:PaperTable, run:TableRun
 ) -> list[tuple[TableRow, int, 'Link|str']]: # row, seed, last
@@ -335,6 +345,7 @@ def row_links(
     return [(row, seed, last(row, seed)) for row in chosen_rows(table, run.rows)
             for seed in range(1 if isinstance(row.last, str) else run.seeds)]
 
+# %% ../../nbs/experiments/60_tables.ipynb #f121aba1
 def paper_plan(
     table:str,             # of `TABLES`
     out:str|Path='tables', # shared by all tables
@@ -353,6 +364,7 @@ def source_of(
     known = CAPTION_SOURCES[captions]
     return str(Path(run.root)/known.file), replace(known.source, split=split or known.source.split)
 
+# %% ../../nbs/experiments/60_tables.ipynb #ece8fa36
 def encoder_name(name:str, run:TableRun, out:Path) -> str: # for `load_encoder`
     "An encoder by name; published Long-CLIP weights are converted first."
     kind, _, rest = name.partition(':')
@@ -363,6 +375,7 @@ def encoder_name(name:str, run:TableRun, out:Path) -> str: # for `load_encoder`
     if not done.exists(): convert_longclip(Path(run.models)/rest, folder)
     return f'hf:{folder}'
 
+# %% ../../nbs/experiments/60_tables.ipynb #e0e55403
 def run_drawing(step:Drawing, folder:Path, run:TableRun, at:Callable) -> None:
     "Draw an image for every caption."
     from gmail_nb.runs.generate import generate_run
@@ -370,6 +383,7 @@ def run_drawing(step:Drawing, folder:Path, run:TableRun, at:Callable) -> None:
     generate_run(file, step.generator, folder, step.draw, source, WorkSettings(device=run.device),
                  revision=step.revision, repo=step.repo)
 
+# %% ../../nbs/experiments/60_tables.ipynb #ec02ac56
 def run_aligning(step:Aligning, folder:Path, run:TableRun, at:Callable) -> None:
     "Align an encoder on the split that is learned from."
     from gmail_nb.runs.align import align_sets
@@ -390,6 +404,7 @@ def learned_images(folder:Path, captions:str, run:TableRun):
     ds = load_generated(folder)
     return ds.select([i for i, k in enumerate(ds['key']) if k in keys])
 
+# %% ../../nbs/experiments/60_tables.ipynb #9d1bb17e
 def run_text(step:TextTuning, folder:Path, run:TableRun, at:Callable) -> None:
     "Tune a text side on generated images through f_g."
     from gmail_nb.runs.tune_text import tune_from_files
@@ -401,6 +416,7 @@ def run_text(step:TextTuning, folder:Path, run:TableRun, at:Callable) -> None:
                     at(step.aligning),
                     file if known.real else None, 'gmail', source)
 
+# %% ../../nbs/experiments/60_tables.ipynb #0441ac53
 def run_captioner(step:CaptionTuning, folder:Path, run:TableRun, at:Callable) -> None:
     "Train a captioner, and score it on the test split."
     from gmail_nb.runs.tune_caption import tune_captioner
@@ -468,6 +484,7 @@ def caption_values(folder:Path, metrics:tuple) -> dict[str, dict]: # metric -> r
     found = {r['metric']: r for r in read_results(folder/'results.jsonl')}
     return {m: found[m] for m in metrics if m in found}
 
+# %% ../../nbs/experiments/60_tables.ipynb #22a4160a
 def measured_values(
     name:str, table:PaperTable,
     models:dict[str, str], # row and seed -> model string
@@ -479,6 +496,7 @@ def measured_values(
                     below=run.models,
                     experiment=name, against=None, pictures=False, skip_existing=True)
 
+# %% ../../nbs/experiments/60_tables.ipynb #a814543f
 def table_records(name:str, out:Path, run:TableRun) -> list[dict]:
     "A record for each row, seed, set and metric, from steps that are done."
     table, records, models, rows = TABLES[name], [], {}, {}

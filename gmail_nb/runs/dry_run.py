@@ -47,6 +47,7 @@ class Look(NamedTuple):
     state:str   # there, missing, refused, to download, to write, or an estimate
     note:str=''
 
+# %% ../../nbs/runs/50_dry_run.ipynb #36948485
 def size_text(n:float) -> str: # n: bytes
     "Bytes as people read them."
     for unit in ('B', 'kB', 'MB', 'GB'):
@@ -54,12 +55,14 @@ def size_text(n:float) -> str: # n: bytes
         n /= 1000
     return f'{n:.3g} TB'
 
+# %% ../../nbs/runs/50_dry_run.ipynb #754a2c94
 def time_text(seconds:float) -> str:
     "Seconds as people read them."
     for n, unit in ((86_400, 'days'), (3600, 'hours'), (60, 'minutes')):
         if seconds >= 2 * n: return f'{seconds / n:.1f} {unit}'
     return f'{seconds:.0f} s'
 
+# %% ../../nbs/runs/50_dry_run.ipynb #9a1e247b
 def first_line(error:Exception) -> str:
     "What an error says, without its further lines."
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -115,10 +118,12 @@ def cached(
                                                       local_files_only=True))
     except Exception: return None # what it raises differs between its versions
 
+# %% ../../nbs/runs/50_dry_run.ipynb #c8007c73
 def folder_bytes(folder:Path) -> int:
     "The bytes of all files below a folder."
     return sum(p.stat().st_size for p in Path(folder).rglob('*') if p.is_file())
 
+# %% ../../nbs/runs/50_dry_run.ipynb #7108488a
 def hub_note(
     repo:str, revision:str|None=None, kind:str='model'
 ) -> tuple[str, str]: # state and note, as the Hub answers
@@ -310,6 +315,7 @@ def receipts(folder:str|Path) -> tuple[int, float, int]: # images, seconds, byte
     size = sum(p.with_suffix('.parquet').stat().st_size for p in found)
     return sum(r['rows'] for r in told), sum(r['seconds'] for r in told), size
 
+# %% ../../nbs/runs/50_dry_run.ipynb #78e2b708
 def look_time(
     images:int,       # that are to be made or read
     rate:float|None,  # a second
@@ -363,6 +369,7 @@ def draw_size(settings, images:int, folder:Path) -> float: # bytes
     pixels = (settings.width or 512) * (settings.height or 512)
     return BYTES.get(settings.image_format, 1.) * pixels * images
 
+# %% ../../nbs/runs/50_dry_run.ipynb #17db9495
 def look_folder(out:Path, settings, captions) -> list[Look]: # settings: of this call
     "Whether a folder of generated images goes on with these settings."
     if not (out/'settings.json').exists(): return []
@@ -374,6 +381,7 @@ def look_folder(out:Path, settings, captions) -> list[Look]: # settings: of this
     said = ', '.join(f'{r.setting} {r.folder} and not {r.asked}' for r in other.itertuples())
     return [Look('run so far', str(out), 'refused', f'made with other settings: {said}')]
 
+# %% ../../nbs/runs/50_dry_run.ipynb #fddba197
 def asdict_of(settings) -> dict:
     "The fields of settings by name."
     return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
@@ -491,6 +499,7 @@ def look_arm(arm:str|None, model, generated, real) -> list[Look]:
     except ValueError as e: return [Look('arm', arm, 'refused', first_line(e))]
     return [Look('arm', arm, 'there')]
 
+# %% ../../nbs/runs/50_dry_run.ipynb #6c9cb363
 def look_sides(arm, model, generated, real, source:SourceSettings) -> tuple[list[Look], int]:
     "The rows of what is learned from, and how many captions that is."
     rows, captions = look_arm(arm, model, generated, real), 0
@@ -503,6 +512,7 @@ def look_sides(arm, model, generated, real, source:SourceSettings) -> tuple[list
     if model is not None: rows.append(look_path('aligned', model, 'card.json'))
     return rows, captions
 
+# %% ../../nbs/runs/50_dry_run.ipynb #453d604e
 def look_steps(steps:int, batch_size:int, captions:int) -> Look:
     "How often a training goes through its captions."
     times = steps * batch_size / max(1, captions)

@@ -318,6 +318,7 @@ class CaptionTest:
     split:str
     broken:dict[str, str]       # images left out, with the reason
 
+# %% ../../nbs/runs/30_tune_caption.ipynb #3a9b6929
 def caption_test(
     sets:CaptionSets,
     encoder:Encoder,
@@ -395,6 +396,7 @@ def keys_to_learn(
     keys, known = keys_in(generated), None if train is None else set(train)
     return keys if known is None else [k for k in keys if k in known]
 
+# %% ../../nbs/runs/30_tune_caption.ipynb #c4d18ce3
 def models_below(
     arm:str,
     model:str|Path|None, # an aligned model
@@ -404,6 +406,7 @@ def models_below(
     found = {'the aligned model': model_folder(model)} if arm == 'gmail' else {}
     return found | ({'the captioner to start from': captioner_card(start)[0]} if start else {})
 
+# %% ../../nbs/runs/30_tune_caption.ipynb #10bbc349
 def check_test_apart(
     test:list[str],             # keys
     learned:list[str],          # keys
@@ -524,6 +527,7 @@ def _is_set(path:Path) -> bool:
     if path.is_dir(): return (path/'settings.json').exists() or bool(parquet_files(path))
     return path.is_file() and path.suffix.lower() in ('.parquet', *TABLE_SUFFIXES)
 
+# %% ../../nbs/runs/30_tune_caption.ipynb #df96f781
 def _set_pictures(ds):
     "Keys and unopened pictures of a set; where it has several images a key, each says which it is."
     names = list(ds['key'])
@@ -533,6 +537,7 @@ def _set_pictures(ds):
     ds = ds.select_columns(['key', 'image']).cast_column('image', DatasetImage(decode=False))
     return ds if ds.features == PICTURES else ds.cast(PICTURES)
 
+# %% ../../nbs/runs/30_tune_caption.ipynb #915b6fb3
 def pictures_at(
     place:str|Path,        # a picture file, a folder of pictures, or a captioned set
     source:SourceSettings=SourceSettings() # how a set is read
@@ -559,6 +564,7 @@ class Seer:
         x = self.encoder.encode_image(torch.stack(images)).float().cpu()
         return x if self.projection is None else F.normalize(x @ self.projection.T, dim=-1)
 
+# %% ../../nbs/runs/30_tune_caption.ipynb #3353b7a9
 def load_seer(
     folder:str|Path # of a captioner, or of a run that holds it as `captioner/`
 ) -> Seer:
