@@ -12,8 +12,8 @@ __all__ = ['IMAGE_ROWS', 'CALTECH', 'DTD_WORDINGS', 'CARS_WORDINGS', 'CALTECH_WO
            'load_classification_set', 'mini_files', 'write_lines', 'mini_lists', 'mini_names',
            'classification_miniature', 'Labelled', 'moments', 'Standardised', 'logits_of', 'probe_gradient', 'Fit',
            'fit_strength', 'clearly_lower', 'best_strength', 'check_probe', 'choose_strength', 'fit_probe',
-           'linear_probe', 'plain_tower', 'check_trainable', 'FineTuned', 'FineTuning', 'add_gradients', 'one_step',
-           'whole', 'FineTuneFile', 'train_classes', 'predict', 'fine_tune']
+           'linear_probe', 'plain_tower', 'check_trainable', 'FineTuned', 'process_state', 'same_start', 'FineTuning',
+           'add_gradients', 'one_step', 'whole', 'FineTuneFile', 'train_classes', 'predict', 'fine_tune']
 
 # %% ../nbs/31_classification.ipynb #c36849a7
 import copy
@@ -756,6 +756,18 @@ class FineTuned(nn.Module):
         return self.head(F.normalize(self.tower(pixels), dim=-1) * self.width**.5)
 
 # %% ../nbs/31_classification.ipynb #d379fbc5
+def process_state():
+    "accelerate's view of this process: how many there are, and which one it is."
+    from accelerate import PartialState
+    return PartialState(cpu=not torch.cuda.is_available())
+
+def same_start(model:nn.Module, state) -> None:
+    "The first process's weights in all of them."
+    if state.num_processes == 1: return
+    from accelerate.utils import broadcast
+    with torch.no_grad():
+        for x in (*model.parameters(), *model.buffers()): x.copy_(broadcast(x.detach().clone()))
+
 class FineTuning:
     "A run of fine-tuning: the model, its optimizer, and what has happened so far."
     def __init__(self,
@@ -764,9 +776,8 @@ class FineTuning:
         classes:int,
         settings:FineTuneSettings=FineTuneSettings()
     ):
-        from accelerate import PartialState
         check_trainable(tower)
-        self.train, self.settings, self.state = train, settings, PartialState()
+        self.train, self.settings, self.state = train, settings, process_state()
         alone, here = self.state.num_processes == 1, next(tower.parameters()).device
         self.device = here if alone else self.state.device
         self.precision = native_precision(settings.precision, self.device)
@@ -777,6 +788,7 @@ class FineTuning:
         self.steps = settings.epochs * max(1, len(train) // self.size)
         torch.manual_seed(settings.seed)
         self.model = FineTuned(tower.to(self.device), classes, train.x[:2].to(self.device))
+        same_start(self.model, self.state)
         parts = (self.model.tower, settings.lr), (self.model.head, settings.head_lr)
         groups = [dict(params=m.parameters(), lr=rate) for m, rate in parts]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
@@ -880,6 +892,7 @@ def predict(
     "The best classes of each image."
     run.model.eval()
     state, best = run.state, {}
+    same_start(run.model, state) # averages of batch normalisation differ between processes
     mine = torch.arange(state.process_index, len(pixels), state.num_processes).split(batch_size)
     for i, index in enumerate(mine):
         if hasattr(pixels, 'prefetch'): pixels.prefetch(torch.cat(mine[i:i + 2]))

@@ -361,12 +361,13 @@ import gmail_nb.runtime
 import torch
 sys.path.insert(0, sys.argv[1])
 from test_classification import tiny_vit
-from gmail_nb.classification import Labelled, fine_tune
+from gmail_nb.classification import Labelled, fine_tune, process_state
 from gmail_nb.settings import FineTuneSettings
 g = torch.Generator().manual_seed(0)
 x, y = torch.randn(22, 3, 32, 32, generator=g), torch.arange(22) % 2
 p, losses = fine_tune(tiny_vit(), Labelled(x[:12], y[:12]), Labelled(x[12:], y[12:]), ['a', 'b'], FineTuneSettings(epochs=2, batch_size=5))
-torch.save(dict(best=p.best, losses=losses), f'{sys.argv[2]}/{torch.distributed.is_initialized() and torch.distributed.get_rank()}.pt')
+s = process_state()
+torch.save(dict(best=p.best, losses=losses, processes=s.num_processes), f'{sys.argv[2]}/{s.process_index}.pt')
 """
 
 def test_two_processes_train_as_one_does(tmp_path):
@@ -379,6 +380,7 @@ def test_two_processes_train_as_one_does(tmp_path):
         run(sys.executable, *(launcher if n == 2 else ()), tmp_path/'two.py', here, out, cwd=tmp_path, PYTHONPATH=str(repository))
         found[n] = [torch.load(f, weights_only=True) for f in sorted(out.glob('*.pt'))]
     one, (first, second) = found[1][0], found[2]
+    assert (one['processes'], first['processes'], second['processes']) == (1, 2, 2)
     assert torch.equal(first['best'], second['best']) and first['losses'] == second['losses']
     assert one['losses'] == pytest.approx(first['losses'], abs=1e-5)
     assert torch.equal(one['best'], first['best'])

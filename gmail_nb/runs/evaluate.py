@@ -25,8 +25,9 @@ import torch
 
 from ..classification import CLASSIFICATION_SETS, ClassificationSet, Labelled, LabelledFiles
 from ..classification import Predictions, classification_records, classify, fine_tune, image_names
-from ..classification import image_rows, linear_probe, load_classification_set, per_image, plain_tower
-from ..classification import read_class_folders, show_confusion_matrix, show_confusions
+from ..classification import image_rows, linear_probe, load_classification_set, per_image
+from ..classification import plain_tower, process_state, read_class_folders
+from ..classification import show_confusion_matrix, show_confusions
 from ..classification import zero_shot_weights
 from ..data import decode_image, emoji, undecoded
 from ..encoders import Encoder, NoText
@@ -427,8 +428,7 @@ class Results:
 @contextmanager
 def main_process_first():
     "Of several processes, the first goes ahead and the others read what it wrote; also if it fails."
-    from accelerate import PartialState
-    state = PartialState()
+    state = process_state()
     if not state.is_main_process: state.wait_for_everyone()
     try: yield
     finally:
