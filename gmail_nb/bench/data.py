@@ -33,7 +33,8 @@ from .comparison import comparison
 from ..encoders import Encoder, NoText
 from ..features import LazyPixels, cores, embed
 from ..runs.align import check_pairs, generated_images, pair_sets
-from ..settings import AdapterSettings, AlignRunSettings, AlignSettings, EmbedSettings, SourceSettings
+from ..settings import (AdapterSettings, AlignRunSettings, AlignSettings, EmbedSettings,
+                               SourceSettings)
 from ..sources import load_captioned
 from ..train import Alignment
 
@@ -46,8 +47,8 @@ def made_photo(
     rng, picture = np.random.default_rng(seed), np.zeros((size, size, 3))
     for scale in (2, 8, 32, 128, 512):
         cells = rng.normal(size=(max(1, size // scale),) * 2 + (3,))
-        layer = Image.fromarray((128 + 40*cells).clip(0, 255).astype(np.uint8)).resize((size, size), 2)
-        picture += (np.asarray(layer, float) - 128) * scale**.35 / 4
+        layer = Image.fromarray((128 + 40*cells).clip(0, 255).astype(np.uint8))
+        picture += (np.asarray(layer.resize((size, size), 2), float) - 128) * scale**.35 / 4
     file = io.BytesIO()
     Image.fromarray((128 + picture).clip(0, 255).astype(np.uint8)).save(file, 'JPEG', quality=90)
     return file.getvalue()
@@ -127,7 +128,8 @@ def bench_data(
             for _ in range(rounds):
                 plain = max(plain, plain_rate(folder))
                 for name, how in WAYS.items(): best[name] = max(best[name], our_rate(folder, **how))
-            found += [comparison(f'{name} {size}', best[name], plain, 'images/s a core', n) for name in WAYS]
+            found += [comparison(f'{name} {size}', best[name], plain, 'images/s a core', n)
+                      for name in WAYS]
     return found
 
 def handed_over(n:int=160, size:int=256) -> float:
@@ -146,7 +148,8 @@ def cores_for(
 # %% ../../nbs/bench/50_data.ipynb #6a8664e0
 def anonymous() -> float: # MB
     "Memory of this process that no file stands behind."
-    line = next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('RssAnon'))
+    lines = Path('/proc/self/status').read_text().splitlines()
+    line = next(l for l in lines if l.startswith('RssAnon'))
     return int(line.split()[1]) / 1024
 
 class Stage:
@@ -167,14 +170,14 @@ class Stage:
 
 # %% ../../nbs/bench/50_data.ipynb #e22d3da4
 def write_rows(path:Path, n:int) -> None:
-    "A captioned set with one small picture a row, in parquet."
+    "A captioned set with one small picture a row, each of other bytes, in parquet."
     file = io.BytesIO()
     Image.new('RGB', (8, 8), 'teal').save(file, 'PNG')
     image = pa.struct(dict(bytes=pa.binary(), path=pa.string()))
     schema = pa.schema(dict(key=pa.string(), image=image, captions=pa.list_(pa.string())))
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, n, 10_000):
-            rows = [dict(key=f'{i:09}', image=dict(bytes=file.getvalue(), path=None),
+            rows = [dict(key=f'{i:09}', image=dict(bytes=file.getvalue() + b'%d' % i, path=None),
                          captions=[f'a small picture, which is number {i}'])
                     for i in range(start, min(n, start + 10_000))]
             writer.write_table(pa.Table.from_pylist(rows, schema))
@@ -217,15 +220,17 @@ def stages(
     timed('check_pairs', lambda: check_pairs(made, ds, run))
     sets = timed('pair_sets', lambda: pair_sets(made, features, encoder.preprocess, run))
     model = GenReal(encoder, AdapterSettings(tuning='projections'))
-    job = timed('align: its start', lambda: Alignment(model, sets.pixels, sets.features, run.align, max_bank=0))
+    job = timed('align: its start',
+                lambda: Alignment(model, sets.pixels, sets.features, run.align, max_bank=0))
     timed('align: three steps', lambda: [job.advance() for _ in range(3)])
     return found
 
 def measured_stages(n:int) -> list[dict]:
     "The stages in a process of their own, so that nothing else is counted."
-    code = 'import json, sys; from gmail_nb.bench.data import stages; print(json.dumps(stages(int(sys.argv[1]), sys.argv[2])))'
+    code = ('import json, sys; from gmail_nb.bench.data import stages; '
+            'print(json.dumps(stages(int(sys.argv[1]), sys.argv[2])))')
     with tempfile.TemporaryDirectory() as home:
-        done = subprocess.run([sys.executable, '-c', code, str(n), home], capture_output=True, text=True,
-                              env={**os.environ, 'HF_HOME': home})
+        done = subprocess.run([sys.executable, '-c', code, str(n), home], capture_output=True,
+                              text=True, env={**os.environ, 'HF_HOME': home})
     if done.returncode: raise RuntimeError(f'the stages of {n} rows failed: {done.stderr[-2000:]}')
     return json.loads(done.stdout.splitlines()[-1])
