@@ -196,6 +196,16 @@ def test_for_training_only_its_splits_are_read(tmp_path, caplog):
     assert len(load_captioned(file('train', 'test'), images=False)) == 2 # what measures may read all
     with pytest.raises(ValueError, match="has the splits 'test' and none for training.*--split"): load_captioned(file('test'), images=False, training=True)
 
+def test_a_set_of_the_hub_is_read_by_its_id(monkeypatch):
+    asked = []
+    def load(repo, split, cache_dir):
+        asked.append((repo, split))
+        return captioned(['a', 'b'])
+    monkeypatch.setattr(sources.datasets, 'load_dataset', load)
+    assert load_captioned('owner/pictures', training=True)['key'][:] == ['a', 'b']
+    load_captioned('owner/pictures', SourceSettings(split='validation[:10]'), images=False)
+    assert asked == [('owner/pictures', 'train'), ('owner/pictures', 'validation[:10]')]
+
 def test_a_coco_file_without_its_images_says_where_it_looked(coco):
     with pytest.raises(FileNotFoundError, match=r"the folder of a.json does not hold 1 of 1 images.*\(--images\)"):
         (coco/'a.json').write_text(json.dumps(dict(images=[dict(id=1, file_name='no.png')], annotations=[dict(image_id=1, caption='x')])))

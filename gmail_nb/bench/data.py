@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BATCH', 'WAYS', 'made_photo', 'made_photos', 'PlainPhotos', 'transform', 'rate', 'plain_rate', 'our_rate',
-           'bench_data', 'cores_for', 'anonymous', 'Stage', 'write_rows', 'TinyTower', 'TinyPreprocess', 'stages',
-           'measured_stages']
+           'bench_data', 'handed_over', 'cores_for', 'anonymous', 'Stage', 'write_rows', 'TinyTower', 'TinyPreprocess',
+           'stages', 'measured_stages']
 
 # %% ../../nbs/bench/50_data.ipynb #e2217d8f
 import gmail_nb.runtime # before torchvision
@@ -33,7 +33,8 @@ from .comparison import comparison
 from ..encoders import Encoder, NoText
 from ..features import LazyPixels, cores, embed
 from ..runs.align import check_pairs, generated_images, pair_sets
-from ..settings import AdapterSettings, AlignRunSettings, AlignSettings, EmbedSettings, SourceSettings
+from ..settings import (AdapterSettings, AlignRunSettings, AlignSettings, EmbedSettings,
+                               SourceSettings)
 from ..sources import load_captioned
 from ..train import Alignment
 
@@ -46,8 +47,8 @@ def made_photo(
     rng, picture = np.random.default_rng(seed), np.zeros((size, size, 3))
     for scale in (2, 8, 32, 128, 512):
         cells = rng.normal(size=(max(1, size // scale),) * 2 + (3,))
-        layer = Image.fromarray((128 + 40*cells).clip(0, 255).astype(np.uint8)).resize((size, size), 2)
-        picture += (np.asarray(layer, float) - 128) * scale**.35 / 4
+        layer = Image.fromarray((128 + 40*cells).clip(0, 255).astype(np.uint8))
+        picture += (np.asarray(layer.resize((size, size), 2), float) - 128) * scale**.35 / 4
     file = io.BytesIO()
     Image.fromarray((128 + picture).clip(0, 255).astype(np.uint8)).save(file, 'JPEG', quality=90)
     return file.getvalue()
@@ -80,27 +81,27 @@ def transform(size:int=224):
 
 def rate(
     batches # yields tensors (B, ...)
-) -> float: # images a second
+) -> float: # images for each second that a core worked in this process
     "Of the second half of the batches: the first is for warming up."
-    ends, sizes = [], []
+    spent, sizes = [], []
     for b in batches:
-        ends.append(time.perf_counter())
+        spent.append(time.process_time())
         sizes.append(len(b))
-    half = len(ends) // 2
-    return sum(sizes[half:]) / (ends[-1] - ends[half - 1])
+    half = len(spent) // 2
+    return sum(sizes[half:]) / max(1e-9, spent[-1] - spent[half - 1])
 
 # %% ../../nbs/bench/50_data.ipynb #34de4259
 BATCH = 16
 
-def plain_rate(folder:Path, workers:int) -> float:
-    "Images a second of a `DataLoader`."
-    return rate(DataLoader(PlainPhotos(folder, transform()), BATCH, num_workers=workers))
+def plain_rate(folder:Path) -> float:
+    "Images a second and core of a `DataLoader`."
+    return rate(DataLoader(PlainPhotos(folder, transform()), BATCH))
 
 def our_rate(
     folder:Path,
     **how # of `LazyPixels`: workers, processes, draft
 ) -> float:
-    "Images a second of `LazyPixels`, a batch ahead as `embed` has it."
+    "Images a second and core of `LazyPixels`, a batch ahead as `embed` has it."
     pixels = LazyPixels(load_captioned(folder), transform(), **how)
     def batches():
         for i in range(0, len(pixels), BATCH):
@@ -111,10 +112,10 @@ def our_rate(
     return found
 
 # %% ../../nbs/bench/50_data.ipynb #9c8277bb
-WAYS = dict(threads=dict(), processes=dict(processes=cores()), threads_draft=dict(draft=True))
+WAYS = dict(threads=dict(), threads_draft=dict(draft=True))
 
 def bench_data(
-    n:int=320,             # photographs of each size
+    n:int=160,             # photographs of each size
     sizes:tuple=(768, 256),
     rounds:int=3           # the best of them counts, in turns, as a neighbour only slows
 ) -> list[dict]: # comparisons, in images a second and core
@@ -122,14 +123,19 @@ def bench_data(
     found = []
     with tempfile.TemporaryDirectory() as home:
         for size in sizes:
-            folder, ours = made_photos(Path(home)/str(size), n, size), dict.fromkeys(WAYS, 0)
+            folder, best = made_photos(Path(home)/str(size), n, size), dict.fromkeys(WAYS, 0)
             plain = 0
             for _ in range(rounds):
-                plain = max(plain, plain_rate(folder, cores()))
-                for name, how in WAYS.items(): ours[name] = max(ours[name], our_rate(folder, **how))
-            found += [comparison(f'{name} {size}', ours[name] / cores(), plain / cores(),
-                                 'images/s a core', n) for name in WAYS]
+                plain = max(plain, plain_rate(folder))
+                for name, how in WAYS.items(): best[name] = max(best[name], our_rate(folder, **how))
+            found += [comparison(f'{name} {size}', best[name], plain, 'images/s a core', n)
+                      for name in WAYS]
     return found
+
+def handed_over(n:int=160, size:int=256) -> float:
+    "Images a second that one process takes from others that decode."
+    with tempfile.TemporaryDirectory() as home:
+        return our_rate(made_photos(Path(home)/'photos', n, size), processes=2)
 
 # %% ../../nbs/bench/50_data.ipynb #de9252a2
 def cores_for(
@@ -142,13 +148,14 @@ def cores_for(
 # %% ../../nbs/bench/50_data.ipynb #6a8664e0
 def anonymous() -> float: # MB
     "Memory of this process that no file stands behind."
-    line = next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('RssAnon'))
+    lines = Path('/proc/self/status').read_text().splitlines()
+    line = next(l for l in lines if l.startswith('RssAnon'))
     return int(line.split()[1]) / 1024
 
 class Stage:
-    "Seconds of a block, and how many MB it took more than there were, at most."
+    "Seconds that cores worked in a block, and how many MB it took more than there were, at most."
     def __enter__(self):
-        self.start, self.base, self.over = time.perf_counter(), anonymous(), threading.Event()
+        self.start, self.base, self.over = time.process_time(), anonymous(), threading.Event()
         self.peak = self.base
         def look():
             while not self.over.wait(.01): self.peak = max(self.peak, anonymous())
@@ -159,18 +166,18 @@ class Stage:
     def __exit__(self, *error):
         self.over.set()
         self.watch.join()
-        self.seconds, self.megabytes = time.perf_counter() - self.start, self.peak - self.base
+        self.seconds, self.megabytes = time.process_time() - self.start, self.peak - self.base
 
 # %% ../../nbs/bench/50_data.ipynb #e22d3da4
 def write_rows(path:Path, n:int) -> None:
-    "A captioned set with one small picture a row, in parquet."
+    "A captioned set with one small picture a row, each of other bytes, in parquet."
     file = io.BytesIO()
     Image.new('RGB', (8, 8), 'teal').save(file, 'PNG')
     image = pa.struct(dict(bytes=pa.binary(), path=pa.string()))
     schema = pa.schema(dict(key=pa.string(), image=image, captions=pa.list_(pa.string())))
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, n, 10_000):
-            rows = [dict(key=f'{i:09}', image=dict(bytes=file.getvalue(), path=None),
+            rows = [dict(key=f'{i:09}', image=dict(bytes=file.getvalue() + b'%d' % i, path=None),
                          captions=[f'a small picture, which is number {i}'])
                     for i in range(start, min(n, start + 10_000))]
             writer.write_table(pa.Table.from_pylist(rows, schema))
@@ -213,15 +220,17 @@ def stages(
     timed('check_pairs', lambda: check_pairs(made, ds, run))
     sets = timed('pair_sets', lambda: pair_sets(made, features, encoder.preprocess, run))
     model = GenReal(encoder, AdapterSettings(tuning='projections'))
-    job = timed('align: its start', lambda: Alignment(model, sets.pixels, sets.features, run.align, max_bank=0))
+    job = timed('align: its start',
+                lambda: Alignment(model, sets.pixels, sets.features, run.align, max_bank=0))
     timed('align: three steps', lambda: [job.advance() for _ in range(3)])
     return found
 
 def measured_stages(n:int) -> list[dict]:
     "The stages in a process of their own, so that nothing else is counted."
-    code = 'import json, sys; from gmail_nb.bench.data import stages; print(json.dumps(stages(int(sys.argv[1]), sys.argv[2])))'
+    code = ('import json, sys; from gmail_nb.bench.data import stages; '
+            'print(json.dumps(stages(int(sys.argv[1]), sys.argv[2])))')
     with tempfile.TemporaryDirectory() as home:
-        done = subprocess.run([sys.executable, '-c', code, str(n), home], capture_output=True, text=True,
-                              env={**os.environ, 'HF_HOME': home})
+        done = subprocess.run([sys.executable, '-c', code, str(n), home], capture_output=True,
+                              text=True, env={**os.environ, 'HF_HOME': home})
     if done.returncode: raise RuntimeError(f'the stages of {n} rows failed: {done.stderr[-2000:]}')
     return json.loads(done.stdout.splitlines()[-1])
