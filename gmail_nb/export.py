@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'known_facts', 'push_to_hub', 'last_linear', 'fold_projection', 'merged_tower', 'put_towers',
-           'export_transformers', 'open_clip_state', 'export_open_clip', 'export']
+           'export_transformers', 'open_clip_state', 'open_clip_architecture', 'export_open_clip', 'export']
 
 # %% ../nbs/29_export.ipynb #6e77995f
 import copy
@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from .align import GenReal
-from .encoders import HFVisual, OpenClipVisual
+from .encoders import HFVisual, OpenClipVisual, check_open_clip
 from .files import atomic_write, check_writable
 
 # %% ../nbs/29_export.ipynb #c0470c72
@@ -126,6 +126,16 @@ def open_clip_state(
     text = model.encoder.text.model.state_dict()
     return text | {f'visual.{k}': v for k, v in visual.items()}
 
+# %% ../nbs/29_export.ipynb #29e0a001
+def open_clip_architecture(
+    name:str # of an encoder of open_clip
+) -> tuple[str, bool]: # what open_clip makes the model of, and whether it is with QuickGELU
+    "The architecture behind 'open_clip:ViT-B-32/openai', 'open_clip:local-dir:...' and the like."
+    spec = name.removeprefix('open_clip:')
+    if spec.startswith(('local-dir:', 'hf-hub:')): return spec, False # its own configuration says it
+    architecture, _, pretrained = spec.partition('/')
+    return architecture, check_open_clip(architecture, pretrained)
+
 # %% ../nbs/29_export.ipynb #29a0000d
 def export_open_clip(
     model:GenReal,        # on an encoder of open_clip
@@ -135,12 +145,12 @@ def export_open_clip(
     import open_clip
     from open_clip.push_to_hf_hub import save_config_for_hf
     folder = check_writable(folder)
-    architecture = model.encoder.name.removeprefix('open_clip:').partition('/')[0]
+    architecture, quick = open_clip_architecture(model.encoder.name)
     state = {k: v.cpu().contiguous() for k, v in open_clip_state(model).items()}
-    whole = open_clip.create_model(architecture)
+    whole = open_clip.create_model(architecture, load_weights=False, force_quick_gelu=quick)
     whole.load_state_dict(state)
     atomic_write(folder/'open_clip_model.safetensors', save(state))
-    config = open_clip.get_model_config(architecture)
+    config = open_clip.get_model_config(architecture) | (dict(quick_gelu=True) if quick else {})
     save_config_for_hf(whole, folder/'open_clip_config.json', config)
     return folder
 

@@ -561,7 +561,7 @@ def _sdxl_prompts(pipeline, prompts, guided, negatives):
              'pooled_prompt_embeds', 'negative_pooled_prompt_embeds')
     return dict(zip(names, pipeline.encode_prompt(
         prompts, device=pipeline._execution_device, do_classifier_free_guidance=guided,
-        negative_prompt=negatives)))
+        negative_prompt=negatives if any(negatives or ()) else None))) # none: zeros, where it has them
 
 # %% ../nbs/07_pipelines.ipynb #1fd89a84
 def _flux_prompts(pipeline, prompts, options):

@@ -302,7 +302,7 @@ def new_captioner(
     s, small = settings, settings.lm == 'small'
     if small:
         tokenizer = caption_tokenizer(c for cs in captions for c in cs)
-        lm = small_decoder(tokenizer, window=s.prefix_length + 64)
+        lm = small_decoder(tokenizer, window=s.prefix_length + max(64, s.max_new_tokens))
     else: lm, tokenizer = load_lm(s.lm, getattr(torch, s.dtype), s.four_bit, s.revision)
     return Captioner(lm, tokenizer, dim, s.prefix_length, s.mapper, s.tuning, s.rank,
                      None if small else s.lm, s.revision, s.four_bit)
