@@ -442,11 +442,11 @@ class CaptionSettings:
 @dataclass(frozen=True)
 class CaptionRunSettings:
     "What `gmail_tune caption` depends on besides the captioner and its data."
-    splits:tuple=('train', 'test') # of a Karpathy file, such as: train+restval test
+    splits:tuple=('train', 'test') # to train and to test on, such as: train+restval test
     validation_share:float=.1   # share of the keys to score on, without test set and splits
-    seed:int=0                  # of weights, order and noise
+    seed:int=0                  # seed of weights, order and noise
     features:str|None=None      # folder of features that several runs share; below out if absent
-    store:str='float32'         # of the features on disk; float16 takes half of it
+    store:str='float32'         # number format of features on disk; float16 takes half of it
     workers:int=2               # threads that decode
     save_every:int=1000         # steps between checkpoints
     trackers:tuple=()           # tensorboard, trackio or wandb; log.jsonl is written in any case

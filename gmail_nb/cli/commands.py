@@ -20,9 +20,9 @@ from ..experiments.tables import TABLES, TableRun, tables_text
 from ..runs.presets import CAPTIONER_PRESETS, EVAL_PRESETS, MODEL_FORMS, SET_NAMES, TASKS
 from ..runs.presets import TEXT_RECIPES, CaptionerPreset, TextRecipe
 from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, AlignRunSettings
-from ..settings import CaptionExperimentSettings, CaptionSettings, DemoSettings, DrawSettings
-from ..settings import EmbedSettings, EvalSettings, IFCapSettings, SourceSettings, TuneSettings
-from ..settings import WorkSettings
+from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSettings, DemoSettings
+from ..settings import DrawSettings, EmbedSettings, EvalSettings, IFCapSettings, SourceSettings
+from ..settings import TuneSettings, WorkSettings
 
 # %% ../../nbs/cli/10_commands.ipynb #db6e719d
 def dry(name:str) -> Callable: # of a function of `gmail_nb.runs.dry_run`
@@ -166,18 +166,16 @@ def gmail_tune_caption(
     model:str|None=None,         # a folder of gmail_align, whose f_g sees the generated images
     arm:Arm|None=None,           # what to learn from; gmail with --generated, otherwise real
     test:str|None=None,          # a captioned set of real images to score on
-    splits:tuple=('train', 'test'), # to train and to test on, such as: train+restval test
-    validation_share:float=.1,   # share of the keys to score on, without test set and splits
-    seed:int=0,                  # seed of weights and order
     source:SourceSettings=SourceSettings(),
-    preset:CaptionerPreset=CaptionerPreset()
+    preset:CaptionerPreset=CaptionerPreset(),
+    run:CaptionRunSettings=CaptionRunSettings()
 ):
     "A captioner, scored on real images through f_r."
     from gmail_nb.runs.tune_caption import tune_captioner
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
     tune_captioner(real, out, preset.settings, generated=generated, model=model, arm=arm, test=test,
-                   splits=splits, validation_share=validation_share, source=source, seed=seed)
+                   source=source, run=run)
     print(f'captioner: {out}/captioner, scores: {out}/results.jsonl')
 
 gmail_tune = Commands('gmail_tune', 'Tune what reads an encoder, on generated images.',
@@ -185,10 +183,10 @@ gmail_tune = Commands('gmail_tune', 'Tune what reads an encoder, on generated im
 
 # %% ../../nbs/cli/10_commands.ipynb #095d956d
 @command(dry=dry('dry_write'),
-         example='gmail_caption photo.jpg --captioner captions/captioner --beams 4')
+         example='gmail_caption photo.jpg --captioner captions --beams 4')
 def gmail_caption(
-    *images:str,                           # picture files
-    captioner:str='captions/captioner',    # a folder of gmail_tune caption
+    *images:str,                           # picture files, folders of them, or captioned sets
+    captioner:str='captions',              # a folder of gmail_tune caption
     settings:CaptionSettings=CaptionSettings()
 ):
     "Captions for images, through f_r and a captioner: a line for each, its name and its caption."
@@ -196,7 +194,7 @@ def gmail_caption(
     found, broken = caption_files(images, captioner, **settings.given())
     for name, text in found.items(): print(f'{name}\t{text}')
     said = [f'left out: {why}' for why in broken.values()]
-    if broken: said.append(f'{len(broken)} of {len(images)} images left out')
+    if broken: said.append(f'{len(broken)} of {len(found) + len(broken)} images left out')
     for line in said: print(f'gmail_caption: {line}', file=sys.stderr)
 
 # %% ../../nbs/cli/10_commands.ipynb #968803c1

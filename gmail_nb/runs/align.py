@@ -29,7 +29,8 @@ from ..files import check_writable, record, write_results
 from ..gap import GAP_PAIRS, gap_report, paired_cosines, show_cosines, show_gap
 from ..generate import load_generated
 from ..pages import save_figure
-from ..runtime import set_seed, stable_seed
+from .models import kind_of_folder, model_at
+from ..runtime import default_device, set_seed, stable_seed
 from ..settings import AlignRunSettings, EmbedSettings, SourceSettings
 from ..sources import is_generated, load_captioned
 from ..splits import write_trained_on
@@ -283,13 +284,18 @@ def set_name(source) -> str:
 def embed_set(
     pictures,              # a folder of `generate`, or a captioned set
     out:str|Path='features',
-    model:str|Path='embedded', # a folder of `align_sets`, or an encoder by name
+    model:str|Path='embedded', # an aligned or tuned folder, or an encoder by name
     side:str='real',       # of an aligned model: real, generated, or base for f_r alone
     settings:EmbedSettings=EmbedSettings(),
     source:SourceSettings=SourceSettings()
 ) -> Features:
     "Features of every image, in a folder; call it again to go on where it was stopped."
-    return embed(pictures_of(pictures, source), str(model), out, side, settings)
+    reader = str(model)
+    if kind_of_folder(model) == 'tuned':
+        if settings.engine == 'ray':
+            raise ValueError(f'{model} is a tuned folder, which Ray workers cannot load: leave engine out')
+        reader = model_at(model).to(default_device())
+    return embed(pictures_of(pictures, source), reader, out, side, settings)
 
 # %% ../../nbs/runs/10_align.ipynb #7365cb4c
 def push_aligned(
