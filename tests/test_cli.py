@@ -180,7 +180,7 @@ def test_flags_of_tune_reach_their_recipes():
     caption = seen_settings(gmail_tune.commands['caption'], '--preset', 'paper-table1', '--lm', 'small', '--splits',
                             'train+restval', 'test', '--real', 'dataset_coco.json', '--images', 'coco')
     assert caption['preset'].settings.lm == 'small' and caption['preset'].settings.prefix_length == 10
-    assert caption['splits'] == ('train+restval', 'test') and caption['source'].images == 'coco'
+    assert caption['run'].splits == ('train+restval', 'test') and caption['source'].images == 'coco'
 
 def test_repeated_flags_of_eval():
     seen = seen_settings(gmail_eval, '--model', 'A=embedded', '--model', 'hf:clip', '--data', 'emoji', '--rows', 'CLIP')

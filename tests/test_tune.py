@@ -252,7 +252,8 @@ def test_rows_are_measured_in_chunks(features):
     assert all(map(torch.equal, one, many))
 
 def test_features_that_end_before_their_captions_are_refused(encoder, features, captions, tmp_path):
-    short = replace(stored(features, tmp_path), mapped=features[:200])
+    whole = stored(features, tmp_path)
+    short = Features(whole.key_column, features[:200], whole.card, [])
     with pytest.raises(ValueError, match='ends after 200 rows, but row 230'): tune_text(encoder, short, captions)
     with pytest.raises(ValueError, match=r'sources of \[229, 230\] images'): image_rows([features, features[1:]])
 
