@@ -438,20 +438,20 @@ def embed_part(
 # %% ../nbs/24_features.ipynb #27ef945a
 log = logging.getLogger('gmail_nb.features')
 
+@dataclass
 class Features:
     "What `embed` left: features that are read from disk when they are touched."
-    def __init__(self,
-        keys,                         # one for each feature: a list, or a column of Arrow
-        mapped:torch.Tensor,          # (n, D), the file; unit length, NaN for a damaged image
-        card:dict,                    # encoder, fingerprints, settings
-        failed:list[dict],            # key and reason of images that have none, as they do not decode
-        indices:np.ndarray|None=None, # numbers in the file; all if absent
-        samples:list[int]|None=None   # of generated images: which sample of its caption each is
-    ):
-        is_column = isinstance(keys, pa.ChunkedArray)
-        self.key_column = keys if is_column else pa.chunked_array([pa.array(keys)])
-        self.mapped, self.card, self.failed, self.indices = mapped, card, failed, indices
-        self.sample_numbers = None if samples is None else np.asarray(samples)
+    key_column:pa.ChunkedArray        # one for each feature; a list is taken too
+    mapped:torch.Tensor               # (n, D), the file; unit length, NaN for a damaged image
+    card:dict                         # encoder, fingerprints, settings
+    failed:list[dict]                 # key and reason of images that do not decode and have none
+    indices:np.ndarray|None=None      # numbers in the file; all if absent
+    sample_numbers:np.ndarray|None=None # of generated images: which sample of its caption each is
+
+    def __post_init__(self):
+        if not isinstance(self.key_column, pa.ChunkedArray):
+            self.key_column = pa.chunked_array([pa.array(self.key_column)])
+        if self.sample_numbers is not None: self.sample_numbers = np.asarray(self.sample_numbers)
 
     def __len__(self): return len(self.key_column)
 
@@ -547,7 +547,7 @@ def load_features(
     failed = [dict(index=f.get('index', f.get('row')), key=f['key'], reason=f['reason'])
               for f in card['failed']]
     card = {k: v for k, v in card.items() if k not in ('keys', 'samples', 'failed')}
-    return without_failed(Features(keys, mapped, card, failed, samples=samples))
+    return without_failed(Features(keys, mapped, card, failed, None, samples))
 
 def without_failed(whole:Features) -> Features:
     "The features of images that decode."
@@ -602,7 +602,7 @@ def finished_parts(
                 parts.folder.name, len(markers), len(parts))
     mapped = torch.from_numpy(np.load(parts.folder/'features.npy', mmap_mode='c'))
     every = None if samples is None else samples.to_numpy()
-    return Features(keys, mapped, dict(parts.settings), failed, samples=every).select(
+    return Features(keys, mapped, dict(parts.settings), failed, None, every).select(
         there[~np.isin(there, bad)])
 
 # %% ../nbs/24_features.ipynb #d274b44d
