@@ -10,6 +10,7 @@ __all__ = ['REFERENCE', 'VARIANTS', 'MEASURES', 'Variant', 'repeated', 'variant_
 
 # %% ../../nbs/experiments/30_alignment.ipynb #a854feb0
 import copy
+import textwrap
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -293,7 +294,8 @@ def alignment_verdict(
     reference, differences = against(records, metric)
     kinds = {verdict(Interval(s, s, s)): [] for s in (1, -1)} | {verdict(Interval(0, -1, 1)): []}
     for name, d in differences.items(): kinds[verdict(d)].append(name)
-    lines = [f'  {said}: {", ".join(names) or "none"}' for said, names in kinds.items()]
+    said = [f'{kind}: {", ".join(names) or "none"}' for kind, names in kinds.items()]
+    lines = [textwrap.fill(s, 100, initial_indent='  ', subsequent_indent='    ') for s in said]
     return '\n'.join([f'By {metric}, against {reference!r}, a variant', *lines])
 
 # %% ../../nbs/experiments/30_alignment.ipynb #3a0c0014
