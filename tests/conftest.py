@@ -7,7 +7,7 @@ os.environ['MPLBACKEND'] = 'agg'
 os.environ['HF_HUB_OFFLINE'] = '1'         # a test that wants the network must fail, not wait
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 
-import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 import gmail_nb.runtime # mends torchvision, before open_clip or timm are imported by a test
 
@@ -17,6 +17,10 @@ def pytest_collection_modifyitems(items):
         weigh = getattr(item.module, 'weight', None)
         return -weigh(item) if weigh else -30
     items.sort(key=weight)
-    for item in items: # one worker a module, which makes its models and folders once; notebooks go one by one
-        if item.originalname != 'test_notebook_runs':
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+def pytest_xdist_make_scheduler(config, log):
+    "One worker a module, which makes its models and folders once; the notebooks go one by one."
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if '::test_notebook_runs[' in nodeid else nodeid.split('::')[0]
+    return ByModule(config, log)
