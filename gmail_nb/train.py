@@ -843,11 +843,13 @@ def save(self:Alignment, checkpoints:Checkpoints) -> Path:
 def read_tensors(self:Alignment, checkpoint:Path) -> None:
     "Weights, optimiser and random state of a checkpoint."
     device = self.accelerator.device
-    tensors = load_tensors(checkpoint/'weights.safetensors', device=str(device))
-    def kind(name): return {k.partition('.')[2]: t for k, t in tensors.items() if k.startswith(name + '.')}
+    tensors = load_tensors(checkpoint/'weights.safetensors')
+    def kind(name):
+        return {k.partition('.')[2]: t.to(device) for k, t in tensors.items() if k.startswith(name + '.')}
+
     self.weights.put(kind('weights'))
     self.weights.average, self.weights.best = kind('average') or None, kind('best') or None
-    optimizer = torch.load(checkpoint/'optimizer.pt', weights_only=True, map_location=device)
+    optimizer = torch.load(checkpoint/'optimizer.pt', weights_only=True, map_location='cpu')
     self.runner.optimizer.load_state_dict(optimizer)
     own = checkpoint/f'rng-{self.accelerator.process_index}.pt'
     set_rng_state(torch.load(own, weights_only=True), device)

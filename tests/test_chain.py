@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import open_clip
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,6 @@ from gmail_nb.splits import trained_on
 def weight(item): return 100
 
 TRAIN, TEST = 'train+restval', 'test'
-
-def waits(what): # for a change elsewhere in the package; the test says how it should be
-    return pytest.mark.xfail(strict=False, reason=what)
 
 @pytest.fixture(scope='module')
 def mini(tmp_path_factory): return miniature(tmp_path_factory.mktemp('miniature'))
@@ -137,7 +135,7 @@ def test_every_caption_of_the_split_has_its_images(way, mini):
 
 def test_keys_are_the_same_throughout(way, mini):
     home, train, test = way[0], keys_of(mini/'coco', TRAIN), keys_of(mini/'coco', TEST)
-    def keys(folder): return json.loads((home/folder/'card.json').read_text())['keys']
+    def keys(folder): return pq.read_table(home/folder/'keys.parquet')['key'].to_pylist()
     assert sorted(keys('aligned/real_features')) == train
     assert sorted(keys('seen')) == test
     assert sorted(set(keys('drawn'))) == sorted(set(keys('tuned/features/gmail'))) == train
@@ -163,21 +161,18 @@ def answer(capsys, command, *argv):
     said = capsys.readouterr()
     return status, said.out + said.err
 
-@waits('rows_by_sample: a caption with fewer images than the others still has images')
 def test_images_of_all_captions_can_be_aligned(way, mini, capsys, tmp_path):
     real, *more = told(mini, TRAIN)
     name = encoder_name(mini, 'open_clip')
     status, said = answer(capsys, gmail_align, real, way[0]/'all', *more, '--encoder', name, *ALIGN, '--out', tmp_path/'aligned')
     assert status == 0, said
-    assert len(json.loads((tmp_path/'aligned'/'real_features'/'card.json').read_text())['keys']) == 16
+    assert len(pq.read_table(tmp_path/'aligned'/'real_features'/'keys.parquet')) == 16
 
-@waits('gmail_generate on a Karpathy file draws the test split too')
 def test_a_file_with_splits_is_drawn_without_its_test_images(mini, capsys, tmp_path):
     file = mini/'coco'/'dataset_coco.json'
     assert answer(capsys, gmail_generate, file, '--generator', mini/'sd', *DRAW, '--out', tmp_path/'made')[0] == 0
     assert sorted(load_generated(tmp_path/'made')['key']) == keys_of(mini/'coco', TRAIN)
 
-@waits('leaks: gmail_eval does not yet ask what a model has learned from')
 def test_a_model_is_not_measured_on_what_it_learned_from(way, mini, capsys, tmp_path):
     "restval, which was trained on, and val2017 share images."
     status, said = answer(capsys, gmail_eval, '--data', 'coco-val2017', '--root', mini/'coco', '--model', f'tuned:{way[0]}/tuned',
@@ -191,7 +186,6 @@ def test_the_published_names_of_sets_find_the_files(way, mini, capsys, tmp_path)
     with np.load(next((tmp_path/'eval'/'queries').glob('*.npz'))) as f:
         assert sorted(f['keys:image_to_text'].tolist()) == keys_of(mini/'coco', TEST)
 
-@waits('leaks: a captioner may be scored on what it learns from')
 def test_a_captioner_is_not_scored_on_what_it_learns_from(way, mini, capsys, tmp_path, without_java):
     "val2017 holds images of restval."
     status, said = answer(
@@ -315,7 +309,6 @@ def test_an_adapter_is_read_by_plain_peft(chain, mini, drawn):
 @torch.inference_mode()
 def test_an_export_is_read_by_its_own_library(chain, mini, drawn, tmp_path, request):
     kind, home = chain
-    if kind == 'open_clip': request.applymarker(waits('export of an open_clip model that was loaded from a folder'))
     model, made = GenReal.from_pretrained(home/'aligned'), load_generated(drawn/'first')
     if kind == 'siglip': # has no last linear map to take the projection
         with pytest.raises(ValueError, match='does not end in a linear map'): export(model, tmp_path/'plain')
@@ -325,7 +318,6 @@ def test_an_export_is_read_by_its_own_library(chain, mini, drawn, tmp_path, requ
     torch.testing.assert_close(see(x), model.encode_generated(x), atol=1e-5, rtol=0)
     torch.testing.assert_close(read(texts), model.encode_text(model.encoder.tokenize(texts)), atol=1e-5, rtol=0)
 
-@waits('export of weights that were trained with QuickGELU')
 @torch.inference_mode()
 def test_an_export_keeps_the_activation_of_its_weights(monkeypatch, tmp_path):
     "OpenAI's weights have QuickGELU, which the name of their architecture does not say."
@@ -338,14 +330,13 @@ def test_an_export_keeps_the_activation_of_its_weights(monkeypatch, tmp_path):
     assert activations == {'QuickGELU'}
 
 @pytest.mark.parametrize('folder, names', [
-    pytest.param('aligned', 'train+restval', marks=waits('leaks: the keys trained on are kept beside an aligned model')),
-    pytest.param('tuned', 'train+restval', marks=waits('leaks: ... beside a tuned text side')),
-    pytest.param('captions/captioner', 'train+restval', marks=waits('leaks: ... beside a captioner'))])
+    pytest.param('aligned', 'train+restval'),
+    pytest.param('tuned', 'train+restval'),
+    pytest.param('captions/captioner', 'train+restval')])
 def test_what_a_model_learned_from_stays_beside_it(chain, mini, folder, names):
     known = set(trained_on(chain[1]/folder))
     assert known and known <= set(keys_of(mini/'coco', names))
 
-@waits('leaks: pairs_of_files trains on every generated row')
 def test_a_text_side_learns_from_the_split_alone(mini, drawn, tmp_path):
     "Although there are images of the test split's captions too."
     how, file = SourceSettings(images=str(mini/'coco'), split='train+restval+val+test'), str(mini/'coco'/'dataset_coco.json')

@@ -18,10 +18,6 @@ GROUPS = dict(
     uses=('tune_text_head', 'embedding', 'generating_and_scoring', 'captioning', 'captioning_from_text'),
     more=HEAVY)
 
-# faults of other rooms, to be taken off this list with their mend
-KNOWN = dict(
-    align_resumes='safetensors loads onto a device by name only where it knows the name',
-    an_alignment_step_waits_once='the loss, the norm of the gradients and the bounds of the targets are each waited for')
 def outcome(group, folder):
     "What `device_cases.py` found, in a process of its own: the device is registered for a whole process."
     out = folder/'found.json'
@@ -33,9 +29,7 @@ def outcome(group, folder):
 @pytest.mark.parametrize('group', [*list(GROUPS)[:-1], pytest.param('more', marks=pytest.mark.slow)])
 def test_on_a_second_device(group, tmp_path):
     errors = outcome(group, tmp_path)
-    new = {name: error for name, error in errors.items() if name not in KNOWN}
-    assert not new, '\n\n'.join(f'{name}: {error}' for name, error in new.items())
-    if errors: pytest.xfail('; '.join(f'{name}: {KNOWN[name]}' for name in errors))
+    assert not errors, '\n\n'.join(f'{name}: {error}' for name, error in errors.items())
 
 def test_every_case_is_in_a_group():
     cases = {c for names in GROUPS.values() for c in names}

@@ -112,16 +112,19 @@ def keys_in(rows) -> list[str]: # rows: a dataset, or a list of dicts
 
 def split_rows(
     rows,       # a dataset, or a list of dicts, with `key`
-    share:float # of the keys that are kept out
+    share:float, # of the keys that are kept out
+    learned=frozenset() # keys that a model below has learned from, which are not kept out
 ) -> tuple: # to train on, and kept out
     "Two parts by the hash of the key. `ValueError` when one that is asked for is empty."
-    kept_out = sorted(validation_indices(keys_in(rows), share))
+    keys = keys_in(rows)
+    kept_out = sorted(i for i in validation_indices(keys, share) if keys[i] not in learned)
     train = sorted(set(range(len(rows))) - set(kept_out))
     many = hasattr(rows, 'select') # a dataset, whose rows are not read
     def pick(of): return rows.select(of) if many else [rows[i] for i in of]
     if train and (kept_out or not share): return pick(train), pick(kept_out)
+    below = ' that the model below has not learned from' if learned else ''
     raise ValueError(f'{len(rows)} images leave {len(train)} to train on and {len(kept_out)} to score '
-                     'on: bring more images, name a test set with --test, '
+                     f'on{below}: bring more images, name a test set with --test, '
                      f'or change validation_share={share}')
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #50c5f3dc
@@ -130,7 +133,8 @@ def caption_sets(
     test,                    # a captioned set, or None
     splits:tuple=CaptionRunSettings.splits, # of a Karpathy file
     validation_share:float=CaptionRunSettings.validation_share,
-    source:SourceSettings=SourceSettings()
+    source:SourceSettings=SourceSettings(),
+    learned=frozenset() # keys that a model below has learned from: no validation images
 ) -> CaptionSets:
     "Training and test images. `ValueError` when there is nothing to score on."
     if real is None and test is None:
@@ -139,7 +143,7 @@ def caption_sets(
         return captioned_rows(of, replace(source, split=split) if has_splits(of) else source)
     name = set_name(real if test is None else test)
     if test is None and not has_splits(real):
-        return CaptionSets(*split_rows(rows(real, None), validation_share), name, 'validation')
+        return CaptionSets(*split_rows(rows(real, None), validation_share, learned), name, 'validation')
     if real is None: train = rows(test, splits[0]) if has_splits(test) else None
     else: train = rows(real, splits[0])
     tested = real if test is None else test
@@ -509,10 +513,11 @@ def tune_captioner(
     check_arm(arm, model, generated, real)
     if settings.four_bit: check_four_bit(settings.lm)
     out, acc = check_writable(out), processes(run.trackers, out)
-    sets = caption_sets(real, test, run.splits, run.validation_share, source)
+    below = models_below(arm, model, settings.start)
+    learned = frozenset(k for folder in below.values() for k in trained_on(folder))
+    sets = caption_sets(real, test, run.splits, run.validation_share, source, learned)
     drawn = None if generated is None else generated_images(generated)
-    keys = check_test_apart(keys_in(sets.test), keys_to_learn(sets, arm, drawn),
-                            models_below(arm, model, settings.start))
+    keys = check_test_apart(keys_in(sets.test), keys_to_learn(sets, arm, drawn), below)
     job = CaptionJob(sets, arm, out, settings, run, acc)
     captioner = job.trained(*job.learned_from(model, drawn))
     records = finish_captioner(job, captioner, keys) if acc.is_main_process else []
