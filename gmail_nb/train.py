@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file as load_tensors, save as save_tensors
@@ -816,7 +816,7 @@ def save(self:Checkpoints,
     acc.wait_for_everyone()
     if not acc.is_main_process: return self.folder/name
     atomic_write(tmp/'weights.safetensors', save_tensors(flat(tensors)))
-    with atomic_path(tmp/'optimizer.pt') as p: torch.save(optimizer, p)
+    with atomic_path(tmp/'optimizer.pt') as p: torch.save(send_to_device(optimizer, 'cpu'), p)
     atomic_write(tmp/'state.json', json.dumps(state))
     return self.publish(tmp, self.folder/name)
 
