@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARMS', 'FRACTIONS', 'Hits', 'DIFFERENCES', 'COLORS', 'Shown', 'World', 'arm_features', 'aligned_model', 'shown',
            'described_tests', 'world_features', 'kept_world', 'retrieval_world', 'arm_ranks', 'nested', 'check_arms',
-           'stacked', 'tune_arms', 'per_query', 'intervals', 'hit_records', 'of_record', 'recall_table', 'bars',
+           'stacked', 'tune_arms', 'averaged', 'intervals', 'hit_records', 'of_record', 'recall_table', 'bars',
            'show_arms', 'found_by_any', 'answers_row', 'show_answers', 'scaling', 'curves', 'show_scaling', 'said_of',
            'lost_ability', 'retrieval_verdict', 'write_retrieval', 'retrieval_experiment']
 
@@ -229,7 +229,7 @@ def tune_arms(
 # %% ../../nbs/experiments/20_retrieval.ipynb #95a837db
 DIFFERENCES = (('gmail', 'indiscriminate'), ('gmail', 'base'), ('gmail f_g', 'gmail'))
 
-def per_query(
+def averaged(
     ranks:torch.Tensor, # from 0
     ks:tuple
 ) -> dict[str, torch.Tensor]: # what is averaged over queries
@@ -243,9 +243,9 @@ def intervals(
     draws:int=DRAWS
 ) -> dict[tuple[str, str], Interval]: # (arm or difference, metric)
     "Recalls at k, mAP and median rank of each arm, and the paired differences."
-    found, out = {a: per_query(r, ks) for a, r in ranks.items()}, {}
+    found, out = {a: averaged(r, ks) for a, r in ranks.items()}, {}
     pairs = [(a, b) for a, b in DIFFERENCES if a in found and b in found]
-    for m in per_query(next(iter(ranks.values())), ks):
+    for m in averaged(next(iter(ranks.values())), ks):
         out |= {(a, m): bootstrap(values[m], draws=draws) for a, values in found.items()}
         out |= {(f'{a}-{b}', m): paired_difference(found[a][m], found[b][m], draws=draws)
                 for a, b in pairs}
@@ -438,8 +438,8 @@ def lost_ability(by:dict, arm:str) -> str: # by: intervals by arm, split and met
         metric = f'text_to_image_recall_at_{k}'
         before, after = (100 * by[a, 'unseen-twemoji', metric].value for a in ('base', arm))
         return f'R@{k} {before:.1f} -> {after:.1f}'
-    return (f'Unseen concepts, text to image, before and after {arm}: '
-            f'{", ".join(map(moved, (1, 5, 10)))}.')
+    return (f'Unseen concepts, text to image, before -> after {arm}:\n'
+            f'  {", ".join(map(moved, (1, 5, 10)))}')
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #f593919b
 def retrieval_verdict(records:list[dict]) -> str:
