@@ -72,7 +72,6 @@ def test_weights_are_made_in_their_format():
     assert torch.get_default_dtype() == torch.float32
     assert gpu.llama_sized(LLAMA, 'cpu', torch.bfloat16).dtype == torch.bfloat16
 
-@pytest.mark.xfail(strict=False, reason='07_pipelines: SDXL without a negative prompt is guided away from zeros')
 def test_sdxl_without_a_negative_prompt_is_guided_as_the_pipeline_guides_it():
     pipeline = tiny_sdxl()
     pipeline.register_to_config(force_zeros_for_empty_prompt=True) # as stabilityai/stable-diffusion-xl-base-1.0 has it
