@@ -120,6 +120,7 @@ def read_object(
     "The object in a file. `ValueError` naming the file for anything else."
     path = Path(path)
     where = f'{path.parent.name}/{path.name}'
+    if not path.is_file(): raise FileNotFoundError(f'{where} is missing: save or download the folder again')
     try: found = json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e:
         raise ValueError(f'{where} is not JSON ({e}): save or download the folder again') from e
