@@ -19,6 +19,7 @@ from torch import nn
 from .align import GenReal
 from .encoders import HFVisual, OpenClipVisual, check_open_clip
 from .files import atomic_write, check_writable
+from .weights import load_part, load_whole
 
 # %% ../nbs/29_export.ipynb #c0470c72
 SHARED = ['README.md', 'card.json', 'projections.safetensors', 'tower.safetensors', 'adapter/*',
@@ -110,11 +111,11 @@ def export_transformers(
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
     folder, base = check_writable(folder), model.encoder.name.removeprefix('hf:')
     name, revision = (base, None) if Path(base).exists() else (*base.split('@'), None)[:2]
-    whole = AutoModel.from_pretrained(name, revision=revision)
+    whole = load_whole(AutoModel, name, revision=revision)
     put_towers(whole, merged_tower(model), model.encoder.text)
     whole.save_pretrained(folder)
     for part in (AutoTokenizer, AutoImageProcessor):
-        part.from_pretrained(name, revision=revision).save_pretrained(folder)
+        load_part(part, name, revision=revision).save_pretrained(folder)
     return folder
 
 # %% ../nbs/29_export.ipynb #1467ca20
