@@ -109,9 +109,12 @@ class Team:
 # %% ../nbs/24_features.ipynb #a1c0e5d2
 @patch(as_prop=True)
 def size(self:LazyPixels) -> tuple: # (3, H, W)
-    "The shape of one image. The first one is decoded to learn it."
+    "The shape of one image. The first one that decodes, of a hundred, is read to learn it."
     # no `cached_property`: before Python 3.12 it holds a lock, which cannot be sent to a Ray worker
-    self._size = self._size or tuple(self.decode_row(int(self.indices[0]), draft=False).shape)
+    if self._size is None:
+        first = (caught(lambda i: self.decode_row(int(i), draft=False), i) for i in self.indices[:100])
+        whole = next((x for x in first if isinstance(x, torch.Tensor)), None)
+        self._size = tuple((self.decode_row(int(self.indices[0]), False) if whole is None else whole).shape)
     return self._size
 
 # %% ../nbs/24_features.ipynb #a1c0e5da

@@ -120,6 +120,8 @@ class SourceSettings:
     split:str|None=None         # split of a Hub set or a Karpathy file, such as train+restval
     header:bool=True            # a table names its columns first; else they are '0', '1', ...
     images:str|None=None        # folder of the pictures that a COCO file names
+    outside:bool=False          # pictures that a file names may lie outside of its folder
+    decoded:int=field(default=1000, metadata=dict(flag=False)) # images tried before the work begins
     cache_dir:str|None=None     # where large sets are cached; the library's own folder if absent
 
 # %% ../nbs/01_settings.ipynb #7f37e283

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['log', 'pictures_of', 'generated_images', 'indices_by_sample', 'validation_indices', 'caption_ids', 'PairSets',
            'split_pairs', 'measured', 'pair_sets', 'gap_of', 'gap_records', 'write_pictures', 'report_alignment',
-           'check_pairs', 'new_model', 'train_pairs', 'real_features', 'align_sets', 'set_name', 'embed_set',
-           'push_aligned']
+           'check_pairs', 'new_model', 'train_pairs', 'real_features', 'align_sets', 'set_name', 'tell_damaged',
+           'embed_set', 'push_aligned']
 
 # %% ../../nbs/runs/10_align.ipynb #c00de39b
 import json
 import logging
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -280,6 +281,23 @@ def set_name(source) -> str:
     if not isinstance(source, (str, Path)): return 'a dataset'
     return Path(source).stem if Path(source).is_file() else Path(source).name
 
+# %% ../../nbs/runs/10_align.ipynb #bb7f188d
+def tell_damaged(
+    found:Features,
+    folder:Path, # damaged.jsonl, a line for each, is written there
+    share:float  # of the images that may be damaged; one in any case, unless it is 0
+) -> None:
+    "Name and count the images without features. `ValueError` when they are too many."
+    lost, n = found.failed, len(found) + len(found.failed)
+    (folder/'damaged.jsonl').unlink(missing_ok=True)
+    if not lost: return
+    write_results(folder/'damaged.jsonl', lost)
+    for f in lost[:20]: print(f'left out: {f["reason"]}', file=sys.stderr)
+    print(f'{len(lost)} of {n} images left out, all of them in {folder.name}/damaged.jsonl', file=sys.stderr)
+    if len(lost) <= (max(1, int(share * n)) if share else 0): return
+    raise ValueError(f'{len(lost)} of {n} images do not decode, more than the share of {share:g} that may: mend the '
+                     'set, or allow more with most_damaged (--most-damaged); the features of the others are kept')
+
 # %% ../../nbs/runs/10_align.ipynb #cb0ca3c8
 def embed_set(
     pictures,              # a folder of `generate`, or a captioned set
@@ -289,13 +307,16 @@ def embed_set(
     settings:EmbedSettings=EmbedSettings(),
     source:SourceSettings=SourceSettings()
 ) -> Features:
-    "Features of every image, in a folder; call it again to go on where it was stopped."
+    """Features of every image, in a folder; call it again to go on where it was stopped. Images that do
+    not decode are named and counted; `ValueError` when they are more than `most_damaged`."""
     reader = str(model)
     if kind_of_folder(model) == 'tuned':
         if settings.engine == 'ray':
             raise ValueError(f'{model} is a tuned folder, which Ray workers cannot load: leave engine out')
         reader = model_at(model).to(default_device())
-    return embed(pictures_of(pictures, source), reader, out, side, settings)
+    found = embed(pictures_of(pictures, replace(source, decoded=0)), reader, out, side, settings)
+    tell_damaged(found, Path(out), settings.most_damaged)
+    return found
 
 # %% ../../nbs/runs/10_align.ipynb #7365cb4c
 def push_aligned(
