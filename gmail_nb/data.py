@@ -121,14 +121,16 @@ def _rgb(image):
     return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
 
 # %% ../nbs/05_data.ipynb #58c2d3ef
-_undecodable = (UnidentifiedImageError, OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError,
-                OverflowError, EOFError, struct.error, Image.DecompressionBombError)
+_undecodable = (UnidentifiedImageError, OSError, ValueError, SyntaxError, TypeError, IndexError,
+                KeyError, OverflowError, EOFError, struct.error, Image.DecompressionBombError)
 
 Image.init()
-_kinds = ('JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'DIB', 'TIFF', 'AVIF', 'JPEG2000', 'PPM', 'ICO', 'TGA')
-FORMATS = tuple(k for k in _kinds if k in Image.OPEN) # pixels alone: no EPS or WMF, which run programs
+_kinds = ('JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'DIB', 'TIFF', 'AVIF', 'JPEG2000', 'PPM', 'ICO',
+          'TGA') # pixels alone: no EPS, for which a program would be run
+FORMATS = tuple(k for k in _kinds if k in Image.OPEN)
 MAX_PIXELS = int(os.environ.get('GMAIL_MAX_PIXELS', 178_956_970)) # where Pillow ends by itself
-if 'GMAIL_MAX_PIXELS' in os.environ: Image.MAX_IMAGE_PIXELS = max(1, -(-MAX_PIXELS // 2)) # it ends at twice that
+if 'GMAIL_MAX_PIXELS' in os.environ: # Pillow ends at twice this
+    Image.MAX_IMAGE_PIXELS = max(1, -(-MAX_PIXELS // 2))
 
 def _content(image) -> tuple: # what Pillow can open, None for nothing; its name in a message
     if isinstance(image, Image.Image): return image, getattr(image, 'filename', '') or 'a PIL image'
@@ -171,7 +173,8 @@ def decode_image(
         if opened is None: raise ValueError('neither bytes nor a path')
         return _read_rgb(opened, draft)
     except _undecodable as e:
-        why = 'no known format' if isinstance(e, UnidentifiedImageError) else ' '.join(str(e).split())
+        unknown = isinstance(e, UnidentifiedImageError)
+        why = 'no known format' if unknown else ' '.join(str(e).split())
         raise ValueError(f'the image of {key!r} ({name}) does not decode: {why}. '
                          'Replace or remove this row.') from e
 
@@ -276,6 +279,15 @@ def quiet_datasets():
 # %% ../nbs/05_data.ipynb #71f6b0c4
 _strings = ('string', 'large_string')
 
+@contextlib.contextmanager
+def _casting(name, what='columns'):
+    "What the library says of types that do not go together, as a `ValueError` of one line."
+    try: yield
+    except (TypeError, pa.ArrowException) as e:
+        said = ' '.join(str(e).split())[:200]
+        raise ValueError(f'{name}: the {what} have other types than a captioned set '
+                         f'({said})') from e
+
 def _check_types(ds, image, captions, name):
     "`ValueError` for a column of images or captions that holds something else."
     kind = ds.features[captions]
@@ -349,7 +361,8 @@ def check_parquet(files:list[Path]) -> None:
         except FileNotFoundError:
             raise FileNotFoundError(f'there is no parquet file {str(file)!r}') from None
         except Exception as e:
-            raise ValueError(f'{file.name} is not a whole parquet file ({" ".join(str(e).split())}): '
+            said = ' '.join(str(e).split())
+            raise ValueError(f'{file.name} is not a whole parquet file ({said}): '
                              'make or download it again') from e
 
 def _bytes_of(files:list[Path], columns:list[str]|None, some:int=1000) -> int:
@@ -359,14 +372,6 @@ def _bytes_of(files:list[Path], columns:list[str]|None, some:int=1000) -> int:
     if full is None: return 0
     with pq.ParquetFile(full) as file: first = next(file.iter_batches(some, columns=columns))
     return first.nbytes * sum(rows.values()) // len(first)
-
-@contextlib.contextmanager
-def _casting(name, what='columns'):
-    "What the library says of types that do not go together, as a `ValueError` of one line."
-    try: yield
-    except (TypeError, pa.ArrowException) as e:
-        said = ' '.join(str(e).split())[:200]
-        raise ValueError(f'{name}: the {what} have other types than a captioned set ({said})') from e
 
 def _typed(ds, name='the dataset'):
     "Images as `Image`, also in files written without the library's own schema."
@@ -385,7 +390,8 @@ def read_parquet(
     check_parquet(files)
     with quiet_datasets():
         if _bytes_of(files, columns) <= in_memory:
-            parts = [_typed(datasets.Dataset(pq.read_table(f, columns=columns)), f.name) for f in files]
+            tables = (datasets.Dataset(pq.read_table(f, columns=columns)) for f in files)
+            parts = [_typed(t, f.name) for f, t in zip(files, tables)]
             with _casting(files[0].name): return datasets.concatenate_datasets(parts)
         found = datasets.load_dataset('parquet', data_files=[str(f) for f in files], split='train',
                                       cache_dir=cache_dir, columns=columns)

@@ -107,6 +107,11 @@ class Team:
         return self.pool
 
 # %% ../nbs/24_features.ipynb #a1c0e5d2
+def caught(make:Callable, item) -> object: # what was made, or the `ValueError` of it
+    "An error of one image does not cost the others that travel with it."
+    try: return make(item)
+    except ValueError as e: return e
+
 @patch(as_prop=True)
 def size(self:LazyPixels) -> tuple: # (3, H, W)
     "The shape of one image. The first one that decodes, of a hundred, is read to learn it."
@@ -130,11 +135,6 @@ def ndim(self:LazyPixels) -> int:
 
 # %% ../nbs/24_features.ipynb #de4befd2
 SOME = 8 # images that a process is handed at once
-
-def caught(make:Callable, item) -> object: # what was made, or the `ValueError` of it
-    "An error of one image does not cost the others that travel with it."
-    try: return make(item)
-    except ValueError as e: return e
 
 class Arriving:
     "One image of several that a process makes, to be asked as a `Future` is."

@@ -231,7 +231,8 @@ def published_state(
 ) -> dict[str, torch.Tensor]:
     "The state dict of a checkpoint, out of its wrapper if it has one."
     state = read_tensors(weights) if str(weights).endswith('.safetensors') else read_torch(weights)
-    if not isinstance(state, dict): raise ValueError(f'{Path(weights).name} holds no weights by name')
+    if not isinstance(state, dict):
+        raise ValueError(f'{Path(weights).name} holds no weights by name')
     return state['state_dict'] if isinstance(state.get('state_dict'), dict) else state
 
 # %% ../nbs/32_long_captions.ipynb #1c320002

@@ -46,23 +46,25 @@ def check_known(settings, name:str, known:tuple) -> None:
     if value not in known: raise unknown_name(name, str(value), known)
 
 # %% ../nbs/01_settings.ipynb #c5a9b263
-_count, _several, _size, _rate, _share = (1, 10**9), (0, 10**9), (1, 2**16), (0, 1e3, 'above'), (0, 1, 'below')
+_count, _several, _size, _length = (1, 10**9), (0, 10**9), (1, 2**16), (0, 1e12, 'above')
+_rate, _share = (0, 1e3, 'above'), (0, 1, 'below')
 
 RANGES = dict( # name of a field -> least, most; above: the least is left out, below: the most is
-    accumulation=(1, 2**16), adapted_share=(0, 1, 'above'), alpha=(0, 1e6, 'above'), base_steps=_count,
-    batch_size=(1, 2**24), beams=(1, 1024), blocks=(1, 4096), clip=(0, 1e12, 'above'), cycles=(1, 10**6),
-    draw_steps=(1, 10**5), dropout=_share, ema=(0, 1, 'inside'), epochs=_count, every=_count,
-    extra_seeds=(0, 10**6), guidance=(0, 1e4), head_lr=_rate, height=_size, keep=_count, layers=(1, 1024),
-    lr=_rate, max_bank=(0, 2**50), max_new_tokens=(1, 2**20), max_norm=(0, 1e12, 'above'), max_steps=_count,
-    most_bad_steps=_several, most_damaged=(0, 1), noise=(0, 1e6), part_rows=_count, patience=_count,
-    prefix_length=(1, 4096), processes=(0, 1024), projection_lr=_rate, rank=_size, samples=(1, 10**6),
+    accumulation=(1, 2**16), adapted_share=(0, 1, 'above'), alpha=(0, 1e6, 'above'),
+    base_steps=_count, batch_size=(1, 2**24), beams=(1, 1024), blocks=(1, 4096), clip=_length,
+    cycles=(1, 10**6), draw_steps=(1, 10**5), dropout=_share, ema=(0, 1, 'inside'), epochs=_count,
+    every=_count, extra_seeds=(0, 10**6), guidance=(0, 1e4), head_lr=_rate, height=_size,
+    keep=_count, layers=(1, 1024), lr=_rate, max_bank=(0, 2**50), max_new_tokens=(1, 2**20),
+    max_norm=_length, max_steps=_count, most_bad_steps=_several, most_damaged=(0, 1),
+    noise=(0, 1e6), part_rows=_count, patience=_count, prefix_length=(1, 4096),
+    processes=(0, 1024), projection_lr=_rate, rank=_size, samples=(1, 10**6),
     save_every=_count, seed=(0, 2**63 - 1), seeds=(1, 10**6), shard_size=(1, 10**7), steps=_count,
     tau=(0, 1e6, 'above'), tolerance=(0, 1, 'above'), top_p=(0, 1, 'above'), tune_lr=_rate,
     tune_steps=_count, validation_limit=_count, validation_share=_share, warmup=_several,
     weight_decay=(0, 1e6), which=_several, width=_size, workers=(1, 1024))
 
 # %% ../nbs/01_settings.ipynb #9828564e
-TEXTS = dict( # name of a field -> what it may say, where nothing else looks at it before work begins
+TEXTS = dict( # name of a field -> what it may say, where nothing else looks before work begins
     attention=('sdpa', 'sliced'), dtype=('float32', 'float16', 'bfloat16'),
     image_format=('png', 'jpeg', 'webp'), mapper=('mlp', 'transformer'), which=('first', 'all'))
 MAY_BE_EMPTY = ('prefix', 'suffix', 'negative')
@@ -77,7 +79,8 @@ def check_number(name:str, value:int|float) -> None:
         said = 'above 0' if above or least == 1 else f'at least {least}'
         raise ValueError(f'{name} is {value!r:.40}: it must be {said}')
     if value > most or below and value == most:
-        raise ValueError(f'{name} is {value!r:.40}: it must be {"below" if below else "at most"} {most}')
+        said = f'below {most}' if below else f'at most {most}'
+        raise ValueError(f'{name} is {value!r:.40}: it must be {said}')
 
 def check_value(
     name:str, # of a field
@@ -334,7 +337,7 @@ class EmbedSettings:
     store:str='float32'         # number format on disk: float32, or float16 for half the room
     engine:str='local'          # local, or ray for many workers
     show_progress:bool=True     # a bar over images
-    most_damaged:float=.01      # share of images that may fail to decode, one in any case, unless it is 0
+    most_damaged:float=.01      # share of images that may fail to decode; one may, unless it is 0
 
     def __post_init__(self):
         check_known(self, 'precision', PRECISIONS)
@@ -344,7 +347,7 @@ class EmbedSettings:
         check_above(self, 'processes', least=-1)
         part_of(self.part)
         if self.engine == 'ray' and self.processes:
-            raise ValueError("processes decode in this process, and engine='ray' has workers: choose one")
+            raise ValueError("processes decode for engine='local', workers for 'ray': choose one")
 
 # %% ../nbs/01_settings.ipynb #466ebbf8
 TEXT_TUNINGS = ('head', 'lora', 'last', 'full')
@@ -489,7 +492,7 @@ class CaptionSettings:
         if self.top_p is not None and self.top_p > 1:
             raise ValueError(f'top_p is {self.top_p}: a share is at most 1, such as .9')
         if self.top_p is not None and self.beams > 1:
-            raise ValueError(f'beams is {self.beams} and top_p is {self.top_p}: choose either of them')
+            raise ValueError(f'beams is {self.beams}, top_p is {self.top_p}: choose either of them')
 
     def given(self) -> dict:
         "What was asked for, by name."

@@ -129,12 +129,15 @@ def _rows_as_table(
         if in_memory < 0: return _spill(held, batches, schema)
     return datasets.Dataset(pa.Table.from_batches(held, schema))
 
-def _captioned_rows(rows:Iterable[dict], name:str, images:bool, decoded=1000, **more) -> datasets.Dataset:
+def _captioned_rows(
+    rows:Iterable[dict], name:str, images:bool, decoded=1000, **more
+) -> datasets.Dataset:
     "A checked captioned set of rows; `more` are further columns and their types."
     columns = [c for c in CAPTIONED if images or c != 'image']
     features = datasets.Features({**{c: FEATURES[c] for c in columns}, **more})
     def placed(r): return {**r, 'image': dict(bytes=None, path=r['image'])} if images else r
-    return check_captioned(_rows_as_table(map(placed, rows), features), name, images=decoded if images else 0)
+    found = _rows_as_table(map(placed, rows), features)
+    return check_captioned(found, name, images=decoded if images else 0)
 
 # %% ../nbs/06_sources.ipynb #284b3107
 def from_folder(
@@ -169,11 +172,11 @@ def _check_records(rows, form:str, name:str) -> None:
     if not isinstance(rows, list):
         raise ValueError(f'{name} is no COCO caption file: where records belong is {rows!r:.60}')
     for row in rows:
-        has = isinstance(row, dict) and all(isinstance(row.get(k), t) for k, t in COCO_FORMS[form].items())
-        if has: continue
-        there = name_some(row, 8) if isinstance(row, dict) else repr(row)[:60]
-        wanted = 'caption' if form in ('annotations', 'sentences') else name_some(COCO_FORMS[form], 8)
-        raise ValueError(f'{name} is no COCO caption file: an annotation has no {wanted} but {there}')
+        wanted, is_object = COCO_FORMS[form], isinstance(row, dict)
+        if is_object and all(isinstance(row.get(k), t) for k, t in wanted.items()): continue
+        there = name_some(row, 8) if is_object else repr(row)[:60]
+        lacks = 'caption' if form in ('annotations', 'sentences') else name_some(wanted, 8)
+        raise ValueError(f'{name} is no COCO caption file: an annotation has no {lacks} but {there}')
 
 def _check_coco(found, name):
     "`ValueError` when the contents of a JSON file are no captions of COCO."
@@ -199,7 +202,8 @@ def read_coco(
         for name in ('tokens', 'sentids', 'sentid'): entry.pop(name, None)
         return entry
     try: found = json.loads(path.read_text(encoding='utf-8'), object_hook=lean)
-    except (ValueError, RecursionError) as e: raise ValueError(f'{path.name} is not JSON in UTF-8: {e}') from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{path.name} is not JSON in UTF-8: {e}') from e
     _check_coco(found, path.name)
     return found
 
@@ -265,10 +269,11 @@ def check_inside(
     name:str,          # of the file
     folder:Path        # of the pictures
 ) -> None:
-    "`ValueError` naming pictures that a file of somebody else would take from anywhere on this disk."
+    "`ValueError` naming pictures that the file of somebody else would take from anywhere."
     if not outside: return
-    raise ValueError(f'{name} names {len(outside)} pictures outside of the folder {folder.name!r}, such as '
-                     f'{name_some(outside)}: where you trust the file, allow it with outside=True (--outside)')
+    raise ValueError(f'{name} names {len(outside)} pictures outside of the folder {folder.name!r}, '
+                     f'such as {name_some(outside)}: where you trust the file, allow it with '
+                     'outside=True (--outside)')
 
 # %% ../nbs/06_sources.ipynb #a81e3f70
 def _find_files(found, images:Path, name:str, outside=False) -> list[dict]: # found: from `_rows_of`
@@ -279,7 +284,8 @@ def _find_files(found, images:Path, name:str, outside=False) -> list[dict]: # fo
         path = next((str(p) for p in (images/sub/file, images/file) if p.exists()), None)
         rows.append(dict(key=key, image=path, captions=captions, file=file))
     inside = Inside(images)
-    check_inside([r['file'] for r in rows if r['image'] and not (outside or inside(Path(r['image'])))], name, images)
+    there = [r for r in rows if r['image'] and not outside]
+    check_inside([r['file'] for r in there if not inside(Path(r['image']))], name, images)
     lost = [r['file'] for r in rows if r['image'] is None]
     if not lost: return rows
     where = images.name or f'the folder of {name}'
@@ -413,7 +419,8 @@ def _placed_rows(path:Path, settings:SourceSettings) -> Iterable[dict]:
     "Rows of a table whose column of images holds paths, relative to the file."
     lost, n, inside, far = [], 0, Inside(path.parent), []
     for n, r in enumerate(_read_table(path, settings.caption, settings.key, settings.header, settings.image), 1):
-        if not isinstance(r['image'], str): raise ValueError(f'{path.name} row {n} names no picture: {r["image"]!r:.60}')
+        if not isinstance(r['image'], str):
+            raise ValueError(f'{path.name} row {n} names no picture: {r["image"]!r:.60}')
         if not r['image'] or not (path.parent/r['image']).exists(): lost.append(r['image'])
         elif not settings.outside and not inside(path.parent/r['image']): far.append(r['image'])
         yield {**r, 'image': str(path.parent/(r['image'] or ''))}
@@ -424,7 +431,9 @@ def _placed_rows(path:Path, settings:SourceSettings) -> Iterable[dict]:
 
 def _captioned_table(path:Path, settings:SourceSettings, images:bool) -> datasets.Dataset:
     "A table as a captioned set; the paths in its column of images are relative to the file."
-    if images: return _captioned_rows(_placed_rows(path, settings), path.name, True, settings.decoded)
+    if images:
+        rows = _placed_rows(path, settings)
+        return _captioned_rows(rows, path.name, images=True, decoded=settings.decoded)
     rows = _read_table(path, settings.caption, settings.key, settings.header)
     return _captioned_rows(rows, path.name, images=False)
 
@@ -518,7 +527,8 @@ def _shards(folder:Path) -> list[Path]:
     if not (folder/'manifest.json').exists():
         raise ValueError(f'the run in {folder.name!r} is not complete: run `generate` again')
     manifest = read_object(folder/'manifest.json')
-    names = [s.get('shard') if isinstance(s, dict) else None for s in manifest.get('shards') or [None]]
+    listed = manifest.get('shards') or [None]
+    names = [s.get('shard') if isinstance(s, dict) else None for s in listed]
     if any(not isinstance(s, str) or Path(s).name != s for s in names):
         raise ValueError(f'{folder.name}/manifest.json names no shards: run `generate` again')
     shards = [folder/s for s in names]
@@ -591,13 +601,14 @@ def _from_file(path:Path, settings, images, training=False):
     "The set that one file describes."
     suffix, name = path.suffix.lower(), path.name
     if _names_files(path, settings):
-        return from_folder(path.parent, name, settings.caption or 'caption', images, settings.decoded)
+        caption = settings.caption or 'caption'
+        return from_folder(path.parent, name, caption, images, settings.decoded)
     if suffix == '.parquet': return _from_parquet([path], settings, images, name)
     if suffix == '.tar': return _from_tars([path], settings, images, name)
     if suffix == '.json':
         pictures = settings.images or path.parent
-        return from_coco(path, pictures if images else None, settings.split, training, settings.outside,
-                         settings.decoded)
+        more = dict(training=training, outside=settings.outside, decoded=settings.decoded)
+        return from_coco(path, pictures if images else None, settings.split, **more)
     if suffix in TABLE_SUFFIXES: return _captioned_table(path, settings, images)
     raise ValueError(f'{name} is no captioned set: {EXPECTED}')
 
@@ -616,13 +627,14 @@ def load_captioned(
         return _captioned_columns(source, settings, images, 'the dataset')
     path, name = Path(source), str(source)
     if path.is_file(): return _from_file(path, settings, images, training)
-    if is_generated(path): return _from_generated(path, images, settings.cache_dir, settings.decoded)
+    decoded = settings.decoded
+    if is_generated(path): return _from_generated(path, images, settings.cache_dir, decoded)
     files, shards = parquet_files(path) if path.suffix != '.tar' else [], tar_files(path)
     if files: return _from_parquet(files, settings, images, path.name)
     if shards: return _from_tars(shards, settings, images, path.name)
-    if path.is_dir(): return from_folder(path, None, settings.caption or 'caption', images, settings.decoded)
-    if '/' in name and on_disk(name): raise FileNotFoundError(f'no captions at {name!r}: {EXPECTED}')
+    if path.is_dir(): return from_folder(path, None, settings.caption or 'caption', images, decoded)
     on_hub = re.fullmatch(r'[\w.-]+/[\w.-]+', name) and path.suffix.lower() not in _file_suffixes
+    on_hub = on_hub and not on_disk(name)
     if on_hub: return _from_hub_id(name, settings, images)
     raise FileNotFoundError(f'no captions at {name!r}: {EXPECTED}')
 

@@ -53,7 +53,8 @@ def json_object(
     "JSON of an object; `ArgumentTypeError` otherwise."
     try: found = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise argparse.ArgumentTypeError(f'{text[:60]!r} is not JSON: {getattr(e, "msg", e)}') from e
+        why = getattr(e, 'msg', e)
+        raise argparse.ArgumentTypeError(f'{text[:60]!r} is not JSON: {why}') from e
     if isinstance(found, dict): return found
     raise argparse.ArgumentTypeError(f'{text!r} is no object such as {{"style": "noto"}}')
 
@@ -387,8 +388,9 @@ def check_typed(
     values:dict # dest -> what was typed
 ) -> None:
     "`ValueError` for a value outside of its range, and for a device that is not there."
-    for dest, value in values.items(): check_value(dest.rpartition('.')[2], value)
-    asked = [v for dest, v in values.items() if dest.rpartition('.')[2] == 'device' and v not in (None, 'cpu')]
+    named = [(dest.rpartition('.')[2], value) for dest, value in values.items()]
+    for name, value in named: check_value(name, value)
+    asked = [v for name, v in named if name == 'device' and v not in (None, 'cpu')]
     if not asked: return
     from gmail_nb.train import check_device # loads torch, where a device was asked for alone
     for device in asked: check_device(device)

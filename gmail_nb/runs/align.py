@@ -293,10 +293,12 @@ def tell_damaged(
     if not lost: return
     write_results(folder/'damaged.jsonl', lost)
     for f in lost[:20]: print(f'left out: {f["reason"]}', file=sys.stderr)
-    print(f'{len(lost)} of {n} images left out, all of them in {folder.name}/damaged.jsonl', file=sys.stderr)
+    print(f'{len(lost)} of {n} images left out, all of them in {folder.name}/damaged.jsonl',
+          file=sys.stderr)
     if len(lost) <= (max(1, int(share * n)) if share else 0): return
-    raise ValueError(f'{len(lost)} of {n} images do not decode, more than the share of {share:g} that may: mend the '
-                     'set, or allow more with most_damaged (--most-damaged); the features of the others are kept')
+    raise ValueError(f'{len(lost)} of {n} images do not decode, more than the share of {share:g} '
+                     'that may: mend the set, or allow more with most_damaged (--most-damaged); '
+                     'the features of the others are kept')
 
 # %% ../../nbs/runs/10_align.ipynb #cb0ca3c8
 def embed_set(
@@ -307,8 +309,8 @@ def embed_set(
     settings:EmbedSettings=EmbedSettings(),
     source:SourceSettings=SourceSettings()
 ) -> Features:
-    """Features of every image, in a folder; call it again to go on where it was stopped. Images that do
-    not decode are named and counted; `ValueError` when they are more than `most_damaged`."""
+    """Features of every image, in a folder; call it again to go on where it was stopped. Images that
+    do not decode are named and counted; `ValueError` when they are more than `most_damaged`."""
     reader = str(model)
     if kind_of_folder(model) == 'tuned':
         if settings.engine == 'ray':
