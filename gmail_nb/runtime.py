@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['torchvision_library_loads', 'mend_torchvision', 'default_device', 'default_dtype', 'fast_bfloat16', 'use_all_cores',
-           'machine', 'stable_seed', 'noise_generator', 'set_seed', 'fingerprint', 'module_fingerprint']
+           'machine', 'stable_seed', 'noise_generator', 'set_seed', 'leave_processes', 'fingerprint',
+           'module_fingerprint']
 
 # %% ../nbs/02_runtime.ipynb #d0e6f071
 import hashlib
@@ -105,6 +106,14 @@ def set_seed(
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+# %% ../nbs/02_runtime.ipynb #b7d90e13
+def leave_processes() -> bool: # True where there was a group
+    "Close the group of processes that torch opened; the last thing that a run over several processes does."
+    group = torch.distributed
+    if not (group.is_available() and group.is_initialized()): return False
+    group.destroy_process_group()
+    return True
 
 # %% ../nbs/02_runtime.ipynb #c9bca542
 def _update_data(h, x) -> bool: # False for what holds no raw bytes

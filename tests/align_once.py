@@ -19,7 +19,7 @@ from torch import nn
 
 from gmail_nb.align import GenReal
 from gmail_nb.encoders import Encoder, encode_images
-from gmail_nb.runtime import set_seed
+from gmail_nb.runtime import leave_processes, set_seed
 from gmail_nb.settings import AdapterSettings, AlignSettings, RunSettings
 from gmail_nb.train import align, alignment_parameters
 
@@ -74,3 +74,4 @@ if PartialState().is_main_process:
     for name, (history, weights) in found.items():
         save_file(weights, out/f'{name}.safetensors')
         (out/f'{name}.json').write_text(json.dumps(history))
+leave_processes()

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 from gmail_nb.captioning import CaptionTraining, Captioner, caption_tokenizer, small_decoder, train_captioner
-from gmail_nb.runtime import set_seed
+from gmail_nb.runtime import leave_processes, set_seed
 from gmail_nb.settings import CaptionerSettings, RunSettings
 
 torch.set_num_threads(1)
@@ -45,3 +45,4 @@ if PartialState().is_main_process:
     for name, (losses, weights) in found.items():
         save_file(weights, out/f'{name}.safetensors')
         (out/f'{name}.json').write_text(json.dumps(losses))
+leave_processes()

@@ -283,7 +283,10 @@ def run_command(
 ) -> int: # exit status, as `STATUS` says
     "Run a command; its errors are one line on the error stream."
     logging.basicConfig(format='%(message)s', level=logging.WARNING)
-    try: return work() or 0
+    try:
+        status = work() or 0
+        if runtime := sys.modules.get('gmail_nb.runtime'): runtime.leave_processes() # if it used torch
+        return status
     except SystemExit as e: return e.code or 0 # `--help`
     except KeyboardInterrupt:
         print(f'\n{name}: stopped; most commands go on when they are run again', file=sys.stderr)
