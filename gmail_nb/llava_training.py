@@ -7,14 +7,16 @@ __all__ = ['PART_BYTES', 'DESCRIBE', 'STAGES', 'GridTokens', 'token_weights', 't
            'embed_tokens', 'grid_of', 'load_tokens', 'LiveTokens', 'Example', 'example', 'encode_example',
            'CaptionExamples', 'check_files', 'check_images', 'tokens_of', 'linear_names', 'adapt_language',
            'only_trained', 'LlavaLoss', 'LlavaTraining', 'examples_fingerprint', 'language_facts', 'as_trained',
-           'stage_run', 'train_stage', 'train_llava']
+           'stage_run', 'train_stage', 'train_llava', 'adapter_place', 'adapter_state', 'adapter_config',
+           'save_trained', 'trained_card', 'is_llava', 'new_llava', 'put_adapter', 'load_trained']
 
 # %% ../nbs/40_llava_training.ipynb #753552e7
 import gmail_nb.runtime
 import json
+import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import datasets
@@ -25,7 +27,7 @@ from fastcore.basics import patch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoConfig, LlavaForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from .align import FrozenTower, GenReal
@@ -37,10 +39,10 @@ from .encoders import Encoder
 from gmail_nb.features import (
     Embedder, Features, LazyPixels, Parts, fill, finish_features, folder_settings, load_features,
     loaded)
-from .files import atomic_write, check_writable, unknown_name, versions
-from gmail_nb.llava import (
-    Llava, Prompt, encode_prompt, language_part, llava_loss, load_llava, lora_layers, new_projector,
-    turns_of)
+from .files import atomic_write, check_writable, name_some, unknown_name, versions
+from .llava import (
+    Llava, Prompt, chat_text, encode_prompt, language_part, llava_loss, load_llava, lora_layers,
+    new_projector, turns_of)
 from .runtime import fingerprint, stable_seed
 from .settings import EmbedSettings, LlavaSettings, RunSettings, StageSettings
 from .train import in_precision, processes, run_precision
@@ -441,3 +443,106 @@ def train_llava(
     told = dict(project=examples if captions is None else captions, instruct=examples)
     return {name: train_stage(model, some, files, name, settings, run, accelerator)
             for name, some in told.items()}
+
+# %% ../nbs/40_llava_training.ipynb #73e377b9
+def adapter_place(model:Llava) -> str:
+    "Where the language model stands in what peft loads the adapter onto."
+    whole = isinstance(model.lm, LlavaForConditionalGeneration)
+    return 'model.language_model.' if whole else ''
+
+def adapter_state(model:Llava) -> dict[str, torch.Tensor]:
+    "LoRA of the language model under the names of peft; empty where there is none."
+    place = f'base_model.model.{adapter_place(model)}'
+    return {place + n.replace('.default.', '.'): p.detach().cpu().contiguous()
+            for n, p in language_part(model).named_parameters() if '.lora_' in n}
+
+def adapter_config(model:Llava, base:str|None=None) -> LoraConfig:
+    "What peft reads beside the weights. `ValueError` where there is no LoRA."
+    if not lora_layers(language_part(model)):
+        raise ValueError('the language model has no LoRA: `train_llava` puts it in')
+    there, place = language_part(model).peft_config['default'], adapter_place(model)
+    names = sorted({n.split('.lora_')[0].rsplit('.', 1)[-1] for n in adapter_state(model)})
+    targets = rf'{re.escape(place)}.*\.({"|".join(names)})' if place else names
+    return LoraConfig(r=there.r, lora_alpha=there.lora_alpha, fan_in_fan_out=there.fan_in_fan_out,
+                      target_modules=targets, base_model_name_or_path=base, inference_mode=True)
+
+# %% ../nbs/40_llava_training.ipynb #25f6e19d
+def save_trained(
+    model:Llava,
+    folder:str|Path,         # made if absent
+    settings:LlavaSettings,  # with the name of the base
+    **facts                  # more for the card, such as encoder, aligned model, arm, losses
+) -> Path:
+    "Write `projector.safetensors`, `adapter/` if there is LoRA and, last, `card.json`."
+    folder = check_writable(folder)
+    (folder/'card.json').unlink(missing_ok=True)
+    weights = {n: p.detach().cpu().contiguous() for n, p in model.projector.state_dict().items()}
+    atomic_write(folder/'projector.safetensors', save(weights))
+    state = adapter_state(model)
+    if state:
+        place = check_writable(folder/'adapter')
+        atomic_write(place/'adapter_model.safetensors', save(state, metadata=dict(format='pt')))
+        adapter_config(model, settings.language_model).save_pretrained(str(place))
+    card = dict(kind='llava', format=1, settings=asdict(settings), lora=bool(state), **facts)
+    atomic_write(folder/'card.json', json.dumps(card | dict(versions=versions()), indent=1))
+    return folder
+
+def trained_card(folder:str|Path) -> tuple[dict, LlavaSettings]:
+    "The card, and the settings on it. `FileNotFoundError` or `ValueError` for another folder."
+    file = Path(folder)/'card.json'
+    if not file.exists():
+        raise FileNotFoundError(f'{file} is missing: the folder holds no trained LLaVA, or its '
+                                'writing was cut short; `gmail_tune llava` makes one')
+    card = json.loads(file.read_text(encoding='utf-8'))
+    if card.get('kind') != 'llava':
+        raise ValueError(f'{Path(folder).name} holds {card.get("kind", "something else")!r} and no LLaVA')
+    named = {f.name for f in fields(LlavaSettings)}
+    said = {k: v for k, v in card['settings'].items() if k in named}
+    stages = {k: StageSettings(**said[k]) for k in STAGES if k in said}
+    return card, LlavaSettings(**said | stages)
+
+# %% ../nbs/40_llava_training.ipynb #ed4519c5
+def is_llava(name:str, revision:str|None=None) -> bool: # a Hub id or a folder
+    "Whether a name is that of a whole LLaVA."
+    if name == 'smollm2': return False
+    return AutoConfig.from_pretrained(name, revision=revision).model_type == 'llava'
+
+def new_llava(
+    settings:LlavaSettings,
+    width:int|None=None  # of the tower's tokens, for a language model without a tower
+) -> tuple[Llava, Encoder|None]: # a LLaVA of transformers brings its tower
+    "What is trained. `ValueError` for a model without a chat template."
+    name, dtype = settings.language_model, getattr(torch, settings.dtype)
+    if is_llava(name, settings.revision): return load_llava(name, settings.revision, dtype)
+    lm, chat = load_lm(name, dtype, revision=settings.revision)
+    chat_text(chat, turns_of('?'))
+    with torch.random.fork_rng():
+        torch.manual_seed(stable_seed('projector', settings.seed) % 2**63)
+        projector = new_projector(width, lm)
+    return Llava(lm.eval(), chat, projector), None
+
+def put_adapter(model:Llava, folder:Path) -> None:
+    "LoRA of a folder of peft into the language model. `ValueError` for one that does not fit."
+    config, part = LoraConfig.from_pretrained(str(folder)), language_part(model)
+    names = config.target_modules
+    if isinstance(names, str): names = re.search(r'\(([^()]*)\)$', names)[1].split('|')
+    config.target_modules, config.inference_mode = names, False
+    inject_adapter_in_model(config, part)
+    place, state = f'base_model.model.{adapter_place(model)}', load_file(folder/'adapter_model.safetensors')
+    there = {place + n.replace('.default.', '.'): p for n, p in part.named_parameters() if '.lora_' in n}
+    wrong = [n for n in {*state, *there} if n not in state or n not in there or state[n].shape != there[n].shape]
+    if wrong: raise ValueError(f'{folder.name} does not fit the language model: {name_some(wrong)}')
+    for n, p in there.items(): p.data = state[n].float().to(p.device)
+
+# %% ../nbs/40_llava_training.ipynb #986ba76b
+def load_trained(
+    folder:str|Path,          # from `save_trained`
+    base:tuple|None=None      # as `new_llava` gives it, where it is at hand
+) -> tuple[Llava, Encoder|None, dict]: # the model, its own tower if it has one, and the card
+    "A trained LLaVA, ready to answer. `FileNotFoundError` and `ValueError` as `trained_card`."
+    folder, (card, settings) = Path(folder), trained_card(folder)
+    weights = load_file(folder/'projector.safetensors')
+    model, tower = base or new_llava(settings, weights['linear_1.weight'].shape[1])
+    model.projector.float().load_state_dict(weights)
+    if card['lora']: put_adapter(model, folder/'adapter')
+    return model.eval(), tower, card
