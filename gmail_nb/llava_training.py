@@ -495,7 +495,8 @@ def trained_card(folder:str|Path) -> tuple[dict, LlavaSettings]:
                                 'writing was cut short; `gmail_tune llava` makes one')
     card = json.loads(file.read_text(encoding='utf-8'))
     if card.get('kind') != 'llava':
-        raise ValueError(f'{Path(folder).name} holds {card.get("kind", "something else")!r} and no LLaVA')
+        found = card.get('kind', 'something else')
+        raise ValueError(f'{Path(folder).name} holds {found!r} and no LLaVA')
     named = {f.name for f in fields(LlavaSettings)}
     said = {k: v for k, v in card['settings'].items() if k in named}
     stages = {k: StageSettings(**said[k]) for k in STAGES if k in said}
@@ -528,9 +529,11 @@ def put_adapter(model:Llava, folder:Path) -> None:
     if isinstance(names, str): names = re.search(r'\(([^()]*)\)$', names)[1].split('|')
     config.target_modules, config.inference_mode = names, False
     inject_adapter_in_model(config, part)
-    place, state = f'base_model.model.{adapter_place(model)}', load_file(folder/'adapter_model.safetensors')
-    there = {place + n.replace('.default.', '.'): p for n, p in part.named_parameters() if '.lora_' in n}
-    wrong = [n for n in {*state, *there} if n not in state or n not in there or state[n].shape != there[n].shape]
+    place, state = adapter_place(model), load_file(folder/'adapter_model.safetensors')
+    there = {f'base_model.model.{place}{n.replace(".default.", ".")}': p
+             for n, p in part.named_parameters() if '.lora_' in n}
+    shapes = [{n: tuple(t.shape) for n, t in some.items()} for some in (state, there)]
+    wrong = sorted({n for n, _ in shapes[0].items() ^ shapes[1].items()})
     if wrong: raise ValueError(f'{folder.name} does not fit the language model: {name_some(wrong)}')
     for n, p in there.items(): p.data = state[n].float().to(p.device)
 

@@ -8,7 +8,7 @@ __all__ = ['GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'PAPER
            'SourceSettings', 'WorkSettings', 'Generator', 'is_commit', 'AdapterSettings', 'check_align', 'check_parts',
            'AlignSettings', 'RunSettings', 'AlignRunSettings', 'part_of', 'EmbedSettings', 'TuneSettings',
            'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
-           'CaptionRunSettings', 'StageSettings', 'LlavaSettings', 'DemoSettings', 'demo_settings',
+           'CaptionRunSettings', 'StageSettings', 'LlavaSettings', 'VQASettings', 'DemoSettings', 'demo_settings',
            'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
@@ -508,6 +508,21 @@ class LlavaSettings:
         check_known(self, 'precision', PRECISIONS)
         check_above(self, 'rank', 'alpha', 'max_length')
         check_share(self, 'warmup')
+
+# %% ../nbs/01_settings.ipynb #f09ea1df
+@dataclass(frozen=True)
+class VQASettings:
+    "How questions about pictures are asked."
+    split:str='test'            # split of a set on the Hub
+    subject:str|None=None       # configuration of a set on the Hub, such as a subject of MMMU
+    kind:str|None=None          # prompts and scoring: scienceqa or mmmu; that of the set if absent
+    images_only:bool=False      # only questions with an image, as ScienceQA-IMG
+    limit:int|None=None         # at most so many questions
+    blind:bool=False            # ask again without the images, to see what can be guessed
+    batch_size:int=16           # questions at a time
+    max_new_tokens:int=16       # longest answer, in tokens
+
+    def __post_init__(self): check_above(self, 'limit', 'batch_size', 'max_new_tokens')
 
 # %% ../nbs/01_settings.ipynb #74b19694
 _demo_draw = DrawSettings(samples=3, steps=3, guidance=8., options=dict(style='noto'))
