@@ -140,9 +140,11 @@ def flag_names(
         same = [p for p in options if p.path[-1] == o.path[-1] and p is not o]
         return all(len(p.path) > len(o.path) for p in same)
     parts = {o.dest: o.path[-1:] if short(o) else o.path[-2:] for o in options}
-    own = {o.dest for o in options if list in (o.annotation, *get_args(o.annotation))} # files, not columns
-    def spelled(dest, part): return SPELLED.get(part[0]) if len(part) == 1 and dest not in own else None
-    return {dest: spelled(dest, part) or '-'.join(part).replace('_', '-') for dest, part in parts.items()}
+    files = {o.dest for o in options if o.annotation is list} # not the name of a column
+    def spelled(dest, part):
+        found = SPELLED.get(part[0]) if len(part) == 1 and dest not in files else None
+        return found or '-'.join(part).replace('_', '-')
+    return {dest: spelled(dest, part) for dest, part in parts.items()}
 
 # %% ../../nbs/cli/00_flags.ipynb #4dcb3beb
 class Help(argparse.HelpFormatter):
@@ -374,7 +376,7 @@ def command(
 def parser(self:Command) -> Parser:
     "Its arguments and flags."
     more = ''.join(f' `{self.name} {w}`: {c.__doc__}' for w, c in self.words.items())
-    parser = Parser(self.name, self.__doc__ + more, self.example)
+    parser = Parser(self.name, (self.__doc__ or '') + more, self.example)
     if self.dry:
         parser.add_argument('--dry-run', action='store_true', default=argparse.SUPPRESS,
                             help='say what would be read and written, and whether it is there; do nothing')

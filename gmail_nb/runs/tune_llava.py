@@ -292,6 +292,7 @@ def dry_llava(
     return [look_device(), *eyes, look_lm(settings.language_model), *rows, *steps,
             look_out(out, note='tokens of the images, projector and adapter')]
 
+# %% ../../nbs/runs/60_tune_llava.ipynb #621a20eb
 def look_llava(model:str) -> Look:
     "A trained folder, or a published LLaVA."
     published = not (Path(model)/'card.json').exists() and _has_config(model)

@@ -107,9 +107,10 @@ def evaluate_vqa(
     s, questions = settings, asked_set(data, settings)
     talker = model if isinstance(model, Talker) else load_talker(model)
     check_unseen(questions, talker.keys)
-    how = dict(kind=s.kind, batch_size=s.batch_size, max_new_tokens=s.max_new_tokens, desc='answering')
-    answers = ask_questions(talker.model, talker.see, questions, **how)
-    blind = ask_questions(talker.model, talker.see, questions, blind=True, **how) if s.blind else None
+    how = dict(kind=s.kind, batch_size=s.batch_size, max_new_tokens=s.max_new_tokens)
+    def ask(blind):
+        return ask_questions(talker.model, talker.see, questions, blind=blind, desc='answering', **how)
+    answers, blind = ask(False), ask(True) if s.blind else None
     runs = dict(model=answers) | ({'without images': blind} if blind else {})
     name, arm = set_name(data), 'llava' if isinstance(model, Talker) else Path(model).name
     records = [r for n, said in runs.items()
