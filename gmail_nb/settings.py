@@ -8,8 +8,8 @@ __all__ = ['GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN
            'check_known', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'Generator', 'is_commit', 'AdapterSettings',
            'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings', 'part_of', 'EmbedSettings',
            'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings',
-           'CaptionSettings', 'CaptionRunSettings', 'DemoSettings', 'demo_settings', 'check_small_captioner',
-           'CaptionExperimentSettings', 'IFCapSettings']
+           'CaptionSettings', 'CaptionRunSettings', 'StageSettings', 'LlavaSettings', 'DemoSettings', 'demo_settings',
+           'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -461,6 +461,57 @@ class CaptionRunSettings:
         check_above(self, 'workers', 'save_every')
         if len(self.splits) != 2:
             raise ValueError(f'splits are {self.splits}: name one to train on and one to test on')
+
+# %% ../nbs/01_settings.ipynb #2eddea7b
+@dataclass(frozen=True)
+class StageSettings:
+    "A stage of the training of a LLaVA."
+    epochs:int=1                # passes over the examples; 0 leaves the stage out
+    steps:int|None=None         # training steps, in place of epochs; 0 leaves the stage out
+    batch_size:int=32           # examples a step, over all processes together
+    lr:float=1e-3               # peak learning rate
+
+    def __post_init__(self):
+        check_above(self, 'batch_size', 'lr')
+        check_above(self, 'epochs', 'steps', least=-1)
+
+    def steps_of(self, examples:int) -> int:
+        "Steps over so many examples."
+        if self.steps is not None: return self.steps
+        return self.epochs * -(-examples // self.batch_size)
+
+_instruct = StageSettings(lr=2e-4, batch_size=16)
+
+# %% ../nbs/01_settings.ipynb #90ab1d5b
+@dataclass(frozen=True)
+class LlavaSettings:
+    "What training a LLaVA depends on, besides the data."
+    language_model:str='smollm2' # smollm2, or a Hub id or folder of a language model or of a LLaVA
+    revision:str|None=None      # revision of the language model on the Hub
+    encoder:str='embedded'      # image tower by name; a LLaVA and an aligned model bring their own
+    project:StageSettings=StageSettings() # one: the projector alone, on captions
+    instruct:StageSettings=_instruct # two: the projector and LoRA in the language model
+    rank:int=16                 # rank of LoRA's matrices in the language model
+    alpha:float|None=None       # LoRA's scale is alpha / rank; 2 * rank if absent
+    layers:str='all'            # linear layers of a block that get LoRA: all, or attention alone
+    warmup:float=.03            # share of the steps over which the rate rises
+    weight_decay:float=0.       # weight decay of AdamW
+    dtype:str='float32'         # number format of the frozen weights of the language model
+    precision:str='auto'        # bf16 for autocast, or no; auto: bf16 where the device has it
+    max_length:int=2048         # most tokens of an example, those of its images included
+    checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
+    seed:int=0                  # seed of the projector, LoRA, and the order of the examples
+
+    @property
+    def scale(self) -> float: # alpha, or what it is where none was given
+        return 2 * self.rank if self.alpha is None else self.alpha
+
+    def __post_init__(self):
+        check_known(self, 'layers', LAYERS)
+        check_known(self, 'dtype', ('float32', 'bfloat16', 'float16'))
+        check_known(self, 'precision', PRECISIONS)
+        check_above(self, 'rank', 'alpha', 'max_length')
+        check_share(self, 'warmup')
 
 # %% ../nbs/01_settings.ipynb #74b19694
 _demo_draw = DrawSettings(samples=3, steps=3, guidance=8., options=dict(style='noto'))
