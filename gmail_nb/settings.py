@@ -595,22 +595,23 @@ class IFCapSettings:
 class LlavaExperimentSettings:
     "What the comparison of what a LLaVA learns from depends on."
     language_model:str='smollm2' # smollm2, a Hub id or a folder
-    base_steps:int=80           # of stage one, on real images of A
-    steps:int=45                # of stage two, for every arm
+    base_steps:int=60           # of stage one, on real images of A
+    steps:int=40                # of stage two, for every arm
     batch_size:int=16           # examples a step
     base_lr:float=2e-3          # peak learning rate of stage one
     lr:float=1e-3               # peak learning rate of stage two
     rank:int=8                  # rank of LoRA's matrices in the language model
     dtype:str='bfloat16'        # number format of the frozen weights of the language model
     grid:int=2                  # the grid of tokens is pooled to so many places a side
-    concepts:int=320            # concepts of B that are learned
-    tested:int=100              # of them, drawn in the unseen style, that get a caption
+    concepts:int=200            # concepts of B that are learned
+    tested:int=80               # of them, drawn in the unseen style, that get a caption
+    asked:int=60                # unseen concepts that questions are asked about
     max_new_tokens:int=12       # longest caption that is written, in tokens
     seeds:int=3                 # of projector, LoRA and order
     seed:int=0
 
     def __post_init__(self):
-        check_above(self, 'base_steps', 'steps', 'batch_size', 'rank', 'grid', 'tested', 'seeds')
+        check_above(self, 'base_steps', 'steps', 'batch_size', 'rank', 'grid', 'tested', 'asked', 'seeds')
         if not self.tested <= self.concepts:
             raise ValueError(f'{self.tested} concepts are tested of {self.concepts} that are learned: '
                              'tested is at most concepts')
@@ -625,4 +626,5 @@ class LlavaExperimentSettings:
 # %% ../nbs/01_settings.ipynb #37786c5f
 QUICK_CAPTIONS = CaptionExperimentSettings(base_steps=300, tune_steps=400, seeds=2, extra_seeds=2)
 QUICK_IFCAP = IFCapSettings(base_steps=200, tune_steps=200, seeds=1)
-QUICK_LLAVA = LlavaExperimentSettings(base_steps=30, steps=20, concepts=120, tested=40, seeds=1)
+QUICK_LLAVA = LlavaExperimentSettings(base_steps=30, steps=20, concepts=100, tested=40,
+                                      asked=30, seeds=1)

@@ -491,14 +491,17 @@ class Pictures:
 def all_pictures(out:Path, demo:DemoSettings, settings:LlavaExperimentSettings) -> Pictures:
     "Drawings, generated images and questions. `ValueError` when a tested concept is trained on."
     a, unseen = emoji('A', source='noto'), emoji('unseen', source='twemoji')
+    def chosen(keys): # their numbers, in the order of a hash
+        return sorted(range(len(keys)), key=lambda i: stable_seed('llava', settings.seed, keys[i]))
     pairs = draw_side('B', demo.tune_captions, 1, demo, out)
-    order = sorted(range(len(pairs)), key=lambda i: stable_seed('llava', settings.seed, pairs.keys[i]))
-    items = [pairs[i] for i in order[:settings.concepts]]
+    order = chosen(pairs.keys)[:settings.concepts]
+    items = [pairs[i] for i in order]
     rows = emoji('B', source='noto')
     at = {k: i for i, k in enumerate(rows['key'])}
-    b = rows.select([at[pairs.keys[i]] for i in order[:settings.concepts]])
+    b = rows.select([at[pairs.keys[i]] for i in order])
     told, real, generated = lessons(b, labelled([p['generated'] for p in items], b), settings.seed)
-    questions = drawing_questions(unseen, seed=settings.seed)
+    asked = unseen.select(sorted(chosen(list(unseen['key']))[:settings.asked]))
+    questions = drawing_questions(asked, pool=unseen, seed=settings.seed)
     check_apart([*a['key'], *b['key']], list(unseen['key']), 'the drawings learned from', 'the questions')
     style = {k: i for i, k in enumerate(emoji('B', source='twemoji')['key'])}
     shown = emoji('B', source='twemoji').select([style[k] for k in b['key'][:settings.tested]])
