@@ -167,8 +167,7 @@ def check_align(s) -> None: # s: an `AlignSettings`
 
 # %% ../nbs/01_settings.ipynb #f51b2c39
 LOSS_NAMES = ('info_nce', 'symmetric', 'sigmoid', 'cosine')
-PRECISIONS = ('auto', 'no', 'bf16')
-TOKEN_WAYS = ('none', 'position', 'best')
+PRECISIONS, TOKEN_WAYS = ('auto', 'no', 'bf16'), ('none', 'position', 'best')
 
 def check_parts(
     s,              # an `AlignSettings`
@@ -215,9 +214,8 @@ class AlignSettings:
         return self.tau or (.1 if self.loss == 'sigmoid' else .07)
 
     def __post_init__(self):
-        check_known(self, 'loss', LOSS_NAMES)
-        check_known(self, 'precision', PRECISIONS)
-        check_known(self, 'tokens', TOKEN_WAYS)
+        known = dict(loss=LOSS_NAMES, precision=PRECISIONS, tokens=TOKEN_WAYS)
+        for name, words in known.items(): check_known(self, name, words)
         check_above(self, 'tau', 'clip', 'accumulation', 'patience', 'token_weight')
         check_align(self)
         self.check_loss()

@@ -7,10 +7,10 @@ __all__ = ['LLAVA_ARMS', 'SUBJECTS', 'PAIRS', 'CLAIMS', 'GAPS', 'Lesson', 'plain
            'pooled', 'LlavaWorld', 'picture_question', 'base_examples', 'arm_examples', 'system', 'briefly',
            'new_llava', 'LlavaArms', 'continued', 'choice_scores', 'open_prompts', 'written_names', 'preferred',
            'answered', 'arm_file', 'LlavaRun', 'llava_runs', 'said_answers', 'right_choices', 'caption_scores',
-           'LlavaResults', 'scored', 'llava_records', 'llava_table', 'llava_sentences', 'show_llava', 'token_settings',
-           'align_tokens', 'token_model', 'Pictures', 'all_pictures', 'kept_tokens', 'all_tokens', 'token_gaps',
-           'gap_rows', 'llava_world', 'drawn_once', 'answers_of', 'some_questions', 'show_some_answers',
-           'llava_experiment']
+           'LlavaResults', 'scored', 'with_interval', 'llava_records', 'by_arm', 'llava_table', 'llava_sentences',
+           'show_llava', 'token_settings', 'align_tokens', 'token_model', 'Pictures', 'all_pictures', 'kept_tokens',
+           'all_tokens', 'drawn_once', 'token_gaps', 'gap_rows', 'llava_world', 'answers_of', 'some_questions',
+           'show_some_answers', 'write_llava', 'show_gap_maps', 'llava_experiment']
 
 # %% ../../nbs/experiments/55_llava.ipynb #45acbf88
 import json
@@ -36,11 +36,12 @@ from ..caption_metrics import score_difference, score_interval
 from ..captioning import load_lm
 from ..data import decode_image, emoji
 from ..encoders import Encoder, encode_images, load_encoder, preprocess_images
-from .demo import draw_side, make_side
+from .demo import draw_side, make_side, some_concepts
 from .retrieval import aligned_model
 from ..files import atomic_write, check_writable, progress, record, write_results
 from ..gap import show_token_gap, token_cosines, token_gap_report
-from ..llava import Llava, encode_prompt, generate_answers, new_projector, padded, read_prefix, turns_of
+from ..llava import Llava, encode_prompt, generate_answers, new_projector, padded
+from ..llava import read_prefix, turns_of
 from ..llava_training import Example, adapt_language, example, train_stage
 from ..pages import save_figure, table_text
 from ..runtime import default_device, fingerprint, noise_generator, set_seed, stable_seed
@@ -89,8 +90,8 @@ def lessons(
     seed:int=0
 ) -> tuple[list[Lesson], list, list]: # and the pictures: real and generated, row by row
     "What is asked about a set of concepts, and the pictures that it is asked about."
-    asked, found, pictures = [drawing_questions(ds, seed=seed) for ds in (real, generated)], [], ([], [])
-    row_of = {} # the count is asked about a picture of its own
+    asked = [drawing_questions(ds, seed=seed) for ds in (real, generated)]
+    found, pictures, row_of = [], ([], []), {} # the count is asked about a picture of its own
     for r, g in agreed(*asked):
         name = r.key.rpartition(':')[0], r.subject == 'count'
         if name not in row_of:
@@ -192,8 +193,9 @@ class LlavaArms:
             self.model = new_llava(self.world, self.settings, self.seed)
             self.learn('project', base_examples(self.world), dict(A=self.world.tokens['A']))
             adapt_language(self.model, self.how)
-            own = {n: p for n, p in self.model.named_parameters() if 'lora_' in n or n.startswith('projector')}
-            self.own, self.weights = own, {n: p.detach().clone() for n, p in own.items()}
+            named = self.model.named_parameters()
+            self.own = {n: p for n, p in named if 'lora_' in n or n.startswith('projector')}
+            self.weights = {n: p.detach().clone() for n, p in self.own.items()}
         with torch.no_grad():
             for n, p in self.own.items(): p.copy_(self.weights[n])
 
@@ -212,10 +214,11 @@ def continued(
 ): # log probabilities of the next token (B * times, 1, V), mask and cache, each row repeated
     "Prompts that were read, ready for several continuations of each."
     ids, real = (t.to(model.device) for t in padded(prompts, model.end, left=True))
-    out = model.lm(inputs_embeds=model.embed(ids, tokens), attention_mask=real.long(), use_cache=True,
-                   logits_to_keep=1)
+    out = model.lm(inputs_embeds=model.embed(ids, tokens), attention_mask=real.long(),
+                   use_cache=True, logits_to_keep=1)
     out.past_key_values.batch_repeat_interleave(times)
-    return out.logits.repeat_interleave(times, 0), real.repeat_interleave(times, 0), out.past_key_values
+    first, real = (t.repeat_interleave(times, 0) for t in (out.logits, real))
+    return first, real, out.past_key_values
 
 @torch.inference_mode()
 def choice_scores(
@@ -227,9 +230,9 @@ def choice_scores(
     "The mean log probability of the tokens of each choice, its end included."
     texts = [c for some in choices for c in some]
     tails = [model.tokenizer(c, add_special_tokens=False)['input_ids'] + [model.end] for c in texts]
-    longest = max(map(len, tails))
-    ids = torch.tensor([t + [model.end] * (longest - len(t)) for t in tails], device=model.device)
-    counts = torch.tensor([[i < len(t) for i in range(longest)] for t in tails], device=model.device)
+    longest, place = max(map(len, tails)), model.device
+    ids = torch.tensor([t + [model.end] * (longest - len(t)) for t in tails], device=place)
+    counts = torch.tensor([[i < len(t) for i in range(longest)] for t in tails], device=place)
     first, real, cache = continued(model, prompts, tokens, len(choices[0]))
     mask = torch.cat([real, counts[:, :-1]], 1).long()
     rest = model.lm(input_ids=ids[:, :-1], attention_mask=mask, past_key_values=cache).logits
@@ -298,11 +301,13 @@ def arm_file(
     settings:LlavaExperimentSettings
 ) -> Path:
     "Where the answers of an arm are kept."
-    learned = [] if arm == 'base' else [[asdict(e) for e in arm_examples(world, arm)], *world.files(arm).values()]
+    learned, tokens = [], world.tokens
+    if arm != 'base':
+        learned = [[asdict(e) for e in arm_examples(world, arm)], *world.files(arm).values()]
     facts = asdict(replace(settings, seeds=1)) # how many other seeds there are changes nothing
-    tested = [world.tokens['captions'], world.tokens['questions'], [q.choices for q in world.questions]]
-    made_from = fingerprint(world.tokens['A'], world.names, json.dumps(learned[:1]), *learned[1:], *tested,
-                            json.dumps(facts, sort_keys=True), arm, seed)
+    tested = [tokens['captions'], tokens['questions'], [q.choices for q in world.questions]]
+    made_from = fingerprint(tokens['A'], world.names, json.dumps(learned[:1]), *learned[1:],
+                            *tested, json.dumps(facts, sort_keys=True), arm, seed)
     return folder/'runs'/f'llava_{made_from}.json'
 
 # %% ../../nbs/experiments/55_llava.ipynb #9b34f815
@@ -314,7 +319,7 @@ class LlavaRun:
     captions:list[str]
     choices:list[int]
     losses:list[float]
-    training:float   # seconds of one core; of the base, and of the arm behind it, with the first stage
+    training:float   # seconds of one core; those of the base are the first stage
     testing:float
 
 def llava_runs(
@@ -342,10 +347,15 @@ def said_answers(run:LlavaRun, questions:list[Question]) -> list[Answered]:
     return [Answered(q.key, q.subject, q.choices[c], q.letters[c], c == q.answer)
             for q, c in zip(questions, run.choices)]
 
-def right_choices(runs:list[LlavaRun], questions:list[Question], subject:str='') -> np.ndarray: # (S, N)
-    "Whether each question was answered right, seed by seed; of one subject if it is named."
+def right_choices(
+    runs:list[LlavaRun], # one a seed
+    questions:list[Question],
+    subject:str=''       # all if absent
+) -> np.ndarray: # (S, N)
+    "Whether each question was answered right."
     kept = [i for i, q in enumerate(questions) if subject in ('', q.subject)]
-    return np.array([[r.choices[i] == questions[i].answer for i in kept] for r in runs], dtype=float)
+    right = [[r.choices[i] == questions[i].answer for i in kept] for r in runs]
+    return np.array(right, dtype=float)
 
 def caption_scores(run:LlavaRun, references:dict, vectors:Callable|None=None) -> dict[str, Score]:
     "Scores of the captions; an empty one is scored as a lone period."
@@ -366,7 +376,8 @@ class LlavaResults:
         return bootstrap(right_choices(self.of(arm), self.questions, subject))
 
     def accuracy_difference(self, ours:str, theirs:str, subject:str='') -> Interval:
-        return paired_difference(*(right_choices(self.of(a), self.questions, subject) for a in (ours, theirs)))
+        a, b = (right_choices(self.of(arm), self.questions, subject) for arm in (ours, theirs))
+        return paired_difference(a, b)
 
 def scored(runs:list[LlavaRun], world:LlavaWorld) -> LlavaResults:
     "Runs with the CIDEr of their captions."
@@ -379,37 +390,48 @@ SUBJECTS = ('name', 'group', 'count', 'colour')
 PAIRS = (('gmail', 'indiscriminate'), ('gmail tokens', 'indiscriminate'), ('gmail tokens', 'gmail'),
          ('both', 'real'), ('real', 'indiscriminate'), ('indiscriminate', 'words'))
 
+def with_interval(
+    arm:str, split:str, metric:str,
+    found:Interval,
+    seeds:int
+) -> dict:
+    "A record with its interval."
+    return record('llava', arm, 'emoji', split, metric, found.value, 0, found.n, low=found.low,
+                  high=found.high, seeds=seeds)
+
 def llava_records(results:LlavaResults) -> list[dict]:
-    "Accuracy, by subject too, CIDEr and seconds of every arm; paired differences with their intervals."
-    def one(arm, split, metric, found, **more):
-        return record('llava', arm, 'emoji', split, metric, found.value, 0, found.n, low=found.low,
-                      high=found.high, seeds=len(results.of(arm) or results.of(arm.split(' - ')[0])), **more)
-    out = []
-    for arm in dict.fromkeys(r.arm for r in results.runs):
-        out.append(one(arm, 'B-twemoji', 'CIDEr', score_interval(results.cider[arm], DRAWS)))
-        out.append(one(arm, 'unseen-twemoji', 'accuracy', results.accuracy(arm)))
-        out += [one(arm, 'unseen-twemoji', f'accuracy:{s}', results.accuracy(arm, s)) for s in SUBJECTS]
-        seconds = np.array([r.training for r in results.of(arm)])
-        out.append(one(arm, 'B', 'seconds', bootstrap(seconds)))
+    "CIDEr, accuracy (by subject too) and seconds of every arm, and paired differences."
+    arms = list(dict.fromkeys(r.arm for r in results.runs))
+    cider, unseen, seeds, out = results.cider, 'unseen-twemoji', len(results.of(arms[0])), []
+    def note(arm, split, metric, found): out.append(with_interval(arm, split, metric, found, seeds))
+    for arm in arms:
+        note(arm, 'B-twemoji', 'CIDEr', score_interval(cider[arm], DRAWS))
+        note(arm, unseen, 'accuracy', results.accuracy(arm))
+        for s in SUBJECTS: note(arm, unseen, f'accuracy:{s}', results.accuracy(arm, s))
+        note(arm, 'B', 'seconds', bootstrap(np.array([r.training for r in results.of(arm)])))
     for a, b in PAIRS:
-        name = f'{a} - {b}'
-        out.append(one(name, 'B-twemoji', 'CIDEr', score_difference(results.cider[a], results.cider[b], DRAWS)))
-        out.append(one(name, 'unseen-twemoji', 'accuracy', results.accuracy_difference(a, b)))
+        note(f'{a} - {b}', 'B-twemoji', 'CIDEr', score_difference(cider[a], cider[b], DRAWS))
+        note(f'{a} - {b}', unseen, 'accuracy', results.accuracy_difference(a, b))
     return out
 
-# %% ../../nbs/experiments/55_llava.ipynb #2b9a9be6
+# %% ../../nbs/experiments/55_llava.ipynb #4b356e16
+def by_arm(records:list[dict]) -> dict[tuple, Interval]: # (arm, metric) -> what was found
+    "Intervals of records."
+    return {(r['arm'], r['metric']): Interval(r['value'], r['low'], r['high'], r['n'])
+            for r in records}
+
 def llava_table(records:list[dict]) -> list[list[str]]:
-    "A row an arm: both primary metrics with their intervals, accuracy by subject, seconds of training."
-    by = {(r['arm'], r['metric']): Interval(r['value'], r['low'], r['high'], r['n']) for r in records}
-    arms = [a for a in dict.fromkeys(r['arm'] for r in records)]
+    "A row an arm: both primary metrics with their intervals, accuracy by subject, seconds."
+    by = by_arm(records)
     def cell(arm, metric):
         found, sign = by.get((arm, metric)), '+' if ' - ' in arm else ''
         return found.text(sign=sign) if found else ''
     def short(arm, metric):
-        found = by.get((arm, metric))
-        return f'{found.value:.0f}' if found and metric == 'seconds' else f'{100 * found.value:.0f}' if found else ''
-    metrics = [*(f'accuracy:{s}' for s in SUBJECTS), 'seconds']
-    rows = [[a, cell(a, 'CIDEr'), cell(a, 'accuracy'), *(short(a, m) for m in metrics)] for a in arms]
+        found, scale = by.get((arm, metric)), 1 if metric == 'seconds' else 100
+        return f'{scale * found.value:.0f}' if found else ''
+    more = [*(f'accuracy:{s}' for s in SUBJECTS), 'seconds']
+    rows = [[a, cell(a, 'CIDEr'), cell(a, 'accuracy'), *(short(a, m) for m in more)]
+            for a in dict.fromkeys(r['arm'] for r in records)]
     return [['B learned from', 'CIDEr x 100', 'accuracy in %', *SUBJECTS, 'seconds'], *rows]
 
 # %% ../../nbs/experiments/55_llava.ipynb #3dc0be50
@@ -421,8 +443,7 @@ CLAIMS = (('gmail', 'indiscriminate', 'Aligning the generated images by Eq. 1'),
 
 def llava_sentences(records:list[dict]) -> list[str]:
     "What the paired intervals allow one to say: accuracy and CIDEr of every claim."
-    by = {(r['arm'], r['metric']): Interval(r['value'], r['low'], r['high'], r['n']) for r in records}
-    seeds, out = max(r['seeds'] for r in records), []
+    by, seeds, out = by_arm(records), max(r['seeds'] for r in records), []
     for ours, theirs, what in CLAIMS:
         name = f'{ours} - {theirs}'
         out.append(sentence(what, 'accuracy on unseen concepts', by[name, 'accuracy'],
@@ -466,8 +487,8 @@ def align_tokens(encoder:Encoder, out:Path, demo:DemoSettings) -> GenReal:
     first = [side.pairs[i * s.draw.samples]['real'] for i in kept.tolist()]
     model = GenReal(encoder, s.adapters).to(encoder.device)
     real_tokens = grid_tokens(model.encoder.image_tokens, encoder, first)
-    align(model, side.generated_pixels[:, kept], side.real_features[kept], s.align, real_tokens=real_tokens,
-          prefix=True)
+    align(model, side.generated_pixels[:, kept], side.real_features[kept], s.align,
+          real_tokens=real_tokens, prefix=True)
     return model
 
 def token_model(encoder:Encoder, out:Path, demo:DemoSettings) -> GenReal:
@@ -475,13 +496,15 @@ def token_model(encoder:Encoder, out:Path, demo:DemoSettings) -> GenReal:
     folder = out/'model_tokens'
     if (folder/'card.json').exists():
         there = json.loads((folder/'card.json').read_text())['settings']
-        if same_settings(there, token_settings(demo)): return GenReal.from_pretrained(folder, encoder)
-        raise ValueError(f'{folder.name} was aligned with other settings: choose another folder')
+        if not same_settings(there, token_settings(demo)):
+            raise ValueError(f'{folder.name} was aligned with other settings: choose another '
+                             'folder')
+        return GenReal.from_pretrained(folder, encoder)
     model = align_tokens(encoder, out, demo)
     model.save_pretrained(folder, settings=asdict(token_settings(demo)))
     return model
 
-# %% ../../nbs/experiments/55_llava.ipynb #5572566f
+# %% ../../nbs/experiments/55_llava.ipynb #077493da
 @dataclass
 class Pictures:
     "All pictures of the experiment, and what is asked about them."
@@ -490,7 +513,8 @@ class Pictures:
 
 def all_pictures(out:Path, demo:DemoSettings, settings:LlavaExperimentSettings) -> Pictures:
     "Drawings, generated images and questions. `ValueError` when a tested concept is trained on."
-    a, unseen = emoji('A', source='noto'), emoji('unseen', source='twemoji')
+    a = some_concepts('A', demo.align_captions, demo.seed)
+    unseen = emoji('unseen', source='twemoji')
     def chosen(keys): # their numbers, in the order of a hash
         return sorted(range(len(keys)), key=lambda i: stable_seed('llava', settings.seed, keys[i]))
     pairs = draw_side('B', demo.tune_captions, 1, demo, out)
@@ -502,7 +526,8 @@ def all_pictures(out:Path, demo:DemoSettings, settings:LlavaExperimentSettings) 
     told, real, generated = lessons(b, labelled([p['generated'] for p in items], b), settings.seed)
     asked = unseen.select(sorted(chosen(list(unseen['key']))[:settings.asked]))
     questions = drawing_questions(asked, pool=unseen, seed=settings.seed)
-    check_apart([*a['key'], *b['key']], list(unseen['key']), 'the drawings learned from', 'the questions')
+    learned = [*a['key'], *b['key']]
+    check_apart(learned, list(unseen['key']), 'the drawings learned from', 'the questions')
     style = {k: i for i, k in enumerate(emoji('B', source='twemoji')['key'])}
     shown = emoji('B', source='twemoji').select([style[k] for k in b['key'][:settings.tested]])
     images = dict(A=list(a['image']), real=real, generated=generated, captions=list(shown['image']),
@@ -511,7 +536,7 @@ def all_pictures(out:Path, demo:DemoSettings, settings:LlavaExperimentSettings) 
     return Pictures(images, dict(names=list(a['label']), told=told, references=references,
                                  questions=questions))
 
-# %% ../../nbs/experiments/55_llava.ipynb #46a9cfe6
+# %% ../../nbs/experiments/55_llava.ipynb #8627d1bf
 def kept_tokens(
     file:Path,
     made_from:str,      # a fingerprint
@@ -526,6 +551,7 @@ def kept_tokens(
     atomic_write(file, save(dict(tokens=tokens), metadata=dict(made_from=made_from)))
     return tokens
 
+# %% ../../nbs/experiments/55_llava.ipynb #9c4b0712
 def all_tokens(
     found:Pictures,
     out:Path,
@@ -536,38 +562,45 @@ def all_tokens(
     check_writable(out/'llava')
     models = dict(indiscriminate=None, gmail=aligned_model(load(), out, demo))
     models['gmail tokens'] = token_model(load(), out, demo)
-    encoder, kinds = load(), {}
+    encoder = load()
     def kept(kind, images, model=None):
         reads = encoder.image_tokens if model is None else model.generated_tokens
-        weights = fingerprint(encoder.fingerprint, {} if model is None else dict(model.f_g.state_dict()))
+        own = {} if model is None else dict(model.f_g.state_dict())
+        weights = fingerprint(encoder.fingerprint, own)
         made_from = fingerprint(weights, [im.tobytes() for im in images])
         file = out/'llava'/f'{kind.replace(" ", "_")}.safetensors'
         return kept_tokens(file, made_from, lambda: grid_tokens(reads, encoder, images))
-    for kind in ('A', 'real', 'captions', 'questions'): kinds[kind] = kept(kind, found.images[kind])
+    f_r = ('A', 'real', 'captions', 'questions')
+    kinds = {kind: kept(kind, found.images[kind]) for kind in f_r}
     return kinds | {arm: kept(arm, found.images['generated'], m) for arm, m in models.items()}
 
-# %% ../../nbs/experiments/55_llava.ipynb #b3dc02d7
+def drawn_once(told:list[Lesson]) -> list[int]:
+    "Rows of the pictures that show a drawing once: those whose name is asked."
+    return [one.row for one in told if one.key.endswith(':name')]
+
+# %% ../../nbs/experiments/55_llava.ipynb #401033e5
 GAPS = dict(before='indiscriminate', gmail='gmail', tokens='gmail tokens')
 
 def token_gaps(
     tokens:dict[str, torch.Tensor],  # whole grids
     rows:list[int]                   # pictures that are compared: each drawing once
 ) -> dict[str, dict[str, float]]: # arm -> the gap to the real partners
-    "The gap of the tokens of B, which no alignment has seen, before and after both ways of aligning."
+    "The gap of the tokens of B, which no alignment has seen, before and after."
     real = tokens['real'][rows].float()
     return {arm: token_gap_report(tokens[arm][rows].float(), real) for arm in GAPS.values()}
 
 def gap_rows(records:list[dict], gaps:dict) -> list[list[str]]:
     "Gap and benefit side by side: which one helps the language model."
-    by = {(r['arm'], r['metric']): Interval(r['value'], r['low'], r['high'], r['n']) for r in records}
+    by = by_arm(records)
     shown = dict(token_cosine='.3f', token_distance='.2f', token_centroid_distance='.3f',
                  token_gen_to_real_recall_at_1='.1%')
-    heading = ['generated images', 'token cosine', 'distance', 'of centroids', 'R@1', 'CIDEr x 100', 'accuracy in %']
+    heading = ['generated images', 'token cosine', 'distance', 'of centroids', 'R@1', 'CIDEr x 100',
+               'accuracy in %']
     rows = [[arm, *(format(found[k], form) for k, form in shown.items()), by[arm, 'CIDEr'].text(),
              by[arm, 'accuracy'].text()] for arm, found in gaps.items()]
     return [heading, *rows]
 
-# %% ../../nbs/experiments/55_llava.ipynb #902ff7ce
+# %% ../../nbs/experiments/55_llava.ipynb #0cff6954
 def llava_world(
     out:str|Path,                     # images, models and tokens go here
     settings:LlavaExperimentSettings=LlavaExperimentSettings(),
@@ -580,11 +613,7 @@ def llava_world(
     tokens = {kind: pooled(t, settings.grid) for kind, t in whole.items()}
     return LlavaWorld(tokens, **found.rest), whole, found
 
-def drawn_once(told:list[Lesson]) -> list[int]:
-    "Rows of the pictures that show a drawing once: those whose name is asked."
-    return [one.row for one in told if one.key.endswith(':name')]
-
-# %% ../../nbs/experiments/55_llava.ipynb #1d11ebcb
+# %% ../../nbs/experiments/55_llava.ipynb #5980f446
 def answers_of(results:LlavaResults, seed:int=0) -> dict[str, list[Answered]]:
     "What every arm of one seed answered."
     return {r.arm: said_answers(r, results.questions) for r in results.runs if r.seed == seed}
@@ -601,24 +630,41 @@ def show_some_answers(results:LlavaResults, picked:list[int], seed:int=0) -> Fig
     said = {arm: [a[i] for i in picked] for arm, a in answers_of(results, seed).items()}
     return show_answers([results.questions[i] for i in picked], said, ncols=4)
 
-# %% ../../nbs/experiments/55_llava.ipynb #6d428123
+# %% ../../nbs/experiments/55_llava.ipynb #d520d227
+def write_llava(
+    out:Path,
+    results:LlavaResults,
+    whole:dict[str, torch.Tensor], # grids of tokens
+    rows:list[int]                 # of them that are compared
+) -> tuple[list[dict], dict]: # records, and the gap of the tokens
+    "llava_results.jsonl, llava_table.txt and the figures."
+    records, gaps = llava_records(results), token_gaps(whole, rows)
+    extra = [record('llava', arm, 'emoji', 'B', m, v, 0, len(rows))
+             for arm, found in gaps.items() for m, v in found.items()]
+    write_results(out/'llava_results.jsonl', records + extra)
+    tables = [table_text(t, width=120) for t in (llava_table(records), gap_rows(records, gaps))]
+    atomic_write(out/'llava_table.txt', '\n\n'.join([*tables, *llava_sentences(records)]) + '\n')
+    save_figure(show_llava(records), out/'llava.png')
+    save_figure(show_gap_maps(whole, rows), out/'llava_gap.png')
+    return records, gaps
+
+def show_gap_maps(whole:dict[str, torch.Tensor], rows:list[int]) -> Figure:
+    "Where in the grid generated and real tokens agree, before and after."
+    real = whole['real'][rows].float()
+    return show_token_gap({when: token_cosines(whole[arm][rows].float(), real)
+                           for when, arm in GAPS.items()})
+
+# %% ../../nbs/experiments/55_llava.ipynb #22e224c9
 def llava_experiment(
     out:str|Path='llava',             # images, models and tokens are read here, results go here
     settings:LlavaExperimentSettings=LlavaExperimentSettings(),
     demo:DemoSettings=DemoSettings()  # of generation and alignment
 ) -> tuple[list[dict], LlavaResults, dict]: # records, all answers, and the gap of the tokens
-    "All arms and seeds. Writes llava_results.jsonl, llava_table.txt and figures."
+    "All arms and seeds; what an earlier call left is read. Writes as `write_llava`."
     world, whole, _ = llava_world(out, settings, demo)
-    out, runs = Path(out), []
-    for seed in progress(range(settings.seeds), 'seeds'): runs += llava_runs(world, seed, settings, out)
+    runs = []
+    for seed in progress(range(settings.seeds), 'seeds'):
+        runs += llava_runs(world, seed, settings, out)
     results = scored(runs, world)
-    records, rows = llava_records(results), drawn_once(world.told)
-    gaps = token_gaps(whole, rows)
-    extra = [record('llava', arm, 'emoji', 'B', m, v, 0, len(rows)) for arm, g in gaps.items() for m, v in g.items()]
-    write_results(out/'llava_results.jsonl', records + extra)
-    tables = table_text(llava_table(records), width=120), table_text(gap_rows(records, gaps), width=120)
-    atomic_write(out/'llava_table.txt', '\n\n'.join([*tables, *llava_sentences(records)]) + '\n')
-    save_figure(show_llava(records), out/'llava.png')
-    maps = {when: token_cosines(whole[arm][rows].float(), whole['real'][rows].float()) for when, arm in GAPS.items()}
-    save_figure(show_token_gap(maps), out/'llava_gap.png')
+    records, gaps = write_llava(Path(out), results, whole, drawn_once(world.told))
     return records, results, gaps
