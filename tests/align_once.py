@@ -39,7 +39,10 @@ def one(evaluate=None, run=RunSettings(), generated=None, **how):
     drawn, real = torch.randn(2, 64, 3, 32, 32), torch.randn(64, 3, 32, 32)
     generated = drawn if generated is None else generated
     settings = AlignSettings(**(dict(epochs=10, batch_size=16, negatives=16) | how))
-    history = align(model, generated, encode_images(model.real_features, real), settings, evaluate, run=run)
+    tokens = {}
+    if settings.tokens != 'none':
+        with torch.no_grad(): tokens['real_tokens'] = model.encoder.image_tokens(real).half()
+    history = align(model, generated, encode_images(model.real_features, real), settings, evaluate, run=run, **tokens)
     return history, {f'p{i}': p.detach().contiguous() for i, p in enumerate(alignment_parameters(model))}
 
 looks = []
@@ -56,6 +59,8 @@ ways = dict(
     symmetric=dict(loss='symmetric', negatives='batch', batch_size=15, epochs=2, learn_tau=True),
     symmetric_parts=dict(loss='symmetric', negatives='batch', batch_size=15, epochs=2, accumulation=2),
     symmetric_two=dict(loss='symmetric', negatives='batch', batch_size=2, epochs=1),
+    tokens=dict(tokens='position', batch_size=15, epochs=2, accumulation=2),
+    tokens_symmetric=dict(tokens='best', loss='symmetric', negatives='batch', batch_size=15, epochs=2, accumulation=2),
     stops=dict(evaluate=look, patience=2, epochs=9))
 
 class Failing:

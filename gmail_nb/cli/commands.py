@@ -6,8 +6,8 @@
 __all__ = ['ALIGN_RUNS', 'Arm', 'LlavaArm', 'gmail_tune', 'gmail_experiment', 'COMMANDS', 'dry', 'gmail_demo', 'listed',
            'gmail_generate', 'gmail_align', 'gmail_embed', 'gmail_tune_text', 'gmail_tune_caption', 'gmail_tune_llava',
            'gmail_caption', 'gmail_chat', 'gmail_eval_vqa', 'gmail_eval', 'gmail_bench', 'experiment_retrieval',
-           'show_file', 'experiment_alignment', 'experiment_captioning', 'experiment_ifcap', 'dry_table',
-           'experiment_table', 'table_command']
+           'show_file', 'experiment_alignment', 'experiment_captioning', 'experiment_ifcap', 'experiment_llava',
+           'dry_table', 'experiment_table', 'table_command']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -23,7 +23,8 @@ from ..runs.presets import TEXT_RECIPES, CaptionerPreset, TextRecipe
 from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, AlignRunSettings
 from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSettings, DemoSettings
 from ..settings import DrawSettings, EmbedSettings, EvalSettings, IFCapSettings, SourceSettings
-from ..settings import LlavaSettings, RunSettings, TuneSettings, VQASettings, WorkSettings
+from ..settings import QUICK_LLAVA, LlavaExperimentSettings, LlavaSettings, RunSettings
+from ..settings import TuneSettings, VQASettings, WorkSettings
 
 # %% ../../nbs/cli/10_commands.ipynb #db6e719d
 def dry(
@@ -381,6 +382,20 @@ def experiment_ifcap(
     ifcap_experiment(out, settings, demo_settings(quick, settings.seed))
     show_file(out, 'ifcap_table.txt')
 
+# %% ../../nbs/cli/10_commands.ipynb #1d9cb231
+@command(name='gmail_experiment llava', quick=QUICK_LLAVA, dry=dry('dry_demo'),
+         example='gmail_experiment llava --quick --out llava')
+def experiment_llava(
+    out:str='llava',    # results, figures, both aligned models and tokens
+    quick:bool=False,   # fewer concepts, steps and seeds
+    settings:LlavaExperimentSettings=LlavaExperimentSettings()
+):
+    "A language model that sees, taught by words, by generated images aligned or not, or by real ones."
+    from gmail_nb.experiments.llava import llava_experiment
+    from gmail_nb.settings import demo_settings
+    llava_experiment(out, settings, demo_settings(quick, settings.seed))
+    show_file(out, 'llava_table.txt')
+
 # %% ../../nbs/cli/10_commands.ipynb #7fc7ae73
 def dry_table(table:str, scale:str, out:str, settings:TableRun, **rest) -> list:
     "What a table would do, at either scale."
@@ -423,7 +438,7 @@ gmail_experiment = Commands(
     demo=Command(gmail_demo.work, name='gmail_experiment demo', dry=gmail_demo.dry,
                  example='gmail_experiment demo --quick'),
     retrieval=experiment_retrieval, alignment=experiment_alignment,
-    captioning=experiment_captioning, ifcap=experiment_ifcap,
+    captioning=experiment_captioning, ifcap=experiment_ifcap, llava=experiment_llava,
     **{table: table_command(table) for table in TABLES})
 
 # %% ../../nbs/cli/10_commands.ipynb #047bde26

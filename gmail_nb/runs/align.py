@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'pictures_of', 'generated_images', 'indices_by_sample', 'validation_indices', 'caption_ids', 'PairSets',
            'split_pairs', 'measured', 'pair_sets', 'gap_of', 'gap_records', 'write_pictures', 'report_alignment',
-           'check_pairs', 'new_model', 'train_pairs', 'real_features', 'align_sets', 'set_name', 'embed_set',
-           'push_aligned']
+           'check_pairs', 'new_model', 'partner_tokens', 'train_pairs', 'real_features', 'align_sets', 'set_name',
+           'embed_set', 'push_aligned']
 
 # %% ../../nbs/runs/10_align.ipynb #c00de39b
 import json
@@ -220,21 +220,40 @@ def new_model(
     return GenReal(base, settings.adapters).to(acc.device)
 
 # %% ../../nbs/runs/10_align.ipynb #5030fbb3
+def partner_tokens(
+    real:datasets.Dataset, # a captioned set
+    features:Features,     # of those that are trained on
+    model:GenReal,
+    out:Path,              # the tokens go below it
+    settings:AlignRunSettings,
+    acc:Accelerator
+): # (N, T, width) by indices, in 16 bits on disk; none where tokens are not aligned
+    "Grid tokens of the real side through `f_r`, made once by the first process."
+    if settings.align.tokens == 'none': return None
+    from gmail_nb.llava_training import embed_tokens
+    reading = EmbedSettings(workers=settings.workers, processes=settings.processes,
+                            show_progress=acc.is_main_process)
+    with acc.main_process_first(): tokens = embed_tokens(real, model, out/'real_tokens', 'real', reading)
+    at = {k: i for i, k in enumerate(tokens.keys)}
+    return tokens.select([at[k] for k in features.keys])
+
 def train_pairs(
     model:GenReal,
     sets:PairSets,
-    out:Path,        # checkpoints, the log and the frozen prefix go here
+    out:Path,         # checkpoints, the log and the frozen prefix go here
     settings:AlignRunSettings,
-    acc:Accelerator
+    acc:Accelerator,
+    real_tokens=None  # from `partner_tokens`
 ) -> list[dict]: # the history
-    "Eq. 1 over the pairs, measured on those kept out."
+    "Eq. 1 over the pairs, and their tokens where they are aligned too, measured on those kept out."
     def paired_cosine(m):
         after = encode_images(m.encode_generated, sets.test)
         return dict(paired_cosine=paired_cosines(after, sets.target).mean().item())
     late = settings.adapters.tuning == 'lora' and settings.adapters.adapted_share < 1
     run = replace(settings.run, checkpoints=str(out/'checkpoints'), log_file=str(out/'log.jsonl'))
     return align(model, sets.pixels, sets.features, settings.align, paired_cosine, ids=sets.ids,
-                 prefix=out/'prefix.x' if late else False, run=run, accelerator=acc)
+                 real_tokens=real_tokens, prefix=out/'prefix.x' if late else False, run=run,
+                 accelerator=acc)
 
 # %% ../../nbs/runs/10_align.ipynb #4c23bd6d
 def real_features(
@@ -265,7 +284,8 @@ def align_sets(
     sets = pair_sets(made, real_features(real, model, out, settings, acc), model.encoder.preprocess, settings)
     first = acc.is_main_process
     before = encode_images(model.encode_generated, sets.test) if first else None
-    history = train_pairs(model, sets, out, settings, acc)
+    tokens = partner_tokens(real, sets.features, model, out, settings, acc)
+    history = train_pairs(model, sets, out, settings, acc, tokens)
     if first:
         after = encode_images(model.encode_generated, sets.test)
         report_alignment(model, out, history, before, after, sets.target,
