@@ -23,12 +23,12 @@ if 'google.colab' in sys.modules:
     get_ipython().system('pip install -q git+{repository}')
 scripts = str(Path(sys.executable).parent)
 os.environ['PATH'] = os.pathsep.join([scripts, os.environ.get('PATH', '')])
-started, before = time.time(), os.getcwd()
+clock, came_from = time.time(), os.getcwd()
 os.chdir(tempfile.mkdtemp()) # what is made here goes elsewhere"""
 
 last = """#| echo: false
-print(f'This page took {time.time() - started:.0f} s on {os.cpu_count()} cores.')
-os.chdir(before)"""
+print(f'This page took {time.time() - clock:.0f} s on {os.cpu_count()} cores.')
+os.chdir(came_from)"""
 
 def settings():
     "The section of settings.ini."
