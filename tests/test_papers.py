@@ -63,8 +63,8 @@ def test_versions_are_printed_as_the_form_of_bugs_asks():
 @pytest.mark.slow
 def test_a_release_builds_and_is_checked(tmp_path):
     "The wheel is made from the sdist alone; twine reads both where it is installed."
-    said = run(sys.executable, root/'tools'/'wheel.py', '--keep', tmp_path, cwd=root).stdout
+    said = run(sys.executable, root/'tools'/'release.py', '--keep', tmp_path, cwd=root).stdout
     assert re.search(r'gmail_nb-\S+\.whl: [\d.]+ MB', said) and 'FAILED' not in said
     import tarfile
     with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as t: held = {n.partition('/')[2] for n in t.getnames()}
-    assert {*papers, 'nbs/tutorials/10_your_pictures.ipynb', 'nbs/tutorials/colab.svg', 'tools/wheel.py'} <= held
+    assert {*papers, 'nbs/tutorials/10_your_pictures.ipynb', 'nbs/tutorials/colab.svg', 'tools/release.py'} <= held

@@ -1,4 +1,4 @@
-"""Check what a release would be: `python tools/wheel.py [--install VENV] [--keep FOLDER]`.
+"""Check what a release would be: `python tools/release.py [--install VENV] [--keep FOLDER]`.
 
 Builds the sdist from a copy of the tree, and the wheel from the sdist alone, so that neither can lean on a file that is not packed.
 `twine check` reads both where twine is installed. With `--install`, a new virtual environment gets the wheel and nothing else of
