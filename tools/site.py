@@ -75,11 +75,12 @@ def page_name(stem):
 
 def rename_outputs(done):
     "Give each page the name nbdev chose for it: smalldocs does not read `output-file`."
-    numbered = re.compile(r'(?<!\w)\d+[a-zA-Z0-9]*_(\w+\.(?:ipynb|html))')
+    # an address elsewhere, such as Colab's, names the notebook as it is in the repository
+    numbered = re.compile(r'https?://[^\s"\'()<>]+|(?<!\w)\d+[a-zA-Z0-9]*_(\w+\.(?:ipynb|html))')
     pages = list(done.glob('**/*.ipynb'))
     for path in [*pages, done/'sidebar.yml']:
         text = path.read_text(encoding='utf-8')
-        path.write_text(numbered.sub(r'\1', text), encoding='utf-8')
+        path.write_text(numbered.sub(lambda m: m[1] or m[0], text), encoding='utf-8')
     for path in pages: path.rename(path.with_name(f'{page_name(path.stem)}.ipynb'))
 
 def local_katex(site):
