@@ -8,8 +8,8 @@ __all__ = ['GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'PAPER
            'SourceSettings', 'WorkSettings', 'Generator', 'is_commit', 'AdapterSettings', 'check_align', 'check_parts',
            'AlignSettings', 'RunSettings', 'AlignRunSettings', 'part_of', 'EmbedSettings', 'TuneSettings',
            'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
-           'CaptionRunSettings', 'DemoSettings', 'demo_settings', 'check_small_captioner', 'CaptionExperimentSettings',
-           'IFCapSettings']
+           'CaptionRunSettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'check_small_captioner',
+           'CaptionExperimentSettings', 'IFCapSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -489,6 +489,20 @@ def demo_settings(
     return replace(s, align_captions=256, tune_captions=192, validation_captions=16, seeds=3,
                    draw=replace(s.draw, samples=1), tune=replace(s.tune, steps=200),
                    align=replace(s.align, epochs=8, batch_size=48))
+
+# %% ../nbs/01_settings.ipynb #c6b5b068
+_own = GENERATORS['embedded']
+_chain_draw = replace(_demo_draw, samples=2, steps=_own.steps, guidance=_own.guidance)
+
+@dataclass(frozen=True)
+class ProofSettings:
+    "What the evidence depends on besides the points of its curves."
+    chain:DemoSettings=DemoSettings(draw=_chain_draw, seeds=1) # one chain
+    seeds:int=5                     # whole chains of every point
+    validation_part:int=3           # of so many families of A, one is kept for choosing settings
+    head_steps:int=700              # steps of the heads that never saw the validation families
+    steps:tuple=(100, 200, 400, 800) # of the text head, to choose from
+    rates:tuple=(3e-4, 1e-3, 3e-3)  # learning rates of the text head, to choose from
 
 # %% ../nbs/01_settings.ipynb #75d690af
 _small = CaptionerSettings(batch_size=16, lr=3e-3, noise=.6, max_new_tokens=32)
