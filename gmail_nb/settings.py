@@ -8,8 +8,8 @@ __all__ = ['GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'PAPER
            'SourceSettings', 'WorkSettings', 'Generator', 'is_commit', 'AdapterSettings', 'check_align', 'check_parts',
            'AlignSettings', 'RunSettings', 'AlignRunSettings', 'part_of', 'EmbedSettings', 'TuneSettings',
            'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
-           'CaptionRunSettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'check_small_captioner',
-           'CaptionExperimentSettings', 'IFCapSettings']
+           'CaptionRunSettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings',
+           'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -503,6 +503,15 @@ class ProofSettings:
     head_steps:int=700              # steps of the heads that never saw the validation families
     steps:tuple=(100, 200, 400, 800) # of the text head, to choose from
     rates:tuple=(3e-4, 1e-3, 3e-3)  # learning rates of the text head, to choose from
+
+def proof_settings(
+    quick:bool=False, # one small chain a point
+    seeds:int=5       # of a run that is not quick
+) -> ProofSettings:
+    "The settings of the evidence, with or without `--quick`."
+    if not quick: return ProofSettings(seeds=seeds)
+    chain = replace(demo_settings(quick=True), draw=replace(_chain_draw, samples=1), seeds=1)
+    return ProofSettings(seeds=1, chain=chain)
 
 # %% ../nbs/01_settings.ipynb #75d690af
 _small = CaptionerSettings(batch_size=16, lr=3e-3, noise=.6, max_new_tokens=32)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHOOSING_POINTS', 'chain_settings', 'chain_folder', 'generator_of', 'Test', 'chain_sides', 'chain_tests',
-           'chain_features', 'arm_inputs', 'tuned_ranks', 'side_captions', 'chain_records', 'chain_fingerprint',
+           'chain_features', 'arm_inputs', 'tuned_ranks', 'side_inputs', 'chain_records', 'chain_fingerprint',
            'kept_chain', 'chain_seed', 'seen_drawings', 'train_heads', 'blind_encoder', 'part_of', 'validation_test',
-           'validation_world', 'validation_scores', 'best_setting', 'choose_settings']
+           'validation_world', 'validation_scores', 'best_setting', 'choose_settings', 'chosen_settings',
+           'choice_table']
 
 # %% ../../nbs/experiments/11_chain.ipynb #e4dfdf66
 import copy
@@ -43,7 +44,7 @@ def chain_settings(
 ) -> DemoSettings:
     "What one chain depends on."
     c = settings.chain
-    draw = replace(c.draw, steps=point.steps, guidance=point.guidance)
+    draw = replace(c.draw, steps=point.steps, guidance=point.guidance, image_format='png')
     tune = replace(c.tune, steps=chosen['steps'], lr=chosen['lr'], seed=stable_seed('chain', seed))
     return replace(c, draw=draw, tune=tune, align=replace(c.align, seed=seed), seed=seed)
 
@@ -108,18 +109,19 @@ def tuned_ranks(
     captions:list[str],          # N
     settings:DemoSettings,
     tests:dict[str, Test],
-    inputs:torch.Tensor|None=None # (N, W) from `head_inputs`, where arms share them
+    inputs:torch.Tensor|None=None # (N, W) from `side_inputs`
 ) -> dict[str, dict[str, torch.Tensor]]: # test -> direction -> ranks (M,)
     "Tune a text head, and rank the tests with it."
     head = encoder.text.head
     if features is not None:
-        inputs = head_inputs(encoder, captions) if inputs is None else inputs
         head = last_linear(tune_text(encoder, features, captions, settings.tune, inputs).text)
     return {name: arm_ranks(head, t.features, t.inputs) for name, t in tests.items()}
 
-# %% ../../nbs/experiments/11_chain.ipynb #9856d776
-def side_captions(a:Side, b:Side, sides:str) -> list[str]: # sides: 'B' or 'BA'
-    return b.captions + (a.captions if sides == 'BA' else [])
+# %% ../../nbs/experiments/11_chain.ipynb #e0d5a86f
+def side_inputs(encoder:Encoder, a:Side, b:Side) -> dict[str, tuple]: # by sides: captions, what the head reads
+    "Captions of B, and of B and A, and their `head_inputs`; what the arms share."
+    of_b, of_a = head_inputs(encoder, b.captions), head_inputs(encoder, a.captions)
+    return {'': ([], None), 'B': (b.captions, of_b), 'BA': (b.captions + a.captions, torch.cat([of_b, of_a]))}
 
 def chain_records(
     encoder:Encoder, a:Side, b:Side, x:dict, tests:dict[str, Test],
@@ -127,8 +129,10 @@ def chain_records(
 ) -> list[dict]:
     "Every arm on both tests, and the gap before and after the alignment."
     tune, out = dict(steps=settings.tune.steps, lr=settings.tune.lr), []
+    texts = side_inputs(encoder, a, b)
     for arm, (features, sides) in dict(base=(None, ''), **arm_inputs(x)).items():
-        ranks = tuned_ranks(encoder, features, side_captions(a, b, sides), settings, tests)
+        captions, inputs = texts[sides]
+        ranks = tuned_ranks(encoder, features, captions, settings, tests, inputs)
         how = {} if features is None else dict(tune=tune)
         out += [arm_record(point, arm, seed, t, r, **how) for t, r in ranks.items()]
     for when in ('generated', 'aligned'):
@@ -259,10 +263,12 @@ def validation_scores(out:Path, point:Point, settings:ProofSettings) -> list[dic
     "Mean recall on validation concepts of every arm with every setting of the grid."
     encoder, x, (rest, v), test = validation_world(out, point, settings)
     rows, grid = [], [(n, lr) for n in settings.steps for lr in settings.rates]
+    texts = side_inputs(encoder, rest, v)
     for n, lr in progress(grid, 'choosing'):
         s = chain_settings(settings, point, 0, dict(steps=n, lr=lr))
         for arm, (features, sides) in arm_inputs(x).items():
-            ranks = tuned_ranks(encoder, features, side_captions(rest, v, sides), s, test)['validation']
+            captions, inputs = texts[sides]
+            ranks = tuned_ranks(encoder, features, captions, s, test, inputs)['validation']
             rows.append(dict(point=asdict(point), arm=arm, steps=n, lr=lr, concepts=len(v.keys),
                              mean_recall=found(ranks).float().mean().item() / 6))
     return rows
@@ -291,3 +297,23 @@ def choose_settings(
         kept = dict(chosen=best_setting(scores), made_from=made_from, scores=scores)
         atomic_write(file, json.dumps(kept, indent=1))
     return kept['chosen']
+
+# %% ../../nbs/experiments/11_chain.ipynb #d3a95b75
+def chosen_settings(
+    out:str|Path|None=None # of a run
+) -> dict: # steps and lr of the text head
+    "What was chosen in this folder, or else what ships with the package."
+    own = Path(out)/'chosen.json' if out else None
+    file = own if own and own.exists() else asset('evidence', 'chosen.json')
+    return json.loads(file.read_text())['chosen']
+
+def choice_table(scores:list[dict]) -> list[list[str]]: # a heading and a row a setting
+    "Mean recall on validation concepts of every setting, by point and arm, and their mean."
+    names = list(dict.fromkeys((Point(**r['point']).name, r['arm']) for r in scores))
+    rows = {}
+    for r in scores:
+        row = rows.setdefault((r['steps'], r['lr']), {})
+        row[Point(**r['point']).name, r['arm']] = 100 * r['mean_recall']
+    head = ['steps, rate', *(f'{arm}, {point.split(",")[0]}' for point, arm in names), 'mean']
+    return [head] + [[f'{n}, {lr:g}', *(f'{row[k]:.1f}' for k in names), f'{np.mean(list(row.values())):.2f}']
+                     for (n, lr), row in rows.items()]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONGER', 'shuffled', 'two_styles', 'aligned_on', 'unit', 'mean_shift', 'procrustes', 'ridge', 'random_map',
-           'batch_statistics', 'control_features', 'control_records', 'control_seed']
+           'batch_statistics', 'control_features', 'control_records', 'control_seed', 'against', 'finished_controls',
+           'control_row', 'control_table', 'show_controls', 'controls_text', 'controls', 'evidence_page', 'write_page']
 
 # %% ../../nbs/experiments/14_controls.ipynb #3410b5dc
 import copy
@@ -22,14 +23,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import emoji
 from ..encoders import Encoder, encode_images, load_encoder, preprocess_images
-from gmail_nb.experiments.chain import (
-    Test, chain_fingerprint, chain_folder, chain_settings, chain_sides, chain_tests, generator_of, kept_chain,
-    tuned_ranks)
+from .chain import (
+    Test, chain_fingerprint, chain_folder, chain_seed, chain_settings, chain_sides, chain_tests, chosen_settings,
+    generator_of, kept_chain, tuned_ranks)
+from .curve import (
+    KEPT_GAPS, curve_table, gathered, is_stored, joined, mean_of, shown_number, stored)
 from .demo import Side, align_side, gap_records
-from .protocol import CLAIMS, CONTROLS, GOOD, Claim, Point, arm_record, difference
-from ..files import check_writable, read_results, write_results
+from .protocol import (
+    CLAIMS, CONTROLS, CURVES, GOOD, Claim, Point, arm_record, claims_table, difference, said_first)
+from ..files import atomic_write, check_writable, read_results, write_results
+from ..pages import save_figure, table_markdown, table_text
 from ..runtime import default_device, noise_generator
 from ..settings import DemoSettings, ProofSettings
+from ..tune import head_inputs
 
 # %% ../../nbs/experiments/14_controls.ipynb #e5d70f63
 def shuffled(a:Side, seed:int) -> Side:
@@ -122,10 +128,11 @@ def control_records(
 ) -> list[dict]:
     "Every control on both tests, and how near its features are to the real ones."
     made, out = control_features(encoder, a, b, x, settings), []
+    inputs = head_inputs(encoder, b.captions)
     learned = {n: (v, 1) for n, v in made.items()} | {n: (x['b_generated'], t) for n, t in LONGER.items()}
     for name, (features, times) in learned.items():
         tune = replace(settings.tune, steps=times * settings.tune.steps)
-        ranks = tuned_ranks(encoder, features, b.captions, replace(settings, tune=tune), tests)
+        ranks = tuned_ranks(encoder, features, b.captions, replace(settings, tune=tune), tests, inputs)
         how = dict(tune=dict(steps=tune.steps, lr=tune.lr))
         out += [arm_record(point, name, seed, t, r, **how) for t, r in ranks.items()]
     gaps = [g for name, v in made.items() for g in gap_records('chain', name, v, x['b_real'], seed)]
@@ -152,3 +159,98 @@ def control_seed(
     records = control_records(encoder, a, b, x, chain_tests(encoder, b, out), point, seed, s)
     write_results(file, records)
     return records
+
+# %% ../../nbs/experiments/14_controls.ipynb #1d101d10
+def against(records:list[dict], arm:str, other:str, point:Point=GOOD, test:str='seen') -> tuple:
+    "The paired difference of two arms, and the number of chains."
+    return difference(records, Claim('', arm, other, point, test))
+
+def finished_controls(records:list[dict], point:Point=GOOD) -> list[str]:
+    "Those with at least one chain, in the protocol's order."
+    return [name for name in CONTROLS if against(records, name, 'indiscriminate', point)[1]]
+
+# %% ../../nbs/experiments/14_controls.ipynb #7ba2d9fd
+def control_row(records:list[dict], arm:str, point:Point) -> list[str]:
+    "One line of the table."
+    score, gap = mean_of(records, arm, point), ['', '']
+    source = dict(gmail='aligned', indiscriminate='generated').get(arm, arm)
+    for i, (metric, scale, digits) in enumerate(((KEPT_GAPS[0], 1, 2), (KEPT_GAPS[1], 100, 1))):
+        gap[i] = shown_number(mean_of(records, source, point, metric, 'B'), scale, digits)
+    gain, seeds = against(records, arm, 'indiscriminate', point)
+    less = against(records, 'gmail', arm, point)[0]
+    differences = ['' if d is None or arm == own else d.text(sign='+')
+                   for d, own in ((gain, 'indiscriminate'), (less, 'gmail'))]
+    return [arm, *gap, f'{100 * score:.1f}', *differences, str(seeds)]
+
+def control_table(records:list[dict], point:Point=GOOD) -> list[list[str]]: # a heading and a row an arm
+    "Gap, mean recall in percent, what the arm gains, and what GMAIL has more."
+    arms = ['indiscriminate', 'gmail', 'matched', *finished_controls(records, point)]
+    head = ['learned from', 'cosine', 'R@1 to real', 'mean recall', 'arm - indiscriminate', 'gmail - arm', 'chains']
+    return [head, *(control_row(records, a, point) for a in arms if mean_of(records, a, point) is not None)]
+
+# %% ../../nbs/experiments/14_controls.ipynb #34dfabed
+def show_controls(records:list[dict], point:Point=GOOD) -> Figure:
+    "What every arm gains beside the indiscriminate one."
+    arms = ['gmail', 'matched', *finished_controls(records, point)]
+    fig, ax = plt.subplots(figsize=(8, .36 * len(arms) + 1), dpi=100)
+    for i, arm in enumerate(arms):
+        d, _ = against(records, arm, 'indiscriminate', point)
+        color = 'tab:blue' if arm == 'gmail' else 'tab:orange' if d.excludes_zero else 'darkgray'
+        ax.plot([100 * d.low, 100 * d.high], [i, i], color=color, lw=2.5)
+        ax.plot(100 * d.value, i, 'o', ms=7, color=color)
+    ax.axvline(0, color='black', lw=.8)
+    names = dict(gmail='aligned to the right partner (GMAIL)', matched='no alignment, real images of A too')
+    ax.set_yticks(range(len(arms)), [names.get(a, a) for a in arms], fontsize=10)
+    ax.invert_yaxis()
+    ax.set_xlabel('gain over generated images as they are, points of mean recall', fontsize=10)
+    ax.spines[['top', 'right']].set_visible(False)
+    fig.tight_layout()
+    plt.close(fig)
+    return fig
+
+# %% ../../nbs/experiments/14_controls.ipynb #533843ef
+def controls_text(records:list[dict]) -> str:
+    "Claims of the controls, those that failed first, and the table."
+    own = tuple(c for c in CLAIMS if c.theirs in CONTROLS)
+    parts = [said_first(records, own), table_text(claims_table(records, own))]
+    return '\n\n'.join([*parts, table_text(control_table(records), width=118)]) + '\n'
+
+def controls(
+    out:str|Path='proof',                    # as for `curve`, whose chains are read
+    settings:ProofSettings=ProofSettings(),
+    shipped:bool=True                        # count what the package has as finished
+) -> list[dict]: # all records
+    "Every control that is missing at the generator's own setting, then records.jsonl and controls.txt."
+    out, chosen = check_writable(out), chosen_settings(out)
+    encoder, known = load_encoder('embedded').to(default_device()), stored() if shipped else []
+    for seed in range(settings.seeds):
+        if not is_stored(known, GOOD, seed, chosen): chain_seed(GOOD, seed, out, chosen, settings, encoder)
+        if not is_stored(known, GOOD, seed, chosen, 'ridge'):
+            control_seed(GOOD, seed, out, chosen, settings, encoder)
+    records = joined(gathered(out), known)
+    write_results(out/'records.jsonl', records)
+    atomic_write(out/'controls.txt', controls_text(records))
+    save_figure(show_controls(records), out/'controls.png')
+    return records
+
+# %% ../../nbs/experiments/14_controls.ipynb #eae9170b
+def evidence_page(records:list[dict]) -> str: # markdown
+    "Failed claims, every claim, the curve and the controls, from records alone."
+    chains = {(tuple(r['point'].values()), r['seed']) for r in records}
+    seeds = sorted({s for _, s in chains})
+    parts = ['# The evidence', f'{len(chains)} whole chains at {len({p for p, _ in chains})} settings of the '
+             f'generator, seeds {", ".join(map(str, seeds))}. Differences are points of mean recall with 95% intervals '
+             'over chains and concepts; a point with one chain varies concepts alone.',
+             '## Failed claims', said_first(records), '## All claims', table_markdown(claims_table(records))]
+    for test, title in (('seen', 'Concepts learned from generated images'), ('unseen', 'Unseen concepts')):
+        tables = [t for axis in CURVES if len(t := curve_table(records, axis, test)) > 1]
+        parts += [f'## {title}', *map(table_markdown, tables)]
+    return '\n\n'.join([*parts, '## Controls', table_markdown(control_table(records))]) + '\n'
+
+# %% ../../nbs/experiments/14_controls.ipynb #fa677c28
+def write_page(
+    out:str|Path # of a run, with or without records of its own
+) -> Path:
+    "page.md from what ships, and from what this run has added to it."
+    out = check_writable(out)
+    return atomic_write(out/'page.md', evidence_page(joined(stored(), gathered(out))))
