@@ -9,8 +9,8 @@ __all__ = ['GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN
            'AdapterSettings', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings',
            'part_of', 'EmbedSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings',
            'same_settings', 'CaptionerSettings', 'CaptionSettings', 'CaptionRunSettings', 'StageSettings',
-           'LlavaSettings', 'VQASettings', 'DemoSettings', 'demo_settings', 'check_small_captioner',
-           'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings']
+           'LlavaSettings', 'VQASettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings',
+           'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -558,6 +558,29 @@ def demo_settings(
     return replace(s, align_captions=256, tune_captions=192, validation_captions=16, seeds=3,
                    draw=replace(s.draw, samples=1), tune=replace(s.tune, steps=200),
                    align=replace(s.align, epochs=8, batch_size=48))
+
+# %% ../nbs/01_settings.ipynb #c6b5b068
+_own = GENERATORS['embedded']
+_chain_draw = replace(_demo_draw, samples=2, steps=_own.steps, guidance=_own.guidance)
+
+@dataclass(frozen=True)
+class ProofSettings:
+    "What the evidence depends on besides the points of its curves."
+    chain:DemoSettings=DemoSettings(draw=_chain_draw, seeds=1) # one chain
+    seeds:int=5                     # whole chains of every point
+    validation_part:int=3           # of so many families of A, one is kept for choosing settings
+    head_steps:int=700              # steps of the heads that never saw the validation families
+    steps:tuple=(100, 200, 400, 800) # of the text head, to choose from
+    rates:tuple=(3e-4, 1e-3, 3e-3)  # learning rates of the text head, to choose from
+
+def proof_settings(
+    quick:bool=False, # one small chain a point
+    seeds:int=5       # of a run that is not quick
+) -> ProofSettings:
+    "The settings of the evidence, with or without `--quick`."
+    if not quick: return ProofSettings(seeds=seeds)
+    chain = replace(demo_settings(quick=True), draw=replace(_chain_draw, samples=1), seeds=1)
+    return ProofSettings(seeds=1, chain=chain)
 
 # %% ../nbs/01_settings.ipynb #75d690af
 _small = CaptionerSettings(batch_size=16, lr=3e-3, noise=.6, max_new_tokens=32)

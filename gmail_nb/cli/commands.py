@@ -6,8 +6,9 @@
 __all__ = ['ALIGN_RUNS', 'Arm', 'LlavaArm', 'gmail_tune', 'gmail_experiment', 'COMMANDS', 'dry', 'gmail_demo', 'listed',
            'gmail_generate', 'gmail_align', 'gmail_embed', 'gmail_tune_text', 'gmail_tune_caption', 'gmail_tune_llava',
            'gmail_caption', 'gmail_chat', 'gmail_eval_vqa', 'gmail_eval', 'gmail_bench', 'experiment_retrieval',
-           'show_file', 'experiment_alignment', 'experiment_captioning', 'experiment_ifcap', 'experiment_llava',
-           'dry_table', 'experiment_table', 'table_command']
+           'show_file', 'experiment_alignment', 'experiment_protocol', 'experiment_curve', 'experiment_controls',
+           'experiment_captioning', 'experiment_ifcap', 'experiment_llava', 'dry_table', 'experiment_table',
+           'table_command']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -24,7 +25,7 @@ from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, Ali
 from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSettings, DemoSettings
 from ..settings import DrawSettings, EmbedSettings, EvalSettings, IFCapSettings, SourceSettings
 from ..settings import QUICK_LLAVA, LlavaExperimentSettings, LlavaSettings, RunSettings
-from ..settings import TuneSettings, VQASettings, WorkSettings
+from ..settings import ProofSettings, TuneSettings, VQASettings, WorkSettings, proof_settings
 
 # %% ../../nbs/cli/10_commands.ipynb #db6e719d
 def dry(
@@ -351,6 +352,47 @@ def experiment_alignment(
     alignment_experiment(out, settings, seeds=seeds)
     show_file(out, 'alignment_table.txt')
 
+# %% ../../nbs/cli/10_commands.ipynb #c1f0790c
+@command(name='gmail_experiment protocol', dry=dry('dry_demo'),
+         example='gmail_experiment protocol --out proof')
+def experiment_protocol(
+    out:str='proof',   # folder that curve and controls share
+    choose:bool=False  # choose the settings of the text head anew, on validation concepts
+):
+    "The claims of the evidence, those that failed first; and the choice of settings."
+    from gmail_nb.experiments.chain import choose_settings, chosen_settings
+    from gmail_nb.experiments.controls import write_page
+    if choose: choose_settings(out)
+    write_page(out)
+    print(f'settings of the text head, chosen on validation concepts: {chosen_settings(out)}')
+    show_file(out, 'page.md')
+
+@command(name='gmail_experiment curve', dry=dry('dry_demo'),
+         example='gmail_experiment curve --quick --out curve')
+def experiment_curve(
+    out:str='proof',    # images, features, records and pictures; run it again to go on
+    axis:Literal['steps', 'guidance', 'training']='steps', # what varies
+    quick:bool=False,   # one small chain a point, and none that ships
+    seeds:int=ProofSettings().seeds # whole chains of every point
+):
+    "What aligning first adds, from a poor generator to a good one, over whole chains."
+    from gmail_nb.experiments.curve import curve
+    curve(out, proof_settings(quick, seeds), axes=(axis,), shipped=not quick)
+    show_file(out, 'curve.txt')
+
+# %% ../../nbs/cli/10_commands.ipynb #3ab44406
+@command(name='gmail_experiment controls', dry=dry('dry_demo'),
+         example='gmail_experiment controls --quick --out controls')
+def experiment_controls(
+    out:str='proof',    # folder of the curve, whose chains are read; run it again to go on
+    quick:bool=False,   # one small chain, and none that ships
+    seeds:int=ProofSettings().seeds # whole chains
+):
+    "Shuffled and real-real pairs, linear maps, other statistics and more steps in the place of f_g."
+    from gmail_nb.experiments.controls import controls
+    controls(out, proof_settings(quick, seeds), shipped=not quick)
+    show_file(out, 'controls.txt')
+
 # %% ../../nbs/cli/10_commands.ipynb #5d2ce686
 @command(name='gmail_experiment captioning', quick=QUICK_CAPTIONS, dry=dry('dry_demo'),
          example='gmail_experiment captioning --quick --out captions')
@@ -437,6 +479,7 @@ gmail_experiment = Commands(
     word='name', listing=tables_text,
     demo=Command(gmail_demo.work, name='gmail_experiment demo', dry=gmail_demo.dry,
                  example='gmail_experiment demo --quick'),
+    protocol=experiment_protocol, curve=experiment_curve, controls=experiment_controls,
     retrieval=experiment_retrieval, alignment=experiment_alignment,
     captioning=experiment_captioning, ifcap=experiment_ifcap, llava=experiment_llava,
     **{table: table_command(table) for table in TABLES})
