@@ -7,10 +7,11 @@ __all__ = ['GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN
            'TEXT_TUNINGS', 'STUDY', 'STUDY_SEEDS', 'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above',
            'check_share', 'check_known', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'Generator', 'is_commit',
            'AdapterSettings', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings',
-           'part_of', 'EmbedSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings',
-           'same_settings', 'CaptionerSettings', 'CaptionSettings', 'CaptionRunSettings', 'StageSettings',
-           'LlavaSettings', 'VQASettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings',
-           'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings']
+           'part_of', 'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings',
+           'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings', 'CaptionRunSettings',
+           'StageSettings', 'LlavaSettings', 'VQASettings', 'DemoSettings', 'demo_settings', 'ProofSettings',
+           'proof_settings', 'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings',
+           'LlavaExperimentSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -254,11 +255,14 @@ class AlignRunSettings:
     equal_captions:str='apart'   # apart: all other images are negatives; together: not those of an equal caption
     workers:int|None=None        # threads that decode; as many as cores if absent
     processes:int=0              # that decode, in place of threads
+    features:str|None=None       # folder of real features that several runs share; below out if absent
+    store:str='float32'          # number format of real features on disk; float16 takes half of it
     run:RunSettings=RunSettings()
 
     def __post_init__(self):
         check_share(self, 'validation_share')
         check_known(self, 'equal_captions', ('apart', 'together'))
+        check_known(self, 'store', ('float32', 'float16'))
         check_above(self, 'workers', 'validation_limit')
         check_above(self, 'processes', least=-1)
 
@@ -281,7 +285,7 @@ class EmbedSettings:
     workers:int|None=None       # threads that decode, one a core if absent; of Ray, in all
     processes:int=0             # that decode, in place of threads: for one fast GPU
     draft:bool=False            # JPEG at a fraction of its size: faster, other features
-    precision:str='no'          # bf16 for autocast; auto for that where the device has it
+    precision:str='auto'        # bf16 for autocast, no for float32; auto for bf16 where the device has it
     store:str='float32'         # number format on disk: float32, or float16 for half the room
     engine:str='local'          # local, or ray for many workers
     show_progress:bool=True     # a bar over images
@@ -293,6 +297,24 @@ class EmbedSettings:
         check_above(self, 'batch_size', 'part_rows', 'workers')
         check_above(self, 'processes', least=-1)
         part_of(self.part)
+
+# %% ../nbs/01_settings.ipynb #b60e27d1
+@dataclass(frozen=True)
+class ReadSettings:
+    "How a run reads images, and where it keeps their features. None of it but `store` changes the result."
+    features:str|None=None      # folder of features that several runs share; below out if absent
+    store:str='float32'         # number format of features on disk; float16 takes half of it
+    workers:int|None=None       # threads that decode; as many as cores if absent
+    processes:int=0             # that decode, in place of threads
+
+    def __post_init__(self):
+        check_known(self, 'store', ('float32', 'float16'))
+        check_above(self, 'workers')
+        check_above(self, 'processes', least=-1)
+
+    def embed(self) -> EmbedSettings:
+        "As `embed` takes it."
+        return EmbedSettings(workers=self.workers, processes=self.processes, store=self.store)
 
 # %% ../nbs/01_settings.ipynb #466ebbf8
 TEXT_TUNINGS = ('head', 'lora', 'last', 'full')
@@ -450,7 +472,9 @@ class CaptionRunSettings:
     seed:int=0                  # seed of weights, order and noise
     features:str|None=None      # folder of features that several runs share; below out if absent
     store:str='float32'         # number format of features on disk; float16 takes half of it
-    workers:int=2               # threads that decode
+    workers:int|None=None       # threads that decode; as many as cores if absent
+    processes:int=0             # that decode, in place of threads
+    device:str|None=None        # cpu or cuda; the fastest present if absent
     save_every:int=1000         # steps between checkpoints
     trackers:tuple=()           # tensorboard, trackio or wandb; log.jsonl is written in any case
 
@@ -458,6 +482,7 @@ class CaptionRunSettings:
         check_share(self, 'validation_share')
         check_known(self, 'store', ('float32', 'float16'))
         check_above(self, 'workers', 'save_every')
+        check_above(self, 'processes', least=-1)
         if len(self.splits) != 2:
             raise ValueError(f'splits are {self.splits}: name one to train on and one to test on')
 

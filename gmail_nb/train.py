@@ -6,10 +6,10 @@
 __all__ = ['log', 'epoch_order', 'batches', 'Order', 'cosine_rate', 'alignment_parameters', 'Bank', 'draw_others', 'Plan',
            'in_precision', 'Stored', 'SharedBlocks', 'GeneratedSide', 'own_parts', 'Batch', 'by_sample',
            'check_resident', 'AlignmentData', 'parameter_groups', 'StepRunner', 'over_processes', 'check_device',
-           'processes', 'check_bf16', 'run_precision', 'StopTogether', 'Weights', 'Watch', 'Progress', 'check_whole',
-           'check_pairs', 'check_asked', 'check_token_pairs', 'recorded', 'bank_bytes', 'made_from', 'Alignment',
-           'check_adapters', 'rng_state', 'set_rng_state', 'fits', 'differences', 'check_same_run', 'checkpoints_in',
-           'flat', 'Checkpoints', 'Log', 'show_row', 'align', 'show_history']
+           'choose_device', 'processes', 'check_bf16', 'run_precision', 'StopTogether', 'Weights', 'Watch', 'Progress',
+           'check_whole', 'check_pairs', 'check_asked', 'check_token_pairs', 'recorded', 'bank_bytes', 'made_from',
+           'Alignment', 'check_adapters', 'rng_state', 'set_rng_state', 'fits', 'differences', 'check_same_run',
+           'checkpoints_in', 'flat', 'Checkpoints', 'Log', 'show_row', 'align', 'show_history']
 
 # %% ../nbs/26_train.ipynb #dc8a1a68
 import gmail_nb.runtime
@@ -469,6 +469,15 @@ def check_device(
     raise ValueError(f'there is no device {device!r}, only {", ".join(there)}: '
                      'name one of these, or none for the fastest')
 
+def choose_device(
+    device:str # one of several GPUs, such as cuda:1
+) -> None:
+    "Make it the current one. `ValueError` where several processes each have their own."
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise ValueError(f'device is {device!r}, but several processes run together and each has a device '
+                         'of its own: leave the device out, and choose with CUDA_VISIBLE_DEVICES')
+    torch.cuda.set_device(device)
+
 def processes(
     trackers:tuple=(),     # of accelerate: tensorboard, wandb, trackio, or a `GeneralTracker`
     folder:str|Path='.',   # for what they write
@@ -481,6 +490,7 @@ def processes(
         raise ValueError(f'the tracker {t!r} is not installed (here: {there or "none"}): install it, '
                          'or leave it out; the log in JSON lines is written in any case')
     check_device(device)
+    if device and ':' in device: choose_device(device)
     waits = InitProcessGroupKwargs(timeout=timedelta(days=2))
     return Accelerator(cpu=device == 'cpu' or not torch.cuda.is_available(), project_dir=str(folder),
                        log_with=list(trackers) or None, kwargs_handlers=[waits])

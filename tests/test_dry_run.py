@@ -155,7 +155,8 @@ def test_a_hub_that_does_not_answer_is_said(monkeypatch):
 def test_weights_in_the_cache_are_there(monkeypatch, tmp_path):
     (tmp_path/'w.bin').write_bytes(b'1234')
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *a, **k: str(tmp_path))
-    assert look_hub('weights', 'owner/name')[2:] == ('there', '4 B')
+    assert look_hub('weights', 'owner/name', 'a' * 40)[2:] == ('there', '4 B')
+    assert look_hub('weights', 'owner/name').note == '4 B; the newest revision is not pinned to a commit'
 
 def test_models_by_name(tmp_path):
     (tmp_path/'tuned').mkdir()
@@ -167,3 +168,10 @@ def test_models_by_name(tmp_path):
     for name in ('aligned:else', 'timm:vit_tiny/no.pth', 'longclip:no.pt', 'hf:owner/name', 'open_clip:ViT-B-99/openai', 'what'):
         assert look_model(name, tmp_path).state == 'missing', name
     assert look_lm('small').state == 'there' and look_lm('no/such/folder').state == 'missing'
+
+def test_a_device_that_is_not_there_ends_every_command(tmp_path, capsys):
+    from gmail_nb.cli.commands import COMMANDS
+    asked = [('align', 'photos', 'drawn'), ('tune', 'text', '--real', 'photos'), ('tune', 'caption', '--real', 'photos')]
+    for name, *words in asked:
+        COMMANDS[name]([*words, '--device', 'cuda:7', '--dry-run'])
+        assert any('cuda:7' in line and 'missing' in line for line in capsys.readouterr().out.splitlines()), name

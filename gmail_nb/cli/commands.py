@@ -24,8 +24,8 @@ from ..runs.presets import TEXT_RECIPES, CaptionerPreset, TextRecipe
 from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, AlignRunSettings
 from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSettings, DemoSettings
 from ..settings import DrawSettings, EmbedSettings, EvalSettings, IFCapSettings, SourceSettings
-from ..settings import QUICK_LLAVA, LlavaExperimentSettings, LlavaSettings, RunSettings
-from ..settings import ProofSettings, TuneSettings, VQASettings, WorkSettings, proof_settings
+from ..settings import QUICK_LLAVA, LlavaExperimentSettings, LlavaSettings, ProofSettings
+from ..settings import ReadSettings, RunSettings, TuneSettings, VQASettings, WorkSettings, proof_settings
 
 # %% ../../nbs/cli/10_commands.ipynb #db6e719d
 def dry(
@@ -148,14 +148,15 @@ def gmail_tune_text(
     test_split:str|None=None,    # split of the test set, where it is a Karpathy file
     device:str|None=None,        # cpu or cuda; the fastest present if absent
     source:SourceSettings=SourceSettings(),
-    recipe:TextRecipe=TextRecipe()
+    recipe:TextRecipe=TextRecipe(),
+    read:ReadSettings=ReadSettings()
 ):
     "A text side for retrieval and classification, tuned on images and their captions."
     from gmail_nb.runs.tune_text import tune_from_files
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
     tuned = tune_from_files(out, recipe, generated, model, real, arm, source, test=test,
-                            test_split=test_split, device=device)
+                            test_split=test_split, device=device, read=read)
     print(f'{tuned.trained:,} parameters, {len(tuned.history)} steps, the best at {tuned.best}')
     print(f'tuned: {out} (gmail_eval --model tuned:{out} measures it)')
 

@@ -325,14 +325,16 @@ def call_with(work:Callable, named:dict, preset=None, fixed:dict|None=None):
 # %% ../../nbs/cli/00_flags.ipynb #faf93c51
 def add_preset(parser:Parser, presets:dict) -> None:
     "The flag `--preset`; the first of them stands unless another is named."
-    first = next(iter(presets))
+    first, named = next(iter(presets)), [n for n, p in presets.items() if not isinstance(p, str)]
     parser.add_argument('--preset', default=first, metavar='NAME',
-                        help=f'{", ".join(presets)} (default: {first}); other flags change it')
+                        help=f'{", ".join(named)} (default: {first}); other flags change it')
 
 def preset_named(name:str, presets:dict):
-    "The settings of that name. `ValueError` with near names."
+    "The settings of that name. `ValueError` with near names, or with what to do instead."
     if name not in presets: raise unknown_name('preset', name, presets)
-    return presets[name]
+    found = presets[name]
+    if isinstance(found, str): raise ValueError(f'preset {name}: {found}')
+    return found
 
 # %% ../../nbs/cli/00_flags.ipynb #9bb7c2cc
 def show_plan(

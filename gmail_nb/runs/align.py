@@ -29,6 +29,7 @@ from ..files import check_writable, record, write_results
 from ..gap import GAP_PAIRS, gap_report, paired_cosines, show_cosines, show_gap
 from ..generate import load_generated
 from ..pages import save_figure
+from .embed import embed_shared, embed_together
 from .models import kind_of_folder, model_at
 from ..runtime import default_device, set_seed, stable_seed
 from ..settings import AlignRunSettings, EmbedSettings, SourceSettings
@@ -263,10 +264,11 @@ def real_features(
     settings:AlignRunSettings,
     acc:Accelerator
 ) -> Features:
-    "The real side, embedded by the first process while the others wait."
+    "The real side, embedded by all processes together."
     reading = EmbedSettings(workers=settings.workers, processes=settings.processes,
-                            show_progress=acc.is_main_process)
-    with acc.main_process_first(): return embed(real, model, out/'real_features', 'base', reading)
+                            store=settings.store, show_progress=acc.is_main_process)
+    if settings.features: return embed_shared(real, model, settings.features, 'base', 'real', reading, acc)
+    return embed_together(real, model, out/'real_features', 'base', reading, acc)
 
 def align_sets(
     real,                        # a captioned set of real images, as `load_captioned` takes it
@@ -277,7 +279,7 @@ def align_sets(
     source:SourceSettings=SourceSettings() # how the real set is read
 ) -> GenReal:
     "Align an encoder on two sets on disk; call it again to go on where it was stopped."
-    out, acc = check_writable(out), processes(settings.run.trackers, out)
+    out, acc = check_writable(out), processes(settings.run.trackers, out, settings.run.device)
     real, made = load_captioned(real, source, training=True), generated_images(generated)
     check_pairs(made, real, settings)
     model = new_model(encoder, settings, acc)

@@ -34,9 +34,10 @@ from ..captioning import (
     read_encoded, save_captioner, small_decoder, train_captioner, write_captions, write_encoded)
 from ..data import parquet_files
 from ..encoders import Encoder, NoText, load_encoder
-from ..features import Features, LazyPixels, embed, embedder, good_images
+from ..features import Features, good_images
 from ..files import atomic_write, check_writable, record, write_results
 from .align import generated_images, set_name, validation_indices
+from .embed import embed_shared, features_place
 from .presets import check_arm
 from ..runtime import default_device, fingerprint, set_seed
 from ..settings import (
@@ -157,7 +158,7 @@ class Embeddings:
         encoder:Encoder,
         folder:str|Path|None=None,           # for features; one that lasts until the end if absent
         settings:EmbedSettings=EmbedSettings(),
-        acc:Accelerator|None=None            # the first process embeds, the others read
+        acc:Accelerator|None=None            # of the processes that embed together
     ):
         self.passing = None if folder else tempfile.TemporaryDirectory(prefix='features-')
         self.encoder, self.folder = encoder, Path(folder or self.passing.name)
@@ -165,19 +166,11 @@ class Embeddings:
 
     def place(self, ds, model, side:str, what:str) -> Path:
         "The folder of these images through this side."
-        made = embedder(model, side)
-        pixels = LazyPixels(ds, made.preprocess)
-        how = side, self.settings.store, self.settings.precision
-        made_from = fingerprint(made.weights, pixels.fingerprint, *how)
-        return check_writable(self.folder/f'{what}-{made_from}')
+        return check_writable(features_place(self.folder, ds, model, side, what, self.settings))
 
     def embedded(self, ds, model, side:str, what:str) -> Features:
-        "Features; by the first process alone where there are several."
-        if self.acc is None or self.acc.num_processes == 1:
-            return embed(ds, model, self.place(ds, model, side, what), side, self.settings)
-        quiet = replace(self.settings, show_progress=self.acc.is_main_process)
-        with self.acc.main_process_first():
-            return embed(ds, model, self.place(ds, model, side, what), side, quiet)
+        "Features; by all processes together where there are several."
+        return embed_shared(ds, model, self.folder, side, what, self.settings, self.acc)
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #2b2101c7
 def features_of(
@@ -452,7 +445,7 @@ class CaptionJob:
         self.settings, self.run, self.acc = settings, run, acc
         self.encoder = load_encoder(settings.encoder).to(acc.device)
         if settings.start: check_start(settings, self.encoder.dim)
-        reading = EmbedSettings(workers=run.workers, store=run.store)
+        reading = EmbedSettings(workers=run.workers, processes=run.processes, store=run.store)
         self.eyes = Embeddings(self.encoder, run.features or out/'features', reading, acc)
         self.test = caption_test(sets, self.encoder, self.eyes) # before its tower is adapted
         self.projection, self.broken = None, {}
@@ -512,7 +505,7 @@ def tune_captioner(
     arm, run = arm or ('real' if generated is None else 'gmail'), replace(run, **named)
     check_arm(arm, model, generated, real)
     if settings.four_bit: check_four_bit(settings.lm)
-    out, acc = check_writable(out), processes(run.trackers, out)
+    out, acc = check_writable(out), processes(run.trackers, out, run.device)
     below = models_below(arm, model, settings.start)
     learned = frozenset(k for folder in below.values() for k in trained_on(folder))
     sets = caption_sets(real, test, run.splits, run.validation_share, source, learned)
