@@ -173,5 +173,5 @@ def test_a_device_that_is_not_there_ends_every_command(tmp_path, capsys):
     from gmail_nb.cli.commands import COMMANDS
     asked = [('align', 'photos', 'drawn'), ('tune', 'text', '--real', 'photos'), ('tune', 'caption', '--real', 'photos')]
     for name, *words in asked:
-        COMMANDS[name]([*words, '--device', 'cuda:7', '--dry-run'])
+        COMMANDS([name, *words, '--device', 'cuda:7', '--dry-run'])
         assert any('cuda:7' in line and 'missing' in line for line in capsys.readouterr().out.splitlines()), name
