@@ -6,9 +6,10 @@
 __all__ = ['PART_BYTES', 'DESCRIBE', 'STAGES', 'PROJECTOR', 'GridTokens', 'token_weights', 'token_side', 'in_half',
            'token_settings', 'embed_tokens', 'grid_of', 'load_tokens', 'LiveTokens', 'Example', 'example',
            'encode_example', 'CaptionExamples', 'check_files', 'check_images', 'tokens_of', 'linear_names',
-           'adapt_language', 'only_trained', 'LlavaLoss', 'LlavaTraining', 'examples_fingerprint', 'language_facts',
-           'as_trained', 'stage_run', 'train_stage', 'train_llava', 'adapter_place', 'adapter_state', 'projector_state',
-           'adapter_config', 'save_trained', 'trained_card', 'is_llava', 'new_llava', 'put_adapter', 'load_trained']
+           'adapt_language', 'only_trained', 'fit_projector', 'LlavaLoss', 'LlavaTraining', 'examples_fingerprint',
+           'language_facts', 'as_trained', 'checkpointing_of', 'stage_run', 'train_stage', 'train_llava',
+           'adapter_place', 'adapter_state', 'projector_state', 'adapter_config', 'save_trained', 'trained_card',
+           'is_llava', 'new_llava', 'put_adapter', 'load_trained']
 
 # %% ../nbs/40_llava_training.ipynb #753552e7
 import gmail_nb.runtime
@@ -305,7 +306,23 @@ def trained(self:Llava) -> dict[str, nn.Parameter]:
     "What the optimiser moves, by name."
     return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
-# %% ../nbs/40_llava_training.ipynb #5ff30ac1
+# %% ../nbs/40_llava_training.ipynb #e6ff38bf
+@torch.no_grad()
+def fit_projector(
+    model:Llava,          # with a new projector, which is changed
+    tokens:torch.Tensor   # (N, T, width), of some images
+) -> None:
+    "Let a new projector begin where tokens and words are."
+    first, last = model.projector.linear_1, model.projector.linear_2
+    x = tokens.to(first.weight.device).float().flatten(0, -2)       # (N * T, width)
+    std = x.std(0)
+    first.weight *= 3**.5 / std.clamp_min(.3 * std.mean()) # random ones have variance 1 / (3 * width)
+    first.bias.copy_(-first.weight @ x.mean(0))
+    hidden, words = model.projector.act(first(x)), model.lm.get_input_embeddings().weight.float()
+    last.weight *= words.std() / (hidden @ last.weight.T).std(0).mean()
+    last.bias.copy_(words.mean(0) - (hidden @ last.weight.T).mean(0))
+
+# %% ../nbs/40_llava_training.ipynb #854021bb
 class LlavaLoss(nn.Module):
     "The loss of a LLaVA as a module, in bfloat16 or in float32."
     def __init__(self, model:Llava, precision:str): # of `in_precision`: no or bf16
@@ -318,7 +335,7 @@ class LlavaLoss(nn.Module):
         if tokens is not None: return loss
         return loss + 0. * sum(p.sum() for p in self.model.projector.parameters())
 
-# %% ../nbs/40_llava_training.ipynb #3757f263
+# %% ../nbs/40_llava_training.ipynb #e0629e85
 class LlavaTraining(StepTraining):
     "One stage of a LLaVA; `train_stage` drives it."
     def __init__(self,
@@ -343,7 +360,7 @@ class LlavaTraining(StepTraining):
         loss, many = LlavaLoss(model, self.precision), self.acc.num_processes > 1
         self.loss = self.acc.prepare_model(loss, device_placement=False) if many else loss
 
-# %% ../nbs/40_llava_training.ipynb #c3db2eb1
+# %% ../nbs/40_llava_training.ipynb #c7389c16
 @patch
 def prompt(self:LlavaTraining, i:int) -> Prompt:
     "An example as token numbers. `ValueError` that names its number."
@@ -364,7 +381,7 @@ def advance(self:LlavaTraining) -> dict: # the row of the log
     self.learner.step(loss * share)
     return self.row(self.step)
 
-# %% ../nbs/40_llava_training.ipynb #5c7771a8
+# %% ../nbs/40_llava_training.ipynb #38416036
 def examples_fingerprint(examples:Sequence[Example], chunk:int=4096) -> str:
     "Of every conversation and of where its images are, some at a time."
     def said(i): return json.dumps(asdict(examples[i]))
@@ -391,18 +408,23 @@ def state(self:LlavaTraining) -> dict:
         self.facts = dict(settings=how, model=model, data=data)
     return dict(step=self.step, losses=self.learner.losses, **self.facts)
 
-# %% ../nbs/40_llava_training.ipynb #94a29b9c
+# %% ../nbs/40_llava_training.ipynb #d30952a8
 STAGES = ('project', 'instruct')
 
 @contextmanager
 def as_trained(model:Llava, checkpointing:bool):
     "The language model and the projector as a training needs them; the tower stays as it is."
     for part in (language_part(model), model.projector): part.train()
-    if checkpointing: model.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if checkpointing: checkpointing_of(model.lm, 'enable')(dict(use_reentrant=False))
     try: yield
     finally:
-        if checkpointing: model.lm.gradient_checkpointing_disable()
+        if checkpointing: checkpointing_of(model.lm, 'disable')()
         model.eval()
+
+def checkpointing_of(lm:nn.Module, what:str) -> Callable: # what: enable or disable
+    "The method of transformers under its newer name, or the one before."
+    new = getattr(lm, f'activation_checkpointing_{what}', None)
+    return new or getattr(lm, f'gradient_checkpointing_{what}')
 
 def stage_run(run:RunSettings, name:str) -> RunSettings:
     "Each stage has checkpoints and a log of its own."
@@ -429,7 +451,7 @@ def train_stage(
         take_steps(job, settings.seed, stage_run(run, name), run.desc and f'{run.desc}: {name}')
     return job.learner.losses
 
-# %% ../nbs/40_llava_training.ipynb #d791b2c0
+# %% ../nbs/40_llava_training.ipynb #bf6eac00
 def train_llava(
     model:Llava,             # trained in place
     examples:Sequence[Example],
@@ -444,7 +466,7 @@ def train_llava(
     return {name: train_stage(model, some, files, name, settings, run, accelerator)
             for name, some in told.items()}
 
-# %% ../nbs/40_llava_training.ipynb #73e377b9
+# %% ../nbs/40_llava_training.ipynb #6bb2be6d
 def adapter_place(model:Llava) -> str:
     "Where the language model stands in what peft loads the adapter onto."
     whole = isinstance(model.lm, LlavaForConditionalGeneration)
@@ -475,7 +497,7 @@ def adapter_config(model:Llava, base:str|None=None) -> LoraConfig:
                       target_modules=targets, base_model_name_or_path=base, inference_mode=True,
                       modules_to_save=[PROJECTOR] if place else None)
 
-# %% ../nbs/40_llava_training.ipynb #25f6e19d
+# %% ../nbs/40_llava_training.ipynb #b597beee
 def save_trained(
     model:Llava,
     folder:str|Path,         # made if absent
@@ -512,7 +534,7 @@ def trained_card(folder:str|Path) -> tuple[dict, LlavaSettings]:
     stages = {k: StageSettings(**said[k]) for k in STAGES if k in said}
     return card, LlavaSettings(**said | stages)
 
-# %% ../nbs/40_llava_training.ipynb #ed4519c5
+# %% ../nbs/40_llava_training.ipynb #a997c779
 def is_llava(name:str, revision:str|None=None) -> bool: # a Hub id or a folder
     "Whether a name is that of a whole LLaVA."
     if name == 'smollm2': return False
@@ -548,7 +570,7 @@ def put_adapter(model:Llava, folder:Path) -> None:
     if wrong: raise ValueError(f'{folder.name} does not fit the language model: {name_some(wrong)}')
     for n, p in there.items(): p.data = state[n].float().to(p.device)
 
-# %% ../nbs/40_llava_training.ipynb #986ba76b
+# %% ../nbs/40_llava_training.ipynb #5b5d1716
 def load_trained(
     folder:str|Path,          # from `save_trained`
     base:tuple|None=None      # as `new_llava` gives it, where it is at hand

@@ -28,8 +28,8 @@ from ..features import LazyPixels
 from ..files import check_writable, unknown_name
 from ..llava import Llava, VisualTokens, encode_all, generate_answers, load_llava, turns_of
 from ..llava_training import (
-    CaptionExamples, GridTokens, embed_tokens, grid_of, is_llava, load_trained, new_llava,
-    save_trained, token_side, train_llava)
+    CaptionExamples, GridTokens, embed_tokens, fit_projector, grid_of, is_llava, load_trained,
+    new_llava, save_trained, token_side, train_llava)
 from .align import generated_images
 from gmail_nb.runs.dry_run import (
     Look, first_line, look_device, look_generated, look_lm, look_model, look_out, look_path,
@@ -149,6 +149,7 @@ def keep_llava(
     save_trained(llava, out, settings, arm=arm, encoder=encoder.name, aligned=model and str(model),
                  images={k: len(f) for k, f in found.files.items()}, last_losses=last)
 
+# %% ../../nbs/runs/60_tune_llava.ipynb #797935d6
 def say_broken(broken:dict[str, str]) -> None:
     "Name images that do not decode on the error stream."
     for why in broken.values(): print(f'left out: {why}', file=sys.stderr)
@@ -173,6 +174,8 @@ def tune_llava(
     sets = arm_sets(arm, real, generated, source)
     llava, vision = started(settings, used, acc.device)
     found = learn_from(sets, arm, vision, Path(tokens or out/'tokens'), acc)
+    if not is_llava(settings.language_model, settings.revision): # whose projector has learned
+        fit_projector(llava, next(iter(found.files.values()))[:256])
     run = replace(run, checkpoints=str(out/'checkpoints'), log_file=str(out/'log.jsonl'), desc='llava')
     history = train_llava(llava, found.examples, found.files, settings, run, accelerator=acc)
     if acc.is_main_process:
@@ -181,7 +184,7 @@ def tune_llava(
     acc.wait_for_everyone()
     return history
 
-# %% ../../nbs/runs/60_tune_llava.ipynb #645db697
+# %% ../../nbs/runs/60_tune_llava.ipynb #1616cd2c
 @dataclass
 class Talker:
     "A LLaVA, and what its pictures go through."
@@ -213,7 +216,7 @@ def load_talker(
 def _has_config(name): # of transformers: a folder with one, or an id on the Hub
     return (Path(name)/'config.json').exists() or (not Path(name).exists() and str(name).count('/') == 1)
 
-# %% ../../nbs/runs/60_tune_llava.ipynb #caa70f77
+# %% ../../nbs/runs/60_tune_llava.ipynb #84c1621e
 class Aloud(TextStreamer):
     "Writes an answer to a stream, word by word."
     def __init__(self, tokenizer, stream):
@@ -242,7 +245,7 @@ class Talk:
         self.turns.append(dict(role='assistant', content=answer))
         return answer
 
-# %% ../../nbs/runs/60_tune_llava.ipynb #e422e05f
+# %% ../../nbs/runs/60_tune_llava.ipynb #a8229caf
 def chat(
     images,                  # picture files
     question:str|None=None,  # one question; several turns are read from `lines` if absent
@@ -267,7 +270,7 @@ def typed(lines):
         if not line: return
         yield line
 
-# %% ../../nbs/runs/60_tune_llava.ipynb #f0db65bf
+# %% ../../nbs/runs/60_tune_llava.ipynb #45f32bb4
 def dry_llava(
     out:str='llava', real=None, generated=None, model=None, arm=None,
     source:SourceSettings=SourceSettings(), settings:LlavaSettings=LlavaSettings(), **rest
@@ -292,7 +295,7 @@ def dry_llava(
     return [look_device(), *eyes, look_lm(settings.language_model), *rows, *steps,
             look_out(out, note='tokens of the images, projector and adapter')]
 
-# %% ../../nbs/runs/60_tune_llava.ipynb #621a20eb
+# %% ../../nbs/runs/60_tune_llava.ipynb #6c4e8188
 def look_llava(model:str) -> Look:
     "A trained folder, or a published LLaVA."
     published = not (Path(model)/'card.json').exists() and _has_config(model)
