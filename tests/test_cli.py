@@ -312,7 +312,8 @@ def test_bench_is_called_by_name(monkeypatch, capsys):
 # Experiments are called as they are written
 
 EXPERIMENTS = dict(retrieval=('retrieval_experiment', 'retrieval_table.txt'), alignment=('alignment_experiment', 'alignment_table.txt'),
-                   captioning=('caption_experiment', 'caption_table.txt'), ifcap=('ifcap_experiment', 'ifcap_table.txt'))
+                   captioning=('caption_experiment', 'caption_table.txt'), ifcap=('ifcap_experiment', 'ifcap_table.txt'),
+                   llava=('llava_experiment', 'llava_table.txt'))
 
 @pytest.mark.parametrize('name', EXPERIMENTS)
 @pytest.mark.parametrize('quick', [(), ('--quick',)])
