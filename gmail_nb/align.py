@@ -10,6 +10,7 @@ __all__ = ['ADAPTER_FILE', 'FrozenTower', 'generated_tower', 'Projection', 'iden
 # %% ../nbs/23_align.ipynb #5591096f
 import copy
 import json
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,10 +124,12 @@ def load_adapter(
     if card.exists(): check_base(encoder, read_object(card), folder.name)
     there = adapter_tensors(folder)
     try:
-        with without_hub(): f_g = PeftModel.from_pretrained(encoder.visual, str(folder), is_trainable=True)
+        with without_hub(), warnings.catch_warnings():
+            warnings.simplefilter('ignore') # names that are missing are an error below
+            f_g = PeftModel.from_pretrained(encoder.visual, str(folder), is_trainable=True)
     except (RuntimeError, ValueError, TypeError) as e:
         raise ValueError(f'{folder.name} does not fit {encoder.name!r}: it was made for another '
-                         f'architecture ({str(e).splitlines()[0]})') from e
+                         f'architecture ({" ".join(str(e).split())[:200]})') from e
     check_names(there, get_peft_model_state_dict(f_g), f'{folder.name}/{ADAPTER_FILE}')
     join_qkv(f_g, only_equal=True)
     keep_base_weights(f_g)

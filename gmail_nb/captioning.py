@@ -26,17 +26,19 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from fastcore.basics import patch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from .encoders import count, minilm_folder
 from .features import Features, native_precision
-from .files import atomic_write, check_writable, progress, unknown_name, versions
+from .files import (atomic_write, check_writable, checked_card, progress, unknown_name, versions,
+                            write_card)
 from .runtime import fingerprint, noise_generator, stable_seed
 from .settings import CaptionerSettings, RunSettings
 from .train import (
     Checkpoints, Log, check_same_run, checkpoints_in, cosine_rate, epoch_order, in_precision,
-    processes, run_precision)
+    processes, read_state, run_precision)
+from .weights import load_part, load_whole, read_tensors, read_torch
 
 # %% ../nbs/35_captioning.ipynb #caa9821f
 from peft import LoraConfig, inject_adapter_in_model
@@ -181,8 +183,8 @@ def load_lm(
         where = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
         lm = AutoModelForCausalLM.from_pretrained(**where, **kwargs)
         return lm, AutoTokenizer.from_pretrained(**where)
-    lm = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    return lm, AutoTokenizer.from_pretrained(name, revision=revision)
+    lm = load_whole(AutoModelForCausalLM, name, **kwargs)
+    return lm, load_part(AutoTokenizer, name, revision=revision)
 
 # %% ../nbs/35_captioning.ipynb #0b1b1d0c
 def lora_modules(lm:nn.Module) -> list[str]:
@@ -630,7 +632,7 @@ def put_dropout_back(
 ) -> None:
     "Let dropout go on where a checkpoint stands; a process that it did not know begins anew."
     if not file.exists(): return
-    state = torch.load(file, weights_only=True)
+    state = read_torch(file)
     torch.set_rng_state(state['torch'])
     if state['cuda'] is not None and device.type == 'cuda':
         torch.cuda.set_rng_state(state['cuda'], device)
@@ -659,10 +661,13 @@ def save(self:StepTraining, checkpoints:Checkpoints) -> Path:
 @torch.no_grad()
 def read_checkpoint(self:StepTraining, checkpoint:Path) -> None:
     "Weights, optimiser, noise and dropout of a checkpoint."
-    tensors = load_file(checkpoint/'weights.safetensors')
-    for n, p in self.model.trained().items(): p.copy_(tensors[f'weights.{n}'])
+    trained = self.model.trained()
+    wanted = {f'weights.{n}': p for n, p in trained.items()}
+    if self.noise: wanted['noise.state'] = self.noise.get_state()
+    tensors = read_tensors(checkpoint/'weights.safetensors', wanted)
+    for n, p in trained.items(): p.copy_(tensors[f'weights.{n}'])
     if self.noise: self.noise.set_state(tensors['noise.state'])
-    moved = torch.load(checkpoint/'optimizer.pt', weights_only=True, map_location=self.device)
+    moved = read_torch(checkpoint/'optimizer.pt', self.device)
     self.learner.optimizer.load_state_dict(moved['optimizer'])
     self.learner.schedule.load_state_dict(moved['schedule'])
     put_dropout_back(checkpoint/f'rng-{self.acc.process_index}.pt', self.device)
@@ -673,7 +678,7 @@ def resume(self:StepTraining, checkpoints:Checkpoints) -> int: # the step it sta
     "Go on from the newest checkpoint. `ValueError` with the difference when it is another run's."
     here, found = self.state(), checkpoints_in(checkpoints.folder)
     if not found: return 0
-    there = json.loads((found[-1]/'state.json').read_text(encoding='utf-8'))
+    there = read_state(found[-1])
     check_same_run(there, here, found[-1].name)
     self.read_checkpoint(found[-1])
     self.learner.losses = there['losses']
@@ -841,7 +846,7 @@ def save_captioner(
     captioner.lm.config.save_pretrained(str(folder/'lm'))
     dtype = str(captioner.lm.dtype).removeprefix('torch.')
     card = dict(format=1, **settings, dtype=dtype, **facts, versions=versions())
-    atomic_write(folder/'card.json', json.dumps(card, indent=1))
+    write_card(folder, card, 'captioner.safetensors', 'projection.safetensors', 'bank.*', 'tokenizer/*', 'lm/*')
     return folder
 
 # %% ../nbs/35_captioning.ipynb #h8cap022
@@ -850,7 +855,10 @@ def captioner_settings(
 ) -> dict: # arguments of `Captioner`
     "What a card says of the captioner, in today's words."
     tuning = card['tuning'] if 'tuning' in card else card['tune']
-    settings = {k: card[k] for k in ('dim', 'prefix_length', 'mapper', 'rank', 'name')}
+    kinds = dict(dim=int, prefix_length=int, mapper=str, rank=int, name=(str, type(None)))
+    wrong = [k for k, kind in kinds.items() if not isinstance(card.get(k), kind)]
+    if wrong: raise ValueError(f"a captioner's card has {wrong[0]!r} as {card.get(wrong[0])!r:.60}: save it again")
+    settings = {k: card.get(k) for k in kinds}
     later = dict(revision=card.get('revision'), four_bit=card.get('four_bit', False))
     return settings | later | dict(tuning='full' if tuning == 'whole' else tuning)
 
@@ -864,7 +872,7 @@ def captioner_card(
         raise FileNotFoundError(f'{given/"card.json"} is missing: the folder holds no captioner, '
                                 'or its writing was cut short. `gmail_tune caption` makes one; '
                                 'name its folder with --captioner')
-    card = json.loads((found/'card.json').read_text(encoding='utf-8'))
+    card = checked_card(found)
     if 'prefix_length' in card: return found, card
     if (given/'captioner'/'card.json').exists(): return captioner_card(given/'captioner')
     raise ValueError(f'{found} holds something else than a captioner: '
@@ -873,7 +881,7 @@ def captioner_card(
 # %% ../nbs/35_captioning.ipynb #64038f6e
 def _load_weights(captioner, file, named):
     "Weights into a captioner; `ValueError` for those that do not fit."
-    weights, known = load_file(file), dict(captioner.named_parameters())
+    weights, known = read_tensors(file), dict(captioner.named_parameters())
     wrong = [n for n, w in weights.items() if n not in known or known[n].shape != w.shape]
     wrong = wrong or [n for n, p in known.items()
                       if n not in weights and (p.requires_grad or not named)]
@@ -902,9 +910,9 @@ def load_captioner(
     named = _only_named(settings)
     if named: lm = load_lm(settings['name'], dtype, settings['four_bit'], settings['revision'])[0]
     else:
-        config = AutoConfig.from_pretrained(str(folder/'lm'))
+        config = load_part(AutoConfig, folder/'lm')
         lm = AutoModelForCausalLM.from_config(config).to(dtype)
-    captioner = make(lm, AutoTokenizer.from_pretrained(str(folder/'tokenizer')), **settings)
+    captioner = make(lm, load_part(AutoTokenizer, folder/'tokenizer'), **settings)
     _load_weights(captioner, folder/'captioner.safetensors', named)
     return captioner.eval()
 

@@ -43,6 +43,7 @@ from .settings import FineTuneSettings, ProbeSettings
 from .sources import IMAGE_SUFFIXES
 from .stats import Interval, bootstrap, class_mean
 from .train import batches, cosine_rate, in_precision
+from .weights import read_torch
 
 # %% ../nbs/31_classification.ipynb #faab5bf3
 import matplotlib.pyplot as plt
@@ -853,7 +854,7 @@ class FineTuneFile:
     def load(self) -> None:
         "Go on from the file, if it is there. `ValueError` for one of another run."
         if not self.path.exists(): return
-        state, run = torch.load(self.path, weights_only=True, map_location='cpu'), self.run
+        state, run = read_torch(self.path), self.run
         if state['made_from'] != self.made_from:
             raise ValueError(f'{self.path.name} is a checkpoint of other weights, images, settings or '
                              'another number of processes: remove it, or name another')

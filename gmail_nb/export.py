@@ -22,6 +22,7 @@ from .encoders import HFVisual, OpenClipVisual, check_open_clip
 from .files import atomic_write, check_writable, read_results
 from .splits import trained_on
 from .stats import Interval, sentence
+from .weights import load_part, load_whole
 
 # %% ../nbs/29_export.ipynb #29c0a003
 def with_interval(
@@ -216,11 +217,11 @@ def export_transformers(
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
     folder, base = check_writable(folder), model.encoder.name.removeprefix('hf:')
     name, revision = (base, None) if Path(base).exists() else (*base.split('@'), None)[:2]
-    whole = AutoModel.from_pretrained(name, revision=revision)
+    whole = load_whole(AutoModel, name, revision=revision)
     put_towers(whole, merged_tower(model), model.encoder.text)
     whole.save_pretrained(folder)
     for part in (AutoTokenizer, AutoImageProcessor):
-        part.from_pretrained(name, revision=revision).save_pretrained(folder)
+        load_part(part, name, revision=revision).save_pretrained(folder)
     return folder
 
 # %% ../nbs/29_export.ipynb #1467ca20

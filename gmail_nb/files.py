@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'atomic_write', 'check_writable', 'file_sha256', 'file_checksums', 'check_files', 'write_card',
-           'read_object', 'checked_card', 'on_disk', 'found_on_disk', 'without_hub', 'check_no_code', 'unknown_name',
-           'name_some', 'asset', 'progress', 'versions', 'commit', 'record', 'write_results', 'read_results']
+           'read_object', 'checked_card', 'on_disk', 'found_on_disk', 'without_hub', 'check_no_code', 'why_refused',
+           'plain_weights', 'unknown_name', 'name_some', 'asset', 'progress', 'versions', 'commit', 'record',
+           'write_results', 'read_results']
 
 # %% ../nbs/00_files.ipynb #d0e6f071
 import datetime
@@ -14,6 +15,8 @@ import hashlib
 import json
 import math
 import os
+import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -188,6 +191,34 @@ def check_no_code(
         if not asked: continue
         raise ValueError(f'{folder.name}/{file.relative_to(folder).as_posix()} asks for code of its own '
                          f'({asked[0]}), which is never run: take a model that the library knows')
+
+# %% ../nbs/00_files.ipynb #e162e771
+def why_refused(error:BaseException) -> str:
+    "What is wrong with a file of weights, in a few words."
+    said = ' '.join(str(error).split())
+    if not isinstance(error, pickle.UnpicklingError):
+        return f'it is cut short or damaged ({said[:120] or type(error).__name__}): copy or download it again'
+    asked = re.search(r'GLOBAL (\S+)', said)
+    what = f'asks for {asked[1]}' if asked else 'holds more than numbers'
+    return f'it is a pickle that {what}, and is not opened; where you trust it, convert it to safetensors'
+
+def _causes(error): # the error, and those behind it
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+@contextmanager
+def plain_weights(
+    name:str|Path # of the file or folder that is read, for the message
+):
+    "Around a library that reads weights: what is refused as weights is a `ValueError` of one line."
+    kinds = (pickle.UnpicklingError, EOFError)
+    try: yield
+    except Exception as e:
+        of = (c for c in _causes(e) if isinstance(c, kinds) or type(c).__name__ == 'SafetensorError')
+        found = next(of, None)
+        if found is None: raise
+        raise ValueError(f'the weights of {Path(name).name} are refused: {why_refused(found)}') from e
 
 # %% ../nbs/00_files.ipynb #a713f39b
 def unknown_name(

@@ -25,7 +25,8 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .align import GenReal
 from .encoders import Encoder, HFPreprocess, NoText, check_pixels
-from .files import check_writable, progress
+from .files import check_writable, checked_card, found_on_disk, progress, write_card
+from .weights import load_part, load_whole
 
 # %% ../nbs/38_llava.ipynb #8dd412f9
 def both_sides(
@@ -339,8 +340,9 @@ def load_llava(
     dtype:torch.dtype=torch.float32
 ) -> tuple[Llava, Encoder]:
     "A published LLaVA. `ValueError` when its processor is another model's."
-    model = LlavaForConditionalGeneration.from_pretrained(name, revision=revision, dtype=dtype)
-    return from_llava(model.eval(), AutoProcessor.from_pretrained(name, revision=revision), name)
+    if found_on_disk(name) and (Path(name)/'checksums.json').exists(): checked_card(name, 'checksums.json')
+    model = load_whole(LlavaForConditionalGeneration, name, revision=revision, dtype=dtype)
+    return from_llava(model.eval(), load_part(AutoProcessor, name, revision=revision), name)
 
 # %% ../nbs/38_llava.ipynb #cdbca13a
 def plain_name(name:str) -> str: # without what peft put between a module and its weights
@@ -390,6 +392,7 @@ def save_llava(
         raise ValueError(f'{type(model.lm).__name__} is no LLaVA of transformers: its tower is not '
                          'part of it, so save the projector and the language model by themselves')
     folder = check_writable(folder)
+    (folder/'checksums.json').unlink(missing_ok=True)
     with merged_language(model):
         state = {k: v.detach().cpu().contiguous().clone() for k, v in plain_state(model.lm).items()}
     if aligned is not None:
@@ -398,4 +401,5 @@ def save_llava(
     with torch.device('meta'): empty = LlavaForConditionalGeneration(model.lm.config)
     empty.save_pretrained(str(folder), state_dict=state)
     model.chat.save_pretrained(str(folder))
+    write_card(folder, {}, '*.json', '*.safetensors', '*.jinja', name='checksums.json')
     return folder

@@ -9,7 +9,7 @@ __all__ = ['log', 'epoch_order', 'batches', 'Order', 'cosine_rate', 'alignment_p
            'choose_device', 'processes', 'check_bf16', 'run_precision', 'StopTogether', 'Weights', 'Watch', 'Progress',
            'check_whole', 'check_pairs', 'check_asked', 'check_token_pairs', 'recorded', 'bank_bytes', 'made_from',
            'Alignment', 'check_adapters', 'rng_state', 'set_rng_state', 'fits', 'differences', 'check_same_run',
-           'checkpoints_in', 'flat', 'Checkpoints', 'Log', 'show_row', 'align', 'show_history']
+           'checkpoints_in', 'read_state', 'flat', 'Checkpoints', 'Log', 'show_row', 'align', 'show_history']
 
 # %% ../nbs/26_train.ipynb #dc8a1a68
 import gmail_nb.runtime
@@ -36,18 +36,20 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, send_to_device
 from fastcore.basics import patch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file as load_tensors, save as save_tensors
+from safetensors.torch import save as save_tensors
 from torch import nn
 
 from .align import GenReal
 from .features import Features, native_precision
-from .files import atomic_path, atomic_write, check_writable, progress
+from .files import (atomic_path, atomic_write, check_writable, checked_card, file_checksums,
+                            progress)
 from .lora import block_list
 from .losses import (
     Temperature, bank_info_nce, column_sums, loss_by_name, sigmoid_rows, symmetric_rows, token_loss)
 from .prefix import FrozenPrefix, cache_prefix, channels_last
 from .runtime import fingerprint, noise_generator, stable_seed
 from .settings import AlignSettings, RunSettings
+from .weights import check_names, read_tensors as load_tensors, read_torch
 
 # %% ../nbs/26_train.ipynb #ba4fd774
 def epoch_order(
@@ -875,6 +877,12 @@ def checkpoints_in(folder:str|Path) -> list[Path]: # oldest first, also beyond s
     "The whole checkpoints of a folder."
     return sorted(Path(folder).glob('step-*'), key=lambda p: int(p.name[5:]))
 
+def read_state(
+    checkpoint:Path # of `Checkpoints.save`
+) -> dict:
+    "What its state.json says, once its files are as they were written. `ValueError` names what is not."
+    return checked_card(checkpoint, 'state.json', step=int, settings=dict)
+
 def flat(tensors:dict) -> dict: # 'kind.name': tensor, on the CPU
     "Tensors of several kinds as one dict, for a file."
     return {f'{kind}.{k}': t.detach().cpu().contiguous()
@@ -920,7 +928,7 @@ def save(self:Checkpoints,
     if not acc.is_main_process: return self.folder/name
     atomic_write(tmp/'weights.safetensors', save_tensors(flat(tensors)))
     with atomic_path(tmp/'optimizer.pt') as p: torch.save(send_to_device(optimizer, 'cpu'), p)
-    atomic_write(tmp/'state.json', json.dumps(state))
+    atomic_write(tmp/'state.json', json.dumps(state | dict(files=file_checksums(tmp, '*'))))
     return self.publish(tmp, self.folder/name)
 
 # %% ../nbs/26_train.ipynb #6c41b5f3
@@ -951,12 +959,13 @@ def read_tensors(self:Alignment, checkpoint:Path) -> None:
     def kind(name):
         return {k.partition('.')[2]: t.to(device) for k, t in tensors.items() if k.startswith(name + '.')}
 
+    check_names(kind('weights'), self.weights.parameters, f'{checkpoint.name}/weights.safetensors')
     self.weights.put(kind('weights'))
     self.weights.average, self.weights.best = kind('average') or None, kind('best') or None
-    optimizer = torch.load(checkpoint/'optimizer.pt', weights_only=True, map_location='cpu')
+    optimizer = read_torch(checkpoint/'optimizer.pt')
     self.runner.optimizer.load_state_dict(optimizer)
     own = checkpoint/f'rng-{self.accelerator.process_index}.pt'
-    set_rng_state(torch.load(own, weights_only=True), device)
+    set_rng_state(read_torch(own), device)
 
 # %% ../nbs/26_train.ipynb #6c41b5f9
 @patch
@@ -964,7 +973,7 @@ def resume(self:Alignment, checkpoints:Checkpoints) -> int: # the step it stands
     "Go on from the newest checkpoint. `ValueError` with the difference when it is another run's."
     if not (found := checkpoints_in(checkpoints.folder)): return 0
     here, newest = self.state(), found[-1]
-    there = json.loads((newest/'state.json').read_text())
+    there = read_state(newest)
     unsaid = dict(model=here['model'], stopped=False, processes=len(list(newest.glob('rng-*.pt'))))
     there = unsaid | there # the first versions did not write these
     check_same_run(there, here, newest.name)

@@ -11,7 +11,6 @@ __all__ = ['ROWS', 'PICTURES', 'coco_files', 'coco_rows', 'captioned_rows', 'has
            'Seer', 'load_seer', 'caption_pictures', 'caption_files']
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #f4c3c6d2
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -34,12 +33,12 @@ from ..captioning import (
     read_encoded, save_captioner, small_decoder, train_captioner, write_captions, write_encoded)
 from ..data import parquet_files
 from ..encoders import Encoder, NoText, load_encoder
-from ..features import Features, good_images
+from ..features import Features, LazyPixels, good_images
 from ..files import atomic_write, check_writable, record, write_results
 from .align import generated_images, set_name, validation_indices
 from .embed import embed_shared, features_place
 from .presets import check_arm
-from ..runtime import default_device, fingerprint, set_seed
+from ..runtime import default_device, set_seed
 from ..settings import (
     CaptionerSettings, CaptionRunSettings, EmbedSettings, RunSettings, SourceSettings)
 from ..sources import IMAGE_SUFFIXES, TABLE_SUFFIXES, load_captioned, read_coco
