@@ -6,9 +6,9 @@
 __all__ = ['ALIGN_RUNS', 'Arm', 'LlavaArm', 'gmail_tune', 'gmail_experiment', 'COMMANDS', 'dry', 'gmail_demo', 'listed',
            'gmail_generate', 'gmail_align', 'gmail_embed', 'gmail_tune_text', 'gmail_tune_caption', 'gmail_tune_llava',
            'gmail_caption', 'gmail_chat', 'gmail_eval_vqa', 'gmail_eval', 'gmail_bench', 'experiment_retrieval',
-           'show_file', 'experiment_alignment', 'experiment_protocol', 'experiment_curve', 'experiment_controls',
-           'experiment_captioning', 'experiment_ifcap', 'experiment_llava', 'dry_table', 'experiment_table',
-           'table_command']
+           'show_file', 'experiment_alignment', 'dry_proof', 'experiment_protocol', 'experiment_curve',
+           'experiment_controls', 'experiment_captioning', 'experiment_ifcap', 'experiment_llava', 'dry_table',
+           'experiment_table', 'table_command']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -354,7 +354,12 @@ def experiment_alignment(
     show_file(out, 'alignment_table.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #c1f0790c
-@command(name='gmail_experiment protocol', dry=dry('dry_demo'),
+def dry_proof(**asked) -> list:
+    "What the curve or the controls would do."
+    from gmail_nb.experiments.curve import dry_curve
+    return dry_curve(**asked)
+
+@command(name='gmail_experiment protocol', dry=dry_proof,
          example='gmail_experiment protocol --out proof')
 def experiment_protocol(
     out:str='proof',   # folder that curve and controls share
@@ -368,7 +373,7 @@ def experiment_protocol(
     print(f'settings of the text head, chosen on validation concepts: {chosen_settings(out)}')
     show_file(out, 'page.md')
 
-@command(name='gmail_experiment curve', dry=dry('dry_demo'),
+@command(name='gmail_experiment curve', dry=dry_proof,
          example='gmail_experiment curve --quick --out curve')
 def experiment_curve(
     out:str='proof',    # images, features, records and pictures; run it again to go on
@@ -382,7 +387,7 @@ def experiment_curve(
     show_file(out, 'curve.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #3ab44406
-@command(name='gmail_experiment controls', dry=dry('dry_demo'),
+@command(name='gmail_experiment controls', dry=dry_proof,
          example='gmail_experiment controls --quick --out controls')
 def experiment_controls(
     out:str='proof',    # folder of the curve, whose chains are read; run it again to go on

@@ -51,15 +51,16 @@ def chain_settings(
 # %% ../../nbs/experiments/11_chain.ipynb #1a06c4cf
 def chain_folder(out:Path, point:Point, seed:int) -> Path: # of its images
     "Where the images and features of a chain lie."
-    return out/'chains'/f'steps{point.steps}-guidance{point.guidance:g}-trained{point.trained:g}-{seed}'
+    p = point
+    return out/'chains'/f'steps{p.steps}-guidance{p.guidance:g}-trained{p.trained:g}-{seed}'
 
 def generator_of(point:Point, out:Path) -> str|Path: # as `generate` takes it
-    "The shipped generator, or one that has seen a share of its training. `FileNotFoundError` where it is absent."
+    "The shipped generator, or one after a share of its training. `FileNotFoundError` if absent."
     if point.trained == 1: return 'embedded'
     folder = out/'generators'/f'{point.trained:g}'
     if (folder/'model_index.json').exists(): return folder
-    raise FileNotFoundError(f'generators/{folder.name} is missing: nbs/making/30_generator.ipynb makes it, '
-                            'by its cell "A share of the training"')
+    raise FileNotFoundError(f'generators/{folder.name} is missing: nbs/making/30_generator.ipynb '
+                            'makes it, under "A share of the training"')
 
 # %% ../../nbs/experiments/11_chain.ipynb #1cd28291
 @dataclass
@@ -85,14 +86,18 @@ def chain_tests(encoder:Encoder, b:Side, out:Path) -> dict[str, Test]: # by name
     return dict(seen=Test(seen, head_inputs(encoder, b.captions)),
                 unseen=Test(unseen, head_inputs(encoder, list(ds['label']))))
 
-# %% ../../nbs/experiments/11_chain.ipynb #6f1e63e1
-def chain_features(encoder:Encoder, a:Side, b:Side, settings:DemoSettings) -> dict[str, torch.Tensor]:
+# %% ../../nbs/experiments/11_chain.ipynb #6c8a88e1
+def chain_features(
+    encoder:Encoder, a:Side, b:Side, settings:DemoSettings
+) -> dict[str, torch.Tensor]:
     "Align, and keep what arms and controls read: features (N, D) of both sides."
     model, history = align_side(copy.deepcopy(encoder), a, settings)
-    aligned = encode_images(model.encode_generated, b.generated_pixels[0], desc='f_g of generated B')
+    drawn = b.generated_pixels[0]
+    aligned = encode_images(model.encode_generated, drawn, desc='f_g of generated B')
     cosine = torch.tensor([h['paired_cosine'] for h in history if 'paired_cosine' in h])
-    return dict(a_generated=a.generated_features, a_real=a.real_features, b_generated=b.generated_features,
-                b_aligned=aligned, b_real=b.real_features, validation_cosine=cosine)
+    return dict(a_generated=a.generated_features, a_real=a.real_features,
+                b_generated=b.generated_features, b_aligned=aligned, b_real=b.real_features,
+                validation_cosine=cosine)
 
 def arm_inputs(
     x:dict[str, torch.Tensor] # from `chain_features`
@@ -117,11 +122,14 @@ def tuned_ranks(
         head = last_linear(tune_text(encoder, features, captions, settings.tune, inputs).text)
     return {name: arm_ranks(head, t.features, t.inputs) for name, t in tests.items()}
 
-# %% ../../nbs/experiments/11_chain.ipynb #e0d5a86f
-def side_inputs(encoder:Encoder, a:Side, b:Side) -> dict[str, tuple]: # by sides: captions, what the head reads
+# %% ../../nbs/experiments/11_chain.ipynb #c3dacf1d
+def side_inputs(
+    encoder:Encoder, a:Side, b:Side
+) -> dict[str, tuple]: # by sides: captions, what the head reads
     "Captions of B, and of B and A, and their `head_inputs`; what the arms share."
     of_b, of_a = head_inputs(encoder, b.captions), head_inputs(encoder, a.captions)
-    return {'': ([], None), 'B': (b.captions, of_b), 'BA': (b.captions + a.captions, torch.cat([of_b, of_a]))}
+    both = b.captions + a.captions, torch.cat([of_b, of_a])
+    return {'': ([], None), 'B': (b.captions, of_b), 'BA': both}
 
 def chain_records(
     encoder:Encoder, a:Side, b:Side, x:dict, tests:dict[str, Test],
@@ -170,18 +178,19 @@ def chain_seed(
     "Draw A and B, align, tune the arms, test on real B; or read what was finished before."
     out, s = check_writable(out), chain_settings(settings, point, seed, chosen)
     encoder = encoder or load_encoder('embedded').to(default_device())
-    made_from = chain_fingerprint(encoder, s, generator_of(point, out))
-    file = check_writable(out/'records')/f'{chain_folder(out, point, seed).name}-{made_from}.jsonl'
+    generator, folder = generator_of(point, out), chain_folder(out, point, seed)
+    made_from = chain_fingerprint(encoder, s, generator)
+    file = check_writable(out/'records')/f'{folder.name}-{made_from}.jsonl'
     if file.exists(): return read_results(file)
     x, sides = kept_chain(encoder, point, seed, out, s)
-    a, b = sides or chain_sides(encoder, s, chain_folder(out, point, seed), out, generator_of(point, out))
+    a, b = sides or chain_sides(encoder, s, folder, out, generator)
     records = chain_records(encoder, a, b, x, chain_tests(encoder, b, out), point, seed, s)
     write_results(file, records)
     return records
 
 # %% ../../nbs/experiments/11_chain.ipynb #88839e6f
 def seen_drawings(part:int) -> tuple: # images, captions, keys
-    "What the blind heads may learn from: A and the extra drawings, without the validation families."
+    "What the blind heads may learn from: A and further drawings, without validation families."
     sets = [emoji('A', source='fluent'), emoji('A', source='noto'), emoji(extra=True)]
     rows = [r for ds in sets for r in ds if not is_validation(r['family'], part)]
     return [r['image'] for r in rows], [r['captions'][0] for r in rows], [r['key'] for r in rows]
@@ -198,7 +207,8 @@ def train_heads(
     heads, rows = (encoder.visual.head, encoder.text.head), {}
     for i, k in enumerate(keys): rows.setdefault(k, []).append(i)
     rows, g = list(rows.values()), noise_generator('blind heads')
-    opt = torch.optim.AdamW([p.requires_grad_() for h in heads for p in h.parameters()], 1e-3, weight_decay=.1)
+    trained = [p.requires_grad_() for h in heads for p in h.parameters()]
+    opt = torch.optim.AdamW(trained, 1e-3, weight_decay=.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 1e-3, total_steps=steps)
     for _ in range(steps):
         some = torch.randperm(len(rows), generator=g)[:256].tolist()
@@ -221,11 +231,13 @@ def blind_encoder(
     if (folder/'heads.safetensors').exists(): return embedded_encoder(folder)
     encoder = embedded_encoder('none')
     images, captions, keys = seen_drawings(settings.validation_part)
-    images = encode_images(encoder.visual.features, preprocess_images(encoder, images), desc='drawings')
+    pixels = preprocess_images(encoder, images)
+    images = encode_images(encoder.visual.features, pixels, desc='drawings')
     texts = encode_texts(encoder, captions, encoder.text.features)
     train_heads(encoder, images.clone(), texts.clone(), keys, settings.head_steps)
-    heads = {f'{tower}.{k}': v.detach() for tower, module in (('visual', encoder.visual), ('text', encoder.text))
-             for k, v in module.head.state_dict().items()}
+    towers = dict(visual=encoder.visual, text=encoder.text)
+    heads = {f'{name}.{k}': v.detach() for name, tower in towers.items()
+             for k, v in tower.head.state_dict().items()}
     config = dict(dim=256, size=112, logit_scale=1 / .07)
     atomic_write(folder/'config.json', json.dumps(config))
     atomic_write(folder/'heads.safetensors', save(heads))
@@ -249,9 +261,10 @@ def validation_test(encoder:Encoder, v:Side, out:Path) -> dict[str, Test]:
 
 # %% ../../nbs/experiments/11_chain.ipynb #c1fff3aa
 def validation_world(out:Path, point:Point, settings:ProofSettings) -> tuple:
-    "Blind encoder, aligned on A without the validation families; arms, captions and the test of them."
-    s, blind = chain_settings(settings, point, 0, dict(steps=1, lr=1e-3)), blind_encoder(out, settings)
-    blind, home = blind.to(default_device()), check_writable(out/'choosing')
+    "Blind encoder, what its alignment on the rest of A gives, both sides, and the test."
+    s = chain_settings(settings, point, 0, dict(steps=1, lr=1e-3))
+    blind, home = blind_encoder(out, settings), check_writable(out/'choosing')
+    blind = blind.to(default_device())
     folder = chain_folder(out, point, 0) # whose images of A the first chain takes too
     a = make_side(blind, 'A', s.align_captions, s.draw.samples, s, folder, real=home)
     family = dict(zip(emoji('A', source='noto')['key'], emoji('A', source='noto')['family']))
@@ -277,7 +290,7 @@ def validation_scores(out:Path, point:Point, settings:ProofSettings) -> list[dic
 CHOOSING_POINTS = (Point(3, GOOD.guidance), GOOD)
 
 def best_setting(scores:list[dict]) -> dict: # steps and lr
-    "The setting with the highest mean recall over arms and points; the fewer steps where two are equal."
+    "The setting with the highest mean over arms and points; the fewer steps where two are equal."
     means = {}
     for r in scores: means.setdefault((r['steps'], r['lr']), []).append(r['mean_recall'])
     steps, lr = max(sorted(means), key=lambda k: np.mean(means[k]))
@@ -290,7 +303,8 @@ def choose_settings(
 ) -> dict: # steps and lr of the text head
     "Choose on validation concepts and write chosen.json; a choice that was made before is read."
     out = check_writable(out)
-    file, made_from = out/'chosen.json', fingerprint(json.dumps([asdict(settings), *map(asdict, points)]))
+    file, depends = out/'chosen.json', [asdict(settings), *map(asdict, points)]
+    made_from = fingerprint(json.dumps(depends))
     kept = json.loads(file.read_text()) if file.exists() else {}
     if kept.get('made_from') != made_from:
         scores = sum((validation_scores(out, p, settings) for p in points), [])
@@ -315,5 +329,5 @@ def choice_table(scores:list[dict]) -> list[list[str]]: # a heading and a row a 
         row = rows.setdefault((r['steps'], r['lr']), {})
         row[Point(**r['point']).name, r['arm']] = 100 * r['mean_recall']
     head = ['steps, rate', *(f'{arm}, {point.split(",")[0]}' for point, arm in names), 'mean']
-    return [head] + [[f'{n}, {lr:g}', *(f'{row[k]:.1f}' for k in names), f'{np.mean(list(row.values())):.2f}']
-                     for (n, lr), row in rows.items()]
+    def line(row): return *(f'{row[k]:.1f}' for k in names), f'{np.mean(list(row.values())):.2f}'
+    return [head] + [[f'{n}, {lr:g}', *line(row)] for (n, lr), row in rows.items()]

@@ -24,8 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..data import emoji
 from ..encoders import Encoder, encode_images, load_encoder, preprocess_images
 from .chain import (
-    Test, chain_fingerprint, chain_folder, chain_seed, chain_settings, chain_sides, chain_tests, chosen_settings,
-    generator_of, kept_chain, tuned_ranks)
+    Test, chain_fingerprint, chain_folder, chain_seed, chain_settings, chain_sides, chain_tests,
+    chosen_settings, generator_of, kept_chain, tuned_ranks)
 from .curve import (
     KEPT_GAPS, curve_table, gathered, is_stored, joined, mean_of, shown_number, stored)
 from .demo import Side, align_side, gap_records
@@ -77,7 +77,8 @@ def random_map(
     seed:int
 ) -> torch.Tensor: # (N, D), as far from x in the mean
     "x + t R x for a random matrix R, with t found by halving."
-    R = torch.randn(x.shape[1], x.shape[1], generator=noise_generator('random map', seed)) / x.shape[1]**.5
+    d, g = x.shape[1], noise_generator('random map', seed)
+    R = torch.randn(d, d, generator=g) / d**.5
     def at(t): return unit(x + t * (x @ R))
     def cosine(y): return F.cosine_similarity(x, y).mean()
     low, high, wanted = 0., 100., cosine(moved)
@@ -103,7 +104,8 @@ def batch_statistics(
         m.train()
     for part in pixels.split(batch): tower(encoder.ready(part))
     tower.eval()
-    return encode_images(lambda p: F.normalize(tower(encoder.ready(p)), dim=-1), x, desc='other statistics')
+    def encode(p): return F.normalize(tower(encoder.ready(p)), dim=-1)
+    return encode_images(encode, x, desc='other statistics')
 
 # %% ../../nbs/experiments/14_controls.ipynb #beba7370
 def control_features(
@@ -129,10 +131,12 @@ def control_records(
     "Every control on both tests, and how near its features are to the real ones."
     made, out = control_features(encoder, a, b, x, settings), []
     inputs = head_inputs(encoder, b.captions)
-    learned = {n: (v, 1) for n, v in made.items()} | {n: (x['b_generated'], t) for n, t in LONGER.items()}
+    learned = {n: (v, 1) for n, v in made.items()}
+    learned |= {n: (x['b_generated'], times) for n, times in LONGER.items()}
     for name, (features, times) in learned.items():
         tune = replace(settings.tune, steps=times * settings.tune.steps)
-        ranks = tuned_ranks(encoder, features, b.captions, replace(settings, tune=tune), tests, inputs)
+        s = replace(settings, tune=tune)
+        ranks = tuned_ranks(encoder, features, b.captions, s, tests, inputs)
         how = dict(tune=dict(steps=tune.steps, lr=tune.lr))
         out += [arm_record(point, name, seed, t, r, **how) for t, r in ranks.items()]
     gaps = [g for name, v in made.items() for g in gap_records('chain', name, v, x['b_real'], seed)]
@@ -182,11 +186,15 @@ def control_row(records:list[dict], arm:str, point:Point) -> list[str]:
                    for d, own in ((gain, 'indiscriminate'), (less, 'gmail'))]
     return [arm, *gap, f'{100 * score:.1f}', *differences, str(seeds)]
 
-def control_table(records:list[dict], point:Point=GOOD) -> list[list[str]]: # a heading and a row an arm
+def control_table(
+    records:list[dict], point:Point=GOOD
+) -> list[list[str]]: # a heading and a row an arm
     "Gap, mean recall in percent, what the arm gains, and what GMAIL has more."
     arms = ['indiscriminate', 'gmail', 'matched', *finished_controls(records, point)]
-    head = ['learned from', 'cosine', 'R@1 to real', 'mean recall', 'arm - indiscriminate', 'gmail - arm', 'chains']
-    return [head, *(control_row(records, a, point) for a in arms if mean_of(records, a, point) is not None)]
+    head = ['learned from', 'cosine', 'R@1 to real', 'mean recall', 'arm - indiscriminate',
+            'gmail - arm', 'chains']
+    there = [a for a in arms if mean_of(records, a, point) is not None]
+    return [head, *(control_row(records, a, point) for a in there)]
 
 # %% ../../nbs/experiments/14_controls.ipynb #34dfabed
 def show_controls(records:list[dict], point:Point=GOOD) -> Figure:
@@ -199,7 +207,8 @@ def show_controls(records:list[dict], point:Point=GOOD) -> Figure:
         ax.plot([100 * d.low, 100 * d.high], [i, i], color=color, lw=2.5)
         ax.plot(100 * d.value, i, 'o', ms=7, color=color)
     ax.axvline(0, color='black', lw=.8)
-    names = dict(gmail='aligned to the right partner (GMAIL)', matched='no alignment, real images of A too')
+    names = dict(gmail='aligned to the right partner (GMAIL)',
+                 matched='no alignment, real images of A too')
     ax.set_yticks(range(len(arms)), [names.get(a, a) for a in arms], fontsize=10)
     ax.invert_yaxis()
     ax.set_xlabel('gain over generated images as they are, points of mean recall', fontsize=10)
@@ -220,11 +229,12 @@ def controls(
     settings:ProofSettings=ProofSettings(),
     shipped:bool=True                        # count what the package has as finished
 ) -> list[dict]: # all records
-    "Every control that is missing at the generator's own setting, then records.jsonl and controls.txt."
+    "Every control that is missing at the generator's own setting; records.jsonl and controls.txt."
     out, chosen = check_writable(out), chosen_settings(out)
     encoder, known = load_encoder('embedded').to(default_device()), stored() if shipped else []
     for seed in range(settings.seeds):
-        if not is_stored(known, GOOD, seed, chosen): chain_seed(GOOD, seed, out, chosen, settings, encoder)
+        if not is_stored(known, GOOD, seed, chosen):
+            chain_seed(GOOD, seed, out, chosen, settings, encoder)
         if not is_stored(known, GOOD, seed, chosen, 'ridge'):
             control_seed(GOOD, seed, out, chosen, settings, encoder)
     records = joined(gathered(out), known)
@@ -238,11 +248,14 @@ def evidence_page(records:list[dict]) -> str: # markdown
     "Failed claims, every claim, the curve and the controls, from records alone."
     chains = {(tuple(r['point'].values()), r['seed']) for r in records}
     seeds = sorted({s for _, s in chains})
-    parts = ['# The evidence', f'{len(chains)} whole chains at {len({p for p, _ in chains})} settings of the '
-             f'generator, seeds {", ".join(map(str, seeds))}. Differences are points of mean recall with 95% intervals '
-             'over chains and concepts; a point with one chain varies concepts alone.',
-             '## Failed claims', said_first(records), '## All claims', table_markdown(claims_table(records))]
-    for test, title in (('seen', 'Concepts learned from generated images'), ('unseen', 'Unseen concepts')):
+    settings = len({p for p, _ in chains})
+    intro = (f'{len(chains)} whole chains at {settings} settings of the generator, '
+             f'seeds {", ".join(map(str, seeds))}. Differences are points of mean recall with 95% '
+             'intervals over chains and concepts; a point with one chain varies concepts alone.')
+    parts = ['# The evidence', intro, '## Failed claims', said_first(records),
+             '## All claims', table_markdown(claims_table(records))]
+    titles = dict(seen='Concepts learned from generated images', unseen='Unseen concepts')
+    for test, title in titles.items():
         tables = [t for axis in CURVES if len(t := curve_table(records, axis, test)) > 1]
         parts += [f'## {title}', *map(table_markdown, tables)]
     return '\n\n'.join([*parts, '## Controls', table_markdown(control_table(records))]) + '\n'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'KEPT_GAPS', 'SHOWN_ARMS', 'COLORS', 'LABELS', 'AXES', 'curve_points', 'chains', 'slim', 'gathered', 'stored',
-           'mean_of', 'benefit', 'shown_number', 'curve_row', 'curve_table', 'draw_arms', 'draw_benefit', 'show_curve',
-           'show_gap_closed', 'is_stored', 'joined', 'curve_text', 'curve', 'write_curve']
+           'mean_of', 'benefit', 'shown_number', 'curve_row', 'curve_table', 'spread', 'draw_arms', 'draw_benefit',
+           'show_curve', 'show_gap_closed', 'is_stored', 'joined', 'curve_text', 'curve', 'write_curve', 'dry_curve']
 
 # %% ../../nbs/experiments/12_curve.ipynb #3f33f7ed
 from collections.abc import Iterable
@@ -23,7 +23,8 @@ from .protocol import (
 from ..files import asset, atomic_write, check_writable, read_results, write_results
 from ..pages import save_figure, table_text
 from ..runtime import default_device
-from ..settings import ProofSettings
+from ..runs.dry_run import RATES, Look, look_device, look_out, time_text
+from ..settings import ProofSettings, proof_settings
 from ..stats import Interval
 
 # %% ../../nbs/experiments/12_curve.ipynb #11830f7e
@@ -49,16 +50,16 @@ def slim(
 ) -> list[dict]:
     "What is shipped of a chain."
     kept = [r for r in records if r['metric'] in ('mean_recall', *KEPT_GAPS)]
-    return [r if i == 0 else {k: v for k, v in r.items() if k != 'versions'} for i, r in enumerate(kept)]
+    return [{k: v for k, v in r.items() if i == 0 or k != 'versions'} for i, r in enumerate(kept)]
 
 def gathered(
     out:str|Path # of a run, with a folder of records
 ) -> list[dict]:
     "The finished chains and controls of a run, always in one order."
     files = sorted((Path(out)/'records').glob('*.jsonl'))
-    found = [(r['point'], r['seed'], f.name, slim(rs)) for f in files if (rs := read_results(f)) for r in rs[:1]]
-    found.sort(key=lambda f: (f[1], f[0]['trained'], f[0]['guidance'], f[0]['steps'], f[2]))
-    return [r for *_, records in found for r in records]
+    chains = [slim(read_results(f)) for f in files]
+    chains.sort(key=lambda c: (c[0]['seed'], *reversed(c[0]['point'].values()))) # else by name
+    return [r for records in chains for r in records]
 
 def stored() -> list[dict]:
     "The records that ship with the package."
@@ -70,7 +71,8 @@ def mean_of(
 ) -> float|None: # over seeds; None where there is none
     "One number of an arm at a point."
     asked = arm, asdict(point), metric, split
-    found = [r['value'] for r in records if (r['arm'], r['point'], r['metric'], r['split']) == asked]
+    found = [r['value'] for r in records
+             if (r['arm'], r['point'], r['metric'], r['split']) == asked]
     return float(np.mean(found)) if found else None
 
 def benefit(records:list[dict], point:Point, test:str='seen') -> tuple[Interval|None, int]:
@@ -80,11 +82,13 @@ def benefit(records:list[dict], point:Point, test:str='seen') -> tuple[Interval|
 # %% ../../nbs/experiments/12_curve.ipynb #07f2182c
 SHOWN_ARMS = ('base', 'indiscriminate', 'gmail', 'matched', 'real')
 
-def shown_number(value:float|None, scale:float, digits:int) -> str: return '' if value is None else f'{scale * value:.{digits}f}'
+def shown_number(value:float|None, scale:float, digits:int) -> str:
+    return '' if value is None else f'{scale * value:.{digits}f}'
 
 def curve_row(records:list[dict], point:Point, test:str) -> list[str]:
     "One line of the table: the gap, the arms, the difference."
-    gap = [mean_of(records, when, point, m, 'B') for m in KEPT_GAPS for when in ('generated', 'aligned')]
+    gap = [mean_of(records, when, point, m, 'B')
+           for m in KEPT_GAPS for when in ('generated', 'aligned')]
     gap = [shown_number(v, 1 if i < 2 else 100, 2 if i < 2 else 1) for i, v in enumerate(gap)]
     arms = [shown_number(mean_of(records, a, point, split=TESTS[test]), 100, 1) for a in SHOWN_ARMS]
     d, seeds = benefit(records, point, test)
@@ -103,23 +107,41 @@ def curve_table(
     return [head, *(r for r in rows if r[-1] != '0')]
 
 # %% ../../nbs/experiments/12_curve.ipynb #a57fcb68
-COLORS = dict(base='gray', indiscriminate='tab:orange', gmail='tab:blue', matched='tab:purple', real='tab:green')
-LABELS = dict(base='before tuning', indiscriminate='generated images as they are', gmail='aligned first (GMAIL)',
-              matched='as they are, and real images of A', real='real images')
+COLORS = dict(base='gray', indiscriminate='tab:orange', gmail='tab:blue', matched='tab:purple',
+              real='tab:green')
+LABELS = dict(base='before tuning', indiscriminate='generated images as they are',
+              gmail='aligned first (GMAIL)', matched='as they are, and real images of A',
+              real='real images')
 AXES = dict(steps=('inference steps of the generator', lambda p: p.steps),
             guidance=('guidance of the generator', lambda p: p.guidance),
             training=("share of the generator's training", lambda p: p.trained))
 
-def draw_arms(ax, records:list[dict], points:list[Point], at:list[float]) -> None: # at: where on the axis
-    "A line an arm over the points."
+def spread(heights:list[float], apart:float) -> list[float]:
+    "Heights of labels that lie near these and at least so far apart."
+    out = np.array(heights, dtype=float)
+    for _ in range(200):
+        order = out.argsort()
+        for low, high in zip(order, order[1:]):
+            lacks = max(0, apart - (out[high] - out[low])) / 2
+            out[low], out[high] = out[low] - lacks, out[high] + lacks
+    return out.tolist()
+
+def draw_arms(
+    ax, records:list[dict], points:list[Point], at:list[float] # at: where on the axis
+) -> None:
+    "A line an arm over the points, named at its end."
+    ends = [100 * mean_of(records, a, points[-1]) for a in COLORS]
+    labels = dict(zip(COLORS, spread(ends, .06 * (max(ends) - min(ends)))))
     for arm, color in COLORS.items():
         y = [100 * mean_of(records, arm, p) for p in points]
         flat = arm in ('base', 'real')
-        ax.plot(at, y, '--' if flat else '-', marker=None if flat else 'o', color=color, lw=1.5 if flat else 2)
-        ax.annotate(LABELS[arm], (at[-1], y[-1]), (6, 0), textcoords='offset points', color=color, fontsize=9, va='center')
+        look = dict(ls='--', lw=1.5) if flat else dict(marker='o', lw=2)
+        ax.plot(at, y, color=color, **look)
+        ax.annotate(LABELS[arm], (at[-1], labels[arm]), (6, 0), textcoords='offset points',
+                    color=color, fontsize=9, va='center')
     ax.set_ylabel('mean recall on real drawings, %', fontsize=10)
 
-# %% ../../nbs/experiments/12_curve.ipynb #022f0e74
+# %% ../../nbs/experiments/12_curve.ipynb #179f0c61
 def draw_benefit(ax, records:list[dict], points:list[Point], at:list[float]) -> None:
     "The paired differences with their intervals, and the number of chains of each."
     for x, p in zip(at, points):
@@ -128,21 +150,24 @@ def draw_benefit(ax, records:list[dict], points:list[Point], at:list[float]) -> 
         ax.plot([x, x], [100 * d.low, 100 * d.high], color=color, lw=2.5)
         ax.plot(x, 100 * d.value, 'o', ms=8, color=color)
         chains = f'{seeds} chain' + 's'[:seeds > 1]
-        ax.annotate(chains, (x, 100 * d.high), (0, 5), textcoords='offset points', ha='center', fontsize=8)
+        ax.annotate(chains, (x, 100 * d.high), (0, 5), textcoords='offset points', ha='center',
+                    fontsize=8)
     ax.axhline(0, color='black', lw=.8)
     ax.set_ylabel('what aligning first adds, points', fontsize=10)
 
-# %% ../../nbs/experiments/12_curve.ipynb #8035601c
+# %% ../../nbs/experiments/12_curve.ipynb #48782207
 def show_curve(
     records:list[dict],
     axis:str='steps' # of `CURVES`
 ) -> Figure:
     "Both arms and their difference along one axis. `ValueError` where no point of it is finished."
     points = [p for p in CURVES[axis] if benefit(records, p)[0]]
-    if not points: raise ValueError(f'no point of the curve {axis!r} is finished: run gmail_experiment curve')
+    if not points:
+        raise ValueError(f'no point of the curve {axis!r} is finished: run gmail_experiment curve')
     title, of = AXES[axis]
     at = list(range(len(points)))
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8), dpi=100, gridspec_kw=dict(width_ratios=[1.5, 1]))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8), dpi=100,
+                                      gridspec_kw=dict(width_ratios=[1.5, 1]))
     draw_arms(left, records, points, at)
     draw_benefit(right, records, points, at)
     for ax in (left, right):
@@ -156,16 +181,17 @@ def show_curve(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/experiments/12_curve.ipynb #71a2dbf5
+# %% ../../nbs/experiments/12_curve.ipynb #b35e52e6
 def show_gap_closed(records:list[dict], axes:Iterable[str]=CURVES) -> Figure:
     "What aligning adds against the gap, an arrow a point."
     fig, ax = plt.subplots(figsize=(7.5, 3.8), dpi=100)
     for p in curve_points(axes):
         d, _ = benefit(records, p)
         if d is None: continue
-        before, after = (100 * mean_of(records, w, p, KEPT_GAPS[1], 'B') for w in ('generated', 'aligned'))
-        y = 100 * d.value
-        ax.annotate('', (after, y), (before, y), arrowprops=dict(arrowstyle='->', color='tab:blue', lw=1.8))
+        before, after = (100 * mean_of(records, when, p, KEPT_GAPS[1], 'B')
+                         for when in ('generated', 'aligned'))
+        y, arrow = 100 * d.value, dict(arrowstyle='->', color='tab:blue', lw=1.8)
+        ax.annotate('', (after, y), (before, y), arrowprops=arrow)
         ax.plot(before, y, 'o', color='tab:orange', ms=6)
         ax.annotate(p.name, (before, y), (0, 6), textcoords='offset points', fontsize=8)
         ax.plot(after, y, alpha=0) # room for the head
@@ -178,7 +204,7 @@ def show_gap_closed(records:list[dict], axes:Iterable[str]=CURVES) -> Figure:
     plt.close(fig)
     return fig
 
-# %% ../../nbs/experiments/12_curve.ipynb #6e0f2b59
+# %% ../../nbs/experiments/12_curve.ipynb #83bb660c
 def is_stored(records:list[dict], point:Point, seed:int, chosen:dict, arm:str='gmail') -> bool:
     "Whether an arm of a chain is among these records, with these settings of the text head."
     asked = arm, asdict(point), seed, chosen
@@ -190,14 +216,16 @@ def joined(records:list[dict], more:list[dict]) -> list[dict]:
     known = {key(r) for r in records}
     return records + [r for r in more if key(r) not in known]
 
-# %% ../../nbs/experiments/12_curve.ipynb #dc8b94aa
+# %% ../../nbs/experiments/12_curve.ipynb #bbd72a09
 def curve_text(records:list[dict]) -> str:
     "Claims that failed, and the tables of every axis that has points."
     own = tuple(c for c in CLAIMS if c.theirs in SHOWN_ARMS)
     tables = [table_text(t, width=118) for test in TESTS for axis in CURVES
               if len(t := curve_table(records, axis, test)) > 1]
-    return '\n\n'.join([said_first(records, own), table_text(claims_table(records, own)), *tables]) + '\n'
+    claims = [said_first(records, own), table_text(claims_table(records, own))]
+    return '\n\n'.join([*claims, *tables]) + '\n'
 
+# %% ../../nbs/experiments/12_curve.ipynb #b4801c5f
 def curve(
     out:str|Path='proof',                    # images, features and records
     settings:ProofSettings=ProofSettings(),
@@ -208,15 +236,32 @@ def curve(
     out, chosen = check_writable(out), chosen_settings(out)
     encoder, known = load_encoder('embedded').to(default_device()), stored() if shipped else []
     for point, seed in chains(settings.seeds, axes):
-        if not is_stored(known, point, seed, chosen): chain_seed(point, seed, out, chosen, settings, encoder)
+        if is_stored(known, point, seed, chosen): continue
+        chain_seed(point, seed, out, chosen, settings, encoder)
     return write_curve(out, joined(gathered(out), known))
 
-# %% ../../nbs/experiments/12_curve.ipynb #a5b1d079
+# %% ../../nbs/experiments/12_curve.ipynb #8c6808d0
 def write_curve(out:str|Path, records:list[dict]) -> list[dict]: # the records
     "records.jsonl, curve.txt, and a picture for every axis that has points."
     out = Path(out)
     write_results(out/'records.jsonl', records)
     atomic_write(out/'curve.txt', curve_text(records))
     for axis, points in CURVES.items():
-        if any(benefit(records, p)[0] for p in points): save_figure(show_curve(records, axis), out/f'curve_{axis}.png')
+        if any(benefit(records, p)[0] for p in points):
+            save_figure(show_curve(records, axis), out/f'curve_{axis}.png')
     return records
+
+# %% ../../nbs/experiments/12_curve.ipynb #7a86ba75
+def dry_curve(
+    out:str='proof', axis:str|None=None, quick:bool=False, seeds:int=ProofSettings().seeds, **rest
+) -> list[Look]:
+    "What `gmail_experiment curve` would do; without an axis, at the generator's own setting alone."
+    s, chosen, known = proof_settings(quick, seeds), chosen_settings(out), [] if quick else stored()
+    asked = chains(s.seeds, (axis,)) if axis else [(GOOD, seed) for seed in range(s.seeds)]
+    todo = [(p, seed) for p, seed in asked if not is_stored(known, p, seed, chosen)]
+    images = s.chain.align_captions * s.chain.draw.samples + s.chain.tune_captions
+    rate, where = RATES['embedded'] # for 16 steps
+    seconds = sum(images * p.steps / 16 / rate for p, _ in todo)
+    return [look_device(), look_out(out),
+            Look('chains', f'{len(todo)} of {len(asked)}', 'estimate', f'{images:,} drawings each'),
+            Look('time', time_text(seconds), 'estimate', f'drawing alone, at a rate of {where}')]

@@ -104,7 +104,8 @@ CLAIMS = (
     _better('base', 'no tuning'),
     _better('matched', 'as much data without alignment'),
     Claim('aligning loses nothing on unseen concepts', 'gmail', 'base', test='unseen', margin=.02),
-    Claim('aligning keeps more of unseen concepts than not aligning', 'gmail', 'indiscriminate', test='unseen'),
+    Claim('aligning keeps more of unseen concepts than not aligning', 'gmail', 'indiscriminate',
+          test='unseen'),
     Claim('aligning brings more where the generator is poor', 'gmail', 'indiscriminate',
           point=Point(1, GOOD.guidance), less=GOOD),
     *(_better(name, f'this control: {what}') for name, what in CONTROLS.items()))
