@@ -153,10 +153,12 @@ class AdapterSettings:
         check_known(self, 'tuning', TUNINGS)
         check_known(self, 'layers', LAYERS)
         if not 0 < self.adapted_share <= 1:
-            raise ValueError(f'adapted_share is {self.adapted_share}: above 0, and at most 1 for all blocks')
+            raise ValueError(
+                f'adapted_share is {self.adapted_share}: above 0, and at most 1 for all blocks'
+            )
 
 # %% ../nbs/01_settings.ipynb #f8c3944c
-def check_align(s) -> None: # s: an `AlignSettings`
+def check_align(s) -> None:  # s: an `AlignSettings`
     "`ValueError` for fewer than one epoch or two pairs, an average that never moves, or unknown negatives."
     if s.epochs < 1 or s.batch_size < 2:
         raise ValueError(f'{s.epochs} epochs of {s.batch_size} pairs: '
@@ -164,7 +166,8 @@ def check_align(s) -> None: # s: an `AlignSettings`
     if s.ema is not None and not 0 < s.ema < 1:
         raise ValueError(f'ema is {s.ema}: a decay between 0 and 1, such as .999')
     known = s.negatives in ('batch', 'all') or isinstance(s.negatives, int) and s.negatives > 0
-    if not known: raise unknown_name('negatives', str(s.negatives), ('batch', 'all', 'a number above 0'))
+    if not known:
+        raise unknown_name('negatives', str(s.negatives), ('batch', 'all', 'a number above 0'))
 
 # %% ../nbs/01_settings.ipynb #f51b2c39
 LOSS_NAMES = ('info_nce', 'symmetric', 'sigmoid', 'cosine')

@@ -187,7 +187,10 @@ def gmail_tune_caption(
 
 # %% ../../nbs/cli/10_commands.ipynb #15c84f43
 LlavaArm = Literal['gmail', 'indiscriminate', 'both', 'mix', 'real']
-_llava = 'gmail_tune llava --real photos --generated generated --model aligned --arm both --out llava'
+_llava = (
+    'gmail_tune llava --real photos --generated generated --model aligned --arm both --out llava'
+)
+
 
 @command(leave=('cache_dir', 'which', 'max_bank'), name='gmail_tune llava', example=_llava,
          dry=dry('dry_llava', 'tune_llava'))
@@ -211,8 +214,13 @@ def gmail_tune_llava(
         if found: print(f'{stage}: {len(found)} steps, loss {found[0]:.3f} to {found[-1]:.3f}')
     print(f'LLaVA: {out} (gmail_chat --model {out} talks to it, gmail_eval vqa measures it)')
 
-gmail_tune = Commands('gmail_tune', 'Tune what reads an encoder, on generated images.', text=gmail_tune_text,
-                      caption=gmail_tune_caption, llava=gmail_tune_llava)
+gmail_tune = Commands(
+    'gmail_tune',
+    'Tune what reads an encoder, on generated images.',
+    text=gmail_tune_text,
+    caption=gmail_tune_caption,
+    llava=gmail_tune_llava,
+)
 
 # %% ../../nbs/cli/10_commands.ipynb #095d956d
 @command(dry=dry('dry_write'),

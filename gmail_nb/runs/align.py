@@ -55,7 +55,10 @@ def generated_images(
     if 'caption' in ds.column_names and 'sample' in ds.column_names: return ds
     drawn = ['sample'] if 'sample' in ds.column_names else []
     def first(captions, *samples):
-        return dict(caption=[c[0] for c in captions], sample=samples[0] if samples else [0] * len(captions))
+        return dict(
+            caption=[c[0] for c in captions], sample=samples[0] if samples else [0] * len(captions)
+        )
+
     with quiet_datasets():
         words = ds.select_columns(['captions', *drawn]).map(
             first, input_columns=['captions', *drawn], batched=True, remove_columns='captions')
