@@ -133,7 +133,7 @@ def decode_blank():
     "A white picture, from which the size of an encoder's inputs is seen."
     return Image.new('RGB', (64, 64), 'white')
 
-# %% ../../nbs/runs/60_tune_llava.ipynb #7f278869
+# %% ../../nbs/runs/60_tune_llava.ipynb #9526c807
 def keep_llava(
     llava:Llava, found:Learned,
     vision:GenReal|Encoder,
@@ -149,7 +149,7 @@ def keep_llava(
     save_trained(llava, out, settings, arm=arm, encoder=encoder.name, aligned=model and str(model),
                  images={k: len(f) for k, f in found.files.items()}, last_losses=last)
 
-# %% ../../nbs/runs/60_tune_llava.ipynb #797935d6
+# %% ../../nbs/runs/60_tune_llava.ipynb #4b183d60
 def say_broken(broken:dict[str, str]) -> None:
     "Name images that do not decode on the error stream."
     for why in broken.values(): print(f'left out: {why}', file=sys.stderr)
@@ -184,7 +184,7 @@ def tune_llava(
     acc.wait_for_everyone()
     return history
 
-# %% ../../nbs/runs/60_tune_llava.ipynb #1616cd2c
+# %% ../../nbs/runs/60_tune_llava.ipynb #19b589cd
 @dataclass
 class Talker:
     "A LLaVA, and what its pictures go through."
@@ -216,7 +216,7 @@ def load_talker(
 def _has_config(name): # of transformers: a folder with one, or an id on the Hub
     return (Path(name)/'config.json').exists() or (not Path(name).exists() and str(name).count('/') == 1)
 
-# %% ../../nbs/runs/60_tune_llava.ipynb #84c1621e
+# %% ../../nbs/runs/60_tune_llava.ipynb #e32d30ba
 class Aloud(TextStreamer):
     "Writes an answer to a stream, word by word."
     def __init__(self, tokenizer, stream):
@@ -245,7 +245,7 @@ class Talk:
         self.turns.append(dict(role='assistant', content=answer))
         return answer
 
-# %% ../../nbs/runs/60_tune_llava.ipynb #a8229caf
+# %% ../../nbs/runs/60_tune_llava.ipynb #3b658dac
 def chat(
     images,                  # picture files
     question:str|None=None,  # one question; several turns are read from `lines` if absent
@@ -270,7 +270,7 @@ def typed(lines):
         if not line: return
         yield line
 
-# %% ../../nbs/runs/60_tune_llava.ipynb #45f32bb4
+# %% ../../nbs/runs/60_tune_llava.ipynb #d33475b5
 def dry_llava(
     out:str='llava', real=None, generated=None, model=None, arm=None,
     source:SourceSettings=SourceSettings(), settings:LlavaSettings=LlavaSettings(), **rest
@@ -295,7 +295,7 @@ def dry_llava(
     return [look_device(), *eyes, look_lm(settings.language_model), *rows, *steps,
             look_out(out, note='tokens of the images, projector and adapter')]
 
-# %% ../../nbs/runs/60_tune_llava.ipynb #6c4e8188
+# %% ../../nbs/runs/60_tune_llava.ipynb #0b741abf
 def look_llava(model:str) -> Look:
     "A trained folder, or a published LLaVA."
     published = not (Path(model)/'card.json').exists() and _has_config(model)
