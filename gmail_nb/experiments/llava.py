@@ -628,7 +628,9 @@ def some_questions(questions:list[Question], each:int=2, seed:int=0) -> list[int
 def show_some_answers(results:LlavaResults, picked:list[int], seed:int=0) -> Figure:
     "Pictures, questions, and what every arm of a seed answered, right or wrong."
     said = {arm: [a[i] for i in picked] for arm, a in answers_of(results, seed).items()}
-    return show_answers([results.questions[i] for i in picked], said, ncols=4)
+    asked = [results.questions[i] for i in picked]
+    asked = [replace(q, text=textwrap.fill(q.text, 24)) for q in asked] # beside each other
+    return show_answers(asked, said, ncols=4)
 
 # %% ../../nbs/experiments/55_llava.ipynb #d520d227
 def write_llava(
