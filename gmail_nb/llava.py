@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['both_sides', 'VisualTokens', 'new_projector', 'turns_of', 'parts_of', 'chat_text', 'spread_markers', 'Llava',
            'Prompt', 'encode_prompt', 'padded', 'llava_loss', 'generate_answers', 'Prefix', 'common_start',
-           'read_prefix', 'LlavaTower', 'check_processor', 'from_llava', 'load_llava', 'plain_name', 'plain_state',
-           'merged_state', 'language_part', 'lora_layers', 'merged_language', 'save_llava']
+           'read_prefix', 'encode_all', 'answer_all', 'LlavaTower', 'check_processor', 'from_llava', 'load_llava',
+           'plain_name', 'plain_state', 'merged_state', 'language_part', 'lora_layers', 'merged_language', 'save_llava']
 
 # %% ../nbs/38_llava.ipynb #2de907d3
 import gmail_nb.runtime
@@ -25,7 +25,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .align import GenReal
 from .encoders import Encoder, HFPreprocess, NoText, check_pixels
-from .files import check_writable
+from .files import check_writable, progress
 
 # %% ../nbs/38_llava.ipynb #8dd412f9
 def both_sides(
@@ -260,6 +260,37 @@ def read_prefix(model:Llava, prompts:list[Prompt]) -> Prefix|None: # None: they 
     if not ids: return None
     words = model.words(torch.tensor([ids], device=model.device))
     return Prefix(ids, model.lm(inputs_embeds=words, use_cache=True).past_key_values)
+
+# %% ../nbs/38_llava.ipynb #5f618fc5
+def encode_all(
+    model:Llava,
+    asked:list[tuple[list, list]],  # conversations without an answer, and the images of each
+    look:Callable                   # a list of images -> (M, T, width)
+) -> list[Prompt]:
+    "Token numbers of every conversation; how many tokens an image has is seen from the first one."
+    images = [i for _, some in asked for i in some]
+    tokens = look(images[:1]).shape[1] if images else 0
+    return [encode_prompt(model, turns, len(some), tokens) for turns, some in asked]
+
+@torch.inference_mode()
+def answer_all(
+    model:Llava,
+    asked:list[tuple[list, list]],  # as in `encode_all`
+    look:Callable,                  # a list of images -> (M, T, width)
+    batch_size:int=16,
+    max_new_tokens:int=32,
+    desc:str|None=None,             # beside a progress bar; none if absent
+    **how                           # of `generate_answers`
+) -> list[str]:
+    "An answer to each conversation."
+    prompts, found = encode_all(model, asked, look), []
+    start = read_prefix(model, prompts) if len(prompts) > 1 else None
+    firsts = range(0, len(asked), batch_size)
+    for i in progress(firsts, desc) if desc else firsts:
+        images = [image for _, some in asked[i:i + batch_size] for image in some]
+        seen = look(images) if images else None
+        found += generate_answers(model, prompts[i:i + batch_size], seen, max_new_tokens, start, **how)
+    return found
 
 # %% ../nbs/38_llava.ipynb #8e257f6c
 class LlavaTower(nn.Module):

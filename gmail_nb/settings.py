@@ -9,7 +9,7 @@ __all__ = ['GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN
            'AdapterSettings', 'described', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings',
            'AlignRunSettings', 'part_of', 'EmbedSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings',
            'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings', 'CaptionRunSettings',
-           'StageSettings', 'LlavaSettings', 'DemoSettings', 'demo_settings', 'check_small_captioner',
+           'StageSettings', 'LlavaSettings', 'VQASettings', 'DemoSettings', 'demo_settings', 'check_small_captioner',
            'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
@@ -524,6 +524,21 @@ class LlavaSettings:
         check_above(self, 'rank', 'alpha', 'max_length')
         check_share(self, 'warmup')
 
+# %% ../nbs/01_settings.ipynb #f09ea1df
+@dataclass(frozen=True)
+class VQASettings:
+    "How questions about pictures are asked."
+    split:str='test'            # split of a set on the Hub
+    subject:str|None=None       # configuration of a set on the Hub, such as a subject of MMMU
+    kind:str|None=None          # prompts and scoring: scienceqa or mmmu; that of the set if absent
+    images_only:bool=False      # only questions with an image, as ScienceQA-IMG
+    limit:int|None=None         # at most so many questions
+    blind:bool=False            # ask again without the images, to see what can be guessed
+    batch_size:int=16           # questions at a time
+    max_new_tokens:int=16       # longest answer, in tokens
+
+    def __post_init__(self): check_above(self, 'limit', 'batch_size', 'max_new_tokens')
+
 # %% ../nbs/01_settings.ipynb #74b19694
 _demo_draw = DrawSettings(samples=3, steps=3, guidance=8., options=dict(style='noto'))
 _demo_align = AlignSettings(epochs=9, batch_size=96)
@@ -605,17 +620,17 @@ class IFCapSettings:
 class LlavaExperimentSettings:
     "What the comparison of what a LLaVA learns from depends on."
     language_model:str='smollm2' # smollm2, a Hub id or a folder
-    base_steps:int=60           # of stage one, on real images of A
-    steps:int=40                # of stage two, for every arm
-    batch_size:int=16           # examples a step
-    base_lr:float=2e-3          # peak learning rate of stage one
-    lr:float=1e-3               # peak learning rate of stage two
+    base_steps:int=100          # of stage one, on real images of A
+    steps:int=80                # of stage two, for every arm
+    batch_size:int=8           # examples a step
+    base_lr:float=1e-3          # peak learning rate of stage one
+    lr:float=5e-4               # peak learning rate of stage two
     rank:int=8                  # rank of LoRA's matrices in the language model
     dtype:str='bfloat16'        # number format of the frozen weights of the language model
     grid:int=2                  # the grid of tokens is pooled to so many places a side
-    concepts:int=200            # concepts of B that are learned
-    tested:int=80               # of them, drawn in the unseen style, that get a caption
-    asked:int=60                # unseen concepts that questions are asked about
+    concepts:int=120            # concepts of B that are learned
+    tested:int=60               # of them, drawn in the unseen style, that get a caption
+    asked:int=50                # unseen concepts that questions are asked about
     max_new_tokens:int=12       # longest caption that is written, in tokens
     seeds:int=3                 # of projector, LoRA and order
     seed:int=0
@@ -636,5 +651,5 @@ class LlavaExperimentSettings:
 # %% ../nbs/01_settings.ipynb #37786c5f
 QUICK_CAPTIONS = CaptionExperimentSettings(base_steps=300, tune_steps=400, seeds=2, extra_seeds=2)
 QUICK_IFCAP = IFCapSettings(base_steps=200, tune_steps=200, seeds=1)
-QUICK_LLAVA = LlavaExperimentSettings(base_steps=30, steps=20, concepts=100, tested=40,
+QUICK_LLAVA = LlavaExperimentSettings(base_steps=40, steps=30, concepts=60, tested=30,
                                       asked=30, seeds=1)

@@ -140,8 +140,11 @@ def flag_names(
         same = [p for p in options if p.path[-1] == o.path[-1] and p is not o]
         return all(len(p.path) > len(o.path) for p in same)
     parts = {o.dest: o.path[-1:] if short(o) else o.path[-2:] for o in options}
-    def spelled(part): return SPELLED.get(part[0]) if len(part) == 1 else None
-    return {dest: spelled(part) or '-'.join(part).replace('_', '-') for dest, part in parts.items()}
+    files = {o.dest for o in options if o.annotation is list} # not the name of a column
+    def spelled(dest, part):
+        found = SPELLED.get(part[0]) if len(part) == 1 and dest not in files else None
+        return found or '-'.join(part).replace('_', '-')
+    return {dest: spelled(dest, part) for dest, part in parts.items()}
 
 # %% ../../nbs/cli/00_flags.ipynb #4dcb3beb
 class Help(argparse.HelpFormatter):
@@ -236,7 +239,8 @@ def add_option(
 ) -> None:
     "Give the parser one argument or flag."
     if not o.required: return add_flag(parser, o, flag, more)
-    how = dict(nargs='+' if o.several else None, type=reader(o.annotation),
+    several = '*' if said_of(o)[1] else '+' # a comment that ends in '; None: ...' makes it optional
+    how = dict(nargs=several if o.several else None, type=reader(o.annotation),
                metavar=SPELLED.get(o.path[-1], o.path[-1]))
     parser.add_argument(o.dest, help=help_of(o, more), **how)
 
@@ -352,13 +356,14 @@ class Command:
         example:str|None=None,  # a call of it, for the help
         dry:Callable|None=None, # of the same arguments: what `--dry-run` reports
         fixed:dict|None=None,   # parameters that are given here and are no flags
-        doc:str|None=None       # describes the command in place of the docstring
+        doc:str|None=None,      # describes the command in place of the docstring
+        words:dict|None=None    # further commands, by a first word
     ):
         functools.update_wrapper(self, work)
         self.work, self.presets, self.quick = work, presets, quick
         self.leave, self.more, self.name = leave, more or {}, name or work.__name__
         self.example, self.dry, self.fixed = example, dry, fixed or {}
-        self.__doc__ = doc or work.__doc__
+        self.words, self.__doc__ = words or {}, doc or work.__doc__
 
 def command(
     **how # of `Command`
@@ -370,7 +375,8 @@ def command(
 @patch
 def parser(self:Command) -> Parser:
     "Its arguments and flags."
-    parser = Parser(self.name, self.__doc__, self.example)
+    more = ''.join(f' `{self.name} {w}`: {c.__doc__}' for w, c in self.words.items())
+    parser = Parser(self.name, (self.__doc__ or '') + more, self.example)
     if self.dry:
         parser.add_argument('--dry-run', action='store_true', default=argparse.SUPPRESS,
                             help='say what would be read and written, and whether it is there; do nothing')
@@ -395,6 +401,7 @@ def run(self:Command, argv:list[str]) -> int|None:
 @patch
 def __call__(self:Command, argv:list[str]|None=None) -> int:
     argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
+    if argv[:1] and argv[0] in self.words: return self.words[argv[0]](argv[1:])
     return run_command(self.name, lambda: self.run(argv), '--debug' in argv)
 
 # %% ../../nbs/cli/00_flags.ipynb #2ae9d758
