@@ -323,7 +323,7 @@ def token_grid(
 
 def show_token_gap(
     gaps:dict[str, torch.Tensor], # by when, (N, T), such as `token_cosines` before and after
-    label:str='cosine with the real token of the same place'
+    label:str='cosine with the real\ntoken of the same place'
 ) -> Figure:
     "A map of the grid for each, all in the same colours: the mean over images at every place."
     maps = {name: token_grid(v.float().mean(0)).numpy() for name, v in gaps.items()}

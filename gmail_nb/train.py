@@ -48,7 +48,7 @@ from .losses import (
     Temperature, bank_info_nce, column_sums, loss_by_name, sigmoid_rows, symmetric_rows, token_loss)
 from .prefix import FrozenPrefix, cache_prefix, channels_last
 from .runtime import fingerprint, noise_generator, stable_seed
-from .settings import AlignSettings, RunSettings
+from .settings import AlignSettings, RunSettings, described
 from .weights import check_names, read_tensors as load_tensors, read_torch
 
 # %% ../nbs/26_train.ipynb #ba4fd774
@@ -936,8 +936,7 @@ def save(self:Checkpoints,
 def state(self:Alignment) -> dict:
     "Where the run stands and what it belongs to, as JSON."
     s = self.settings
-    settings = asdict(s) | dict(precision=self.precision, tau=s.temperature)
-    if s.tokens == 'none': del settings['tokens'], settings['token_weight'] # younger than checkpoints
+    settings = described(s) | dict(precision=self.precision, tau=s.temperature)
     return dict(**self.progress.state(), **self.watch.state(), settings=settings,
                 model=fits(self.model), data=self.made_from,
                 processes=self.accelerator.num_processes)

@@ -245,3 +245,16 @@ def test_the_report_tells_a_gap_from_a_collapse():
 def test_a_map_is_a_square_where_there_is_one():
     grid, row = (show_token_gap({'a': torch.rand(5, n), 'b': torch.rand(5, n)}) for n in (16, 17))
     assert grid.axes[0].images[0].get_array().shape == (4, 4) and row.axes[0].images[0].get_array().shape == (1, 17)
+
+# folders of before
+
+def test_folders_made_before_there_were_tokens_keep_their_names():
+    "Names of a table's steps and of kept features, as version 0.4 made them."
+    from gmail_nb.experiments.tables import Aligning, CaptionTuning, folder_name
+    from gmail_nb.runtime import fingerprint
+    from gmail_nb.settings import DemoSettings, described
+    assert folder_name(Aligning()) == 'aligned-b11740beb1' and folder_name(CaptionTuning(aligning=Aligning())) == 'captioner-9211a6b57c'
+    assert fingerprint(json.dumps(described(DemoSettings()))) == '26b530c540ed6d32'
+    here = Aligning()
+    tokens = replace(here, settings=replace(here.settings, align=replace(here.settings.align, tokens='best')))
+    assert folder_name(tokens) != folder_name(here) and described(tokens)['settings']['align']['tokens'] == 'best'

@@ -42,7 +42,7 @@ from ..files import atomic_write, check_writable, progress, record, write_result
 from ..gap import show_token_gap, token_cosines, token_gap_report
 from ..llava import Llava, encode_prompt, generate_answers, new_projector, padded
 from ..llava import read_prefix, turns_of
-from ..llava_training import Example, adapt_language, example, train_stage
+from ..llava_training import Example, adapt_language, example, fit_projector, train_stage
 from ..pages import save_figure, table_text
 from ..runtime import default_device, fingerprint, noise_generator, set_seed, stable_seed
 from ..settings import DemoSettings, LlavaExperimentSettings, RunSettings, same_settings
@@ -169,13 +169,15 @@ def new_llava(
     settings:LlavaExperimentSettings,
     seed:int
 ) -> Llava:
-    "A language model as it was published, and a projector with random weights."
+    "A language model as it was published, and a new projector, fitted to the tokens of A."
     s = settings.llava
     lm, tokenizer = load_lm(s.language_model, getattr(torch, s.dtype))
     with torch.random.fork_rng():
         torch.manual_seed(stable_seed('projector', settings.seed, seed))
         projector = new_projector(world.tokens['A'].shape[-1], lm)
-    return Llava(lm.requires_grad_(False).eval(), tokenizer, projector).to(default_device())
+    model = Llava(lm.requires_grad_(False).eval(), tokenizer, projector).to(default_device())
+    fit_projector(model, world.tokens['A'])
+    return model
 
 # %% ../../nbs/experiments/55_llava.ipynb #c16a8cd1
 class LlavaArms:
@@ -191,7 +193,8 @@ class LlavaArms:
         "The first stage, or back to its end."
         if self.model is None:
             self.model = new_llava(self.world, self.settings, self.seed)
-            self.learn('project', base_examples(self.world), dict(A=self.world.tokens['A']))
+            first = base_examples(self.world), dict(A=self.world.tokens['A'])
+            self.base_losses = self.learn('project', *first)
             adapt_language(self.model, self.how)
             named = self.model.named_parameters()
             self.own = {n: p for n, p in named if 'lora_' in n or n.startswith('projector')}
@@ -199,10 +202,10 @@ class LlavaArms:
         with torch.no_grad():
             for n, p in self.own.items(): p.copy_(self.weights[n])
 
-    def trained(self, arm:str) -> list[float]: # losses of stage two
+    def trained(self, arm:str) -> list[float]: # losses of its stage two; of stage one for the base
         "Make `model` the one of an arm."
         self.begin()
-        if arm == 'base': return []
+        if arm == 'base': return self.base_losses
         return self.learn('instruct', arm_examples(self.world, arm), self.world.files(arm))
 
 # %% ../../nbs/experiments/55_llava.ipynb #4de9ad17
@@ -236,7 +239,8 @@ def choice_scores(
     first, real, cache = continued(model, prompts, tokens, len(choices[0]))
     mask = torch.cat([real, counts[:, :-1]], 1).long()
     rest = model.lm(input_ids=ids[:, :-1], attention_mask=mask, past_key_values=cache).logits
-    logp = torch.cat([first, rest], 1).float().log_softmax(-1).gather(2, ids[..., None])[..., 0]
+    logits = torch.cat([first, rest], 1).float()
+    logp = logits.gather(2, ids[..., None])[..., 0] - logits.logsumexp(-1)
     return ((logp * counts).sum(1) / counts.sum(1)).view(len(choices), -1).cpu()
 
 # %% ../../nbs/experiments/55_llava.ipynb #86b37b0c
@@ -628,7 +632,9 @@ def some_questions(questions:list[Question], each:int=2, seed:int=0) -> list[int
 def show_some_answers(results:LlavaResults, picked:list[int], seed:int=0) -> Figure:
     "Pictures, questions, and what every arm of a seed answered, right or wrong."
     said = {arm: [a[i] for i in picked] for arm, a in answers_of(results, seed).items()}
-    return show_answers([results.questions[i] for i in picked], said, ncols=4)
+    asked = [results.questions[i] for i in picked]
+    asked = [replace(q, text=textwrap.fill(q.text, 24)) for q in asked] # beside each other
+    return show_answers(asked, said, ncols=4)
 
 # %% ../../nbs/experiments/55_llava.ipynb #d520d227
 def write_llava(

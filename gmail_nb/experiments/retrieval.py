@@ -28,7 +28,7 @@ from ..files import atomic_write, check_writable, progress, record, write_result
 from ..pages import save_figure, table_text
 from ..retrieval import WAYS, nearest, retrieval
 from ..runtime import default_device, fingerprint, stable_seed
-from ..settings import DemoSettings, TuneSettings, same_settings
+from ..settings import DemoSettings, TuneSettings, described, same_settings
 from ..stats import DRAWS, Interval, bootstrap, paired_difference, verdict
 from ..tune import TunedText, head_inputs, last_linear, save_tuned, tune_text
 
@@ -125,7 +125,7 @@ def kept_world(
     settings:DemoSettings
 ) -> tuple[dict, dict]: # as `world_features`
     "Features and card from their files, or made now and kept."
-    made_from = fingerprint(encoder.fingerprint, json.dumps(asdict(settings)))
+    made_from = fingerprint(encoder.fingerprint, json.dumps(described(settings)))
     file = out/'retrieval_features.safetensors'
     described = file.with_suffix('.json')
     card = json.loads(described.read_text()) if described.exists() else {}

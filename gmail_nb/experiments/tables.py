@@ -29,7 +29,7 @@ from ..runs.presets import TUNED_STEPS, CaptionSource, TextRecipe, recipe, with_
 from ..settings import GENERATORS, PAPER_ALIGN, AdapterSettings, AlignRunSettings
 from ..settings import CaptionerSettings, DrawSettings, Generator, ReadSettings
 from ..settings import SourceSettings, WorkSettings
-from ..settings import check_above, check_share
+from ..settings import check_above, check_share, described
 
 # %% ../../nbs/experiments/60_tables.ipynb #42d64d2e
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def needed(link:Link) -> list[Link]: # those directly before it
 
 def folder_name(link:Link) -> str:
     "A name for a link's folder: its kind, and a fingerprint of what it depends on."
-    text = json.dumps(asdict(link), sort_keys=True)
+    text = json.dumps(described(link), sort_keys=True)
     return f'{KINDS[type(link)]}-{hashlib.sha256(text.encode()).hexdigest()[:10]}'
 
 def chain(links:Iterable[Link]) -> list[Link]:
