@@ -6,7 +6,7 @@
 __all__ = ['SPELLED', 'STATUS', 'WORDS', 'ERRORS', 'comments', 'word_or_number', 'json_object', 'reader', 'Option', 'derived',
            'options_of_settings', 'preset_or', 'options_of', 'flag_names', 'Help', 'Parser', 'how_to_read', 'said_of',
            'help_of', 'add_flag', 'add_option', 'add_options', 'with_named', 'one_line', 'run_command', 'arguments_of',
-           'call_with', 'add_preset', 'preset_named', 'show_plan', 'Command', 'command', 'Commands']
+           'call_with', 'add_preset', 'preset_named', 'show_plan', 'Command', 'command', 'check_typed', 'Commands']
 
 # %% ../../nbs/cli/00_flags.ipynb #cf690f1d
 import argparse
@@ -28,6 +28,7 @@ from fastcore.basics import patch
 from fastcore.docments import docments
 
 from ..files import unknown_name
+from ..settings import check_value
 
 # %% ../../nbs/cli/00_flags.ipynb #4cd2d89c
 def comments(
@@ -50,8 +51,8 @@ def json_object(
 ) -> dict:
     "JSON of an object; `ArgumentTypeError` otherwise."
     try: found = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise argparse.ArgumentTypeError(f'{text!r} is not JSON: {e.msg}') from e
+    except (ValueError, RecursionError) as e:
+        raise argparse.ArgumentTypeError(f'{text[:60]!r} is not JSON: {getattr(e, "msg", e)}') from e
     if isinstance(found, dict): return found
     raise argparse.ArgumentTypeError(f'{text!r} is no object such as {{"style": "noto"}}')
 
@@ -224,10 +225,12 @@ def add_flag(
     takes_value = how.get('action') in (None, 'append') and 'choices' not in how
     if takes_value: how['metavar'] = WORDS.get(how.get('type'), o.path[-1].upper())
     kept, own = dict(dest=o.dest, default=argparse.SUPPRESS), o.path[-1].replace('_', '-')
+    or_none = NoneType in get_args(o.annotation) and o.default is not None
+    if or_none: parser = parser.add_mutually_exclusive_group() # a value, or its --no- form
     parser.add_argument(f'--{flag}', help=help_of(o, more), **kept, **how)
     if SPELLED.get(o.path[-1]) == flag: # as it was called before
         parser.add_argument(f'--{own}', help=argparse.SUPPRESS, **kept, **how)
-    if NoneType in get_args(o.annotation) and o.default is not None:
+    if or_none:
         absent = said_of(o)[1] or f'leave {flag} to the command'
         parser.add_argument(f'--no-{flag}', help=absent, action='store_const', const=None, **kept)
 
@@ -389,6 +392,17 @@ def parser(self:Command) -> Parser:
     add_options(parser, options_of(self.work, self.presets, self.leave, tuple(self.fixed)), self.more)
     return parser
 
+# %% ../../nbs/cli/00_flags.ipynb #d92583e5
+def check_typed(
+    values:dict # dest -> what was typed
+) -> None:
+    "`ValueError` for a value outside of its range, and for a device that is not there."
+    for dest, value in values.items(): check_value(dest.rpartition('.')[2], value)
+    asked = [v for dest, v in values.items() if dest.rpartition('.')[2] == 'device' and v not in (None, 'cpu')]
+    if not asked: return
+    from gmail_nb.train import check_device # loads torch, where a device was asked for alone
+    for device in asked: check_device(device)
+
 # %% ../../nbs/cli/00_flags.ipynb #e9dab67d
 @patch
 def run(self:Command, argv:list[str]) -> int|None:
@@ -397,6 +411,7 @@ def run(self:Command, argv:list[str]) -> int|None:
     preset, dry = self.quick if named.get('quick') else None, named.pop('dry_run', False)
     if self.presets: preset = preset_named(named.pop('preset'), self.presets)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
+    check_typed(values)
     if not dry: return call_with(self.work, values, preset, self.fixed)
     bound = arguments_of(self.work, values, preset, self.fixed)
     bound.apply_defaults()
