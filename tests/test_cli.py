@@ -372,3 +372,9 @@ def test_a_table_on_the_embedded_set_is_the_experiment_that_asks_the_same(monkey
     monkeypatch.setattr(room, 'retrieval_experiment', note)
     status, out, _ = answer(capsys, gmail_experiment, 'table2', '--out', tmp_path)
     assert status == 0 and 'gmail_experiment retrieval' in out and 'a table' in out
+
+def test_a_gpu_that_is_too_small_says_what_to_do():
+    import torch
+    from gmail_nb.cli.flags import one_line
+    said = one_line(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'))
+    assert '--accumulation' in said and 'Tried to allocate' in said and '\n' not in said

@@ -279,6 +279,9 @@ def one_line(
 ) -> str:
     "The message without line breaks; the kind of error where there is no message."
     said, kind = ' '.join(str(error).split()), type(error).__name__
+    if kind == 'OutOfMemoryError': # of torch, on a GPU
+        return ('the memory of the device is too small: take a smaller --batch-size, or --accumulation '
+                f'where the command has it, which keeps the batch and goes through it in parts ({said[:80]})')
     if isinstance(error, ERRORS): return said or kind
     return f'a defect of the program ({kind}: {said}); --debug shows where, please report it'
 

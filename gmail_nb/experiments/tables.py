@@ -282,7 +282,7 @@ class TableRun:
     "How a table of the paper is run, with --scale paper."
     root:str='.'                # folder that the sets lie below, as they are published
     models:str='.'              # folder of published weights, such as longclip-B.pt
-    seeds:int=1                 # how many chains of alignment and tuning
+    seeds:int=1                 # how many chains of alignment and tuning; they share their images
     rows:list=()                # only these rows of the table, repeatable
     encoder:list=()             # [NAME=]OTHER in place of an encoder, repeatable
     lm:list=()                  # [NAME=]OTHER in place of a language model, repeatable
@@ -294,10 +294,12 @@ class TableRun:
     validation_share:float|None=None # share kept out of every training, in place of its own
     max_new_tokens:int|None=None # longest caption in tokens, in place of the table's
     draw_steps:int|None=None    # inference steps of every generator, in place of its own
-    device:str|None=None        # where images are drawn; the fastest present if absent
+    accumulation:int|None=None  # parts of a batch of every alignment, where a GPU is too small for all
+    device:str|None=None        # for all of it; the fastest present if absent
 
     def __post_init__(self):
-        check_above(self, 'seeds', 'epochs', 'steps', 'batch_size', 'max_new_tokens', 'draw_steps')
+        check_above(self, 'seeds', 'epochs', 'steps', 'batch_size', 'max_new_tokens', 'draw_steps',
+                    'accumulation')
         check_share(self, 'validation_share')
 
 # %% ../../nbs/experiments/60_tables.ipynb #438ba893
@@ -313,7 +315,7 @@ def as_asked(link:Link, run:TableRun) -> Link:
     "A chain with the names and numbers of a run in place of the paper's."
     names = dict(encoder=run.encoder, lm=run.lm, generator=run.generator)
     numbers = dict(epochs=run.epochs, batch_size=run.batch_size, steps=run.steps,
-                   validation_share=run.validation_share, max_new_tokens=run.max_new_tokens)
+                   validation_share=run.validation_share, max_new_tokens=run.max_new_tokens, accumulation=run.accumulation)
     def change(name, value):
         if name in names: return exchanged(value, names[name])
         return value if value is None or numbers.get(name) is None else numbers[name]
@@ -403,7 +405,8 @@ def run_aligning(step:Aligning, folder:Path, run:TableRun, at:Callable) -> None:
     file, source = source_of(step.drawing.captions, run,
                              CAPTION_SOURCES[step.drawing.captions].learned)
     encoder = encoder_name(step.encoder, run, folder.parent)
-    settings = replace(step.settings, features=str(folder.parent/'features'), store='float16')
+    settings = replace(step.settings, features=str(folder.parent/'features'), store='float16',
+                       run=replace(step.settings.run, device=run.device))
     align_sets(file, at(step.drawing), encoder, folder, settings, source)
 
 # %% ../../nbs/experiments/60_tables.ipynb #6631cad3
@@ -429,7 +432,7 @@ def run_text(step:TextTuning, folder:Path, run:TableRun, at:Callable) -> None:
     tune_from_files(folder, recipe, learned_images(at(step.drawing), captions, run),
                     at(step.aligning),
                     file if known.real else None, 'gmail', source,
-                    read=ReadSettings(str(folder.parent/'features'), 'float16'))
+                    device=run.device, read=ReadSettings(str(folder.parent/'features'), 'float16'))
 
 # %% ../../nbs/experiments/60_tables.ipynb #0441ac53
 def run_captioner(step:CaptionTuning, folder:Path, run:TableRun, at:Callable) -> None:
@@ -441,7 +444,7 @@ def run_captioner(step:CaptionTuning, folder:Path, run:TableRun, at:Callable) ->
     tune_captioner(file, folder, settings, generated=at(step.drawing) if step.drawing else None,
                    model=at(step.aligning) if step.aligning else None, arm=step.arm,
                    splits=(source.split, 'test'), source=replace(source, split=None),
-                   seed=step.seed, features=str(folder.parent/'features'), store='float16')
+                   seed=step.seed, device=run.device, features=str(folder.parent/'features'), store='float16')
 
 # %% ../../nbs/experiments/60_tables.ipynb #cf86f00f
 RUNNERS = {Drawing: run_drawing, Aligning: run_aligning, TextTuning: run_text,
