@@ -315,7 +315,8 @@ def as_asked(link:Link, run:TableRun) -> Link:
     "A chain with the names and numbers of a run in place of the paper's."
     names = dict(encoder=run.encoder, lm=run.lm, generator=run.generator)
     numbers = dict(epochs=run.epochs, batch_size=run.batch_size, steps=run.steps,
-                   validation_share=run.validation_share, max_new_tokens=run.max_new_tokens, accumulation=run.accumulation)
+                   validation_share=run.validation_share, max_new_tokens=run.max_new_tokens,
+                   accumulation=run.accumulation)
     def change(name, value):
         if name in names: return exchanged(value, names[name])
         return value if value is None or numbers.get(name) is None else numbers[name]
@@ -569,11 +570,12 @@ def check_runs(
 ) -> str: # the same
     "`ValueError` for a table that has no rows here, or for several processes."
     if table not in TABLES: raise unknown_name('table', table, TABLES)
-    if not TABLES[table].rows: raise ValueError(f'{table} has no command of its own: {TABLES[table].left_out}')
+    t = TABLES[table]
+    if not t.rows: raise ValueError(f'{table} has no command of its own: {t.left_out}')
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise ValueError('a table is run by one process, which goes through its steps in order: to use several '
-                         'GPUs, run the steps that --dry-run lists, drawing with gmail_generate --part 0/8 '
-                         'and the like, training with accelerate launch')
+        raise ValueError('a table is run by one process, which goes through its steps in order: to '
+                         'use several GPUs, run the steps that --dry-run lists, drawing with '
+                         'gmail_generate --part 0/8 and the like, training with accelerate launch')
     return table
 
 # %% ../../nbs/experiments/60_tables.ipynb #91ffd6a5
