@@ -102,9 +102,11 @@ def check_files(
         if not path.is_file(): raise FileNotFoundError(f'{where} is missing: {again}')
         size = path.stat().st_size
         if size != known.get('size'):
-            raise ValueError(f'{where} has {size} bytes and had {known.get("size")} when it was saved: {again}')
+            raise ValueError(f'{where} has {size} bytes and had {known.get("size")} '
+                             f'when it was saved: {again}')
         if file_sha256(path) != known.get('sha256'):
-            raise ValueError(f'{where} has other bytes than when it was saved (SHA-256 differs): {again}')
+            raise ValueError(f'{where} has other bytes than when it was saved '
+                             f'(SHA-256 differs): {again}')
 
 # %% ../nbs/00_files.ipynb #795eed3e
 def write_card(
@@ -123,7 +125,8 @@ def read_object(
     "The object in a file. `ValueError` naming the file for anything else."
     path = Path(path)
     where = f'{path.parent.name}/{path.name}'
-    if not path.is_file(): raise FileNotFoundError(f'{where} is missing: save or download the folder again')
+    if not path.is_file():
+        raise FileNotFoundError(f'{where} is missing: save or download the folder again')
     try: found = json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e:
         raise ValueError(f'{where} is not JSON ({e}): save or download the folder again') from e
@@ -197,10 +200,12 @@ def why_refused(error:BaseException) -> str:
     "What is wrong with a file of weights, in a few words."
     said = ' '.join(str(error).split())
     if not isinstance(error, pickle.UnpicklingError):
-        return f'it is cut short or damaged ({said[:120] or type(error).__name__}): copy or download it again'
+        said = said[:120] or type(error).__name__
+        return f'it is cut short or damaged ({said}): copy or download it again'
     asked = re.search(r'GLOBAL (\S+)', said)
     what = f'asks for {asked[1]}' if asked else 'holds more than numbers'
-    return f'it is a pickle that {what}, and is not opened; where you trust it, convert it to safetensors'
+    return (f'it is a pickle that {what}, and is not opened; '
+            'where you trust it, convert it to safetensors')
 
 def _causes(error): # the error, and those behind it
     while error is not None:

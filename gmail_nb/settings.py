@@ -47,7 +47,8 @@ def check_known(settings, name:str, known:tuple) -> None:
     if value not in known: raise unknown_name(name, str(value), known)
 
 # %% ../nbs/01_settings.ipynb #c5a9b263
-_count, _several, _size, _rate, _share = (1, 10**9), (0, 10**9), (1, 2**16), (0, 1e3, 'above'), (0, 1, 'below')
+_count, _several, _size = (1, 10**9), (0, 10**9), (1, 2**16)
+_rate, _share = (0, 1e3, 'above'), (0, 1, 'below')
 
 RANGES = dict( # name of a field -> least, most; above: the least is left out, below: the most is
     accumulation=(1, 2**16), adapted_share=(0, 1, 'above'), alpha=(0, 1e6, 'above'), base_steps=_count,
@@ -63,7 +64,7 @@ RANGES = dict( # name of a field -> least, most; above: the least is left out, b
     weight_decay=(0, 1e6), which=_several, width=_size, workers=(1, 1024))
 
 # %% ../nbs/01_settings.ipynb #9828564e
-TEXTS = dict( # name of a field -> what it may say, where nothing else looks at it before work begins
+TEXTS = dict( # name of a field -> what it may say, where nothing else looks at it in time
     attention=('sdpa', 'sliced'), dtype=('float32', 'float16', 'bfloat16'),
     image_format=('png', 'jpeg', 'webp'), mapper=('mlp', 'transformer'), which=('first', 'all'))
 MAY_BE_EMPTY = ('prefix', 'suffix', 'negative')
@@ -78,7 +79,8 @@ def check_number(name:str, value:int|float) -> None:
         said = 'above 0' if above or least == 1 else f'at least {least}'
         raise ValueError(f'{name} is {value!r:.40}: it must be {said}')
     if value > most or below and value == most:
-        raise ValueError(f'{name} is {value!r:.40}: it must be {"below" if below else "at most"} {most}')
+        said = 'below' if below else 'at most'
+        raise ValueError(f'{name} is {value!r:.40}: it must be {said} {most}')
 
 def check_value(
     name:str, # of a field
@@ -223,7 +225,7 @@ def described(
 
 # %% ../nbs/01_settings.ipynb #f8c3944c
 def check_align(s) -> None:  # s: an `AlignSettings`
-    "`ValueError` for fewer than one epoch or two pairs, an average that never moves, or unknown negatives."
+    "`ValueError` for fewer than an epoch or two pairs, a still average, or unknown negatives."
     if s.epochs < 1 or s.batch_size < 2:
         raise ValueError(f'{s.epochs} epochs of {s.batch_size} pairs: '
                          'at least 1 epoch, and 2 pairs to tell apart')
@@ -266,7 +268,7 @@ class AlignSettings:
     learn_tau:bool=False        # train the temperature too
     negatives:str|int='batch'   # batch; a number of further cached real features; or all of them
     accumulation:int=1          # parts of a batch that go through the tower one after another
-    precision:str='auto'        # bf16 for autocast, no for float32; auto for bf16 where the device has it
+    precision:str='auto'        # bf16 for autocast, no for float32; auto: bf16 where it is fast
     ema:float|None=None         # decay of an average of the weights, which is measured and kept
     patience:int|None=None      # epochs without a better validation value before it stops
     most_bad_steps:int=10       # steps with a loss that is no number before it stops
@@ -319,8 +321,8 @@ class AlignRunSettings:
     equal_captions:str='apart'   # apart: all other images are negatives; together: not those of an equal caption
     workers:int|None=None        # threads that decode; as many as cores if absent
     processes:int=0              # that decode, in place of threads
-    features:str|None=field(default=None, metadata=YOUNG) # of the real side, shared by runs; below out if absent
-    store:str=field(default='float32', metadata=YOUNG) # of real features on disk; float16 takes half of it
+    features:str|None=field(default=None, metadata=YOUNG) # folder that runs share
+    store:str=field(default='float32', metadata=YOUNG) # of features on disk, or float16
     run:RunSettings=RunSettings()
 
     def __post_init__(self):
@@ -349,7 +351,7 @@ class EmbedSettings:
     workers:int|None=None       # threads that decode, one a core if absent; of Ray, in all
     processes:int=0             # that decode, in place of threads: for one fast GPU
     draft:bool=False            # JPEG at a fraction of its size: faster, other features
-    precision:str='auto'        # bf16 for autocast, no for float32; auto for bf16 where the device has it
+    precision:str='auto'        # bf16 for autocast, no for float32; auto: bf16 where it is fast
     store:str='float32'         # number format on disk: float32, or float16 for half the room
     engine:str='local'          # local, or ray for many workers
     show_progress:bool=True     # a bar over images
@@ -363,12 +365,13 @@ class EmbedSettings:
         check_above(self, 'processes', least=-1)
         part_of(self.part)
         if self.engine == 'ray' and self.processes:
-            raise ValueError("processes decode in this process, and engine='ray' has workers: choose one")
+            raise ValueError("processes decode in this process, and engine='ray' has workers: "
+                             'choose one')
 
 # %% ../nbs/01_settings.ipynb #b60e27d1
 @dataclass(frozen=True)
 class ReadSettings:
-    "How a run reads images, and where it keeps their features. None of it but `store` changes the result."
+    "How a run reads images, and where it keeps their features. Only `store` changes the result."
     features:str|None=None      # folder of features that several runs share; below out if absent
     store:str='float32'         # number format of features on disk; float16 takes half of it
     workers:int|None=None       # threads that decode; as many as cores if absent
@@ -406,7 +409,7 @@ class TuneSettings:
     every:int=20                # steps between two looks at them
     max_norm:float|None=None    # gradients longer than this are cut to it
     patience:int|None=5         # looks without a better one to the end; None: it never stops early
-    precision:str='auto'        # bf16 for autocast, no for float32; auto for bf16 where the device has it
+    precision:str='auto'        # bf16 for autocast, no for float32; auto: bf16 where it is fast
     seed:int=0                  # seed of order, noise and which captions are kept out
 
     def __post_init__(self):
@@ -526,7 +529,8 @@ class CaptionSettings:
         if self.top_p is not None and self.top_p > 1:
             raise ValueError(f'top_p is {self.top_p}: a share is at most 1, such as .9')
         if self.top_p is not None and self.beams > 1:
-            raise ValueError(f'beams is {self.beams} and top_p is {self.top_p}: choose either of them')
+            raise ValueError(f'beams is {self.beams} and top_p is {self.top_p}: '
+                             'choose either of them')
 
     def given(self) -> dict:
         "What was asked for, by name."
@@ -741,10 +745,11 @@ class LlavaExperimentSettings:
     seed:int=0
 
     def __post_init__(self):
-        check_above(self, 'base_steps', 'steps', 'batch_size', 'rank', 'grid', 'tested', 'asked', 'seeds')
+        check_above(self, 'base_steps', 'steps', 'batch_size', 'rank', 'grid', 'tested', 'asked',
+                    'seeds')
         if not self.tested <= self.concepts:
-            raise ValueError(f'{self.tested} concepts are tested of {self.concepts} that are learned: '
-                             'tested is at most concepts')
+            raise ValueError(f'{self.tested} concepts are tested of {self.concepts} that are '
+                             'learned: tested is at most concepts')
 
     @property
     def llava(self) -> LlavaSettings: # of the training itself

@@ -71,7 +71,8 @@ def read_tensors(
     "The tensors of a file. `FileNotFoundError` or `ValueError` with what differs, by file and name."
     file = Path(file)
     where = f'{file.parent.name}/{file.name}'
-    if not file.exists(): raise FileNotFoundError(f'{where} is missing: save or download the folder again')
+    if not file.exists():
+        raise FileNotFoundError(f'{where} is missing: save or download the folder again')
     with plain_weights(where): tensors = load_file(file)
     if expected is not None: check_names(tensors, expected, where)
     check_finite(tensors.items(), where)
@@ -95,13 +96,15 @@ def check_there(
     kind,          # of transformers, that is to be read
     name:str|Path  # a folder, or a Hub id
 ) -> None:
-    "`FileNotFoundError` for a folder without what the library would replace by a default of its own."
+    "`FileNotFoundError` for a folder without what a library would replace by its own default."
     folder, said = Path(name), getattr(kind, '__name__', '')
     if not folder.is_dir(): return
     if 'Tokenizer' in said and not any(p for w in WORDS for p in folder.glob(w)):
-        raise FileNotFoundError(f'{folder.name} holds no tokenizer ({", ".join(WORDS[:3])}): copy or download it again')
+        raise FileNotFoundError(f'{folder.name} holds no tokenizer ({", ".join(WORDS[:3])}): '
+                                'copy or download it again')
     if 'Tokenizer' in said or 'Processor' in said or (folder/'config.json').exists(): return
-    raise FileNotFoundError(f'{folder.name}/config.json is missing: copy or download the folder again')
+    raise FileNotFoundError(f'{folder.name}/config.json is missing: '
+                            'copy or download the folder again')
 
 # %% ../nbs/12_weights.ipynb #d6c07dda
 def load_whole(
@@ -109,7 +112,7 @@ def load_whole(
     name:str|Path,  # a folder, or a Hub id
     **how           # of `from_pretrained`
 ) -> nn.Module:
-    "A model all of whose weights were there and are finite. `ValueError` naming those that were not."
+    "A model whose weights were all there and are finite. `ValueError` naming those that were not."
     check_there(kind, name)
     with from_place(name) as here:
         how = dict(trust_remote_code=False, local_files_only=here) | how
@@ -128,4 +131,5 @@ def load_part(
     "What belongs to a model beside its weights, read in the same way."
     check_there(kind, name)
     with from_place(name) as here:
-        return kind.from_pretrained(str(name), **dict(trust_remote_code=False, local_files_only=here) | how)
+        how = dict(trust_remote_code=False, local_files_only=here) | how
+        return kind.from_pretrained(str(name), **how)

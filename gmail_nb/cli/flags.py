@@ -280,8 +280,9 @@ def one_line(
     "The message without line breaks; the kind of error where there is no message."
     said, kind = ' '.join(str(error).split()), type(error).__name__
     if kind == 'OutOfMemoryError': # of torch, on a GPU
-        return ('the memory of the device is too small: take a smaller --batch-size, or --accumulation '
-                f'where the command has it, which keeps the batch and goes through it in parts ({said[:80]})')
+        return ('the memory of the device is too small: take a smaller --batch-size, or, where the '
+                'command has it, --accumulation, which goes through the batch in parts '
+                f'({said[:80]})')
     if isinstance(error, ERRORS): return said or kind
     return f'a defect of the program ({kind}: {said}); --debug shows where, please report it'
 
@@ -295,7 +296,8 @@ def run_command(
     logging.basicConfig(format='%(message)s', level=logging.WARNING)
     try:
         status = work() or 0
-        if runtime := sys.modules.get('gmail_nb.runtime'): runtime.leave_processes() # if it used torch
+        runtime = sys.modules.get('gmail_nb.runtime') # where torch was used
+        if runtime: runtime.leave_processes()
         return status
     except SystemExit as e: return e.code or 0 # `--help`
     except KeyboardInterrupt:
@@ -390,7 +392,8 @@ def parser(self:Command) -> Parser:
     parser = Parser(self.name, (self.__doc__ or '') + more, self.example)
     if self.dry:
         parser.add_argument('--dry-run', action='store_true', default=argparse.SUPPRESS,
-                            help='say what would be read and written, and whether it is there; do nothing')
+                            help='say what would be read and written, and whether it is there; '
+                                 'do nothing')
     if self.presets: add_preset(parser, self.presets)
     add_options(parser, options_of(self.work, self.presets, self.leave, tuple(self.fixed)), self.more)
     return parser
@@ -401,7 +404,8 @@ def check_typed(
 ) -> None:
     "`ValueError` for a value outside of its range, and for a device that is not there."
     for dest, value in values.items(): check_value(dest.rpartition('.')[2], value)
-    asked = [v for dest, v in values.items() if dest.rpartition('.')[2] == 'device' and v not in (None, 'cpu')]
+    asked = [v for dest, v in values.items()
+             if dest.rpartition('.')[2] == 'device' and v not in (None, 'cpu')]
     if not asked: return
     from gmail_nb.train import check_device # loads torch, where a device was asked for alone
     for device in asked: check_device(device)
