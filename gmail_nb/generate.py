@@ -445,7 +445,7 @@ def finished_shards(
     if partial: return files
     if not (folder/'manifest.json').exists():
         raise ValueError(f'the run in {folder.name!r} is not complete: '
-                         'run `generate` again, or pass partial=True')
+                         'run the same gmail_generate again to finish it (in Python, partial=True reads what is there)')
     manifest = json.loads((folder/'manifest.json').read_text())
     check_lengths(folder, manifest)
     if [p.name for p in files] != [s['shard'] for s in manifest['shards']]:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SPELLED', 'STATUS', 'WORDS', 'ERRORS', 'comments', 'word_or_number', 'json_object', 'reader', 'Option', 'derived',
            'options_of_settings', 'preset_or', 'options_of', 'flag_names', 'Help', 'Parser', 'how_to_read', 'said_of',
-           'help_of', 'add_flag', 'add_option', 'add_options', 'with_named', 'one_line', 'run_command', 'arguments_of',
-           'call_with', 'add_preset', 'preset_named', 'show_plan', 'Command', 'command', 'check_typed', 'Commands']
+           'help_of', 'add_flag', 'add_option', 'add_options', 'with_named', 'ours', 'one_line', 'run_command',
+           'arguments_of', 'call_with', 'add_preset', 'preset_named', 'show_plan', 'Command', 'command', 'check_typed',
+           'Commands']
 
 # %% ../../nbs/cli/00_flags.ipynb #cf690f1d
 import argparse
@@ -179,7 +180,7 @@ class Parser(argparse.ArgumentParser):
     def unknown(self, flag:str) -> ValueError:
         "What is said of a flag that there is not."
         names = {name.lstrip('-'): name for name in self._option_string_actions}
-        near = difflib.get_close_matches(flag.lstrip('-'), names, n=1, cutoff=.6) # dashes are no likeness
+        near = difflib.get_close_matches(flag.lstrip('-'), names, n=1, cutoff=.5) # dashes are no likeness
         hint = f'did you mean {names[near[0]]!r}?' if near else f'{self.prog} --help lists all'
         return ValueError(f'unknown flag {flag!r}: {hint}')
 
@@ -274,6 +275,11 @@ def with_named(
 # %% ../../nbs/cli/00_flags.ipynb #7390b70a
 ERRORS = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError, MemoryError)
 
+def ours(error:BaseException) -> bool:
+    "Whether an error is a defect of the program, and not something that cannot be done as asked."
+    if isinstance(error, ImportError) and (error.name or '').startswith('gmail_nb'): return True
+    return not isinstance(error, ERRORS)
+
 def one_line(
     error:BaseException
 ) -> str:
@@ -283,7 +289,7 @@ def one_line(
         return ('the memory of the device is too small: take a smaller --batch-size, or, where the '
                 'command has it, --accumulation, which goes through the batch in parts '
                 f'({said[:80]})')
-    if isinstance(error, ERRORS): return said or kind
+    if not ours(error): return said or kind
     return f'a defect of the program ({kind}: {said}); --debug shows where, please report it'
 
 # %% ../../nbs/cli/00_flags.ipynb #e0917251
@@ -306,7 +312,7 @@ def run_command(
     except Exception as e:
         if debug: traceback.print_exc()
         print(f'{name}: {one_line(e)}', file=sys.stderr)
-        return 2 if isinstance(e, ERRORS) else 1
+        return 1 if ours(e) else 2
 
 # %% ../../nbs/cli/00_flags.ipynb #154ed1cf
 def arguments_of(

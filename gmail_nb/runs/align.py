@@ -82,13 +82,16 @@ def indices_by_sample(
 # %% ../../nbs/runs/10_align.ipynb #34dad736
 def validation_indices(
     keys,       # a list, or a column
-    share:float # of the keys that are kept out of training
+    share:float, # of the keys that are kept out of training
+    least:int=0  # so many in any case, where they leave as many again to train on
 ) -> list[int]:
     "Indices of the keys that draw the curve and measure the gap."
-    def kept_out(k): return stable_seed('held out', k) % 10_000 < share * 10_000
     chunks = keys.chunks if isinstance(keys, pa.ChunkedArray) else [keys]
     every = (k for c in chunks for k in (c.to_pylist() if isinstance(c, pa.Array) else c))
-    return [i for i, k in enumerate(every) if kept_out(k)]
+    place = np.fromiter((stable_seed('held out', k) % 10_000 for k in every), int, len(keys))
+    found = np.flatnonzero(place < share * 10_000)
+    if share and len(found) < least <= len(keys) // 2: found = np.sort(place.argsort()[:least])
+    return found.tolist()
 
 # %% ../../nbs/runs/10_align.ipynb #2977ce20
 def caption_ids(
@@ -120,7 +123,7 @@ def split_pairs(
     train = np.delete(np.arange(n), np.asarray(kept_out, dtype=int))
     if len(kept_out) >= 2 and len(train) >= 2: return train
     raise ValueError(f'{n} pairs leave {len(train)} to train on and {len(kept_out)} to measure on: '
-                     f'at least 2 of each, so bring more pairs or change validation_share={share}')
+                     f'at least 2 of each, so bring more pairs or change --validation-share, {share} now')
 
 def measured(
     kept_out:list[int],
@@ -140,7 +143,8 @@ def pair_sets(
     "Pairs to train on and pairs kept out. `ValueError` when there are too few."
     made_keys, numbers = column_of(made, 'key'), column_of(made, 'sample')
     samples, partners = indices_by_sample(features.key_column, made_keys, numbers)
-    kept_out = validation_indices(features.key_column.take(pa.array(partners)), settings.validation_share)
+    keys = features.key_column.take(pa.array(partners))
+    kept_out = validation_indices(keys, settings.validation_share, least=2)
     train = split_pairs(len(partners), kept_out, settings.validation_share)
     looked_at, ids = measured(kept_out, settings.validation_limit), None
     pixels = LazyPixels(made, preprocess, workers=settings.workers, processes=settings.processes)
@@ -209,7 +213,7 @@ def check_pairs(
     keys, share = column_of(real, 'key'), settings.validation_share
     partners = np.unique(match_keys(keys, column_of(made, 'key'))[1])
     for some in (partners[:10_000], partners): # of a large set, a part says enough
-        kept_out = validation_indices(keys.take(pa.array(some)), share)
+        kept_out = validation_indices(keys.take(pa.array(some)), share, least=2)
         if len(some) - 2 >= len(kept_out) >= 2: return
     split_pairs(len(partners), kept_out, share)
 

@@ -462,7 +462,7 @@ def dry_align(
     rows, s = [look_device(settings.run.device), look, *real, *made], settings.align
     match, pairs = look_matches(ds, generated)
     if match: rows.append(match)
-    kept_out = int(pairs * settings.validation_share)
+    kept_out = max(2 * (pairs > 3 and settings.validation_share > 0), int(pairs * settings.validation_share))
     steps = s.epochs * max(1, (pairs - kept_out) // s.batch_size)
     if pairs and (kept_out < 2 or pairs - kept_out < 2):
         rows.append(Look('pairs', '', 'refused',

@@ -117,7 +117,7 @@ def split_rows(
 ) -> tuple: # to train on, and kept out
     "Two parts by the hash of the key. `ValueError` when one that is asked for is empty."
     keys = keys_in(rows)
-    kept_out = sorted(i for i in validation_indices(keys, share) if keys[i] not in learned)
+    kept_out = sorted(i for i in validation_indices(keys, share, least=1) if keys[i] not in learned)
     train = sorted(set(range(len(rows))) - set(kept_out))
     many = hasattr(rows, 'select') # a dataset, whose rows are not read
     def pick(of): return rows.select(of) if many else [rows[i] for i in of]
@@ -125,7 +125,7 @@ def split_rows(
     below = ' that the model below has not learned from' if learned else ''
     raise ValueError(f'{len(rows)} images leave {len(train)} to train on and {len(kept_out)} to score '
                      f'on{below}: bring more images, name a test set with --test, '
-                     f'or change validation_share={share}')
+                     f'or change --validation-share, {share} now')
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #50c5f3dc
 def caption_sets(
