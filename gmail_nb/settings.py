@@ -729,19 +729,19 @@ class IFCapSettings:
 class LlavaExperimentSettings:
     "What the comparison of what a LLaVA learns from depends on."
     language_model:str='smollm2' # smollm2, a Hub id or a folder
-    base_steps:int=100          # of stage one, on real images of A
-    steps:int=80                # of stage two, for every arm
+    base_steps:int=100          # steps of stage one, on real images of A
+    steps:int=80                # steps of stage two, the same for every arm
     batch_size:int=8           # examples a step
     base_lr:float=1e-3          # peak learning rate of stage one
     lr:float=5e-4               # peak learning rate of stage two
     rank:int=8                  # rank of LoRA's matrices in the language model
     dtype:str='bfloat16'        # number format of the frozen weights of the language model
-    grid:int=2                  # the grid of tokens is pooled to so many places a side
+    grid:int=2                  # places a side that the grid of tokens is pooled to
     concepts:int=120            # concepts of B that are learned
-    tested:int=60               # of them, drawn in the unseen style, that get a caption
+    tested:int=60               # learned concepts that get a caption, drawn in the unseen style
     asked:int=50                # unseen concepts that questions are asked about
     max_new_tokens:int=12       # longest caption that is written, in tokens
-    seeds:int=3                 # of projector, LoRA and order
+    seeds:int=3                 # how many, of projector, LoRA and order
     seed:int=0
 
     def __post_init__(self):
