@@ -100,6 +100,7 @@ def _split_words():
     marks = pre_tokenizers.Split(Regex(f'[{_MARKS}]'), 'isolated')
     return pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), marks])
 
+# %% ../nbs/35_captioning.ipynb #83a1c835
 def _vocabulary(captions, normal):
     "Pieces of these captions and single characters, each with its number."
     whole = AutoTokenizer.from_pretrained(minilm_folder())
@@ -516,6 +517,7 @@ class CaptionLoss(nn.Module):
         with in_precision(self.precision, self.captioner.device):
             return caption_loss(self.captioner, features, ids)
 
+# %% ../nbs/35_captioning.ipynb #b3f56374
 def own_share(
     lengths:list[int], # tokens of each caption of a batch
     process:int=0,
@@ -647,6 +649,7 @@ def state(self:CaptionTraining) -> dict:
         self.facts = training_facts(self.captioner, *about) | dict(data=data)
     return dict(step=self.step, losses=self.learner.losses, **self.facts)
 
+# %% ../nbs/35_captioning.ipynb #0d8fc7d8
 @patch
 def save(self:StepTraining, checkpoints:Checkpoints) -> Path:
     "Write a checkpoint."
@@ -888,6 +891,7 @@ def _load_weights(captioner, file, named):
     if wrong: raise ValueError(f'{file.parent.name}/{file.name} does not fit its card: {wrong[:3]}')
     captioner.load_state_dict(weights, strict=False)
 
+# %% ../nbs/35_captioning.ipynb #faf40f95
 def loaded_in(
     card:dict,
     dtype:str|torch.dtype|None # asked for; that of the card if absent

@@ -33,6 +33,7 @@ def with_interval(
     if 'low' not in r: return f"{r['value']:.3f}"
     return f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
 
+# %% ../nbs/29_export.ipynb #141560f3
 def before_after(
     records:list[dict] # of a run of the alignment
 ) -> str: # a table in markdown
@@ -53,6 +54,7 @@ def what_it_says(
         return sentence('Aligning', f"{r['metric']} ({r['arm']})", d, unit='', scale=1)
     return [said(r) for r in records if '-' in r['arm'] and 'low' in r]
 
+# %% ../nbs/29_export.ipynb #13c2d094
 def flat(
     settings:dict, # of a card, with sets of settings in it
     above:str=''

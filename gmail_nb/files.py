@@ -77,6 +77,7 @@ def file_sha256(
         while block := f.read(1 << 22): h.update(block)
     return h.hexdigest()
 
+# %% ../nbs/00_files.ipynb #fabbe234
 def file_checksums(
     folder:str|Path,
     *patterns:str # of files that belong to it, such as 'adapter/*'
@@ -161,6 +162,7 @@ def on_disk(
     if '\\' in text or text.count('/') > 1: return True
     return '/' in text and path.parent.is_dir()
 
+# %% ../nbs/00_files.ipynb #011d22c9
 def found_on_disk(
     name:str|Path,
     what:str='model' # what it should be
@@ -183,6 +185,7 @@ def without_hub(
     try: yield
     finally: constants.HF_HUB_OFFLINE = before
 
+# %% ../nbs/00_files.ipynb #dd88b338
 def check_no_code(
     folder:str|Path # of a model, its parts in folders below it
 ) -> None:

@@ -263,6 +263,7 @@ def check_token_pairs(
                          f'got {tuple(a.shape)} and {tuple(b.shape)}')
     check_paired(a.flatten(1), b.flatten(1))
 
+# %% ../nbs/28_gap.ipynb #75d8f487
 def token_cosines(
     generated_tokens:torch.Tensor, # (N, T, W)
     real_tokens:torch.Tensor       # (N, T, W)
@@ -281,6 +282,7 @@ def token_distances(
     apart = (generated_tokens - real_tokens).square().sum(-1)
     return apart / real_tokens.square().sum(-1).mean(1, keepdim=True).clamp(min=1e-12)
 
+# %% ../nbs/28_gap.ipynb #75eef01b
 def token_centroids(
     generated_tokens:torch.Tensor, # (N, T, W)
     real_tokens:torch.Tensor       # (N, T, W)

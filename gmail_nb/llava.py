@@ -80,6 +80,7 @@ def turns_of(
     said = [*before, dict(role='user', content=question)]
     return said if answer is None else [*said, dict(role='assistant', content=answer)]
 
+# %% ../nbs/38_llava.ipynb #8219c9db
 def parts_of(content:str, marker:str) -> list[dict]:
     "A turn as the parts that a template of images and texts reads, in their order."
     found = []
@@ -368,6 +369,7 @@ def lora_layers(module:nn.Module) -> list[BaseTunerLayer]:
     "Layers that an adapter was put into."
     return [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
 
+# %% ../nbs/38_llava.ipynb #09e652d7
 @contextmanager
 def merged_language(model:Llava):
     "LoRA of the language model is in its weights within this context; afterwards both are as before."

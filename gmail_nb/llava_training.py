@@ -141,6 +141,7 @@ def grid_of(model:GenReal|Encoder, size:tuple) -> tuple[int, int]: # tokens, and
     encoder = model.encoder if isinstance(model, GenReal) else model
     return tuple(encoder.image_tokens(torch.zeros(1, *size, device=encoder.device)).shape[1:])
 
+# %% ../nbs/40_llava_training.ipynb #16f54489
 def load_tokens(
     folder:str|Path,       # from `embed_tokens`
     weights:str|None=None  # fingerprint that they must have been made with; any if absent
@@ -369,6 +370,7 @@ def prompt(self:LlavaTraining, i:int) -> Prompt:
         return encode_example(self.model, self.examples[i], self.grid[0], self.settings.max_length)
     except ValueError as e: raise ValueError(f'example {i}: {e}') from e
 
+# %% ../nbs/40_llava_training.ipynb #1fec19c3
 @patch
 def advance(self:LlavaTraining) -> dict: # the row of the log
     "One step of all processes. `FloatingPointError` when the loss is no number."

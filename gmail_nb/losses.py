@@ -25,6 +25,7 @@ def cosines(
     "The cosine of each generated feature with each real one, `sim` of Eq. 1."
     return F.normalize(generated_features, dim=-1) @ F.normalize(real_features.detach(), dim=-1).T
 
+# %% ../nbs/21_losses.ipynb #3617c37e
 def check_batch(generated_features:torch.Tensor, real_features:torch.Tensor, tau) -> None:
     "`ValueError` when these are not pairs of features, or tau is not positive."
     shapes = tuple(generated_features.shape), tuple(real_features.shape)
@@ -54,6 +55,7 @@ def both_ways(
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
+# %% ../nbs/21_losses.ipynb #b49e73e4
 def contrastive(
     image_features:torch.Tensor, # (B, D), unit length
     text_features:torch.Tensor,  # (B, D), unit length; row i belongs to row i of the images

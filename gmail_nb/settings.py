@@ -671,6 +671,7 @@ class ProofSettings:
     steps:tuple=(100, 200, 400, 800) # of the text head, to choose from
     rates:tuple=(3e-4, 1e-3, 3e-3)  # learning rates of the text head, to choose from
 
+# %% ../nbs/01_settings.ipynb #2fb40ea0
 def proof_settings(
     quick:bool=False, # one small chain a point
     seeds:int=5       # of a run that is not quick

@@ -565,6 +565,7 @@ def tell(self:StopTogether, error:Exception) -> str: # the failure that came fir
         time.sleep(.1)
     return first if first != mine else ''
 
+# %% ../nbs/26_train.ipynb #f16699fc
 @patch
 def __exit__(self:StopTogether, kind, error, trace) -> None:
     first = self.tell(error) if self.several and isinstance(error, Exception) else ''
@@ -721,6 +722,7 @@ def bank_bytes(
     near = device.type == 'cpu' and settings.negatives != 'all'
     return min(most, 2**28) if near else most
 
+# %% ../nbs/26_train.ipynb #54983531
 def made_from(samples:list, real_features, settings:AlignSettings, ids, real_tokens=None) -> str:
     "The fingerprint of a run's data."
     own = lambda x: getattr(x, 'fingerprint', x)
@@ -1034,6 +1036,7 @@ def bar(self:Alignment, desc:str):
     hidden = not self.accelerator.is_main_process
     return progress((), desc, total=len(self.plan), initial=self.step, disable=hidden)
 
+# %% ../nbs/26_train.ipynb #82ef44aa
 @patch
 def trained_step(self:Alignment, evaluate:Callable|None) -> dict: # the step's row of the history
     "A step in training mode, and behind the last one of an epoch a look at the model."

@@ -77,6 +77,7 @@ def scienceqa_question(row:dict, key:str) -> Question:
     choices = tuple(row['choices'])
     return check_question(Question(key, row['question'], row['answer'], choices, images, *more))
 
+# %% ../nbs/39_vqa.ipynb #0b6bd31d
 def listed(text, key:str) -> tuple: # of texts
     "MMMU's options: a list as text, read as data and never run. `ValueError` for anything else."
     if isinstance(text, (list, tuple)): return tuple(map(str, text))
@@ -108,6 +109,7 @@ def question_kind(columns:Iterable[str], name:str) -> str: # 'scienceqa' or 'mmm
     wanted = '; '.join(f'{k} has {name_some(sorted(needed))}' for k, (needed, _) in KINDS.items())
     raise ValueError(f'{name} is no set of questions: it has {name_some(columns, 12)}; {wanted}')
 
+# %% ../nbs/39_vqa.ipynb #d1e8c6bb
 class Questions:
     "Questions of a dataset, made when they are asked for."
     def __init__(self, ds:datasets.Dataset, name:str='the dataset', images_only:bool=False):
@@ -148,6 +150,7 @@ def scienceqa_prompt(q:Question) -> str:
     asked = f'Context: {q.hint.strip() or "N/A"}\nQuestion: {q.text}\nOptions: {options}'
     return asked.replace('  ', ' ').strip() + f'\n{DIRECTLY}'
 
+# %% ../nbs/39_vqa.ipynb #2f655708
 def mmmu_prompt(q:Question) -> str:
     "The words of MMMU's script for LLaVA."
     if not q.choices: return f'{q.text}\n\n{BRIEFLY}'

@@ -47,6 +47,7 @@ def word_or_number(
     "A whole number where the text is one."
     return int(text) if text.isdigit() else text
 
+# %% ../../nbs/cli/00_flags.ipynb #879e8755
 def json_object(
     text:str # such as '{"style": "noto"}'
 ) -> dict:
@@ -280,6 +281,7 @@ def ours(error:BaseException) -> bool:
     if isinstance(error, ImportError) and (error.name or '').startswith('gmail_nb'): return True
     return not isinstance(error, ERRORS)
 
+# %% ../../nbs/cli/00_flags.ipynb #aed4f635
 def one_line(
     error:BaseException
 ) -> str:

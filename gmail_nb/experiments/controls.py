@@ -46,6 +46,7 @@ def shuffled(a:Side, seed:int) -> Side:
     other[order] = order.roll(1)  # a cycle through all: none keeps its own
     return replace(a, real_features=a.real_features[other])
 
+# %% ../../nbs/experiments/14_controls.ipynb #3b9b7432
 def two_styles(encoder:Encoder, a:Side, style:str='fluent') -> Side:
     "Real drawings in the place of the generated images."
     ds = emoji('A', source=style)
@@ -186,6 +187,7 @@ def control_row(records:list[dict], arm:str, point:Point) -> list[str]:
                    for d, own in ((gain, 'indiscriminate'), (less, 'gmail'))]
     return [arm, *gap, f'{100 * score:.1f}', *differences, str(seeds)]
 
+# %% ../../nbs/experiments/14_controls.ipynb #121d6318
 def control_table(
     records:list[dict], point:Point=GOOD
 ) -> list[list[str]]: # a heading and a row an arm

@@ -52,6 +52,7 @@ def slim(
     kept = [r for r in records if r['metric'] in ('mean_recall', *KEPT_GAPS)]
     return [{k: v for k, v in r.items() if i == 0 or k != 'versions'} for i, r in enumerate(kept)]
 
+# %% ../../nbs/experiments/12_curve.ipynb #217f4eb0
 def gathered(
     out:str|Path # of a run, with a folder of records
 ) -> list[dict]:

@@ -63,6 +63,7 @@ class Lesson:
     answer:str
     row:int      # of the picture, in the tokens of every arm
 
+# %% ../../nbs/experiments/55_llava.ipynb #ce5aac50
 def plain(q:Question) -> str: # what a question of a drawing has for its right answer
     return q.choices[q.answer]
 
@@ -112,6 +113,7 @@ def grid_tokens(
     def some(i): return preprocess_images(encoder, images[i:i + batch_size]).to(encoder.device)
     return torch.cat([tokens(some(i)).half().cpu() for i in range(0, len(images), batch_size)])
 
+# %% ../../nbs/experiments/55_llava.ipynb #67f66b85
 def pooled(
     tokens:torch.Tensor, # (N, T, width), of a square grid
     side:int             # places a side afterwards
@@ -143,6 +145,7 @@ def picture_question(text:str, sees:bool=True) -> str:
     "A question, behind its picture if there is one."
     return f'<image>\n{text}' if sees else text
 
+# %% ../../nbs/experiments/55_llava.ipynb #909c9477
 def base_examples(world:LlavaWorld) -> list[Example]:
     "Names of the drawings of A."
     return [example(picture_question('What is shown in the picture?'), name, ('A', i))
@@ -383,6 +386,7 @@ class LlavaResults:
         a, b = (right_choices(self.of(arm), self.questions, subject) for arm in (ours, theirs))
         return paired_difference(a, b)
 
+# %% ../../nbs/experiments/55_llava.ipynb #91f01716
 def scored(runs:list[LlavaRun], world:LlavaWorld) -> LlavaResults:
     "Runs with the CIDEr of their captions."
     cider = {}
@@ -593,6 +597,7 @@ def token_gaps(
     real = tokens['real'][rows].float()
     return {arm: token_gap_report(tokens[arm][rows].float(), real) for arm in GAPS.values()}
 
+# %% ../../nbs/experiments/55_llava.ipynb #f5933753
 def gap_rows(records:list[dict], gaps:dict) -> list[list[str]]:
     "Gap and benefit side by side: which one helps the language model."
     by = by_arm(records)
@@ -622,6 +627,7 @@ def answers_of(results:LlavaResults, seed:int=0) -> dict[str, list[Answered]]:
     "What every arm of one seed answered."
     return {r.arm: said_answers(r, results.questions) for r in results.runs if r.seed == seed}
 
+# %% ../../nbs/experiments/55_llava.ipynb #c9512c61
 def some_questions(questions:list[Question], each:int=2, seed:int=0) -> list[int]: # their numbers
     "As many of every subject, drawn by a seed."
     def drawn(s):

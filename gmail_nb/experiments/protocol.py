@@ -123,6 +123,7 @@ def arm_record(
                   seed, len(hits), point=asdict(point), recalls=recalls(ranks),
                   found=''.join(map(str, hits.tolist())), **more)
 
+# %% ../../nbs/experiments/05_protocol.ipynb #760a0947
 def scores(record:dict) -> np.ndarray: # (N,), 0 to 1
     "The share of its questions that each concept has answered, from a record of `arm_record`."
     return np.array([int(c) for c in record['found']]) / 6
@@ -134,6 +135,7 @@ def by_seed(records:list[dict], arm:str, point:Point, test:str) -> dict[int, np.
     return {r['seed']: scores(r) for r in records
             if r['metric'] == 'mean_recall' and (r['arm'], r['split'], r['point']) == asked}
 
+# %% ../../nbs/experiments/05_protocol.ipynb #d9bd2ce1
 def difference(
     records:list[dict],
     claim:Claim
@@ -155,6 +157,7 @@ def state(claim:Claim, d:Interval|None) -> str: # one of `STATES`
     if d is None: return 'not run'
     return 'confirmed' if d.low > -claim.margin else 'failed'
 
+# %% ../../nbs/experiments/05_protocol.ipynb #1ad7013f
 def claims_table(
     records:list[dict],
     claims:tuple=CLAIMS

@@ -78,6 +78,7 @@ def needed(link:Link) -> list[Link]: # those directly before it
     held = (getattr(link, f.name) for f in fields(link))
     return [h for h in held if type(h) in KINDS]
 
+# %% ../../nbs/experiments/60_tables.ipynb #ae220d58
 def folder_name(link:Link) -> str:
     "A name for a link's folder: its kind, and a fingerprint of what it depends on."
     text = json.dumps(described(link), sort_keys=True)
@@ -103,6 +104,7 @@ def changed(
         new[f.name] = changed(old, change) if is_dataclass(old) else change(f.name, old)
     return replace(value, **{n: v for n, v in new.items() if v != getattr(value, n)})
 
+# %% ../../nbs/experiments/60_tables.ipynb #1dc73fa5
 def seeded(link:Link, seed:int) -> Link:
     "The same chain with another seed."
     return changed(link, lambda name, value: seed if name == 'seed' else value)
@@ -115,6 +117,7 @@ class TableRow:
     last:'Link|str'                          # a link, or a model as `gmail_eval` takes it
     reported:dict[str, tuple] = field(default_factory=dict) # set -> numbers, as the metrics
 
+# %% ../../nbs/experiments/60_tables.ipynb #8e28d3ed
 @dataclass(frozen=True)
 class PaperTable:
     "A table of the paper at its own scale."

@@ -125,6 +125,7 @@ def split_pairs(
     raise ValueError(f'{n} pairs leave {len(train)} to train on and {len(kept_out)} to measure on: '
                      f'at least 2 of each, so bring more pairs or change --validation-share, {share} now')
 
+# %% ../../nbs/runs/10_align.ipynb #bdcf6453
 def measured(
     kept_out:list[int],
     limit:int # at most so many

@@ -155,6 +155,7 @@ def look_hub(
     else: state, note = hub_note(repo, revision, kind)
     return Look(what, repo, state, '; '.join(n for n in (note, loose) if n))
 
+# %% ../../nbs/runs/50_dry_run.ipynb #ff17bd02
 def on_hub(name:str) -> bool:
     "Whether a name has the form OWNER/NAME and is nothing on this disk."
     return bool(re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', name)) and not Path(name).exists()
@@ -426,6 +427,7 @@ def some_keys(folder:str|Path, source:SourceSettings=SourceSettings()) -> list[s
     tables = (pq.read_table(folder/s['shard'], columns=['key']) for s in shards)
     return [k for table in tables for k in table['key'].to_pylist()]
 
+# %% ../../nbs/runs/50_dry_run.ipynb #daccf59b
 def look_matches(real:datasets.Dataset|None, generated:str|Path) -> tuple[Look|None, int]:
     "How many generated images have a real partner."
     keys = some_keys(generated)

@@ -128,6 +128,7 @@ class TextRecipe:
     settings:TuneSettings=TuneSettings()
     captions:str=field(default='', metadata=dict(flag=False)) # of `CAPTION_SOURCES`; '': one's own
 
+# %% ../../nbs/runs/00_presets.ipynb #9b6e62a5
 def one_epoch(
     captions:int,       # how many there are
     batch_size:int=512

@@ -421,6 +421,7 @@ def trained_projection(model:GenReal|None) -> torch.Tensor|None: # (D, D)
     weight = model.proj_real.weight.detach().float().cpu()
     return None if torch.equal(weight, torch.eye(len(weight))) else weight
 
+# %% ../../nbs/runs/30_tune_caption.ipynb #704415c4
 def encoded_below(
     out:Path,
     captioner:Captioner,

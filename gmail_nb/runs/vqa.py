@@ -37,6 +37,7 @@ class Chosen:
     def __len__(self) -> int: return len(self.numbers)
     def __getitem__(self, i:int): return self.questions[self.numbers[i]]
 
+# %% ../../nbs/runs/70_vqa.ipynb #a17083d7
 def asked_set(
     data:str,                # `OWN_QUESTIONS`, a folder of parquet, or a Hub id
     settings:VQASettings=VQASettings()
@@ -131,6 +132,7 @@ def look_questions(data:str, settings:VQASettings) -> Look:
     try: return Look('questions', data, 'there', f'{len(asked_set(data, settings)):,}')
     except (ValueError, OSError) as e: return Look('questions', data, 'missing', first_line(e))
 
+# %% ../../nbs/runs/70_vqa.ipynb #edb4115f
 def dry_vqa(
     model:str='llava', data:str=OWN_QUESTIONS, out:str='vqa',
     settings:VQASettings=VQASettings(), **rest
