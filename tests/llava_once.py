@@ -18,8 +18,14 @@ torch.set_num_threads(1)
 g = torch.Generator().manual_seed(0)
 files = dict(real=torch.randn(12, 4, 20, generator=g).half(), generated=torch.randn(12, 4, 20, generator=g).half())
 words = 'a cat', 'the dog in red', 'blue', 'one two yes'
-examples = [example('<image> what is this ?' if i % 5 else 'what is this ?', words[i % 4], *([(('real', 'generated')[i % 2], i % 12)] if i % 5 else []))
-            for i in range(37)]
+examples = [
+    example(
+        '<image> what is this ?' if i % 5 else 'what is this ?',
+        words[i % 4],
+        *([(('real', 'generated')[i % 2], i % 12)] if i % 5 else []),
+    )
+    for i in range(37)
+]
 stage = StageSettings(steps=12, batch_size=8, lr=3e-3)
 
 def one(run=RunSettings(desc=None), **how):

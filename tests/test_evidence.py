@@ -46,7 +46,9 @@ def test_mean_recall_is_the_mean_of_the_six_recalls():
 def test_a_claim_takes_the_seeds_that_both_arms_have():
     records = made_up('gmail', 3) + made_up('indiscriminate', 2)
     d, seeds = difference(records, Claim('', 'gmail', 'indiscriminate'))
-    ours, theirs = (np.stack([by_seed(records, a, GOOD, 'seen')[s] for s in (0, 1)]) for a in ('gmail', 'indiscriminate'))
+    ours, theirs = (
+        np.stack([by_seed(records, a, GOOD, 'seen')[s] for s in (0, 1)]) for a in ('gmail', 'indiscriminate')
+    )
     assert seeds == 2 and d == paired_difference(ours, theirs)
 
 def test_a_claim_of_two_points_is_a_difference_of_differences():
@@ -82,7 +84,9 @@ def test_choosing_reads_neither_b_nor_the_style_of_the_test(tmp_path, monkeypatc
     seen = chain.seen_drawings
     monkeypatch.setattr(chain, 'seen_drawings', lambda part: tuple(rows[:40] for rows in seen(part))) # for time
     chosen = chain.choose_settings(tmp_path, miniature(), (CRUDE,))
-    assert read and all(extra or (split, source) in (('A', 'noto'), ('A', CHOOSING_STYLE)) for split, source, extra in read)
+    assert read and all(
+        extra or (split, source) in (('A', 'noto'), ('A', CHOOSING_STYLE)) for split, source, extra in read
+    )
     kept = json.loads((tmp_path/'chosen.json').read_text())
     assert chosen == kept['chosen'] == best_setting(kept['scores'])
     assert chain.choose_settings(tmp_path, miniature(), (CRUDE,)) == chosen == chosen_settings(tmp_path)

@@ -98,7 +98,10 @@ def test_the_embedded_encoder_has_no_format_of_its_own(tmp_path):
 # Cards with the numbers of a run
 
 def recorded(arm, metric, value, **more):
-    return dict(experiment='align', arm=arm, dataset='drawn', split='validation', metric=metric, value=value, seed=0, n=50) | more
+    return (
+        dict(experiment='align', arm=arm, dataset='drawn', split='validation', metric=metric, value=value, seed=0, n=50)
+        | more
+    )
 
 
 def test_a_card_has_the_numbers_of_its_run(clip_folder, tmp_path):
@@ -111,7 +114,12 @@ def test_a_card_has_the_numbers_of_its_run(clip_folder, tmp_path):
     write_trained_on(tmp_path, ['a', 'b'])
     run(sys.executable, root/'tools'/'cards.py', tmp_path, '--repo', 'owner/name', cwd=root)
     text = (tmp_path/'README.md').read_text()
-    assert '| paired_cosine | 0.250 | 0.500 |' in text and 'On 50 pairs' in text and 'align.lr' in text and 'align.ema' not in text
+    assert (
+        '| paired_cosine | 0.250 | 0.500 |' in text
+        and 'On 50 pairs' in text
+        and 'align.lr' in text
+        and 'align.ema' not in text
+    )
     assert 'Aligning hurts' in text, 'bad news stands on the card as well'
     assert 'its 2 training images' in text and "from_pretrained('owner/name')" in text and 'model-index' in text
 

@@ -13,10 +13,39 @@ import gmail_nb.experiments.llava as room
 from gmail_nb.caption_metrics import Score
 from gmail_nb.captioning import caption_tokenizer
 from gmail_nb.data import emoji
-from gmail_nb.experiments.llava import (CLAIMS, LLAVA_ARMS, Lesson, LlavaArms, LlavaResults, LlavaRun, LlavaWorld, agreed, arm_examples,
-                                        arm_file, base_examples, choice_scores, drawn_once, gap_rows, grid_tokens, kept_tokens, labelled,
-                                        lessons, llava_records, llava_runs, llava_sentences, llava_table, open_prompts, pooled, preferred,
-                                        said_answers, show_llava, show_some_answers, some_questions, token_gaps, written_names)
+from gmail_nb.experiments.llava import (
+    CLAIMS,
+    LLAVA_ARMS,
+    Lesson,
+    LlavaArms,
+    LlavaResults,
+    LlavaRun,
+    LlavaWorld,
+    agreed,
+    arm_examples,
+    arm_file,
+    base_examples,
+    choice_scores,
+    drawn_once,
+    gap_rows,
+    grid_tokens,
+    kept_tokens,
+    labelled,
+    lessons,
+    llava_records,
+    llava_runs,
+    llava_sentences,
+    llava_table,
+    open_prompts,
+    pooled,
+    preferred,
+    said_answers,
+    show_llava,
+    show_some_answers,
+    some_questions,
+    token_gaps,
+    written_names,
+)
 from gmail_nb.runtime import set_seed
 from gmail_nb.settings import DemoSettings, LlavaExperimentSettings
 from gmail_nb.vqa import Question
@@ -27,28 +56,56 @@ WORDS = ['red', 'blue', 'one', 'two', 'a cat', 'a dog', 'a red bird', 'a fish']
 
 def question(i, answer=0):
     picture = Image.new('RGB', (16, 16), ['red', 'green', 'blue', 'white'][i % 4])
-    return Question(f'k{i}:{("name", "group", "count", "colour")[i % 4]}', 'What is it?', answer, tuple(WORDS[4:]), (picture,), '',
-                    ('name', 'group', 'count', 'colour')[i % 4])
+    return Question(
+        f'k{i}:{("name", "group", "count", "colour")[i % 4]}',
+        'What is it?',
+        answer,
+        tuple(WORDS[4:]),
+        (picture,),
+        '',
+        ('name', 'group', 'count', 'colour')[i % 4],
+    )
 
 @pytest.fixture(scope='module')
 def language(tmp_path_factory):
     "A language model of two layers with random weights, in a folder."
     folder = tmp_path_factory.mktemp('lm')
-    tokenizer = caption_tokenizer([*WORDS, 'What is it? What is shown in the picture? Answer briefly. system user assistant'])
+    tokenizer = caption_tokenizer(
+        [*WORDS, 'What is it? What is shown in the picture? Answer briefly. system user assistant']
+    )
     tokenizer.chat_template = ("{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
                                "{% if add_generation_prompt %}assistant {% endif %}")
     set_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.eos_token_id,
-                         eos_token_id=tokenizer.eos_token_id)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 @pytest.fixture(scope='module')
 def settings(language):
-    return LlavaExperimentSettings(str(language), base_steps=6, steps=6, batch_size=4, base_lr=5e-3, lr=5e-3, dtype='float32', concepts=8,
-                                   tested=4, asked=4, seeds=2)
+    return LlavaExperimentSettings(
+        str(language),
+        base_steps=6,
+        steps=6,
+        batch_size=4,
+        base_lr=5e-3,
+        lr=5e-3,
+        dtype='float32',
+        concepts=8,
+        tested=4,
+        asked=4,
+        seeds=2,
+    )
 
 @pytest.fixture(scope='module')
 def world():
@@ -69,12 +126,16 @@ def test_only_what_has_one_answer_for_both_is_asked():
 
 def test_lessons_point_at_pictures_of_their_own():
     rows = emoji('B', source='noto').select(range(0, 690, 115))
-    told, real, generated = lessons(rows, labelled(list(emoji('B', source='fluent').select(range(0, 690, 115))['image']), rows))
+    told, real, generated = lessons(
+        rows, labelled(list(emoji('B', source='fluent').select(range(0, 690, 115))['image']), rows)
+    )
     assert len(real) == len(generated) == 12 and {one.row for one in told} == set(range(12))
     by = {one.key: one for one in told}
     for key in rows['key']:
         assert by[f'{key}:name'].row == by[f'{key}:group'].row != by[f'{key}:count'].row
-    assert [by[f'{k}:name'].answer for k in rows['key']] == list(rows['label']) and drawn_once(told) == [by[f'{k}:name'].row for k in rows['key']]
+    assert [by[f'{k}:name'].answer for k in rows['key']] == list(rows['label']) and drawn_once(told) == [
+        by[f'{k}:name'].row for k in rows['key']
+    ]
     assert len({im.tobytes() for im in real} & {im.tobytes() for im in generated}) == 0
 
 def test_arms_differ_in_their_pictures_alone(world):
@@ -97,7 +158,9 @@ def test_places_are_pooled():
 def test_tokens_are_kept_for_the_same_pictures_alone(tmp_path):
     made = []
     def compute(): made.append(1); return torch.ones(2, 4, 3).half() * len(made)
-    for name, expected in (('a', 1), ('a', 1), ('b', 2)): assert kept_tokens(tmp_path/'x.safetensors', name, compute)[0, 0, 0] == expected
+
+    for name, expected in (('a', 1), ('a', 1), ('b', 2)):
+        assert kept_tokens(tmp_path/'x.safetensors', name, compute)[0, 0, 0] == expected
     (tmp_path/'x.safetensors').write_bytes(b'cut short')
     assert kept_tokens(tmp_path/'x.safetensors', 'b', compute)[0, 0, 0] == 3
 
@@ -132,13 +195,19 @@ def test_choices_are_scored_as_by_hand(arms, world):
         prompt = open_prompts(model, [text], tokens[i:i + 1])[0]
         for j, c in enumerate(choices[i]):
             tail = model.tokenizer(c, add_special_tokens=False)['input_ids'] + [model.end]
-            with torch.no_grad(): logits = model.lm(inputs_embeds=model.embed(torch.tensor([prompt.ids + tail]), tokens[i:i + 1])).logits
+            with torch.no_grad():
+                logits = model.lm(
+                    inputs_embeds=model.embed(torch.tensor([prompt.ids + tail]), tokens[i : i + 1])
+                ).logits
             logp = logits[0, len(prompt.ids) - 1:-1].log_softmax(-1)[range(len(tail)), tail]
             assert together[i, j].item() == pytest.approx(logp.mean().item(), abs=1e-4)
 
 def test_answers_do_not_depend_on_the_batch(arms, world):
     q, tokens = world.questions, world.tokens['questions']
-    assert preferred(arms.model, q, tokens, 3) == preferred(arms.model, q, tokens) and len(preferred(arms.model, q, None, 5)) == 8
+    assert (
+        preferred(arms.model, q, tokens, 3) == preferred(arms.model, q, tokens)
+        and len(preferred(arms.model, q, None, 5)) == 8
+    )
     names = [written_names(arms.model, world.tokens['captions'], 4, 5, batch_size=n) for n in (1, 4)]
     assert names[0] == names[1] and len(set(written_names(arms.model, None, 4, 5))) == 1
 
@@ -161,9 +230,13 @@ def test_what_an_arm_depends_on_is_in_the_name_of_its_file(world, settings, tmp_
     here = arm_file(tmp_path, world, 'gmail', 0, settings)
     assert arm_file(tmp_path, world, 'gmail', 0, replace(settings, seeds=9)) == here
     other = replace(world, tokens=world.tokens | dict(gmail=world.tokens['real']))
-    for changed in (arm_file(tmp_path, world, 'gmail', 1, settings), arm_file(tmp_path, world, 'real', 0, settings),
-                    arm_file(tmp_path, other, 'gmail', 0, settings), arm_file(tmp_path, world, 'gmail', 0, replace(settings, steps=7)),
-                    arm_file(tmp_path, replace(world, told=world.told[::-1]), 'gmail', 0, settings)): assert changed != here
+    for changed in (
+        arm_file(tmp_path, world, 'gmail', 1, settings),
+        arm_file(tmp_path, world, 'real', 0, settings),
+        arm_file(tmp_path, other, 'gmail', 0, settings),
+        arm_file(tmp_path, world, 'gmail', 0, replace(settings, steps=7)),
+        arm_file(tmp_path, replace(world, told=world.told[::-1]), 'gmail', 0, settings),
+    ): assert changed != here
     assert arm_file(tmp_path, other, 'base', 0, settings) == arm_file(tmp_path, world, 'base', 0, settings)
 
 # numbers
@@ -210,7 +283,16 @@ def test_tables_and_pictures_are_made_of_the_records(results, records):
     assert [row[0] for row in gap_rows(records, gaps)[1:]] == ['indiscriminate', 'gmail', 'gmail tokens']
     assert [t.get_text() for t in show_llava(records).axes[0].get_yticklabels()] == list(LLAVA_ARMS)
     picked = some_questions(results.questions, each=2)
-    assert [results.questions[i].subject for i in picked] == ['name', 'name', 'group', 'group', 'count', 'count', 'colour', 'colour']
+    assert [results.questions[i].subject for i in picked] == [
+        'name',
+        'name',
+        'group',
+        'group',
+        'count',
+        'count',
+        'colour',
+        'colour',
+    ]
     assert len(show_some_answers(results, picked).axes) == 8
     right = said_answers(results.of('gmail')[0], results.questions)
     assert all(a.right and a.read in 'ABCD' for a in right)
@@ -232,22 +314,34 @@ def test_concepts_that_are_tested_may_not_be_learned(tmp_path, monkeypatch):
     found = room.all_pictures(tmp_path, DemoSettings(), settings)
     keys = {q.key.rpartition(':')[0] for q in found.rest['questions']}
     assert keys == set(emoji('unseen')['key']) and len(found.images['captions']) == 3 == len(found.rest['references'])
-    assert set(found.rest['references']) <= set(NoPairs.keys) and len(found.images['real']) == len(found.images['generated'])
+    assert set(found.rest['references']) <= set(NoPairs.keys) and len(found.images['real']) == len(
+        found.images['generated']
+    )
     assert any(one.key.endswith(':count') for one in found.rest['told'])
 
 def test_an_aligned_model_of_other_settings_is_refused(tmp_path):
     (tmp_path/'model_tokens').mkdir()
     (tmp_path/'model_tokens'/'card.json').write_text(json.dumps(dict(settings=dict(align=dict(lr=9.)))))
-    with pytest.raises(ValueError, match='aligned with other settings'): room.token_model(None, tmp_path, DemoSettings())
+    with pytest.raises(ValueError, match='aligned with other settings'):
+        room.token_model(None, tmp_path, DemoSettings())
+
 
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match='tested'): LlavaExperimentSettings(concepts=5, tested=6)
     with pytest.raises(ValueError, match='grid'): LlavaExperimentSettings(grid=0)
     s = LlavaExperimentSettings(steps=7, lr=.5).llava
-    assert (s.instruct.steps, s.instruct.lr, s.project.steps, s.dtype) == (7, .5, LlavaExperimentSettings().base_steps, 'bfloat16')
+    assert (s.instruct.steps, s.instruct.lr, s.project.steps, s.dtype) == (
+        7,
+        0.5,
+        LlavaExperimentSettings().base_steps,
+        'bfloat16',
+    )
+
 
 def test_tokens_are_those_of_the_tower():
     from gmail_nb.encoders import embedded_encoder, preprocess_images
     encoder, images = embedded_encoder(), list(emoji('A', source='noto').select(range(3))['image'])
     with torch.no_grad(): whole = encoder.image_tokens(preprocess_images(encoder, images))
-    torch.testing.assert_close(grid_tokens(encoder.image_tokens, encoder, images, 2).float(), whole, atol=4e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        grid_tokens(encoder.image_tokens, encoder, images, 2).float(), whole, atol=4e-3, rtol=1e-3
+    )

@@ -1,4 +1,5 @@
 "Training a LLaVA: tokens on disk, what is refused, a stop anywhere, several processes, and the way to plain transformers and peft."
+
 import gmail_nb.runtime
 import json
 import os
@@ -52,7 +53,9 @@ def test_tokens_are_written_once_and_a_killed_run_goes_on(tmp_path, pictures):
     assert embed_tokens(ds, encoder, tmp_path/'a', settings=how).fingerprint == whole.fingerprint
     assert (tmp_path/'a'/'features.npy').read_bytes() == bytes_before
     assert load_tokens(tmp_path/'a').select([2]).keys == ds['key'][2:3]
-    with pytest.raises(ValueError, match='other features'): embed_tokens(ds.select(range(5)), encoder, tmp_path/'a', settings=how)
+    with pytest.raises(ValueError, match='other features'):
+        embed_tokens(ds.select(range(5)), encoder, tmp_path/'a', settings=how)
+
 
 def test_tokens_that_sixteen_bits_cannot_hold():
     with pytest.raises(ValueError, match='more than 16 bits'): in_half(torch.tensor([7e4]))
@@ -70,22 +73,30 @@ def test_pooled_features_are_no_tokens(tmp_path):
     (Example(tuple(turns_of('<image> what ?')), (('real', 0),)), 'example 0: the last turn is no answer'),
     (example('what ' * 60, 'a cat'), 'example 0: a question of .* leaves no room')])
 def test_examples_that_cannot_be_learned(one, said):
-    with pytest.raises(ValueError, match=said): train_stage(small(), [one], llava_once.files, 'project', replace(quick, max_length=50))
+    with pytest.raises(ValueError, match=said):
+        train_stage(small(), [one], llava_once.files, 'project', replace(quick, max_length=50))
+
 
 def test_other_things_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match='differ in shape'):
-        train_stage(small(), llava_once.examples, dict(a=torch.zeros(1, 4, 20), b=torch.zeros(1, 5, 20)), 'project', quick)
-    with pytest.raises(ValueError, match='unknown stage'): train_stage(small(), llava_once.examples, llava_once.files, 'three', quick)
+        train_stage(
+            small(), llava_once.examples, dict(a=torch.zeros(1, 4, 20), b=torch.zeros(1, 5, 20)), 'project', quick
+        )
+    with pytest.raises(ValueError, match='unknown stage'):
+        train_stage(small(), llava_once.examples, llava_once.files, 'three', quick)
     LlamaForCausalLM(language()).save_pretrained(tmp_path/'lm')
     tiny_tokenizer(None).save_pretrained(tmp_path/'lm')
-    with pytest.raises(ValueError, match='has no chat template'): new_llava(replace(quick, language_model=str(tmp_path/'lm')), 20)
+    with pytest.raises(ValueError, match='has no chat template'):
+        new_llava(replace(quick, language_model=str(tmp_path/'lm')), 20)
     with pytest.raises(FileNotFoundError, match='no trained LLaVA'): load_trained(tmp_path)
     model = small()
     adapt_language(model, quick)
     save_trained(model, tmp_path/'two', quick)
     deeper = small()
     deeper.lm = LlamaForCausalLM(language().__class__(**(language().to_dict() | dict(num_hidden_layers=3))))
-    with pytest.raises(ValueError, match='does not fit the language model'): load_trained(tmp_path/'two', (deeper, None))
+    with pytest.raises(ValueError, match='does not fit the language model'):
+        load_trained(tmp_path/'two', (deeper, None))
+
 
 def test_stage_one_leaves_the_language_model_and_stage_two_its_base():
     model = small()
@@ -93,7 +104,9 @@ def test_stage_one_leaves_the_language_model_and_stage_two_its_base():
     train_llava(model, llava_once.examples, llava_once.files, replace(quick, instruct=replace(stage, steps=0)))
     assert all(torch.equal(p, before[n]) for n, p in model.lm.named_parameters()) and not lora_layers(model.lm)
     train_stage(model, llava_once.examples, llava_once.files, 'instruct', quick)
-    assert all(torch.equal(p, before[n.replace('.base_layer', '')]) for n, p in model.lm.named_parameters() if 'lora_' not in n)
+    assert all(
+        torch.equal(p, before[n.replace('.base_layer', '')]) for n, p in model.lm.named_parameters() if 'lora_' not in n
+    )
     assert any(p.abs().max() > 0 for n, p in model.lm.named_parameters() if 'lora_B' in n)
 
 class Killed(Exception): pass
@@ -116,7 +129,14 @@ def test_a_run_that_is_stopped_anywhere_ends_like_one_that_is_not(tmp_path, monk
 def test_two_processes_follow_the_curve_of_one(tmp_path):
     "Batches with both kinds of images and words alone, and batches of one, of which a process gets none."
     script = str(Path(__file__).with_name('llava_once.py'))
-    launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0']
+    launch = [
+        '-m',
+        'torch.distributed.run',
+        '--nproc_per_node=2',
+        '--master_port=0',
+        '--rdzv_backend=c10d',
+        '--rdzv_endpoint=localhost:0',
+    ]
     ran = subprocess.run([sys.executable, *launch, script, str(tmp_path)], capture_output=True, text=True, timeout=540,
                          env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -150,7 +170,11 @@ def test_a_caption_for_each_example_and_every_kind_in_its_place():
 
 def test_both_kinds_in_a_batch_equal_batches_of_their_own():
     model, files = small(), llava_once.files
-    told = [example('<image> what ?', 'a cat', ('real', 1)), example('<image> is it red ?', 'yes', ('generated', 2)), example('what ?', 'blue')]
+    told = [
+        example('<image> what ?', 'a cat', ('real', 1)),
+        example('<image> is it red ?', 'yes', ('generated', 2)),
+        example('what ?', 'blue'),
+    ]
     coded = [encode_example(model, e, 4) for e in told]
     with torch.no_grad():
         whole = llava_loss(model, coded, tokens_of([i for e in told for i in e.images], files))
@@ -159,14 +183,21 @@ def test_both_kinds_in_a_batch_equal_batches_of_their_own():
 
 def test_what_all_prompts_begin_with_is_read_once():
     model, files = small(), llava_once.files
-    words = 'what is this <image> ?', 'what is this <image> a cat in the picture ?', 'what is this picture ?', 'what is this ? <image> <image>'
+    words = (
+        'what is this <image> ?',
+        'what is this <image> a cat in the picture ?',
+        'what is this picture ?',
+        'what is this ? <image> <image>',
+    )
     images = [[('real', 0)], [('generated', 1)], [], [('real', 2), ('real', 3)]]
     asked = [(turns_of(w), some) for w, some in zip(words, images)]
     look = lambda some: tokens_of(some, files)
     alone = [generate_answers(model, [encode_prompt(model, t, len(some), 4)], look(some), 6)[0] for t, some in asked]
     assert answer_all(model, asked, look, 3, 6) == alone
     assert answer_all(model, asked[:3], look, 2, 6, num_beams=2) == [
-        generate_answers(model, [encode_prompt(model, t, len(some), 4)], look(some), 6, num_beams=2)[0] for t, some in asked[:3]]
+        generate_answers(model, [encode_prompt(model, t, len(some), 4)], look(some), 6, num_beams=2)[0]
+        for t, some in asked[:3]
+    ]
     prompts = [encode_prompt(model, t, len(some), 4) for t, some in asked]
     assert len(read_prefix(model, prompts).ids) > 2
     with pytest.raises(ValueError, match='begins with other words'):
@@ -185,7 +216,10 @@ def test_a_published_llava_goes_all_the_way_and_back(published, pictures, tmp_pa
     quiet = EmbedSettings(show_progress=False)
     files = {s: embed_tokens(ds, aligned, tmp_path/s, s, quiet) for s in ('real', 'generated')}
     tower_before = VisualTokens(aligned)(preprocess_images(tower, pictures), torch.tensor([True, False, True, False]))
-    told = [example('<image> what is this ?', w, (('real', 'generated')[i % 2], i)) for i, w in enumerate(('a cat', 'the dog', 'red', 'blue'))]
+    told = [
+        example('<image> what is this ?', w, (('real', 'generated')[i % 2], i))
+        for i, w in enumerate(('a cat', 'the dog', 'red', 'blue'))
+    ]
     settings = replace(quick, language_model=str(tmp_path/'published'))
     history = train_llava(llava, told, files, settings)
     assert history['instruct'][-1] < history['project'][0]
@@ -193,16 +227,22 @@ def test_a_published_llava_goes_all_the_way_and_back(published, pictures, tmp_pa
         n for n in trainable if 'language_model' in n} # f_g can be aligned further
     tower_after = VisualTokens(aligned)(preprocess_images(tower, pictures), torch.tensor([True, False, True, False]))
     assert torch.equal(tower_before, tower_after)
-    ask = lambda m: generate_answers(m, [encode_prompt(m, turns_of('<image> what is this ?'), 1, 16)], files['real'][[0]].float(), 6)
+    ask = lambda m: generate_answers(
+        m, [encode_prompt(m, turns_of('<image> what is this ?'), 1, 16)], files['real'][[0]].float(), 6
+    )
     said = ask(llava)
-    run = ask_questions(llava, VisualTokens(aligned), [Question('q', 'what is this ?', 1, ('cat', 'dog'), (pictures[0],))])
+    run = ask_questions(
+        llava, VisualTokens(aligned), [Question('q', 'what is this ?', 1, ('cat', 'dog'), (pictures[0],))]
+    )
     assert run[0].key == 'q'
     asked = processor(images=pictures[:1], text='<image> what is this ?', return_tensors='pt')
-    with torch.no_grad(): ours = model(inputs_embeds=llava.embed(asked['input_ids'], tower.image_tokens(asked['pixel_values']))).logits
+    with torch.no_grad():
+        ours = model(inputs_embeds=llava.embed(asked['input_ids'], tower.image_tokens(asked['pixel_values']))).logits
     save_llava(llava, tmp_path/'plain')
     plain = LlavaForConditionalGeneration.from_pretrained(tmp_path/'plain').eval()
-    torch.testing.assert_close(plain(**asked).logits, ours, atol=1e-4, rtol=1e-4) # merged equals unmerged
-    with torch.no_grad(): again = model(inputs_embeds=llava.embed(asked['input_ids'], tower.image_tokens(asked['pixel_values']))).logits
+    torch.testing.assert_close(plain(**asked).logits, ours, atol=1e-4, rtol=1e-4)  # merged equals unmerged
+    with torch.no_grad():
+        again = model(inputs_embeds=llava.embed(asked['input_ids'], tower.image_tokens(asked['pixel_values']))).logits
     assert torch.equal(again, ours) # and merging left it as it was
     save_trained(llava, tmp_path/'trained', settings)
     fresh = LlavaForConditionalGeneration.from_pretrained(tmp_path/'published').eval()
@@ -226,5 +266,7 @@ def test_frozen_weights_in_sixteen_bits_train_float32_ones():
     model = small()
     model.lm.bfloat16()
     history = train_llava(model, llava_once.examples, llava_once.files, replace(quick, precision='bf16'))
-    assert {p.dtype for p in learned(model).values()} == {torch.float32} and history['instruct'][-1] < history['project'][0]
+    assert {p.dtype for p in learned(model).values()} == {torch.float32} and history['instruct'][-1] < history[
+        'project'
+    ][0]
     with only_trained(model, False) as m: assert all('projector' in n for n in m.trained())

@@ -1,4 +1,5 @@
 "What surrounds the code: how to cite it, how to change it, how people treat each other, what an issue asks for; and a release that is built and checked."
+
 import re
 import sys
 from configparser import ConfigParser
@@ -19,7 +20,9 @@ def read(name): return (root/name).read_text(encoding='utf-8')
 def test_citation_says_what_settings_say():
     cff = yaml.safe_load(read('CITATION.cff'))
     assert cff['cff-version'] == '1.2.0' and cff['version'] == settings['version']
-    assert cff['repository-code'] == settings['git_url'] and cff['url'] == settings['doc_host'] + settings['doc_baseurl']
+    assert (
+        cff['repository-code'] == settings['git_url'] and cff['url'] == settings['doc_host'] + settings['doc_baseurl']
+    )
     assert cff['authors'] == [{'name': settings['author']}], 'no person is named but those of settings.ini'
     assert f"## [{cff['version']}] - {cff['date-released']}" in read('CHANGELOG.md')
     assert cff['license'] == {'apache2': 'Apache-2.0'}[settings['license']]
@@ -52,7 +55,10 @@ def test_issue_forms_are_as_github_reads_them(path):
     ids = [part['id'] for part in form['body']]
     assert len(ids) == len(set(ids))
     for part in form['body']:
-        assert part['type'] in ('textarea', 'input', 'checkboxes', 'dropdown', 'markdown') and part['attributes'].get('label')
+        assert part['type'] in ('textarea', 'input', 'checkboxes', 'dropdown', 'markdown') and part['attributes'].get(
+            'label'
+        )
+
 
 def test_versions_are_printed_as_the_form_of_bugs_asks():
     form = yaml.safe_load(read('.github/ISSUE_TEMPLATE/bug.yml'))

@@ -1,4 +1,5 @@
 "LLaVA from the shell: what an arm learns from, a folder that goes on, a talk about pictures, and questions with a score."
+
 import gmail_nb.runtime
 import io
 import json
@@ -40,14 +41,51 @@ def home(tmp_path_factory):
     model.save_pretrained(home/'aligned')
     return home
 
-quick = ('--project-steps', 4, '--instruct-steps', 4, '--project-batch-size', 4, '--instruct-batch-size', 4, '--rank', 2)
+quick = (
+    '--project-steps',
+    4,
+    '--instruct-steps',
+    4,
+    '--project-batch-size',
+    4,
+    '--instruct-batch-size',
+    4,
+    '--rank',
+    2,
+)
+
 
 def tune(capsys, home, out, *more):
-    return answer(capsys, gmail_tune, 'llava', '--language-model', home/'lm', '--out', home/out, '--tokens', home/'tokens', *quick, *more)
+    return answer(
+        capsys,
+        gmail_tune,
+        'llava',
+        '--language-model',
+        home/'lm',
+        '--out',
+        home / out,
+        '--tokens',
+        home/'tokens',
+        *quick,
+        *more,
+    )
+
 
 @pytest.mark.parametrize('arm', LLAVA_ARMS)
 def test_every_arm(capsys, home, arm):
-    status, out, err = tune(capsys, home, arm, '--real', home/'real.parquet', '--generated', home/'drawn.parquet', '--model', home/'aligned', '--arm', arm)
+    status, out, err = tune(
+        capsys,
+        home,
+        arm,
+        '--real',
+        home/'real.parquet',
+        '--generated',
+        home/'drawn.parquet',
+        '--model',
+        home/'aligned',
+        '--arm',
+        arm,
+    )
     assert status == 0 and 'instruct: 4 steps' in out, err
     card, settings = trained_card(home/arm)
     assert card['arm'] == arm and set(card['images']) == set(LLAVA_ARMS[arm]) and settings.rank == 2
@@ -72,9 +110,16 @@ def test_it_goes_on_where_it_was(capsys, home):
     status, _, err = tune(capsys, home, 'parts', *how, '--warmup', '.5')
     assert status == 2 and 'belongs to another run' in err
 
-@pytest.mark.parametrize('more, said', [
-    (('--arm', 'both', '--real', 'real.parquet'), 'both'), (('--arm', 'gmail', '--generated', 'drawn.parquet'), 'name an aligned model with --model'),
-    ((), 'nothing to learn from'), (('--arm', 'bth'), "argument --arm: invalid choice: 'bth'"), (('--project-epochs', '-1'), 'epochs is -1')])
+@pytest.mark.parametrize(
+    'more, said',
+    [
+        (('--arm', 'both', '--real', 'real.parquet'), 'both'),
+        (('--arm', 'gmail', '--generated', 'drawn.parquet'), 'name an aligned model with --model'),
+        ((), 'nothing to learn from'),
+        (('--arm', 'bth'), "argument --arm: invalid choice: 'bth'"),
+        (('--project-epochs', '-1'), 'epochs is -1'),
+    ],
+)
 def test_what_is_refused(capsys, home, more, said):
     more = [home/m if str(m).endswith('.parquet') else m for m in more]
     if said == 'both': said = 'learns from generated images'
@@ -89,7 +134,20 @@ def test_a_dry_run_writes_nothing(capsys, home):
 def test_a_question_about_several_pictures(capsys, home):
     if not (home/'real'/'card.json').exists(): tune(capsys, home, 'real', '--real', home/'real.parquet')
     emoji('unseen', 'noto')[0]['image'].save(home/'a.png')
-    status, out, err = answer(capsys, gmail_chat, 'what', 'is this ?', '--image', home/'a.png', '--image', home/'a.png', '--model', home/'real', '--max-new-tokens', 5)
+    status, out, err = answer(
+        capsys,
+        gmail_chat,
+        'what',
+        'is this ?',
+        '--image',
+        home/'a.png',
+        '--image',
+        home/'a.png',
+        '--model',
+        home/'real',
+        '--max-new-tokens',
+        5,
+    )
     assert status == 0 and out.endswith('\n'), err
     said = chat([home/'a.png'], 'what is this ?', home/'real', 5, stream=io.StringIO())
     assert said[0]['content'] == '<image>\nwhat is this ?' and said[1]['role'] == 'assistant'
@@ -100,18 +158,38 @@ def test_several_turns_are_one_conversation(home):
     said = [talk.ask('what is this ?'), talk.ask('is it red ?')]
     assert [t['role'] for t in talk.turns] == ['user', 'assistant'] * 2 and talk.turns[2]['content'] == 'is it red ?'
     assert [l.strip() for l in aloud.getvalue().split('\n')[:2]] == said
-    with pytest.raises(ValueError, match='has 2 <image> for 1 image'): Talk(talker, talk.pictures).ask('<image> <image> ?')
+    with pytest.raises(ValueError, match='has 2 <image> for 1 image'):
+        Talk(talker, talk.pictures).ask('<image> <image> ?')
 
-@pytest.mark.parametrize('argv, said', [
-    (('what ?', '--image', 'nowhere.png', '--model', 'real'), 'nowhere.png'), (('what ?', '--model', 'nowhere'), 'gmail_tune llava'),
-    (('what ?', '--model', 'lm'), 'without eyes')])
+
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (('what ?', '--image', 'nowhere.png', '--model', 'real'), 'nowhere.png'),
+        (('what ?', '--model', 'nowhere'), 'gmail_tune llava'),
+        (('what ?', '--model', 'lm'), 'without eyes'),
+    ],
+)
 def test_talks_that_cannot_begin(capsys, home, argv, said):
     argv = [home/a if a in ('real', 'lm') else a for a in argv]
     status, _, err = answer(capsys, gmail_chat, *argv)
     assert status == 2 and said in err
 
 def test_questions_from_the_shell(capsys, home):
-    status, out, err = answer(capsys, gmail_eval, 'vqa', '--model', home/'real', '--limit', 12, '--max-new-tokens', 3, '--blind', '--out', home/'vqa')
+    status, out, err = answer(
+        capsys,
+        gmail_eval,
+        'vqa',
+        '--model',
+        home/'real',
+        '--limit',
+        12,
+        '--max-new-tokens',
+        3,
+        '--blind',
+        '--out',
+        home/'vqa',
+    )
     assert status == 0 and 'without images' in out, err
     lines = (home/'vqa'/'answers.jsonl').read_text(encoding='utf-8').splitlines()
     assert len(lines) == 12 and {json.loads(l)['subject'] for l in lines} == {'name', 'group', 'count', 'colour'}

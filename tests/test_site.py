@@ -1,4 +1,5 @@
 "The pages are built from the committed notebooks: one for each, with its pictures, no link broken, nothing fetched from elsewhere."
+
 import html.parser
 import re
 import shutil

@@ -53,7 +53,12 @@ def test_no_prose_excuses_what_is_stored(name):
 
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_stored_text_fits_the_page(name):
-    wide = [(cell['id'], l) for cell, out in outputs(name) for l in ''.join(out.get('text', '')).splitlines() if len(l) > 120]
+    wide = [
+        (cell['id'], l)
+        for cell, out in outputs(name)
+        for l in ''.join(out.get('text', '')).splitlines()
+        if len(l) > 120
+    ]
     assert not wide, f'stored lines over 120 characters: {wide}'
 
 @pytest.mark.parametrize('name', EXPERIMENTS)

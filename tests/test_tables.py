@@ -28,10 +28,15 @@ def test_no_two_captioning_tables_are_one_configuration():
 def test_ranks_and_generators_are_those_of_the_tables():
     adapters = [r.last.aligning.settings.adapters for r in TABLES['table11'].rows]
     assert [(a.tuning, a.rank) for a in adapters] == [('lora', 2), ('lora', 4), ('lora', 6), ('full', 4)]
-    assert needs_of(TABLES['table17'])['generators'] == ['flux-dev'] and needs_of(TABLES['table6'])['generators'] == ['stable-diffusion-2']
+    assert needs_of(TABLES['table17'])['generators'] == ['flux-dev'] and needs_of(TABLES['table6'])['generators'] == [
+        'stable-diffusion-2'
+    ]
     steps = {r.name: r.last.settings.steps for r in TABLES['table13'].rows}
     assert steps['GMAIL'] == steps['generated, no alignment'] and steps['base'] == 141_000
-    assert [r.last.arm for r in TABLES['table16'].rows] == ['mix', 'gmail'] and TABLES['table8'].rows[1].last.aligning.encoder.startswith('hf:google')
+    assert [r.last.arm for r in TABLES['table16'].rows] == ['mix', 'gmail'] and TABLES['table8'].rows[
+        1
+    ].last.aligning.encoder.startswith('hf:google')
+
 
 def test_more_captions_are_more_captions():
     drawn = list(dict.fromkeys(r.last.drawing.captions for r in TABLES['table7'].rows if not isinstance(r.last, str)))
@@ -57,7 +62,9 @@ def test_every_needed_generator_and_caption_set_is_known():
         assert set(needs['generators']) <= set(GENERATORS) and any(s in CAPTION_SOURCES for s in needs['sets'])
 
 def test_old_names_of_presets_stay():
-    assert {f'paper-table{n}' for n in (1, 6, 8, 9, 11, 13, 16, 17)} | {'small', 'paper-table1-llama'} <= set(CAPTIONER_PRESETS)
+    assert {f'paper-table{n}' for n in (1, 6, 8, 9, 11, 13, 16, 17)} | {'small', 'paper-table1-llama'} <= set(
+        CAPTIONER_PRESETS
+    )
     assert {'paper-table2', 'paper-table3', 'paper-table4', 'paper-table5', 'paper-table7'} == set(EVAL_PRESETS)
 
 def test_four_bit_can_be_reached_where_there_is_such_a_setting():
@@ -91,7 +98,9 @@ def test_seeds_share_the_images():
 
 def test_names_are_exchanged():
     assert exchanged('a', ('b',)) == 'b' and exchanged('a', ('c=b',)) == 'a' and exchanged('a', ('a=b',)) == 'b'
-    link = as_asked(TABLES['table17'].rows[1].last, TableRun(generator=('flux-dev=embedded',), epochs=2, validation_share=.3))
+    link = as_asked(
+        TABLES['table17'].rows[1].last, TableRun(generator=('flux-dev=embedded',), epochs=2, validation_share=0.3)
+    )
     assert link.drawing.generator == link.aligning.drawing.generator == 'embedded' and link.start.drawing is None
     assert link.aligning.settings.align.epochs == 2 and link.aligning.settings.validation_share == .3
 
@@ -102,14 +111,32 @@ def world(tmp_path_factory):
     home = tmp_path_factory.mktemp('tables')
     table_miniature(home/'sets')
     tiny_stable_diffusion(home/'flux', seed=1)
-    run = TableRun(str(home/'sets'), encoder=('embedded',), lm=('small',), steps=3, epochs=1, batch_size=8,
-                   generator=('stable-diffusion-2=embedded', f'flux-dev={home/"flux"}'), validation_share=.4, max_new_tokens=8,
-                   draw_steps=1, device='cpu')
+    run = TableRun(
+        str(home/'sets'),
+        encoder=('embedded',),
+        lm=('small',),
+        steps=3,
+        epochs=1,
+        batch_size=8,
+        generator=('stable-diffusion-2=embedded', f'flux-dev={home / "flux"}'),
+        validation_share=0.4,
+        max_new_tokens=8,
+        draw_steps=1,
+        device='cpu',
+    )
     return home, run
 
-@pytest.mark.parametrize('table, rows', [('table2', ('CLIP', 'CLIP + GMAIL')), ('table1', ('ClipCap', 'ClipCap + GMAIL')), ('table11', ('rank 2', 'full')),
-                                         ('table17', ('GMAIL',)), pytest.param('table11', (), marks=pytest.mark.slow),
-                                         pytest.param('table17', (), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'table, rows',
+    [
+        ('table2', ('CLIP', 'CLIP + GMAIL')),
+        ('table1', ('ClipCap', 'ClipCap + GMAIL')),
+        ('table11', ('rank 2', 'full')),
+        ('table17', ('GMAIL',)),
+        pytest.param('table11', (), marks=pytest.mark.slow),
+        pytest.param('table17', (), marks=pytest.mark.slow),
+    ],
+)
 def test_a_table_runs_to_its_end(world, table, rows, capsys):
     home, run = world
     run = replace(run, rows=rows, data=('coco-val2017', 'coco-5k') if table == 'table2' else ())
@@ -147,9 +174,39 @@ def test_a_text_side_learns_from_no_image_that_is_measured(world):
 def test_the_command(world, capsys):
     from gmail_nb.cli.commands import gmail_experiment
     home, run = world
-    flags = ['--scale', 'paper', '--root', run.root, '--out', home/'out', '--rows', 'CLIP', '--rows', 'CLIP + GMAIL', '--data', 'coco-val2017',
-             '--encoder', 'embedded', '--lm', 'small', '--steps', 3, '--epochs', 1, '--batch-size', 8, '--validation-share', .4,
-             '--max-new-tokens', 8, '--draw-steps', 1, '--device', 'cpu', *(v for g in run.generator for v in ('--generator', g))]
+    flags = [
+        '--scale',
+        'paper',
+        '--root',
+        run.root,
+        '--out',
+        home/'out',
+        '--rows',
+        'CLIP',
+        '--rows',
+        'CLIP + GMAIL',
+        '--data',
+        'coco-val2017',
+        '--encoder',
+        'embedded',
+        '--lm',
+        'small',
+        '--steps',
+        3,
+        '--epochs',
+        1,
+        '--batch-size',
+        8,
+        '--validation-share',
+        0.4,
+        '--max-new-tokens',
+        8,
+        '--draw-steps',
+        1,
+        '--device',
+        'cpu',
+        *(v for g in run.generator for v in ('--generator', g)),
+    ]
     assert gmail_experiment(['table2', *map(str, flags)]) == 0
     out = capsys.readouterr().out
     assert 'begins' not in out and 'in the paper' in out # the steps of the test above
@@ -183,5 +240,6 @@ def test_rows_and_seeds_share_features(monkeypatch):
     from gmail_nb.experiments import tables
     asked = []
     monkeypatch.setattr('gmail_nb.runs.tune_caption.tune_captioner', lambda *a, **k: asked.append(k['features']))
-    for row in TABLES['table6'].rows: tables.run_captioner(row.last, Path('out')/'x', TableRun(), lambda link: Path('out'))
+    for row in TABLES['table6'].rows:
+        tables.run_captioner(row.last, Path('out')/'x', TableRun(), lambda link: Path('out'))
     assert set(asked) == {str(Path('out')/'features')}

@@ -14,12 +14,28 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from gmail_nb.align import GenReal
 from gmail_nb.encoders import Encoder, HFVisual, OpenClipVisual, TimmVisual, encode_images
-from gmail_nb.gap import recalls, show_token_gap, side_by_side, token_centroids, token_cosines, token_distances, token_gap_report
+from gmail_nb.gap import (
+    recalls,
+    show_token_gap,
+    side_by_side,
+    token_centroids,
+    token_cosines,
+    token_distances,
+    token_gap_report,
+)
 from gmail_nb.losses import token_loss
 from gmail_nb.runtime import set_seed
 from gmail_nb.settings import AdapterSettings, AlignRunSettings, AlignSettings, RunSettings
-from gmail_nb.train import (Alignment, GeneratedSide, SharedBlocks, align, alignment_parameters, check_token_pairs, checkpoints_in,
-                            made_from)
+from gmail_nb.train import (
+    Alignment,
+    GeneratedSide,
+    SharedBlocks,
+    align,
+    alignment_parameters,
+    check_token_pairs,
+    checkpoints_in,
+    made_from,
+)
 
 def weight(item): return 20
 
@@ -53,9 +69,16 @@ def test_the_loss_has_its_ends_and_gives_no_gradient_to_the_real_side():
     assert token_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)) == 0 # nothing there, and no division by it
     assert token_loss(r.half(), r.half()).dtype == torch.float32
 
-@pytest.mark.parametrize('g,r,how,said', [
-    ((2, 4, 8), (2, 5, 8), 'position', 'no positions in common'), ((2, 4, 8), (3, 4, 8), 'best', 'tokens .* of pairs'),
-    ((2, 4, 8), (2, 4, 9), 'position', 'of pairs'), ((2, 8), (2, 8), 'best', 'of pairs'), ((2, 4, 8), (2, 4, 8), 'near', 'best')])
+@pytest.mark.parametrize(
+    'g,r,how,said',
+    [
+        ((2, 4, 8), (2, 5, 8), 'position', 'no positions in common'),
+        ((2, 4, 8), (3, 4, 8), 'best', 'tokens .* of pairs'),
+        ((2, 4, 8), (2, 4, 9), 'position', 'of pairs'),
+        ((2, 8), (2, 8), 'best', 'of pairs'),
+        ((2, 4, 8), (2, 4, 8), 'near', 'best'),
+    ],
+)
 def test_tokens_that_do_not_belong_together_are_refused(g, r, how, said):
     with pytest.raises(ValueError, match=said): token_loss(torch.zeros(g), torch.zeros(r), how)
 
@@ -79,7 +102,9 @@ def clip():
     return HFVisual(model.vision_model, model.visual_projection), 32
 
 def timm_vit():
-    model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=4, embed_dim=48, num_heads=4, num_classes=0)
+    model = timm.create_model(
+        'vit_tiny_patch16_224', img_size=32, patch_size=8, depth=4, embed_dim=48, num_heads=4, num_classes=0
+    )
     return TimmVisual(model), 48
 
 towers = dict(open_clip=vit, transformers=clip, timm=timm_vit)
@@ -88,7 +113,10 @@ def model_of(kind='open_clip', **adapters):
     "The same model each time, a little trained, so that its two sides differ."
     set_seed(0)
     tower, dim = towers[kind]()
-    model = GenReal(Encoder('small', tower, nn.Identity(), Preprocess(), None, dim, 1.), AdapterSettings(**(dict(adapted_share=1/2) | adapters)))
+    model = GenReal(
+        Encoder('small', tower, nn.Identity(), Preprocess(), None, dim, 1.0),
+        AdapterSettings(**(dict(adapted_share=1 / 2) | adapters)),
+    )
     with torch.no_grad():
         for n, p in model.f_g.named_parameters():
             if 'lora_B' in n: p.normal_(std=.02)
@@ -113,7 +141,9 @@ def test_tokens_and_embedding_of_one_pass_are_those_of_two(kind, tuning):
     names = [n for n, p in side.named_parameters() if p.requires_grad]
     weights = [p for p in side.parameters() if p.requires_grad]
     once = torch.autograd.grad(loss(pooled, tokens), weights, allow_unused=True)
-    twice = torch.autograd.grad(loss(model.encode_generated(x_g[:4]), model.generated_tokens(x_g[:4])), weights, allow_unused=True)
+    twice = torch.autograd.grad(
+        loss(model.encode_generated(x_g[:4]), model.generated_tokens(x_g[:4])), weights, allow_unused=True
+    )
     for n, a, b in zip(names, once, twice):
         assert (a is None) == (b is None), n
         if a is not None: torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=n)
@@ -153,9 +183,15 @@ def test_tokens_come_closer_than_by_eq_1_alone(plain, real, real_tokens):
     def apart(m):
         with torch.no_grad(): return token_loss(m.generated_tokens(x_g), real_tokens).item()
     before = apart(model_of())
-    alone, both = (apart(trained(real, t, s)[2]) for t, s in ((None, replace(longer, tokens='none')), (real_tokens, longer)))
+    alone, both = (
+        apart(trained(real, t, s)[2]) for t, s in ((None, replace(longer, tokens='none')), (real_tokens, longer))
+    )
     assert both < min(alone, before) - .02
-    assert 0 < plain[0][0]['token_loss'] < plain[0][0]['loss'] and 'token_loss' not in trained(real, None, replace(short, tokens='none'))[0][0]
+    assert (
+        0 < plain[0][0]['token_loss'] < plain[0][0]['loss']
+        and 'token_loss' not in trained(real, None, replace(short, tokens='none'))[0][0]
+    )
+
 
 def test_the_loss_is_eq_1_and_the_weighted_tokens(real, real_tokens):
     first = {w: trained(real, real_tokens, replace(short, token_weight=w, epochs=1))[0][0] for w in (.5, 2.)}
@@ -166,7 +202,10 @@ def test_the_loss_is_eq_1_and_the_weighted_tokens(real, real_tokens):
 def test_a_batch_in_parts_has_the_curve_of_one(loss, real, real_tokens):
     rows = [trained(real, real_tokens, replace(short, loss=loss, tokens='best', accumulation=a))[0] for a in (1, 4)]
     for a, b in zip(*rows):
-        assert a['loss'] == pytest.approx(b['loss'], rel=2e-3) and a['token_loss'] == pytest.approx(b['token_loss'], rel=2e-3)
+        assert a['loss'] == pytest.approx(b['loss'], rel=2e-3) and a['token_loss'] == pytest.approx(
+            b['token_loss'], rel=2e-3
+        )
+
 
 def test_a_frozen_prefix_and_a_file_of_activations_change_nothing(plain, real, real_tokens, tmp_path):
     for prefix in (True, tmp_path/'prefix.x'):
@@ -191,9 +230,15 @@ def test_without_tokens_a_checkpoint_is_one_of_before(real, tmp_path):
     assert there['data'] == made_from([x_g], real, off, None) != made_from([x_g], real, off, None, real)
 
 def test_tokens_that_are_no_partners_are_refused(real, real_tokens):
-    for tokens, how, said in ((None, 'position', 'are absent'), (real_tokens, 'none', 'are given'), (real_tokens[:9], 'best', 'tokens of 9'),
-                              (real_tokens[..., :8], 'best', 'same tower'), (real_tokens[:, :3], 'position', 'no positions')):
-        with pytest.raises(ValueError, match=said): Alignment(model_of(), x_g, real, replace(short, tokens=how), real_tokens=tokens)
+    for tokens, how, said in (
+        (None, 'position', 'are absent'),
+        (real_tokens, 'none', 'are given'),
+        (real_tokens[:9], 'best', 'tokens of 9'),
+        (real_tokens[..., :8], 'best', 'same tower'),
+        (real_tokens[:, :3], 'position', 'no positions'),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Alignment(model_of(), x_g, real, replace(short, tokens=how), real_tokens=tokens)
     check_token_pairs(model_of(), [x_g], real_tokens[:, :3], replace(short, tokens='best'))
     with pytest.raises(ValueError, match='position'): AlignSettings(tokens='positon')
     with pytest.raises(ValueError, match='token_weight'): AlignSettings(token_weight=0)
@@ -205,7 +250,11 @@ def test_a_run_on_disk_aligns_tokens_and_its_card_says_so(tmp_path):
     from gmail_nb.runs.align import align_sets
     real = emoji('A', source='noto').select(range(24)).select_columns(['key', 'image', 'captions'])
     drawn = emoji('A', source='fluent').select(range(24)).select_columns(['key', 'image', 'captions'])
-    settings = AlignRunSettings(AdapterSettings(adapted_share=2/7), AlignSettings(epochs=1, batch_size=8, tokens='position'), validation_share=.2)
+    settings = AlignRunSettings(
+        AdapterSettings(adapted_share=2 / 7),
+        AlignSettings(epochs=1, batch_size=8, tokens='position'),
+        validation_share=0.2,
+    )
     model = align_sets(real, drawn, 'embedded', tmp_path, settings)
     card = json.loads((tmp_path/'card.json').read_text())
     assert card['settings']['align']['tokens'] == 'position'
@@ -213,7 +262,8 @@ def test_a_run_on_disk_aligns_tokens_and_its_card_says_so(tmp_path):
     assert stored.dtype == np.float16 and stored.shape == (24, 16 * 1280)
     back = GenReal.from_pretrained(tmp_path)
     images = torch.randn(2, 3, 112, 112)
-    with torch.no_grad(): torch.testing.assert_close(back.generated_tokens(images), model.generated_tokens(images), atol=1e-4, rtol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(back.generated_tokens(images), model.generated_tokens(images), atol=1e-4, rtol=1e-3)
     rows = [json.loads(l) for l in (tmp_path/'log.jsonl').read_text().splitlines()]
     assert all(r['token_loss'] > 0 for r in rows)
 
@@ -229,8 +279,11 @@ def test_measures_of_the_gap_by_hand():
     assert apart.mean().item() == pytest.approx(token_loss(x, r).item(), rel=1e-5)
     unit = [F.normalize(t[:, 2], dim=-1).mean(0) for t in (x, r)]
     assert means[2].item() == pytest.approx((unit[0] - unit[1]).norm().item(), abs=1e-6)
-    torch.testing.assert_close(side_by_side(x) @ side_by_side(r).T,
-                               torch.stack([F.cosine_similarity(x[:, None, t], r[None, :, t], dim=-1) for t in range(4)]).mean(0))
+    torch.testing.assert_close(
+        side_by_side(x) @ side_by_side(r).T,
+        torch.stack([F.cosine_similarity(x[:, None, t], r[None, :, t], dim=-1) for t in range(4)]).mean(0),
+    )
+
 
 def test_the_report_tells_a_gap_from_a_collapse():
     r = torch.randn(40, 9, 8)
@@ -253,7 +306,11 @@ def test_folders_made_before_there_were_tokens_keep_their_names():
     from gmail_nb.experiments.tables import Aligning, CaptionTuning, folder_name
     from gmail_nb.runtime import fingerprint
     from gmail_nb.settings import DemoSettings, described
-    assert folder_name(Aligning()) == 'aligned-b11740beb1' and folder_name(CaptionTuning(aligning=Aligning())) == 'captioner-9211a6b57c'
+
+    assert (
+        folder_name(Aligning()) == 'aligned-b11740beb1'
+        and folder_name(CaptionTuning(aligning=Aligning())) == 'captioner-9211a6b57c'
+    )
     assert fingerprint(json.dumps(described(DemoSettings()))) == '26b530c540ed6d32'
     here = Aligning()
     tokens = replace(here, settings=replace(here.settings, align=replace(here.settings.align, tokens='best')))

@@ -111,7 +111,9 @@ def test_other_negatives_are_different_and_free():
 def test_every_row_counts_once_over_parts_and_processes():
     for size, accumulation, world in ((16, 4, 1), (5, 2, 3), (2, 1, 3)):
         own = [own_parts(size, accumulation, p, world) for p in range(world)]
-        counted = [(i, share / len(places)) for parts in own for places, share in parts if share for i in places.tolist()]
+        counted = [
+            (i, share / len(places)) for parts in own for places, share in parts if share for i in places.tolist()
+        ]
         assert sorted(counted) == [(i, world) for i in range(size)]
 
 def test_a_bank_that_is_read_gives_what_a_resident_one_gives(real):
@@ -371,7 +373,8 @@ def test_the_temperature_follows_the_loss_unless_it_is_given():
 
 def test_a_device_that_is_not_there_is_refused(real):
     with pytest.raises(ValueError, match="no device 'cuda:9', only cpu"): check_device('cuda:9')
-    with pytest.raises(ValueError, match="no device 'tpu'"): align(new_model(), x_g, real, run=RunSettings(device='tpu'))
+    with pytest.raises(ValueError, match="no device 'tpu'"):
+        align(new_model(), x_g, real, run=RunSettings(device='tpu'))
     check_device('cpu'), check_device(None)
 
 def test_bfloat16_where_it_cannot_be_had_is_refused(monkeypatch):
@@ -403,7 +406,8 @@ def test_losses_that_are_no_numbers_change_nothing_and_stop_the_run(real):
     settings = AlignSettings(epochs=5, batch_size=16, most_bad_steps=2)
     model = new_model()
     before = model.proj_gen.weight.detach().clone()
-    with pytest.raises(FloatingPointError, match='no number in 3 steps'): align(model, x_g * float('nan'), real, settings)
+    with pytest.raises(FloatingPointError, match='no number in 3 steps'):
+        align(model, x_g * float('nan'), real, settings)
     assert torch.equal(model.proj_gen.weight, before)
 
 def test_adapters_that_take_no_part_are_named():
@@ -512,7 +516,9 @@ def test_the_command_on_two_processes(tmp_path):
     source = tmp_path/'real.parquet'
     drawings = emoji('A', source='noto').select(range(40)).select_columns(['key', 'image', 'captions'])
     drawings.to_parquet(source)
-    generate(str(source), 'embedded', tmp_path/'generated', DrawSettings(steps=1), work=WorkSettings(show_progress=False))
+    generate(
+        str(source), 'embedded', tmp_path/'generated', DrawSettings(steps=1), work=WorkSettings(show_progress=False)
+    )
     for name, n in (('one', 1), ('two', 2)):
         options = ('--adapted-share', '.43', '--validation-share', '.3', '--epochs', '2', '--batch-size', '7',
                    '--equal-captions', 'together', '--out', tmp_path/name)

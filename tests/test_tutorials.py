@@ -1,4 +1,5 @@
 "The tutorials: each opens in Colab, says what it needs and how long it takes, names commands and flags that exist, and says why a cell shows nothing."
+
 import contextlib
 import functools
 import io
@@ -12,7 +13,10 @@ from house import cells_of, flags_of, names, path_of, root, run, source_of
 def weight(item): return 10
 
 tutorials = [n for n in names if n.startswith('tutorials/')]
-REPOSITORY = re.search(r'^git_url\s*=\s*https://github\.com/(\S+)', (root/'settings.ini').read_text(encoding='utf-8'), re.M)[1]
+REPOSITORY = re.search(
+    r'^git_url\s*=\s*https://github\.com/(\S+)', (root/'settings.ini').read_text(encoding='utf-8'), re.M
+)[1]
+
 
 def prose(name): return [source_of(c) for c in cells_of(name) if c['cell_type'] == 'markdown']
 

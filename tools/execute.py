@@ -56,7 +56,10 @@ def execute(path, named):
     except CellExecutionError as e: raise SystemExit(f'{path.name}: {e}')
     tidy(nb)
     nbformat.write(nb, path)
-    subprocess.run([sys.executable, '-c', f'from nbdev.clean import nbdev_clean; nbdev_clean({str(path)!r})'], cwd=root, check=True)
+    subprocess.run(
+        [sys.executable, '-c', f'from nbdev.clean import nbdev_clean; nbdev_clean({str(path)!r})'], cwd=root, check=True
+    )
+
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])

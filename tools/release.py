@@ -8,7 +8,19 @@ import argparse, importlib.util, os, shutil, subprocess, sys, tarfile, tempfile,
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-LEFT_OUT = ('.git', '.venv', '*.egg-info', 'build', 'dist', '_*cs', '__pycache__', '.pytest_cache', '.hypothesis', '*.tmp')
+LEFT_OUT = (
+    '.git',
+    '.venv',
+    '*.egg-info',
+    'build',
+    'dist',
+    '_*cs',
+    '__pycache__',
+    '.pytest_cache',
+    '.hypothesis',
+    '*.tmp',
+)
+
 
 def run(*command, cwd, **env):
     "Run, and stop with what it wrote where it fails; PYTHONPATH is not handed on, so only what is installed counts."
@@ -25,7 +37,19 @@ def build(out):
         run(sys.executable, 'setup.py', '--quiet', 'sdist', '-d', out, cwd=copy)
         with tarfile.open(next(out.glob('*.tar.gz'))) as t: t.extractall(unpacked, filter='data')
         source = next(unpacked.iterdir())
-        run(sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '--quiet', '-w', out, source, cwd=tmp)
+        run(
+            sys.executable,
+            '-m',
+            'pip',
+            'wheel',
+            '--no-deps',
+            '--no-build-isolation',
+            '--quiet',
+            '-w',
+            out,
+            source,
+            cwd=tmp,
+        )
     return next(out.glob('*.whl')), next(out.glob('*.tar.gz'))
 
 def check(files):
@@ -41,14 +65,17 @@ def demo(venv, wheel):
     run(scripts/'python', '-m', 'pip', 'install', '--quiet', '-c', root/'constraints.txt', wheel, cwd=venv)
     with tempfile.TemporaryDirectory() as empty:
         where = run(scripts/'python', '-c', 'import gmail_nb; print(gmail_nb.__file__)', cwd=empty).strip()
-        if not Path(where).is_relative_to(venv): raise SystemExit(f'the package was imported from {where}, not from the wheel')
+        if not Path(where).is_relative_to(venv):
+            raise SystemExit(f'the package was imported from {where}, not from the wheel')
         said = run(scripts/'gmail_demo', '--quick', '--out', 'demo', cwd=empty, HF_HUB_OFFLINE='1')
         made = sorted(p.name for p in Path(empty, 'demo').iterdir())
     return f'{said.strip()}\nin an empty folder: {", ".join(made)}'
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--install', type=lambda p: Path(p).resolve(), help='a new virtual environment to run the demo from')
+    parser.add_argument(
+        '--install', type=lambda p: Path(p).resolve(), help='a new virtual environment to run the demo from'
+    )
     parser.add_argument('--keep', type=Path, help='folder that gets the wheel and the sdist')
     args, started = parser.parse_args(), time.time()
     with tempfile.TemporaryDirectory() as tmp:
