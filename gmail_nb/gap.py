@@ -263,6 +263,15 @@ def check_token_pairs(
                          f'got {tuple(a.shape)} and {tuple(b.shape)}')
     check_paired(a.flatten(1), b.flatten(1))
 
+# %% ../nbs/28_gap.ipynb #0d83662c
+def token_cosines(
+    generated_tokens:torch.Tensor, # (N, T, W)
+    real_tokens:torch.Tensor       # (N, T, W)
+) -> torch.Tensor: # (N, T), in [-1, 1]
+    "The cosine of the tokens at the same place of every pair."
+    check_token_pairs(generated_tokens, real_tokens)
+    return F.cosine_similarity(generated_tokens, real_tokens, dim=-1)
+
 # %% ../nbs/28_gap.ipynb #75d8f487
 def token_cosines(
     generated_tokens:torch.Tensor, # (N, T, W)
@@ -282,6 +291,16 @@ def token_distances(
     apart = (generated_tokens - real_tokens).square().sum(-1)
     return apart / real_tokens.square().sum(-1).mean(1, keepdim=True).clamp(min=1e-12)
 
+# %% ../nbs/28_gap.ipynb #cdbafac9
+def token_centroids(
+    generated_tokens:torch.Tensor, # (N, T, W)
+    real_tokens:torch.Tensor       # (N, T, W)
+) -> torch.Tensor: # (T,), in [0, 2]
+    "At every place, the distance of the two means over images of unit tokens."
+    check_token_pairs(generated_tokens, real_tokens)
+    means = [F.normalize(x, dim=-1).mean(0) for x in (generated_tokens, real_tokens)]
+    return (means[0] - means[1]).norm(dim=-1)
+
 # %% ../nbs/28_gap.ipynb #75eef01b
 def token_centroids(
     generated_tokens:torch.Tensor, # (N, T, W)
@@ -299,6 +318,7 @@ def side_by_side(
     "Unit tokens as one vector: the cosine of two is the mean cosine over places."
     return F.normalize(tokens.float(), dim=-1).flatten(1) / tokens.shape[1]**.5
 
+# %% ../nbs/28_gap.ipynb #5e93182e
 def token_gap_report(
     generated_tokens:torch.Tensor, # (N, T, W)
     real_tokens:torch.Tensor,      # (N, T, W)
@@ -323,6 +343,7 @@ def token_grid(
     side = round(len(values)**.5)
     return values.view(side, -1) if side**2 == len(values) else values[None]
 
+# %% ../nbs/28_gap.ipynb #225678bb
 def show_token_gap(
     gaps:dict[str, torch.Tensor], # by when, (N, T), such as `token_cosines` before and after
     label:str='cosine with the real\ntoken of the same place'

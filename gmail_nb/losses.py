@@ -149,6 +149,7 @@ def check_tokens(
         raise ValueError(f'{g[1]} generated tokens and {r[1]} real ones an image have no positions '
                          "in common: match them by 'best'")
 
+# %% ../nbs/21_losses.ipynb #d1219240
 def own_length(tokens:torch.Tensor) -> torch.Tensor: # (B, T, W) -> (B,)
     "The mean squared length of an image's tokens, which distances are a share of."
     return tokens.square().sum(-1).mean(1).clamp(min=1e-12)

@@ -732,7 +732,7 @@ class LlavaExperimentSettings:
     language_model:str='smollm2' # smollm2, a Hub id or a folder
     base_steps:int=100          # steps of stage one, on real images of A
     steps:int=80                # steps of stage two, the same for every arm
-    batch_size:int=8           # examples a step
+    batch_size:int=8            # examples a step
     base_lr:float=1e-3          # peak learning rate of stage one
     lr:float=5e-4               # peak learning rate of stage two
     rank:int=8                  # rank of LoRA's matrices in the language model

@@ -203,6 +203,7 @@ class Stored(nn.Module):
 
     def forward(self, *args, **kwargs): return self.output
 
+# %% ../nbs/26_train.ipynb #1b6c6450
 class SharedBlocks:
     "The blocks of `f_g`, run once for its tokens and for its pooled embedding."
     def __init__(self, model:GenReal):
@@ -420,6 +421,7 @@ def pooled_loss(self:StepRunner,
         return symmetric_rows(features, bank, targets, columns, tau)
     return loss_by_name(s.loss)(features, bank[targets], tau)
 
+# %% ../nbs/26_train.ipynb #0f3ef1ad
 @patch
 def loss(self:StepRunner, batch:Batch, part:int, columns:torch.Tensor|None=None) -> torch.Tensor:
     "The loss of a part: that of its embeddings, and where tokens are aligned their share."
@@ -679,6 +681,7 @@ def check_asked(settings:AlignSettings, real_tokens) -> None:
     raise ValueError(f"tokens is {settings.tokens!r} and real_tokens are {there}: pass the real images' "
                      "tokens with 'position' or 'best', and none with 'none'")
 
+# %% ../nbs/26_train.ipynb #6c4418fd
 @torch.no_grad()
 def check_token_pairs(
     model:GenReal,

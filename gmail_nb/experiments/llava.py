@@ -63,10 +63,11 @@ class Lesson:
     answer:str
     row:int      # of the picture, in the tokens of every arm
 
-# %% ../../nbs/experiments/55_llava.ipynb #ce5aac50
+# %% ../../nbs/experiments/55_llava.ipynb #49916f1e
 def plain(q:Question) -> str: # what a question of a drawing has for its right answer
     return q.choices[q.answer]
 
+# %% ../../nbs/experiments/55_llava.ipynb #a361fa72
 def agreed(
     real:list[Question],
     generated:list[Question] # about the partners
@@ -75,7 +76,7 @@ def agreed(
     other = {q.key: q for q in generated}
     return [(q, other[q.key]) for q in real if q.key in other and plain(q) == plain(other[q.key])]
 
-# %% ../../nbs/experiments/55_llava.ipynb #77ac59e1
+# %% ../../nbs/experiments/55_llava.ipynb #3cdf4ac6
 def labelled(
     images:list,            # PIL images, one a row
     rows:datasets.Dataset   # of the emoji set, with what is known of each
@@ -85,6 +86,7 @@ def labelled(
     made = datasets.Dataset.from_dict(columns | dict(image=images))
     return made.cast_column('image', datasets.Image())
 
+# %% ../../nbs/experiments/55_llava.ipynb #2c049202
 def lessons(
     real:datasets.Dataset,      # of the emoji set
     generated:datasets.Dataset, # from `labelled`, in the same order
@@ -101,7 +103,7 @@ def lessons(
         found.append(Lesson(r.key, r.text, plain(r), row_of[name]))
     return found, *pictures
 
-# %% ../../nbs/experiments/55_llava.ipynb #f90aab63
+# %% ../../nbs/experiments/55_llava.ipynb #30cb981d
 @torch.inference_mode()
 def grid_tokens(
     tokens:Callable,   # (B, 3, H, W) -> (B, T, width), such as f_r's
@@ -113,7 +115,7 @@ def grid_tokens(
     def some(i): return preprocess_images(encoder, images[i:i + batch_size]).to(encoder.device)
     return torch.cat([tokens(some(i)).half().cpu() for i in range(0, len(images), batch_size)])
 
-# %% ../../nbs/experiments/55_llava.ipynb #67f66b85
+# %% ../../nbs/experiments/55_llava.ipynb #0dbfbcea
 def pooled(
     tokens:torch.Tensor, # (N, T, width), of a square grid
     side:int             # places a side afterwards
@@ -125,7 +127,7 @@ def pooled(
     grid = tokens.float().transpose(1, 2).unflatten(2, (there, there))  # (N, width, there, there)
     return F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2).half()
 
-# %% ../../nbs/experiments/55_llava.ipynb #76ed6385
+# %% ../../nbs/experiments/55_llava.ipynb #dc796923
 @dataclass
 class LlavaWorld:
     "What the arms learn from and are tested on."
@@ -140,17 +142,18 @@ class LlavaWorld:
         first = dict(both='gmail').get(arm, arm)
         return dict(first=self.tokens[first], other=self.tokens['real' if arm == 'both' else first])
 
-# %% ../../nbs/experiments/55_llava.ipynb #ec3bff35
+# %% ../../nbs/experiments/55_llava.ipynb #ca4ca678
 def picture_question(text:str, sees:bool=True) -> str:
     "A question, behind its picture if there is one."
     return f'<image>\n{text}' if sees else text
 
-# %% ../../nbs/experiments/55_llava.ipynb #909c9477
+# %% ../../nbs/experiments/55_llava.ipynb #0ea2cf7e
 def base_examples(world:LlavaWorld) -> list[Example]:
     "Names of the drawings of A."
     return [example(picture_question('What is shown in the picture?'), name, ('A', i))
             for i, name in enumerate(world.names)]
 
+# %% ../../nbs/experiments/55_llava.ipynb #597a89bb
 def arm_examples(world:LlavaWorld, arm:str) -> list[Example]:
     "The same for every arm but for the picture; in `both` every other one is real."
     if arm == 'words': return [example(one.text, one.answer) for one in world.told]
@@ -158,15 +161,17 @@ def arm_examples(world:LlavaWorld, arm:str) -> list[Example]:
     return [example(picture_question(one.text), one.answer, (kinds[i % 2], one.row))
             for i, one in enumerate(world.told)]
 
-# %% ../../nbs/experiments/55_llava.ipynb #9fb587c5
+# %% ../../nbs/experiments/55_llava.ipynb #8b1574cc
 def system() -> list[dict]:
     "A short instruction in place of the long one that SmolLM2's template puts in front."
     return [dict(role='system', content='Answer briefly.')]
 
+# %% ../../nbs/experiments/55_llava.ipynb #fbf1aa6a
 def briefly(one:Example) -> Example:
     "An example behind that instruction."
     return replace(one, turns=(*system(), *one.turns))
 
+# %% ../../nbs/experiments/55_llava.ipynb #a95c4eb5
 def new_llava(
     world:LlavaWorld,
     settings:LlavaExperimentSettings,
@@ -182,7 +187,7 @@ def new_llava(
     fit_projector(model, world.tokens['A'])
     return model
 
-# %% ../../nbs/experiments/55_llava.ipynb #c16a8cd1
+# %% ../../nbs/experiments/55_llava.ipynb #c86ca2d2
 class LlavaArms:
     "The arms of one seed: each begins with the same first stage, taken when it is first needed."
     def __init__(self, world:LlavaWorld, settings:LlavaExperimentSettings, seed:int):
@@ -211,7 +216,7 @@ class LlavaArms:
         if arm == 'base': return self.base_losses
         return self.learn('instruct', arm_examples(self.world, arm), self.world.files(arm))
 
-# %% ../../nbs/experiments/55_llava.ipynb #4de9ad17
+# %% ../../nbs/experiments/55_llava.ipynb #be28aae1
 def continued(
     model:Llava,
     prompts:list,       # of `encode_prompt`, without an answer
@@ -226,6 +231,7 @@ def continued(
     first, real = (t.repeat_interleave(times, 0) for t in (out.logits, real))
     return first, real, out.past_key_values
 
+# %% ../../nbs/experiments/55_llava.ipynb #02fb2106
 @torch.inference_mode()
 def choice_scores(
     model:Llava,
@@ -246,7 +252,7 @@ def choice_scores(
     logp = logits.gather(2, ids[..., None])[..., 0] - logits.logsumexp(-1)
     return ((logp * counts).sum(1) / counts.sum(1)).view(len(choices), -1).cpu()
 
-# %% ../../nbs/experiments/55_llava.ipynb #86b37b0c
+# %% ../../nbs/experiments/55_llava.ipynb #9db0714d
 def open_prompts(
     model:Llava,
     texts:list[str],
@@ -257,6 +263,7 @@ def open_prompts(
     said = [turns_of(picture_question(t, tokens is not None), None, system()) for t in texts]
     return [encode_prompt(model, turns, *size) for turns in said]
 
+# %% ../../nbs/experiments/55_llava.ipynb #e6f2ab74
 def written_names(
     model:Llava,
     tokens:torch.Tensor|None, # (N, T, width) of what is named; none for a model without eyes
@@ -272,6 +279,7 @@ def written_names(
         out += generate_answers(model, prompts[i:i + batch_size], some, longest, prefix)
     return out
 
+# %% ../../nbs/experiments/55_llava.ipynb #6647c526
 def preferred(
     model:Llava,
     questions:list[Question],
@@ -287,7 +295,7 @@ def preferred(
         out += scores.argmax(1).tolist()
     return out
 
-# %% ../../nbs/experiments/55_llava.ipynb #41e15f3b
+# %% ../../nbs/experiments/55_llava.ipynb #6f4021c3
 def answered(trained:LlavaArms, arm:str) -> dict: # as JSON
     "Train an arm and test it: captions, preferred choices, losses, and seconds of one core."
     started, world = time.process_time(), trained.world
@@ -300,6 +308,7 @@ def answered(trained:LlavaArms, arm:str) -> dict: # as JSON
     return dict(captions=captions, choices=choices, losses=losses, training=learned - started,
                 testing=time.process_time() - learned)
 
+# %% ../../nbs/experiments/55_llava.ipynb #5ef97970
 def arm_file(
     folder:Path,
     world:LlavaWorld,
@@ -317,7 +326,7 @@ def arm_file(
                             *tested, json.dumps(facts, sort_keys=True), arm, seed)
     return folder/'runs'/f'llava_{made_from}.json'
 
-# %% ../../nbs/experiments/55_llava.ipynb #9b34f815
+# %% ../../nbs/experiments/55_llava.ipynb #ff7acb94
 @dataclass
 class LlavaRun:
     "What one arm of one seed said."
@@ -329,6 +338,7 @@ class LlavaRun:
     training:float   # seconds of one core; those of the base are the first stage
     testing:float
 
+# %% ../../nbs/experiments/55_llava.ipynb #ca819522
 def llava_runs(
     world:LlavaWorld,
     seed:int,
@@ -348,12 +358,13 @@ def llava_runs(
         runs.append(LlavaRun(arm, seed, **said))
     return runs
 
-# %% ../../nbs/experiments/55_llava.ipynb #9a5fa095
+# %% ../../nbs/experiments/55_llava.ipynb #ed7d67d6
 def said_answers(run:LlavaRun, questions:list[Question]) -> list[Answered]:
     "The answers of an arm, in the form of the room that judges them."
     return [Answered(q.key, q.subject, q.choices[c], q.letters[c], c == q.answer)
             for q, c in zip(questions, run.choices)]
 
+# %% ../../nbs/experiments/55_llava.ipynb #94696440
 def right_choices(
     runs:list[LlavaRun], # one a seed
     questions:list[Question],
@@ -364,12 +375,13 @@ def right_choices(
     right = [[r.choices[i] == questions[i].answer for i in kept] for r in runs]
     return np.array(right, dtype=float)
 
+# %% ../../nbs/experiments/55_llava.ipynb #b9306229
 def caption_scores(run:LlavaRun, references:dict, vectors:Callable|None=None) -> dict[str, Score]:
     "Scores of the captions; an empty one is scored as a lone period."
     said = {k: c or '.' for k, c in zip(references, run.captions)}
     return score_captions(said, references, vectors=vectors, java=False).scores
 
-# %% ../../nbs/experiments/55_llava.ipynb #73e325e6
+# %% ../../nbs/experiments/55_llava.ipynb #2836a74a
 @dataclass
 class LlavaResults:
     "All runs of an experiment, scored."
@@ -386,14 +398,14 @@ class LlavaResults:
         a, b = (right_choices(self.of(arm), self.questions, subject) for arm in (ours, theirs))
         return paired_difference(a, b)
 
-# %% ../../nbs/experiments/55_llava.ipynb #91f01716
+# %% ../../nbs/experiments/55_llava.ipynb #adee90eb
 def scored(runs:list[LlavaRun], world:LlavaWorld) -> LlavaResults:
     "Runs with the CIDEr of their captions."
     cider = {}
     for r in runs: cider.setdefault(r.arm, []).append(caption_scores(r, world.references)['CIDEr'])
     return LlavaResults(runs, world.questions, cider)
 
-# %% ../../nbs/experiments/55_llava.ipynb #4e6a3361
+# %% ../../nbs/experiments/55_llava.ipynb #f4f6d7a4
 SUBJECTS = ('name', 'group', 'count', 'colour')
 PAIRS = (('gmail', 'indiscriminate'), ('gmail tokens', 'indiscriminate'), ('gmail tokens', 'gmail'),
          ('both', 'real'), ('real', 'indiscriminate'), ('indiscriminate', 'words'))
@@ -407,6 +419,7 @@ def with_interval(
     return record('llava', arm, 'emoji', split, metric, found.value, 0, found.n, low=found.low,
                   high=found.high, seeds=seeds)
 
+# %% ../../nbs/experiments/55_llava.ipynb #eb73d49d
 def llava_records(results:LlavaResults) -> list[dict]:
     "CIDEr, accuracy (by subject too) and seconds of every arm, and paired differences."
     arms = list(dict.fromkeys(r.arm for r in results.runs))
@@ -422,12 +435,13 @@ def llava_records(results:LlavaResults) -> list[dict]:
         note(f'{a} - {b}', unseen, 'accuracy', results.accuracy_difference(a, b))
     return out
 
-# %% ../../nbs/experiments/55_llava.ipynb #4b356e16
+# %% ../../nbs/experiments/55_llava.ipynb #4ba65b5d
 def by_arm(records:list[dict]) -> dict[tuple, Interval]: # (arm, metric) -> what was found
     "Intervals of records."
     return {(r['arm'], r['metric']): Interval(r['value'], r['low'], r['high'], r['n'])
             for r in records}
 
+# %% ../../nbs/experiments/55_llava.ipynb #b08e4808
 def llava_table(records:list[dict]) -> list[list[str]]:
     "A row an arm: both primary metrics with their intervals, accuracy by subject, seconds."
     by = by_arm(records)
@@ -442,7 +456,7 @@ def llava_table(records:list[dict]) -> list[list[str]]:
             for a in dict.fromkeys(r['arm'] for r in records)]
     return [['B learned from', 'CIDEr x 100', 'accuracy in %', *SUBJECTS, 'seconds'], *rows]
 
-# %% ../../nbs/experiments/55_llava.ipynb #3dc0be50
+# %% ../../nbs/experiments/55_llava.ipynb #0a449bd4
 CLAIMS = (('gmail', 'indiscriminate', 'Aligning the generated images by Eq. 1'),
           ('gmail tokens', 'indiscriminate', 'Aligning their tokens too'),
           ('gmail tokens', 'gmail', 'The tokens beside Eq. 1'),
@@ -460,7 +474,7 @@ def llava_sentences(records:list[dict]) -> list[str]:
                             over=f'captions, {seeds} seeds'))
     return out
 
-# %% ../../nbs/experiments/55_llava.ipynb #5dae84e0
+# %% ../../nbs/experiments/55_llava.ipynb #d16dde2c
 def show_llava(records:list[dict]) -> Figure:
     "Both metrics of every arm with their intervals, and a dotted line where chance is."
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), dpi=100, sharey=True)
@@ -480,11 +494,12 @@ def show_llava(records:list[dict]) -> Figure:
     plt.close(fig)
     return fig
 
-# %% ../../nbs/experiments/55_llava.ipynb #457f76e7
+# %% ../../nbs/experiments/55_llava.ipynb #7bee7dc3
 def token_settings(demo:DemoSettings) -> DemoSettings:
     "The demo's settings with tokens beside Eq. 1."
     return replace(demo, align=replace(demo.align, tokens='position'))
 
+# %% ../../nbs/experiments/55_llava.ipynb #968fbfcd
 def align_tokens(encoder:Encoder, out:Path, demo:DemoSettings) -> GenReal:
     "As the demo aligns, with the tokens of the same place."
     s = token_settings(demo)
@@ -499,6 +514,7 @@ def align_tokens(encoder:Encoder, out:Path, demo:DemoSettings) -> GenReal:
           real_tokens=real_tokens, prefix=True)
     return model
 
+# %% ../../nbs/experiments/55_llava.ipynb #029c5aee
 def token_model(encoder:Encoder, out:Path, demo:DemoSettings) -> GenReal:
     "The model with aligned tokens that lies in `out`, or one that is aligned now and kept there."
     folder = out/'model_tokens'
@@ -512,13 +528,14 @@ def token_model(encoder:Encoder, out:Path, demo:DemoSettings) -> GenReal:
     model.save_pretrained(folder, settings=asdict(token_settings(demo)))
     return model
 
-# %% ../../nbs/experiments/55_llava.ipynb #077493da
+# %% ../../nbs/experiments/55_llava.ipynb #1dc2c787
 @dataclass
 class Pictures:
     "All pictures of the experiment, and what is asked about them."
     images:dict[str, list]   # A, real, generated, captions and questions
     rest:dict                # of a `LlavaWorld`, but for its tokens
 
+# %% ../../nbs/experiments/55_llava.ipynb #314fb408
 def all_pictures(out:Path, demo:DemoSettings, settings:LlavaExperimentSettings) -> Pictures:
     "Drawings, generated images and questions. `ValueError` when a tested concept is trained on."
     a = some_concepts('A', demo.align_captions, demo.seed)
@@ -544,7 +561,7 @@ def all_pictures(out:Path, demo:DemoSettings, settings:LlavaExperimentSettings) 
     return Pictures(images, dict(names=list(a['label']), told=told, references=references,
                                  questions=questions))
 
-# %% ../../nbs/experiments/55_llava.ipynb #8627d1bf
+# %% ../../nbs/experiments/55_llava.ipynb #64e6775f
 def kept_tokens(
     file:Path,
     made_from:str,      # a fingerprint
@@ -559,7 +576,7 @@ def kept_tokens(
     atomic_write(file, save(dict(tokens=tokens), metadata=dict(made_from=made_from)))
     return tokens
 
-# %% ../../nbs/experiments/55_llava.ipynb #9c4b0712
+# %% ../../nbs/experiments/55_llava.ipynb #35212913
 def all_tokens(
     found:Pictures,
     out:Path,
@@ -582,11 +599,12 @@ def all_tokens(
     kinds = {kind: kept(kind, found.images[kind]) for kind in f_r}
     return kinds | {arm: kept(arm, found.images['generated'], m) for arm, m in models.items()}
 
+# %% ../../nbs/experiments/55_llava.ipynb #7b313eed
 def drawn_once(told:list[Lesson]) -> list[int]:
     "Rows of the pictures that show a drawing once: those whose name is asked."
     return [one.row for one in told if one.key.endswith(':name')]
 
-# %% ../../nbs/experiments/55_llava.ipynb #401033e5
+# %% ../../nbs/experiments/55_llava.ipynb #fc43eaa4
 GAPS = dict(before='indiscriminate', gmail='gmail', tokens='gmail tokens')
 
 def token_gaps(
@@ -597,7 +615,7 @@ def token_gaps(
     real = tokens['real'][rows].float()
     return {arm: token_gap_report(tokens[arm][rows].float(), real) for arm in GAPS.values()}
 
-# %% ../../nbs/experiments/55_llava.ipynb #f5933753
+# %% ../../nbs/experiments/55_llava.ipynb #fbc4bf3d
 def gap_rows(records:list[dict], gaps:dict) -> list[list[str]]:
     "Gap and benefit side by side: which one helps the language model."
     by = by_arm(records)
@@ -609,7 +627,7 @@ def gap_rows(records:list[dict], gaps:dict) -> list[list[str]]:
              by[arm, 'accuracy'].text()] for arm, found in gaps.items()]
     return [heading, *rows]
 
-# %% ../../nbs/experiments/55_llava.ipynb #0cff6954
+# %% ../../nbs/experiments/55_llava.ipynb #047ae1c8
 def llava_world(
     out:str|Path,                     # images, models and tokens go here
     settings:LlavaExperimentSettings=LlavaExperimentSettings(),
@@ -622,12 +640,12 @@ def llava_world(
     tokens = {kind: pooled(t, settings.grid) for kind, t in whole.items()}
     return LlavaWorld(tokens, **found.rest), whole, found
 
-# %% ../../nbs/experiments/55_llava.ipynb #5980f446
+# %% ../../nbs/experiments/55_llava.ipynb #f3a14203
 def answers_of(results:LlavaResults, seed:int=0) -> dict[str, list[Answered]]:
     "What every arm of one seed answered."
     return {r.arm: said_answers(r, results.questions) for r in results.runs if r.seed == seed}
 
-# %% ../../nbs/experiments/55_llava.ipynb #c9512c61
+# %% ../../nbs/experiments/55_llava.ipynb #7460b9cc
 def some_questions(questions:list[Question], each:int=2, seed:int=0) -> list[int]: # their numbers
     "As many of every subject, drawn by a seed."
     def drawn(s):
@@ -635,6 +653,7 @@ def some_questions(questions:list[Question], each:int=2, seed:int=0) -> list[int
         return sorted(mine, key=lambda i: stable_seed('shown', seed, questions[i].key))[:each]
     return [i for s in SUBJECTS for i in drawn(s)]
 
+# %% ../../nbs/experiments/55_llava.ipynb #3a07c71b
 def show_some_answers(results:LlavaResults, picked:list[int], seed:int=0) -> Figure:
     "Pictures, questions, and what every arm of a seed answered, right or wrong."
     said = {arm: [a[i] for i in picked] for arm, a in answers_of(results, seed).items()}
@@ -642,7 +661,7 @@ def show_some_answers(results:LlavaResults, picked:list[int], seed:int=0) -> Fig
     asked = [replace(q, text=textwrap.fill(q.text, 24)) for q in asked] # beside each other
     return show_answers(asked, said, ncols=4)
 
-# %% ../../nbs/experiments/55_llava.ipynb #d520d227
+# %% ../../nbs/experiments/55_llava.ipynb #2c8aabe2
 def write_llava(
     out:Path,
     results:LlavaResults,
@@ -660,13 +679,14 @@ def write_llava(
     save_figure(show_gap_maps(whole, rows), out/'llava_gap.png')
     return records, gaps
 
+# %% ../../nbs/experiments/55_llava.ipynb #9e454e27
 def show_gap_maps(whole:dict[str, torch.Tensor], rows:list[int]) -> Figure:
     "Where in the grid generated and real tokens agree, before and after."
     real = whole['real'][rows].float()
     return show_token_gap({when: token_cosines(whole[arm][rows].float(), real)
                            for when, arm in GAPS.items()})
 
-# %% ../../nbs/experiments/55_llava.ipynb #22e224c9
+# %% ../../nbs/experiments/55_llava.ipynb #54dfb94c
 def llava_experiment(
     out:str|Path='llava',             # images, models and tokens are read here, results go here
     settings:LlavaExperimentSettings=LlavaExperimentSettings(),

@@ -246,6 +246,7 @@ def partner_tokens(
     at = {k: i for i, k in enumerate(tokens.keys)}
     return tokens.select([at[k] for k in features.keys])
 
+# %% ../../nbs/runs/10_align.ipynb #517853f3
 def train_pairs(
     model:GenReal,
     sets:PairSets,
