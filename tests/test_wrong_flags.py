@@ -38,11 +38,13 @@ def wrong_values(o):
 def cases():
     for name, c in all_commands():
         if 'table' in name and name != 'experiment table2': continue # they are made alike
-        for o in options_of(c.work, c.presets, c.leave, tuple(c.fixed)):
+        for o in options(c):
             if not o.required and wrong_values(o): yield pytest.param(c, o, id=f'{name} {o.dest}')
 
+made_by = Command.parser
+
 @functools.lru_cache(None)
-def parser_of(c): return Command.parser(c)
+def parser_of(c): return made_by(c)
 
 @pytest.fixture
 def stubbed(monkeypatch, tmp_path):
@@ -52,10 +54,12 @@ def stubbed(monkeypatch, tmp_path):
     monkeypatch.setattr(Command, 'parser', parser_of)
     monkeypatch.chdir(tmp_path)
 
+@functools.lru_cache(None)
+def options(c): return options_of(c.work, c.presets, c.leave, tuple(c.fixed))
+
 def required(c):
     "Something for every argument that must be given."
-    return ['x' for o in options_of(c.work, c.presets, c.leave, tuple(c.fixed)) if o.required and not o.several] + \
-           ['x' for o in options_of(c.work, c.presets, c.leave, tuple(c.fixed)) if o.several]
+    return ['x'] * sum(o.required for o in options(c))
 
 def one_line_and_nothing_written(capsys, c, *argv):
     status = c([*required(c), *argv])
@@ -67,7 +71,7 @@ def one_line_and_nothing_written(capsys, c, *argv):
 
 @pytest.mark.parametrize('c, o', cases())
 def test_a_wrong_value_is_one_line(c, o, stubbed, capsys):
-    flag = flag_names(options_of(c.work, c.presets, c.leave, tuple(c.fixed)))[o.dest]
+    flag = flag_names(options(c))[o.dest]
     for value in wrong_values(o):
         said = one_line_and_nothing_written(capsys, c, f'--{flag}={value}')
         assert o.path[-1] in said or flag in said, said
@@ -76,7 +80,7 @@ def test_a_wrong_value_is_one_line(c, o, stubbed, capsys):
     'name, c', [pytest.param(n, c, id=n) for n, c in all_commands() if 'table' not in n or n.endswith('table2')]
 )
 def test_defaults_are_values_that_may_be_meant(name, c, stubbed):
-    for o in options_of(c.work, c.presets, c.leave, tuple(c.fixed)):
+    for o in options(c):
         if not o.required and o.default is not None and o.default != (): check_value(o.path[-1], o.default)
     with pytest.raises(Reached): c(required(c))
 

@@ -32,6 +32,7 @@ from ..files import unknown_name
 from ..settings import check_value
 
 # %% ../../nbs/cli/00_flags.ipynb #4cd2d89c
+@functools.cache # reading a source takes longer than all else that a parser needs
 def comments(
     of # a function, or a dataclass
 ) -> dict[str, str]: # '' where there is none
