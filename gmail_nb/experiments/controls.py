@@ -256,7 +256,8 @@ def evidence_page(records:list[dict]) -> str: # markdown
              '## All claims', table_markdown(claims_table(records))]
     titles = dict(seen='Concepts learned from generated images', unseen='Unseen concepts')
     for test, title in titles.items():
-        tables = [t for axis in CURVES if len(t := curve_table(records, axis, test)) > 1]
+        tables = [t for axis in CURVES
+                  if len(t := curve_table(records, axis, test)) > 2 or axis == 'steps']
         parts += [f'## {title}', *map(table_markdown, tables)]
     return '\n\n'.join([*parts, '## Controls', table_markdown(control_table(records))]) + '\n'
 

@@ -147,13 +147,17 @@ def difference(
     if less: ours, theirs = ours - theirs, less[0] - less[1]
     return paired_difference(ours, theirs), len(seeds)
 
-# %% ../../nbs/experiments/05_protocol.ipynb #d28f5878
+# %% ../../nbs/experiments/05_protocol.ipynb #61e64fbb
 STATES = ('failed', 'confirmed', 'not run')
 
-def state(claim:Claim, d:Interval|None) -> str: # one of `STATES`
+def state(
+    claim:Claim, d:Interval|None, seeds:int,
+    needed:int=ProofSettings().seeds # chains
+) -> str: # one of `STATES`, 'so far' where chains are missing
     "What the interval allows one to say of a claim."
     if d is None: return 'not run'
-    return 'confirmed' if d.low > -claim.margin else 'failed'
+    said = 'confirmed' if d.low > -claim.margin else 'failed'
+    return said if seeds >= needed else f'{said} so far'
 
 def claims_table(
     records:list[dict],
@@ -163,18 +167,18 @@ def claims_table(
     rows = []
     for c in claims:
         d, seeds = difference(records, c)
-        rows.append([c.said, state(c, d), d.text(sign='+') if d else '', str(seeds or '')])
-    rows.sort(key=lambda r: STATES.index(r[1]))
+        rows.append([c.said, state(c, d, seeds), d.text(sign='+') if d else '', str(seeds or '')])
+    rows.sort(key=lambda r: STATES.index(r[1].removesuffix(' so far')))
     return [['claim', 'it', 'difference [95%]', 'seeds'], *rows]
 
-# %% ../../nbs/experiments/05_protocol.ipynb #dc799815
+# %% ../../nbs/experiments/05_protocol.ipynb #c66b591e
 def said_first(
     records:list[dict],
     claims:tuple=CLAIMS
 ) -> str:
     "How many claims were tested, and those that failed by name."
     rows = claims_table(records, claims)[1:]
-    count = {s: [r[0] for r in rows if r[1] == s] for s in STATES}
+    count = {s: [r[0] for r in rows if r[1].startswith(s)] for s in STATES}
     failed = '\n'.join(f'  - {said}' for said in count['failed']) or '  - none'
     numbers = ', '.join(f'{s}: {len(names)}' for s, names in count.items())
     return f'Of {len(rows)} claims: {numbers}. Those that failed:\n{failed}'
