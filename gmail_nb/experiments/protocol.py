@@ -108,7 +108,7 @@ CLAIMS = (
           test='unseen'),
     Claim('aligning brings more where the generator is poor', 'gmail', 'indiscriminate',
           point=Point(1, GOOD.guidance), less=GOOD),
-    *(_better(name, f'this control: {what}') for name, what in CONTROLS.items()))
+    *(_better(name, f'the control {name!r}') for name in CONTROLS))
 
 # %% ../../nbs/experiments/05_protocol.ipynb #836e6a9f
 def arm_record(
