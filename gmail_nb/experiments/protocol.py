@@ -99,7 +99,7 @@ CONTROLS = {
 def _better(theirs, what, **more): return Claim(f'aligning beats {what}', 'gmail', theirs, **more)
 
 CLAIMS = (
-    *(_better('indiscriminate', f'generated images as they are, at {p.name}', point=p)
+    *(_better('indiscriminate', f'not aligning, at {p.name}', point=p)
       for p in dict.fromkeys(sum(CURVES.values(), []))),
     _better('base', 'no tuning'),
     _better('matched', 'as much data without alignment'),
