@@ -272,15 +272,6 @@ def token_cosines(
     check_token_pairs(generated_tokens, real_tokens)
     return F.cosine_similarity(generated_tokens, real_tokens, dim=-1)
 
-# %% ../nbs/28_gap.ipynb #75d8f487
-def token_cosines(
-    generated_tokens:torch.Tensor, # (N, T, W)
-    real_tokens:torch.Tensor       # (N, T, W)
-) -> torch.Tensor: # (N, T), in [-1, 1]
-    "The cosine of the tokens at the same place of every pair."
-    check_token_pairs(generated_tokens, real_tokens)
-    return F.cosine_similarity(generated_tokens, real_tokens, dim=-1)
-
 # %% ../nbs/28_gap.ipynb #be85ded8
 def token_distances(
     generated_tokens:torch.Tensor, # (N, T, W)
@@ -292,16 +283,6 @@ def token_distances(
     return apart / real_tokens.square().sum(-1).mean(1, keepdim=True).clamp(min=1e-12)
 
 # %% ../nbs/28_gap.ipynb #cdbafac9
-def token_centroids(
-    generated_tokens:torch.Tensor, # (N, T, W)
-    real_tokens:torch.Tensor       # (N, T, W)
-) -> torch.Tensor: # (T,), in [0, 2]
-    "At every place, the distance of the two means over images of unit tokens."
-    check_token_pairs(generated_tokens, real_tokens)
-    means = [F.normalize(x, dim=-1).mean(0) for x in (generated_tokens, real_tokens)]
-    return (means[0] - means[1]).norm(dim=-1)
-
-# %% ../nbs/28_gap.ipynb #75eef01b
 def token_centroids(
     generated_tokens:torch.Tensor, # (N, T, W)
     real_tokens:torch.Tensor       # (N, T, W)

@@ -99,7 +99,6 @@ def chain_features(
                 b_generated=b.generated_features, b_aligned=aligned, b_real=b.real_features,
                 validation_cosine=cosine)
 
-# %% ../../nbs/experiments/11_chain.ipynb #b8eea80a
 def arm_inputs(
     x:dict[str, torch.Tensor] # from `chain_features`
 ) -> dict[str, tuple]: # arm -> features to learn from, sides whose captions they have
@@ -155,7 +154,6 @@ def chain_fingerprint(encoder:Encoder, settings:DemoSettings, generator:str|Path
     weights = generator if isinstance(generator, str) else folder_fingerprint(generator)
     return fingerprint(encoder.fingerprint, json.dumps(asdict(settings)), weights)
 
-# %% ../../nbs/experiments/11_chain.ipynb #9439f629
 def kept_chain(
     encoder:Encoder, point:Point, seed:int, out:Path, settings:DemoSettings
 ) -> tuple[dict, tuple[Side, Side]|None]: # features, and the sides where they had to be made
@@ -252,7 +250,6 @@ def part_of(side:Side, rows:list[int]) -> Side:
     return Side(take(side.keys), take(side.captions), side.generated_pixels[:, rows],
                 side.generated_features[rows], side.real_features[rows], None)
 
-# %% ../../nbs/experiments/11_chain.ipynb #cf4452fe
 def validation_test(encoder:Encoder, v:Side, out:Path) -> dict[str, Test]:
     "The drawings of validation concepts in the style for choosing."
     ds = emoji('A', source=CHOOSING_STYLE)
@@ -324,7 +321,6 @@ def chosen_settings(
     file = own if own and own.exists() else asset('evidence', 'chosen.json')
     return json.loads(file.read_text())['chosen']
 
-# %% ../../nbs/experiments/11_chain.ipynb #cf2f9215
 def choice_table(scores:list[dict]) -> list[list[str]]: # a heading and a row a setting
     "Mean recall on validation concepts of every setting, by point and arm, and their mean."
     names = list(dict.fromkeys((Point(**r['point']).name, r['arm']) for r in scores))

@@ -46,7 +46,6 @@ def shuffled(a:Side, seed:int) -> Side:
     other[order] = order.roll(1)  # a cycle through all: none keeps its own
     return replace(a, real_features=a.real_features[other])
 
-# %% ../../nbs/experiments/14_controls.ipynb #3b9b7432
 def two_styles(encoder:Encoder, a:Side, style:str='fluent') -> Side:
     "Real drawings in the place of the generated images."
     ds = emoji('A', source=style)
@@ -187,7 +186,6 @@ def control_row(records:list[dict], arm:str, point:Point) -> list[str]:
                    for d, own in ((gain, 'indiscriminate'), (less, 'gmail'))]
     return [arm, *gap, f'{100 * score:.1f}', *differences, str(seeds)]
 
-# %% ../../nbs/experiments/14_controls.ipynb #121d6318
 def control_table(
     records:list[dict], point:Point=GOOD
 ) -> list[list[str]]: # a heading and a row an arm
@@ -258,7 +256,8 @@ def evidence_page(records:list[dict]) -> str: # markdown
              '## All claims', table_markdown(claims_table(records))]
     titles = dict(seen='Concepts learned from generated images', unseen='Unseen concepts')
     for test, title in titles.items():
-        tables = [t for axis in CURVES if len(t := curve_table(records, axis, test)) > 1]
+        tables = [t for axis in CURVES
+                  if len(t := curve_table(records, axis, test)) > 2 or axis == 'steps']
         parts += [f'## {title}', *map(table_markdown, tables)]
     return '\n\n'.join([*parts, '## Controls', table_markdown(control_table(records))]) + '\n'
 

@@ -99,7 +99,7 @@ CONTROLS = {
 def _better(theirs, what, **more): return Claim(f'aligning beats {what}', 'gmail', theirs, **more)
 
 CLAIMS = (
-    *(_better('indiscriminate', f'generated images as they are, at {p.name}', point=p)
+    *(_better('indiscriminate', f'not aligning, at {p.name}', point=p)
       for p in dict.fromkeys(sum(CURVES.values(), []))),
     _better('base', 'no tuning'),
     _better('matched', 'as much data without alignment'),
@@ -108,7 +108,7 @@ CLAIMS = (
           test='unseen'),
     Claim('aligning brings more where the generator is poor', 'gmail', 'indiscriminate',
           point=Point(1, GOOD.guidance), less=GOOD),
-    *(_better(name, f'this control: {what}') for name, what in CONTROLS.items()))
+    *(_better(name, f'the control {name!r}') for name in CONTROLS))
 
 # %% ../../nbs/experiments/05_protocol.ipynb #836e6a9f
 def arm_record(
@@ -123,7 +123,6 @@ def arm_record(
                   seed, len(hits), point=asdict(point), recalls=recalls(ranks),
                   found=''.join(map(str, hits.tolist())), **more)
 
-# %% ../../nbs/experiments/05_protocol.ipynb #760a0947
 def scores(record:dict) -> np.ndarray: # (N,), 0 to 1
     "The share of its questions that each concept has answered, from a record of `arm_record`."
     return np.array([int(c) for c in record['found']]) / 6
@@ -135,7 +134,6 @@ def by_seed(records:list[dict], arm:str, point:Point, test:str) -> dict[int, np.
     return {r['seed']: scores(r) for r in records
             if r['metric'] == 'mean_recall' and (r['arm'], r['split'], r['point']) == asked}
 
-# %% ../../nbs/experiments/05_protocol.ipynb #d9bd2ce1
 def difference(
     records:list[dict],
     claim:Claim
@@ -149,15 +147,18 @@ def difference(
     if less: ours, theirs = ours - theirs, less[0] - less[1]
     return paired_difference(ours, theirs), len(seeds)
 
-# %% ../../nbs/experiments/05_protocol.ipynb #d28f5878
+# %% ../../nbs/experiments/05_protocol.ipynb #61e64fbb
 STATES = ('failed', 'confirmed', 'not run')
 
-def state(claim:Claim, d:Interval|None) -> str: # one of `STATES`
+def state(
+    claim:Claim, d:Interval|None, seeds:int,
+    needed:int=ProofSettings().seeds # chains
+) -> str: # one of `STATES`, 'so far' where chains are missing
     "What the interval allows one to say of a claim."
     if d is None: return 'not run'
-    return 'confirmed' if d.low > -claim.margin else 'failed'
+    said = 'confirmed' if d.low > -claim.margin else 'failed'
+    return said if seeds >= needed else f'{said} so far'
 
-# %% ../../nbs/experiments/05_protocol.ipynb #1ad7013f
 def claims_table(
     records:list[dict],
     claims:tuple=CLAIMS
@@ -166,18 +167,18 @@ def claims_table(
     rows = []
     for c in claims:
         d, seeds = difference(records, c)
-        rows.append([c.said, state(c, d), d.text(sign='+') if d else '', str(seeds or '')])
-    rows.sort(key=lambda r: STATES.index(r[1]))
+        rows.append([c.said, state(c, d, seeds), d.text(sign='+') if d else '', str(seeds or '')])
+    rows.sort(key=lambda r: STATES.index(r[1].removesuffix(' so far')))
     return [['claim', 'it', 'difference [95%]', 'seeds'], *rows]
 
-# %% ../../nbs/experiments/05_protocol.ipynb #dc799815
+# %% ../../nbs/experiments/05_protocol.ipynb #c66b591e
 def said_first(
     records:list[dict],
     claims:tuple=CLAIMS
 ) -> str:
     "How many claims were tested, and those that failed by name."
     rows = claims_table(records, claims)[1:]
-    count = {s: [r[0] for r in rows if r[1] == s] for s in STATES}
+    count = {s: [r[0] for r in rows if r[1].startswith(s)] for s in STATES}
     failed = '\n'.join(f'  - {said}' for said in count['failed']) or '  - none'
     numbers = ', '.join(f'{s}: {len(names)}' for s, names in count.items())
     return f'Of {len(rows)} claims: {numbers}. Those that failed:\n{failed}'
