@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from gmail_nb.align import GenReal
 from gmail_nb.encoders import Encoder, encode_images
 from gmail_nb.features import LazyPixels, embed
 from gmail_nb.runtime import set_seed
-from gmail_nb.settings import AdapterSettings, AlignSettings, EmbedSettings, RunSettings
+from gmail_nb.settings import AdapterSettings, AlignSettings, EmbedSettings, RunSettings, described
 from gmail_nb.train import (Alignment, Bank, Checkpoints, Order, align, alignment_parameters, bank_bytes, batches,
                             check_device, checkpoints_in, draw_others, epoch_order, own_parts, processes, rng_state,
                             run_precision, set_rng_state)
@@ -310,7 +310,7 @@ def test_a_checkpoint_of_before_is_gone_on_from(plain, real, tmp_path):
     file = checkpoints_in(tmp_path)[-1]/'state.json'
     state = json.loads(file.read_text())
     assert set(state) == {'step', 'bad', 'best', 'stopped', 'settings', 'model', 'data', 'history', 'processes'}
-    assert state['settings'] == json.loads(json.dumps(asdict(replace(short, precision='no', tau=.07))))
+    assert state['settings'] == json.loads(json.dumps(described(replace(short, precision='no', tau=.07))))
     for later in ('model', 'stopped', 'processes'): del state[later]
     file.write_text(json.dumps(state))
     assert torch.equal(trained(real, run=at(tmp_path))[1], plain[1])
