@@ -27,7 +27,10 @@ from nbdev.test import test_nb
 sys.exit(not test_nb(Path(sys.argv[1]).resolve(), skip_flags=get_config().tst_flags.split())[0])
 """
 
-@pytest.mark.parametrize('name', names)
+# Minutes each, by commands that other tests run too; their pages carry a whole run.
+LONG = ('tutorials/10_your_pictures', 'tutorials/50_many_machines')
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in names])
 def test_notebook_runs(name, tmp_path):
     "Every cell runs, but for those flagged slow, cuda or hub; nothing is left behind in the folder of the notebooks."
     folder = tmp_path/'nbs'

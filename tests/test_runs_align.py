@@ -233,7 +233,7 @@ def test_a_named_split_is_trained_on(coco):
 
 def test_too_few_pairs_are_said_before_anything_is_embedded(home, tmp_path):
     with patch('gmail_nb.runs.align.load_encoder', side_effect=AssertionError('it was loaded')):
-        with pytest.raises(ValueError, match='0 to measure on.*validation_share=0'):
+        with pytest.raises(ValueError, match='0 to measure on.*--validation-share, 0'):
             align_sets(
                 str(home/'real.parquet'),
                 home/'generated',

@@ -279,7 +279,7 @@ def test_three_ways_to_keep_test_images_apart(captions):
     apart = caption_sets(ds, emoji('B', source='twemoji').select(range(5)))
     assert len(apart.train) == 40 and len(apart.test) == 5
     with pytest.raises(ValueError, match='--real or --test'): caption_sets(None, None)
-    with pytest.raises(ValueError, match='validation_share=0.1'): split_rows([dict(key='0')], .1)
+    with pytest.raises(ValueError, match='--validation-share, 0.1 now'): split_rows([dict(key='0')], .1)
 
 def test_what_a_person_gets_wrong_in_tune(captions, capsys):
     folder = captions['folder']

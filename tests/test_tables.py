@@ -131,8 +131,8 @@ def world(tmp_path_factory):
     [
         ('table2', ('CLIP', 'CLIP + GMAIL')),
         ('table1', ('ClipCap', 'ClipCap + GMAIL')),
-        ('table11', ('rank 2', 'full')),
-        ('table17', ('GMAIL',)),
+        pytest.param('table11', ('rank 2', 'full'), marks=pytest.mark.slow),
+        pytest.param('table17', ('GMAIL',), marks=pytest.mark.slow),
         pytest.param('table11', (), marks=pytest.mark.slow),
         pytest.param('table17', (), marks=pytest.mark.slow),
     ],
