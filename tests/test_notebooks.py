@@ -27,8 +27,9 @@ from nbdev.test import test_nb
 sys.exit(not test_nb(Path(sys.argv[1]).resolve(), skip_flags=get_config().tst_flags.split())[0])
 """
 
-# Minutes each, by commands that other tests run too; their pages carry a whole run.
-LONG = ('tutorials/10_your_pictures', 'tutorials/50_many_machines')
+# Their pages carry a whole run, by commands that other tests run too: half a minute to two minutes each, with `-m slow`.
+LONG = ('tutorials/10_your_pictures', 'tutorials/20_new_encoder', 'tutorials/30_new_generator',
+        'tutorials/40_paper_scale', 'tutorials/50_many_machines')
 
 @pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in names])
 def test_notebook_runs(name, tmp_path):
