@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gmail_nb.align import GenReal
-from gmail_nb.encoders import Encoder, encode_images
+from gmail_nb.encoders import Encoder, OpenClipVisual, encode_images
 from gmail_nb.runtime import leave_processes, set_seed
 from gmail_nb.settings import AdapterSettings, AlignSettings, RunSettings
 from gmail_nb.train import align, alignment_parameters
@@ -34,7 +34,9 @@ def small_tower():
 def one(evaluate=None, run=RunSettings(), generated=None, **how):
     "History and weights of one alignment."
     set_seed(0)
-    encoder = Encoder('small', small_tower(), nn.Identity(), None, None, 32, 1.)
+    tower = small_tower()
+    if 'tokens' in how: tower = OpenClipVisual(tower) # which says what its tokens are
+    encoder = Encoder('small', tower, nn.Identity(), None, None, 32, 1.)
     model = GenReal(encoder, AdapterSettings(dropout=.1 if run.checkpoints else 0.))
     drawn, real = torch.randn(2, 64, 3, 32, 32), torch.randn(64, 3, 32, 32)
     generated = drawn if generated is None else generated
