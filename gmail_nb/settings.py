@@ -273,7 +273,7 @@ class AlignSettings:
     patience:int|None=None      # epochs without a better validation value before it stops
     most_bad_steps:int=10       # steps with a loss that is no number before it stops
     tokens:str=field(default='none', metadata=YOUNG) # align tokens too: position, or best (the nearest)
-    token_weight:float=field(default=1., metadata=YOUNG) # of the tokens' loss beside the other
+    token_weight:float=field(default=1., metadata=YOUNG) # weight of the tokens' loss
     seed:int=0                  # seed of the data order and the adapters
 
     @property
@@ -322,7 +322,7 @@ class AlignRunSettings:
     workers:int|None=None        # threads that decode; as many as cores if absent
     processes:int=0              # that decode, in place of threads
     features:str|None=field(default=None, metadata=YOUNG) # folder that runs share
-    store:str=field(default='float32', metadata=YOUNG) # of features on disk, or float16
+    store:str=field(default='float32', metadata=YOUNG) # number format on disk, or float16
     run:RunSettings=RunSettings()
 
     def __post_init__(self):

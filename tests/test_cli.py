@@ -229,7 +229,7 @@ def test_help_names_what_can_be_chosen(capsys):
         (gmail_generate, ('flux-schnell', 'sdxl-turbo')),
         (gmail_eval, ('paper-table7', 'longclip:FILE', 'sun397')),
         (gmail_tune.commands['text'], ('gmail-clip-cc12m',)),
-        (gmail_tune.commands['caption'], ('paper-table17',)),
+        (gmail_tune.commands['caption'], ('paper-table13',)),
     ):
         status, out, _ = answer(capsys, c, '--help')
         assert status == 0 and all(w in out for w in words)
