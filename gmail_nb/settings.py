@@ -51,7 +51,8 @@ _count, _several, _size = (1, 10**9), (0, 10**9), (1, 2**16)
 _rate, _share = (0, 1e3, 'above'), (0, 1, 'below')
 
 RANGES = dict( # name of a field -> least, most; above: the least is left out, below: the most is
-    accumulation=(1, 2**16), adapted_share=(0, 1, 'above'), alpha=(0, 1e6, 'above'), base_steps=_count,
+    accumulation=(1, 2**16), adapted_share=(0, 1, 'above'), alpha=(0, 1e6, 'above'), base_lr=_rate,
+    base_steps=_count,
     batch_size=(1, 2**24), beams=(1, 1024), blocks=(1, 4096), clip=(0, 1e12, 'above'), cycles=(1, 10**6),
     draw_steps=(1, 10**5), dropout=_share, ema=(0, 1, 'inside'), epochs=_count, every=_count,
     extra_seeds=(0, 10**6), guidance=(0, 1e4), head_lr=_rate, height=_size, keep=_count, layers=(1, 1024),

@@ -116,7 +116,11 @@ def load_whole(
     check_there(kind, name)
     with from_place(name) as here:
         how = dict(trust_remote_code=False, local_files_only=here) | how
-        model, found = kind.from_pretrained(str(name), output_loading_info=True, **how)
+        try: model, found = kind.from_pretrained(str(name), output_loading_info=True, **how)
+        except RuntimeError as e:
+            if 'ignore_mismatched_sizes' not in str(e): raise
+            raise ValueError(f'weights of {Path(name).name} have other shapes than its config.json '
+                             'says: copy or download the folder again') from e
     if found['missing_keys']:
         raise ValueError(f'the weights of {Path(name).name} lack {name_some(sorted(found["missing_keys"]))}: '
                          'they are of another model, or not whole')

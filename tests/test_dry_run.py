@@ -229,5 +229,6 @@ def test_a_device_that_is_not_there_ends_every_command(tmp_path, capsys):
         ('tune', 'caption', '--real', 'photos'),
     ]
     for name, *words in asked:
-        COMMANDS([name, *words, '--device', 'cuda:7', '--dry-run'])
-        assert any('cuda:7' in line and 'missing' in line for line in capsys.readouterr().out.splitlines()), name
+        status = COMMANDS([name, *words, '--device', 'cuda:7', '--dry-run'])
+        said = capsys.readouterr()
+        assert status == 2 and 'cuda:7' in said.out + said.err, name
