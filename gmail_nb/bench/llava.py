@@ -8,7 +8,6 @@ __all__ = ['STAGE', 'LEAST', 'small_language', 'smollm2', 'two_ways', 'compare_s
 
 # %% ../../nbs/bench/60_llava.ipynb #236896bb
 import gmail_nb.runtime
-import json
 import subprocess
 import sys
 import tempfile
@@ -16,12 +15,12 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .align import memory_counter
 from .comparison import comparison
 from ..captioning import caption_tokenizer
 from ..data import emoji
@@ -110,7 +109,7 @@ print(steps_here(sys.argv[1], int(sys.argv[2]), sys.argv[3] == 'again'))
 
 def steps_here(language:str, batch:int, again:bool) -> float: # MiB
     "A step of stage two on tokens of the embedded encoder, in this process."
-    import resource
+    _, most = memory_counter() # of this process: what its parent held does not count
     model = dict(small=small_language, smollm2=smollm2)[language](1280)
     settings = LlavaSettings(rank=8, precision='no')
     told = CaptionExamples([[l] for l in emoji('B', 'noto').select(range(batch))['label']])
@@ -119,8 +118,7 @@ def steps_here(language:str, batch:int, again:bool) -> float: # MiB
     with only_trained(model, True), as_trained(model, again):
         run = LlavaTraining(model, told, files, StageSettings(steps=1, batch_size=batch), settings)
         run.advance()
-    unit = 2**20 if sys.platform == 'darwin' else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return most() / 1024
 
 def compare_memory(language:str='smollm2', batch:int=16) -> dict:
     "Peak memory of a step: activations computed again, beside activations that are kept."
