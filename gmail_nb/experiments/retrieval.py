@@ -128,13 +128,13 @@ def kept_world(
     "Features and card from their files, or made now and kept."
     made_from = fingerprint(encoder.fingerprint, json.dumps(described(settings)))
     file = out/'retrieval_features.safetensors'
-    described = file.with_suffix('.json')
-    card = json.loads(described.read_text()) if described.exists() else {}
+    told = file.with_suffix('.json')
+    card = json.loads(told.read_text()) if told.exists() else {}
     if card.get('fingerprint') != made_from:
         x, card = world_features(out, settings)
         atomic_write(file, save({k: v.contiguous() for k, v in x.items()}))
         card = dict(card, fingerprint=made_from)
-        atomic_write(described, json.dumps(card))
+        atomic_write(told, json.dumps(card))
     return load_file(file), card
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #da0ce00b
