@@ -143,6 +143,7 @@ def check_plain(encoder:Encoder) -> None:
         raise ValueError(f'{encoder.name} is adapted already: '
                          'load it again, or hand in a copy made before')
 
+# %% ../nbs/23_align.ipynb #6c1241f2
 def _again(model, prefix): # where a state would name the weights of f_g a second time
     inside = dict(lora='encoder.visual.adapted.', projections='encoder.visual.')
     return prefix + inside[model.tuning] if model.tuning in inside else None
@@ -155,7 +156,6 @@ def _state_twice(model, state, prefix, *_): # the other way round, for `load_sta
     again, own = _again(model, prefix), f'{prefix}f_g.'
     names = [k for k in state if again and k.startswith(own)]
     state.update({again + k.removeprefix(own): state[k] for k in names})
-
 
 # %% ../nbs/23_align.ipynb #e81cb19a
 class DualTower(nn.Module):

@@ -737,6 +737,7 @@ def plain_tower(
     if not hasattr(tower, 'merge_and_unload'): return tower # no LoRA
     return tower.merge_and_unload() if start == 'f_g' else tower.unload()
 
+# %% ../nbs/31_classification.ipynb #c3065e2a
 def check_trainable(tower:nn.Module) -> None:
     "`ValueError` for a tower whose weights are those of an aligned model with its adapters off."
     if any(isinstance(m, FrozenTower) for m in tower.modules()):

@@ -94,6 +94,7 @@ def decode_row(self:LazyPixels,
     side = min(self.size[1:]) * 8 // 7 if draft and self.draft else None # some crop after resizing
     return self.preprocess(decode_image(found[self.column], found[self.key], side))
 
+# %% ../nbs/24_features.ipynb #374ae3ab
 class Team:
     "The threads or processes that decode, begun when they are needed; parts of a set share them."
     def __init__(self, pixels:LazyPixels): self.pixels, self.pool = pixels, None
@@ -136,6 +137,7 @@ def ndim(self:LazyPixels) -> int:
 # %% ../nbs/24_features.ipynb #de4befd2
 SOME = 8 # images that a process is handed at once
 
+# %% ../nbs/24_features.ipynb #ad4598a5
 class Arriving:
     "One image of several that a process makes, to be asked as a `Future` is."
     def __init__(self, several:Future, place:int): self.several, self.place = several, place
@@ -157,6 +159,7 @@ def begin(pixels:LazyPixels) -> None:
     _pixels = pixels
     torch.set_num_threads(1)
 
+# %% ../nbs/24_features.ipynb #e4431122
 def decode_some(rows:list[int]) -> list: # arrays (3, H, W), or errors
     "Several rows, in a process."
     return [caught(lambda r: _pixels.decode_row(r).numpy(), row) for row in rows]
@@ -176,6 +179,7 @@ def select(self:LazyPixels, numbers) -> LazyPixels:
     some.__dict__.update(self.__dict__, indices=self.indices[np.asarray(numbers)], coming={})
     return some
 
+# %% ../nbs/24_features.ipynb #92b8c435
 @patch
 def begun(self:LazyPixels, numbers:list[int]) -> list: # futures, in this order
     "Hand images to the threads or processes."
@@ -260,6 +264,7 @@ def begin_folder(
     open_memmap(folder/'features.npy', 'w+', dtype=settings['store'], shape=shape).flush()
     atomic_write(folder/'settings.json', json.dumps(settings))
 
+# %% ../nbs/24_features.ipynb #db3f7325
 @contextmanager
 def alone_in(folder:Path):
     "One job after the other, where the disk knows locks."
@@ -483,6 +488,7 @@ def samples(self:Features) -> list[int]|None:
     "Of generated images: which sample of its caption each is."
     return None if self.sample_numbers is None else self.sample_numbers.tolist()
 
+# %% ../nbs/24_features.ipynb #2c93e56b
 @patch(as_prop=True)
 def shape(self:Features) -> torch.Size:
     "(N, D)."

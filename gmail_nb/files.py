@@ -77,6 +77,7 @@ def file_sha256(
         while block := f.read(1 << 22): h.update(block)
     return h.hexdigest()
 
+# %% ../nbs/00_files.ipynb #fabbe234
 def file_checksums(
     folder:str|Path,
     *patterns:str # of files that belong to it, such as 'adapter/*'
@@ -102,11 +103,11 @@ def check_files(
         if not path.is_file(): raise FileNotFoundError(f'{where} is missing: {again}')
         size = path.stat().st_size
         if size != known.get('size'):
-            raise ValueError(f'{where} has {size} bytes and had {known.get("size")} when it was saved: '
-                             f'{again}')
+            raise ValueError(f'{where} has {size} bytes and had {known.get("size")} '
+                             f'when it was saved: {again}')
         if file_sha256(path) != known.get('sha256'):
-            raise ValueError(f'{where} has other bytes than when it was saved (SHA-256 differs): '
-                             f'{again}')
+            raise ValueError(f'{where} has other bytes than when it was saved '
+                             f'(SHA-256 differs): {again}')
 
 # %% ../nbs/00_files.ipynb #795eed3e
 def write_card(
@@ -145,8 +146,7 @@ def checked_card(
     for field, kind in (kinds | dict(files=(dict, type(None)))).items():
         value = card.get(field)
         if isinstance(value, kind) and not (kind is int and isinstance(value, bool)): continue
-        raise ValueError(f'{where}: {field!r} is {value!r:.60}, '
-                         'which is not what a card holds there')
+        raise ValueError(f'{where}: {field!r} is {value!r:.60}, which is not what a card holds there')
     if not all(isinstance(known, dict) for known in (card.get('files') or {}).values()):
         raise ValueError(f"{where}: 'files' must hold the size and sha256 of each file")
     check_files(folder, card.get('files') or {})
@@ -158,11 +158,11 @@ def on_disk(
 ) -> bool:
     "Whether a name means a place on this disk, and is never to be looked for on the Hub."
     text, path = str(name), Path(name)
-    if isinstance(name, Path) or os.path.lexists(path): return True
-    if text.startswith(('/', '.', '~')): return True
+    if isinstance(name, Path) or os.path.lexists(path) or text.startswith(('/', '.', '~')): return True
     if '\\' in text or text.count('/') > 1: return True
     return '/' in text and path.parent.is_dir()
 
+# %% ../nbs/00_files.ipynb #011d22c9
 def found_on_disk(
     name:str|Path,
     what:str='model' # what it should be
@@ -170,8 +170,8 @@ def found_on_disk(
     "Whether it is there. `FileNotFoundError` for a place on disk where nothing is."
     if not on_disk(name): return False
     if Path(name).exists(): return True
-    raise FileNotFoundError(f'there is no {what} at {str(name)!r}: what is written like a path, or lies '
-                            'in a folder that exists, is not looked for on the Hub')
+    raise FileNotFoundError(f'there is no {what} at {str(name)!r}: what is written like a path, or lies in '
+                            'a folder that exists, is not looked for on the Hub')
 
 # %% ../nbs/00_files.ipynb #17120452
 @contextmanager
@@ -185,6 +185,7 @@ def without_hub(
     try: yield
     finally: constants.HF_HUB_OFFLINE = before
 
+# %% ../nbs/00_files.ipynb #dd88b338
 def check_no_code(
     folder:str|Path # of a model, its parts in folders below it
 ) -> None:
@@ -194,8 +195,7 @@ def check_no_code(
         if 'config' not in file.name and file.name != 'model_index.json': continue
         asked = [k for k in ('auto_map', 'custom_pipelines') if read_object(file).get(k)]
         if not asked: continue
-        where = f'{folder.name}/{file.relative_to(folder).as_posix()}'
-        raise ValueError(f'{where} asks for code of its own '
+        raise ValueError(f'{folder.name}/{file.relative_to(folder).as_posix()} asks for code of its own '
                          f'({asked[0]}), which is never run: take a model that the library knows')
 
 # %% ../nbs/00_files.ipynb #e162e771
@@ -203,8 +203,8 @@ def why_refused(error:BaseException) -> str:
     "What is wrong with a file of weights, in a few words."
     said = ' '.join(str(error).split())
     if not isinstance(error, pickle.UnpicklingError):
-        what = said[:120] or type(error).__name__
-        return f'it is cut short or damaged ({what}): copy or download it again'
+        said = said[:120] or type(error).__name__
+        return f'it is cut short or damaged ({said}): copy or download it again'
     asked = re.search(r'GLOBAL (\S+)', said)
     what = f'asks for {asked[1]}' if asked else 'holds more than numbers'
     return (f'it is a pickle that {what}, and is not opened; '
@@ -223,11 +223,10 @@ def plain_weights(
     kinds = (pickle.UnpicklingError, EOFError)
     try: yield
     except Exception as e:
-        def of_weights(c): return isinstance(c, kinds) or type(c).__name__ == 'SafetensorError'
-        found = next(filter(of_weights, _causes(e)), None)
+        of = (c for c in _causes(e) if isinstance(c, kinds) or type(c).__name__ == 'SafetensorError')
+        found = next(of, None)
         if found is None: raise
-        why = why_refused(found)
-        raise ValueError(f'the weights of {Path(name).name} are refused: {why}') from e
+        raise ValueError(f'the weights of {Path(name).name} are refused: {why_refused(found)}') from e
 
 # %% ../nbs/00_files.ipynb #a713f39b
 def unknown_name(

@@ -42,7 +42,7 @@ def stretch_positions(
     positions:torch.Tensor, # (P, W), learned; 77 in CLIP
     length:int=LONG,        # of the result
     keep:int=KEPT           # positions at the start that stay
-) -> torch.Tensor: # (length, W)
+) -> torch.Tensor:  # (length, W)
     "Keep the first positions and interpolate the rest. `ValueError` when there is nothing to stretch."
     p = len(positions)
     check_stretch(p, length, keep)
@@ -78,7 +78,9 @@ def stretch_parameter(
     "The positions of an open_clip tower and its causal mask, in place."
     p = m.positional_embedding
     m.positional_embedding = nn.Parameter(stretch_positions(p.data, length, keep), p.requires_grad)
-    m.attn_mask = torch.full((length, length), -torch.inf, device=p.device, dtype=m.attn_mask.dtype).triu_(1)
+    m.attn_mask = torch.full(
+        (length, length), -torch.inf, device=p.device, dtype=m.attn_mask.dtype
+    ).triu_(1)
     for name in ('context_length', 'num_pos'):
         if hasattr(m, name): setattr(m, name, length)
     return len(p)
@@ -231,8 +233,7 @@ def published_state(
 ) -> dict[str, torch.Tensor]:
     "The state dict of a checkpoint, out of its wrapper if it has one."
     state = read_tensors(weights) if str(weights).endswith('.safetensors') else read_torch(weights)
-    if not isinstance(state, dict):
-        raise ValueError(f'{Path(weights).name} holds no weights by name')
+    if not isinstance(state, dict): raise ValueError(f'{Path(weights).name} holds no weights by name')
     return state['state_dict'] if isinstance(state.get('state_dict'), dict) else state
 
 # %% ../nbs/32_long_captions.ipynb #1c320002

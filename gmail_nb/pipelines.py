@@ -531,6 +531,7 @@ def _tiny_text():
         vocab_size=49408, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, max_position_embeddings=77, **ends))
 
+# %% ../nbs/07_pipelines.ipynb #d6f08663
 def _tiny_unet():
     return UNet2DConditionModel(
         sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['torchvision_library_loads', 'mend_torchvision', 'default_device', 'default_dtype', 'fast_bfloat16', 'use_all_cores',
-           'machine', 'stable_seed', 'noise_generator', 'set_seed', 'fingerprint', 'module_fingerprint']
+           'machine', 'stable_seed', 'noise_generator', 'set_seed', 'leave_processes', 'fingerprint',
+           'module_fingerprint']
 
 # %% ../nbs/02_runtime.ipynb #d0e6f071
 import hashlib
@@ -56,10 +57,11 @@ def default_device() -> torch.device:
 def default_dtype(
     device:torch.device|None=None # where the model will run; `default_device()` if absent
 ) -> torch.dtype:
-    "bfloat16 on a CUDA device that computes in it, float32 elsewhere."
+    "bfloat16 on a CUDA device that computes in it, float16 on an older one, float32 elsewhere."
     device = torch.device(device or default_device())
-    halves = device.type == 'cuda' and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if halves else torch.float32
+    if device.type != 'cuda': return torch.float32
+    halves = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if halves else torch.float16
 
 # %% ../nbs/02_runtime.ipynb #0ed2a10e
 def fast_bfloat16() -> bool:
@@ -105,6 +107,14 @@ def set_seed(
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+# %% ../nbs/02_runtime.ipynb #b7d90e13
+def leave_processes() -> bool: # True where there was a group
+    "Close the group of processes that torch opened; the last thing that a run over several processes does."
+    group = torch.distributed
+    if not (group.is_available() and group.is_initialized()): return False
+    group.destroy_process_group()
+    return True
 
 # %% ../nbs/02_runtime.ipynb #c9bca542
 def _update_data(h, x) -> bool: # False for what holds no raw bytes

@@ -187,6 +187,7 @@ def image_rows(
     if isinstance(features, (list, tuple)): return ImageRows(*features)
     return ImageRows(*features) if getattr(features, 'ndim', 2) == 3 else ImageRows(features)
 
+# %% ../nbs/27_tune.ipynb #00792db7
 def chosen(
     captions,           # a list, or anything that gives a list for a list of numbers
     index:torch.Tensor  # (B,)
@@ -219,6 +220,7 @@ def hold(run, inputs:torch.Tensor|None) -> None: # run: a `TextRun`; inputs: (N,
     run.inputs = None if run.head is None else inputs
     run.tokens = run.encoder.tokenize(run.captions) if run.head is None and few else None
 
+# %% ../nbs/27_tune.ipynb #9a74f1ad
 def tokens_of(run, index:torch.Tensor) -> dict: # (B,) -> (B, L) each, on the device
     found = run.tokens and {k: v[index] for k, v in run.tokens.items()}
     found = found or run.encoder.tokenize(chosen(run.captions, index))
@@ -312,6 +314,7 @@ def whole_batch(
 def own_places(size:int, accelerator:Accelerator) -> torch.Tensor: # of this process in a batch
     return torch.arange(accelerator.process_index, size, accelerator.num_processes)
 
+# %% ../nbs/27_tune.ipynb #6f41888a
 def texts_of(
     run:TextRun,
     index:torch.Tensor, # (B,), of the whole batch
@@ -621,6 +624,7 @@ def fingerprints(x:ImageRows|None) -> list: # a tensor stands for itself
     return [source if isinstance(source, torch.Tensor) else source.fingerprint
             for source in (x.sources if x else ())]
 
+# %% ../nbs/27_tune.ipynb #8d15f648
 def made_from(
     encoder:Encoder, x:ImageRows, captions, settings:TuneSettings, real:ImageRows|None=None
 ) -> list[str]: # today's, and that of before where it differs

@@ -60,15 +60,15 @@ def check_finite(
     for name, t in tensors:
         if not t.is_floating_point() or bool(torch.isfinite(t).all()): continue
         bad = int((~torch.isfinite(t)).sum())
-        raise ValueError(f'{where} holds {bad} of {t.numel()} values that are no finite numbers in '
-                         f'{name!r}: train again, or load an earlier save')
+        raise ValueError(f'{where} holds {bad} of {t.numel()} values that are no finite numbers in {name!r}: '
+                         'train again, or load an earlier save')
 
 # %% ../nbs/12_weights.ipynb #2aaa1b07
 def read_tensors(
     file:str|Path,               # of safetensors
     expected:Mapping|None=None   # name -> tensor or shape; any if absent
 ) -> dict[str, torch.Tensor]: # on the CPU
-    "The tensors of a file. `FileNotFoundError` or `ValueError` with file, name and difference."
+    "The tensors of a file. `FileNotFoundError` or `ValueError` with what differs, by file and name."
     file = Path(file)
     where = f'{file.parent.name}/{file.name}'
     if not file.exists():
@@ -96,7 +96,7 @@ def check_there(
     kind,          # of transformers, that is to be read
     name:str|Path  # a folder, or a Hub id
 ) -> None:
-    "`FileNotFoundError` for a folder without what the library would replace by its own default."
+    "`FileNotFoundError` for a folder without what a library would replace by its own default."
     folder, said = Path(name), getattr(kind, '__name__', '')
     if not folder.is_dir(): return
     if 'Tokenizer' in said and not any(p for w in WORDS for p in folder.glob(w)):
@@ -112,18 +112,17 @@ def load_whole(
     name:str|Path,  # a folder, or a Hub id
     **how           # of `from_pretrained`
 ) -> nn.Module:
-    "A model all of whose weights were there and are finite. `ValueError` names those that were not."
+    "A model whose weights were all there and are finite. `ValueError` naming those that were not."
     check_there(kind, name)
     with from_place(name) as here:
-        how = dict(trust_remote_code=False, local_files_only=here, ignore_mismatched_sizes=True) | how
-        model, found = kind.from_pretrained(str(name), output_loading_info=True, **how)
-    if found['mismatched_keys']:
-        other, *shapes = next(iter(found['mismatched_keys']))
-        raise ValueError(f'the weights of {Path(name).name} are of another model: {other!r} has the shape '
-                         f'{tuple(shapes[0])}, expected {tuple(shapes[1])}')
+        how = dict(trust_remote_code=False, local_files_only=here) | how
+        try: model, found = kind.from_pretrained(str(name), output_loading_info=True, **how)
+        except RuntimeError as e:
+            if 'ignore_mismatched_sizes' not in str(e): raise
+            raise ValueError(f'weights of {Path(name).name} have other shapes than its config.json '
+                             'says: copy or download the folder again') from e
     if found['missing_keys']:
-        lost = name_some(sorted(found['missing_keys']))
-        raise ValueError(f'the weights of {Path(name).name} lack {lost}: '
+        raise ValueError(f'the weights of {Path(name).name} lack {name_some(sorted(found["missing_keys"]))}: '
                          'they are of another model, or not whole')
     check_finite(model.named_parameters(), f'the model {Path(name).name}')
     return model

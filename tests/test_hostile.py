@@ -3,6 +3,7 @@ import csv
 import html.parser
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -57,15 +58,20 @@ def test_a_bomb_is_refused_by_its_header(side):
 
 def test_the_limit_can_be_set(tmp_path):
     (tmp_path/'a.png').write_bytes(encoded(RED, 'PNG'))
-    ask = f'from gmail_nb.data import decode_image\ntry: print(decode_image({str(tmp_path/"a.png")!r}).size)\nexcept ValueError as e: print(e)'
-    def said(limit): return subprocess.run([sys.executable, '-W', 'error::UserWarning', '-c', ask], capture_output=True, text=True,
-                                           env={**__import__('os').environ, 'GMAIL_MAX_PIXELS': limit}).stdout
+    ask = ('from gmail_nb.data import decode_image\n'
+           f'try: print(decode_image({str(tmp_path/"a.png")!r}).size)\n'
+           'except ValueError as e: print(e)')
+    def said(limit): return subprocess.run([sys.executable, '-W', 'error::UserWarning', '-c', ask],
+                                           capture_output=True, text=True,
+                                           env={**os.environ, 'GMAIL_MAX_PIXELS': limit}).stdout
     assert 'the limit is 100 pixels (set GMAIL_MAX_PIXELS' in said('100') and '(16, 8)' in said('1000')
 
 @pytest.mark.parametrize('data', [
     b'', b'\0' * 100, b'not an image', b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
-    b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n', b'%PDF-1.4\n', b'GIF89a', b'\x89PNG\r\n\x1a\n',
-    b'BM' + bytes(60), b'II*\0' + bytes(60), b'RIFF\0\0\0\0WEBPVP8 ', b'\xff\xd8\xff\xe0' + bytes(40), encoded(RED, 'PNG')[:45],
+    b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n', b'%PDF-1.4\n', b'GIF89a',
+    b'\x89PNG\r\n\x1a\n',
+    b'BM' + bytes(60), b'II*\0' + bytes(60), b'RIFF\0\0\0\0WEBPVP8 ', b'\xff\xd8\xff\xe0' + bytes(40),
+    encoded(RED, 'PNG')[:45],
     encoded(RED, 'JPEG')[:300], encoded(RED, 'GIF')[:40], encoded(RED, 'TIFF')[:-200], encoded(RED, 'WEBP')[:30]])
 def test_what_is_no_whole_image_is_refused(data):
     refused(lambda: decode_image(data, 'row 7'), "'row 7'", 'does not decode')
@@ -77,7 +83,8 @@ def test_postscript_is_not_handed_to_a_program(tmp_path, monkeypatch):
     (tmp_path/'a.jpg').write_bytes(encoded(RED, 'EPS'))
     refused(lambda: decode_image(tmp_path/'a.jpg'), 'a.jpg', 'no known format')
 
-@pytest.mark.parametrize('kind, name', [('PNG', 'a.jpg'), ('JPEG', 'a.png'), ('WEBP', 'a.gif'), ('GIF', 'a.webp'), ('BMP', 'a.tif')])
+@pytest.mark.parametrize('kind, name', [('PNG', 'a.jpg'), ('JPEG', 'a.png'), ('WEBP', 'a.gif'), ('GIF', 'a.webp'),
+                                        ('BMP', 'a.tif')])
 def test_a_mislabelled_image_is_read_by_its_content(tmp_path, kind, name):
     (tmp_path/name).write_bytes(encoded(RED, kind))
     near(decode_image(tmp_path/name))
@@ -87,8 +94,10 @@ def deep(): return Image.fromarray(np.full((8, 16), 51 * 257, dtype=np.uint16))
 @pytest.mark.parametrize('data, colour', [
     (encoded(RED.convert('CMYK'), 'JPEG'), (200, 30, 30)), (encoded(RED.quantize(8), 'PNG'), (200, 30, 30)),
     (encoded(RED.quantize(4), 'GIF'), (200, 30, 30)), (encoded(RED.convert('L'), 'PNG'), 3 * (81,)),
-    (encoded(deep(), 'PNG'), 3 * (51,)), (encoded(deep(), 'TIFF'), 3 * (51,)), (encoded(RED.convert('1'), 'PNG'), None),
-    (encoded(Image.new('RGBA', (16, 8), (9, 9, 9, 0)), 'PNG'), (255, 255, 255)), (encoded(Image.new('LA', (16, 8), (0, 0)), 'PNG'), (255, 255, 255))])
+    (encoded(deep(), 'PNG'), 3 * (51,)), (encoded(deep(), 'TIFF'), 3 * (51,)),
+    (encoded(RED.convert('1'), 'PNG'), None),
+    (encoded(Image.new('RGBA', (16, 8), (9, 9, 9, 0)), 'PNG'), (255, 255, 255)),
+    (encoded(Image.new('LA', (16, 8), (0, 0)), 'PNG'), (255, 255, 255))])
 def test_every_mode_becomes_rgb(data, colour):
     image = decode_image(data)
     if colour: near(image, colour)
@@ -113,7 +122,8 @@ def test_the_orientation_of_a_camera_is_applied(kind, turn, size):
     assert b > r
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(['PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP']), st.integers(0, 400), st.binary(min_size=1, max_size=8))
+@given(st.sampled_from(['PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP']), st.integers(0, 400),
+       st.binary(min_size=1, max_size=8))
 def test_spoiled_bytes_decode_or_are_refused(kind, at, noise):
     data = encoded(RED, kind)
     at %= len(data)
@@ -144,7 +154,8 @@ def coco(pictures, name):
 def leaving(pictures):
     (pictures/'set'/'link.png').symlink_to(pictures/'private'/'secret.png')
     (pictures/'set'/'linked').symlink_to(pictures/'private')
-    return ['../private/secret.png', str(pictures/'private'/'secret.png'), 'train/../../private/secret.png', 'link.png', 'linked/secret.png']
+    return ['../private/secret.png', str(pictures/'private'/'secret.png'), 'train/../../private/secret.png',
+            'link.png', 'linked/secret.png']
 
 def test_an_annotation_file_reads_inside_its_folder(pictures):
     for name in leaving(pictures):
@@ -156,7 +167,8 @@ def test_an_annotation_file_reads_inside_its_folder(pictures):
 
 def test_a_table_reads_inside_its_folder(pictures):
     for name in leaving(pictures):
-        with open(pictures/'set'/'t.csv', 'w', newline='') as f: csv.writer(f).writerows([['key', 'caption', 'image'], ['1', 'a', name]])
+        rows = [['key', 'caption', 'image'], ['1', 'a', name]]
+        with open(pictures/'set'/'t.csv', 'w', newline='') as f: csv.writer(f).writerows(rows)
         refused(lambda: load_captioned(pictures/'set'/'t.csv'), 't.csv', 'outside of the folder')
         assert len(load_captioned(pictures/'set'/'t.csv', SourceSettings(outside=True))) == 1
 
@@ -186,18 +198,24 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
     assert from_table(table(tmp_path, '\ufeff{"key": "1", "caption": "a"}\n', 't.jsonl'))['key'] == ['1']
 
 @pytest.mark.parametrize('name, data, words', [
-    ('t.csv', 'key,caption\n1,café\n'.encode('latin-1'), ['not UTF-8']), ('t.csv', b'key,caption\n1,"open\n', ['t.csv']),
+    ('t.csv', 'key,caption\n1,café\n'.encode('latin-1'), ['not UTF-8']),
+    ('t.csv', b'key,caption\n1,"open\n', ['t.csv']),
     ('t.csv', b'key,caption\n1,a "b" "c\n2,d"\n', []), ('t.csv', b'key,caption\n1,a,b\n', ['3 fields', '2 columns']),
-    ('t.csv', b'key,caption\n1,a\n1,b\n', ["'1'"]), ('t.csv', b'', ['no rows']), ('t.csv', b'key,caption\n', ['no rows']),
-    ('t.csv', b'key,caption\n,a\n', ['empty key']), ('t.csv', b'key,caption\n1,\n', ['empty caption']), ('t.csv', b'a,b\n1,2\n', ['has no']),
-    ('t.jsonl', b'{"key": "1", "caption": "a"}\n{"key": "2", "capt', ['line 2 is not JSON']), ('t.jsonl', b'[1]\n', ['no JSON object']),
-    ('t.jsonl', b'{"key": "1", "caption": 7}\n', ['not text']), ('t.jsonl', b'{"key": null, "caption": "a"}\n', ['empty key']),
-    ('t.jsonl', b'{"key": "1", "caption": ["a", null]}\n', ['empty caption']), ('t.jsonl', b'{"key": "1", "caption": {"a": 1}}\n', ['not text']),
+    ('t.csv', b'key,caption\n1,a\n1,b\n', ["'1'"]), ('t.csv', b'', ['no rows']),
+    ('t.csv', b'key,caption\n', ['no rows']),
+    ('t.csv', b'key,caption\n,a\n', ['empty key']), ('t.csv', b'key,caption\n1,\n', ['empty caption']),
+    ('t.csv', b'a,b\n1,2\n', ['has no']),
+    ('t.jsonl', b'{"key": "1", "caption": "a"}\n{"key": "2", "capt', ['line 2 is not JSON']),
+    ('t.jsonl', b'[1]\n', ['no JSON object']),
+    ('t.jsonl', b'{"key": "1", "caption": 7}\n', ['not text']),
+    ('t.jsonl', b'{"key": null, "caption": "a"}\n', ['empty key']),
+    ('t.jsonl', b'{"key": "1", "caption": ["a", null]}\n', ['empty caption']),
+    ('t.jsonl', b'{"key": "1", "caption": {"a": 1}}\n', ['not text']),
     ('t.jsonl', b'[' * 100_000, ['line 1 is not JSON']), ('t.jsonl', b'\xff\xfe\x00', ['not UTF-8'])])
 def test_a_table_that_is_wrong_is_named_with_its_line(tmp_path, name, data, words):
     file = table(tmp_path, data, name)
-    if not words: return from_table(file) # odd, but legal
-    refused(lambda: from_table(file), 't.', *words)
+    if not words: assert len(from_table(file)) == 1 # odd, but legal
+    else: refused(lambda: from_table(file), 't.', *words)
 
 def test_long_captions_and_odd_characters_come_back(tmp_path):
     long, odd = 'word ' * 200_000, 'a\0b\u2028c\u202e <script>'
@@ -210,13 +228,20 @@ def test_long_captions_and_odd_characters_come_back(tmp_path):
 image = dict(bytes=encoded(RED, 'PNG'), path=None)
 
 @pytest.mark.parametrize('columns', [
-    dict(key=[1.5], image=[image], captions=[['a']]), dict(key=[None], image=[image], captions=[['a']]), dict(key=['1'], image=[7], captions=[['a']]),
-    dict(key=['1'], image=[None], captions=[['a']]), dict(key=['1'], image=[dict(bytes=None, path=None)], captions=[['a']]),
-    dict(key=['1'], image=[image], captions=[None]), dict(key=['1'], image=[image], captions=[[]]), dict(key=['1'], image=[image], captions=[[None]]),
-    dict(key=['1'], image=[image], captions=[3]), dict(key=['1'], image=[image], captions=[[['a']]]), dict(key=['1'], image=[image], captions=[dict(a='b')]),
-    dict(key=['1', '1'], image=[image] * 2, captions=[['a']] * 2), dict(key=[' '], image=[image], captions=[['a']]), dict(key=[['1']], image=[image], captions=[['a']]),
-    dict(key=[dict(a=1)], image=[image], captions=[['a']]), dict(key=['1'], image=[dict(other=1)], captions=[['a']]), dict(key=['1'], captions=[['a']]),
-    dict(key=['1'], image=[dict(bytes=b'x', path=None)], captions=[['a']]), dict(key=['1'], image=[[image]], captions=[['a']])])
+    dict(key=[1.5], image=[image], captions=[['a']]), dict(key=[None], image=[image], captions=[['a']]),
+    dict(key=['1'], image=[7], captions=[['a']]),
+    dict(key=['1'], image=[None], captions=[['a']]), dict(key=['1'], image=[dict(bytes=None, path=None)],
+                                                          captions=[['a']]),
+    dict(key=['1'], image=[image], captions=[None]), dict(key=['1'], image=[image], captions=[[]]),
+    dict(key=['1'], image=[image], captions=[[None]]),
+    dict(key=['1'], image=[image], captions=[3]), dict(key=['1'], image=[image], captions=[[['a']]]),
+    dict(key=['1'], image=[image], captions=[dict(a='b')]),
+    dict(key=['1', '1'], image=[image] * 2, captions=[['a']] * 2), dict(key=[' '], image=[image], captions=[['a']]),
+    dict(key=[['1']], image=[image], captions=[['a']]),
+    dict(key=[dict(a=1)], image=[image], captions=[['a']]), dict(key=['1'], image=[dict(other=1)], captions=[['a']]),
+    dict(key=['1'], captions=[['a']]),
+    dict(key=['1'], image=[dict(bytes=b'x', path=None)], captions=[['a']]),
+    dict(key=['1'], image=[[image]], captions=[['a']])])
 def test_parquet_of_another_shape_is_refused(tmp_path, columns):
     pq.write_table(pa.table(columns), tmp_path/'t.parquet')
     if columns['key'] == [1.5]: # a number is a name
@@ -226,18 +251,25 @@ def test_parquet_of_another_shape_is_refused(tmp_path, columns):
 
 @pytest.mark.parametrize('data', [b'', b'PAR1', b'PAR1' + bytes(50) + b'PAR1', None])
 def test_parquet_that_is_none_or_empty_is_refused(tmp_path, data):
-    if data is None: pq.write_table(pa.table(dict(key=pa.array([], pa.string()), image=pa.array([], pa.binary()), captions=pa.array([], pa.list_(pa.string())))), tmp_path/'t.parquet')
+    empty = dict(key=pa.array([], pa.string()), image=pa.array([], pa.binary()),
+                 captions=pa.array([], pa.list_(pa.string())))
+    if data is None: pq.write_table(pa.table(empty), tmp_path/'t.parquet')
     else: (tmp_path/'t.parquet').write_bytes(data)
     refused(lambda: load_captioned(tmp_path/'t.parquet'), 't.parquet')
 
 @pytest.mark.parametrize('found', [
-    [], '[' * 100_000, {}, 3, None, dict(images=3), dict(images=[3]), dict(images=[{}]), dict(images=[dict(id=1)], annotations=3), dict(images=[], annotations=[3]),
-    dict(images=[dict(id=1, file_name=3)], annotations=[dict(image_id=1, caption='a')]), dict(images=[dict(id=1, file_name='a')], annotations=[dict(image_id=1, caption=None)]),
-    dict(images=[dict(file_name='a')], annotations=[dict(image_id=1, caption='a')]), dict(images=[dict(filename='a', split='train', sentences=3)]),
-    dict(images=[dict(filename='a', sentences=[dict(raw='b')])]), dict(images=[dict(filename=3, split='test', cocoid=1, sentences=[dict(raw='b')])]),
+    [], '[' * 100_000, {}, 3, None, dict(images=3), dict(images=[3]), dict(images=[{}]),
+    dict(images=[dict(id=1)], annotations=3), dict(images=[], annotations=[3]),
+    dict(images=[dict(id=1, file_name=3)], annotations=[dict(image_id=1, caption='a')]),
+    dict(images=[dict(id=1, file_name='a')], annotations=[dict(image_id=1, caption=None)]),
+    dict(images=[dict(file_name='a')], annotations=[dict(image_id=1, caption='a')]),
+    dict(images=[dict(filename='a', split='train', sentences=3)]),
+    dict(images=[dict(filename='a', sentences=[dict(raw='b')])]),
+    dict(images=[dict(filename=3, split='test', cocoid=1, sentences=[dict(raw='b')])]),
     dict(images=dict(a=1), annotations=[dict(image_id=1, caption='a')])])
 def test_a_coco_file_of_another_shape_is_refused(tmp_path, found):
-    refused(lambda: from_coco(table(tmp_path, found if isinstance(found, str) else json.dumps(found), 'c.json'), tmp_path), 'c.json')
+    refused(lambda: from_coco(table(tmp_path, found if isinstance(found, str) else json.dumps(found), 'c.json'),
+                              tmp_path), 'c.json')
 
 def tar(tmp_path, *members):
     with tarfile.open(tmp_path/'t.tar', 'w') as f:
@@ -255,7 +287,8 @@ def test_links_and_paths_of_a_tar_lead_nowhere(tmp_path):
     file = tar(tmp_path, ('../../out.png', encoded(RED, 'PNG'), reg), ('../../out.txt', b'said', reg))
     assert load_captioned(file)['key'] == ['../../out'] and sorted(p.name for p in tmp_path.iterdir()) == ['t.tar']
 
-@pytest.mark.parametrize('member', [('a.json', b'{"capt', tarfile.REGTYPE), ('a.json', b'[1]', tarfile.REGTYPE), ('a.json', b'{"caption": 3}', tarfile.REGTYPE),
+@pytest.mark.parametrize('member', [('a.json', b'{"capt', tarfile.REGTYPE), ('a.json', b'[1]', tarfile.REGTYPE),
+                                    ('a.json', b'{"caption": 3}', tarfile.REGTYPE),
                                     ('a.txt', b'\xff\xfe', tarfile.REGTYPE), ('a.txt', b'', tarfile.REGTYPE)])
 def test_a_sample_of_a_tar_that_is_wrong_is_named(tmp_path, member):
     file = tar(tmp_path, ('a.png', encoded(RED, 'PNG'), tarfile.REGTYPE), member)
@@ -265,8 +298,10 @@ def test_a_sample_of_a_tar_that_is_wrong_is_named(tmp_path, member):
 
 known = (ValueError, FileNotFoundError)
 some_text = st.text(max_size=20)
+names = some_text | st.sampled_from(['key', 'caption', 'image'])
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | some_text,
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(some_text | st.sampled_from(['key', 'caption', 'image']), inner, max_size=3), max_leaves=6)
+                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
+                      max_leaves=6)
 
 def reads(source, **how):
     try: load_captioned(source, images=False, **how)
@@ -286,17 +321,23 @@ def test_any_file_reads_or_is_refused(place, data, suffix): reads(table(place, d
 def test_any_table_reads_or_is_refused(place, text): reads(table(place, 'key,caption\n' + text, 'any.csv'))
 
 @fuzz
-@given(rows=st.lists(st.dictionaries(st.sampled_from(['key', 'caption', 'captions', 'image']), values, max_size=4), min_size=1, max_size=4))
-def test_any_json_lines_read_or_are_refused(place, rows): reads(table(place, '\n'.join(map(json.dumps, rows)), 'any.jsonl'))
+@given(rows=st.lists(st.dictionaries(st.sampled_from(['key', 'caption', 'captions', 'image']), values, max_size=4),
+                     min_size=1, max_size=4))
+def test_any_json_lines_read_or_are_refused(place, rows): reads(table(place, '\n'.join(map(json.dumps, rows)),
+                                                                      'any.jsonl'))
+
+COCO = ['id', 'file_name', 'filename', 'split', 'cocoid', 'sentences', 'filepath']
 
 @fuzz
-@given(found=st.fixed_dictionaries({}, optional=dict(images=st.lists(st.dictionaries(st.sampled_from(['id', 'file_name', 'filename', 'split', 'cocoid', 'sentences', 'filepath']), values, max_size=5), max_size=2),
-                                                    annotations=st.lists(st.dictionaries(st.sampled_from(['image_id', 'caption']), values, max_size=2), max_size=2))))
+@given(found=st.fixed_dictionaries({}, optional=dict(
+    images=st.lists(st.dictionaries(st.sampled_from(COCO), values, max_size=5), max_size=2),
+    annotations=st.lists(st.dictionaries(st.sampled_from(['image_id', 'caption']), values, max_size=2), max_size=2))))
 def test_any_coco_file_reads_or_is_refused(place, found): reads(table(place, json.dumps(found), 'any.json'))
 
 # Pages
 
-BAD = ['<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)", '</table><svg onload=alert(1)>', 'a\0b', '&lt;b&gt;']
+BAD = ['<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)",
+       '</table><svg onload=alert(1)>', 'a\0b', '&lt;b&gt;']
 
 class Tags(html.parser.HTMLParser):
     def __init__(self): super().__init__(); self.found, self.handlers, self.text = [], [], ''
@@ -315,7 +356,8 @@ def test_pages_hold_what_was_said_as_text():
     for bad in BAD:
         page = tags(report_page(bad, bad, [[bad, bad], [bad, bad]], {bad: 'data:,'}))
         assert page.found == plain.found and not page.handlers
-        assert not tags(table_html([[bad], [bad]])).handlers and 'script' not in tags(table_html([[bad], [bad]])).found
+        written = tags(table_html([[bad], [bad]]))
+        assert not written.handlers and 'script' not in written.found
 
 # Pictures that do not decode are named, counted and left out
 
@@ -326,7 +368,8 @@ def pictures_of(folder, good, bad):
         (folder/f'{i:03}.txt').write_text(f'picture {i}')
     return folder
 
-@pytest.mark.parametrize('good, bad, share, fails', [(3, 0, .01, False), (3, 1, .01, False), (3, 1, 0., True), (3, 2, .01, True), (3, 2, .5, False)])
+@pytest.mark.parametrize('good, bad, share, fails', [
+    (3, 0, .01, False), (3, 1, .01, False), (3, 1, 0., True), (3, 2, .01, True), (3, 2, .5, False)])
 def test_embedding_leaves_out_what_does_not_decode_up_to_a_share(tmp_path, capsys, good, bad, share, fails):
     from test_saved import tiny
     import gmail_nb.runs.align as room
@@ -335,7 +378,8 @@ def test_embedding_leaves_out_what_does_not_decode_up_to_a_share(tmp_path, capsy
     photos, how = pictures_of(tmp_path/'photos', good, bad), EmbedSettings(most_damaged=share, show_progress=False)
     with pytest.MonkeyPatch.context() as m:
         m.setattr('gmail_nb.features.load_encoder', lambda name: tiny())
-        if fails: refused(lambda: room.embed_set(photos, tmp_path/'out', 'embedded', settings=how), f'{bad} of {good + bad} images', '--most-damaged')
+        if fails: refused(lambda: room.embed_set(photos, tmp_path/'out', 'embedded', settings=how),
+                          f'{bad} of {good + bad} images', '--most-damaged')
         else: room.embed_set(photos, tmp_path/'out', 'embedded', settings=how)
     assert len(load_features(tmp_path/'out')) == good # what was made is kept
     said = capsys.readouterr().err

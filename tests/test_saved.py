@@ -1,4 +1,5 @@
 "Saved folders: every file that is missing, cut, changed or of another model is named, and what was saved before still loads."
+
 import copy
 import json
 import shutil
@@ -90,12 +91,24 @@ LOADERS = dict(
     checkpoints=lambda f: read_checkpoint(f/'step-000004'), features=lambda f: load_features(f, verify=True))
 
 FILES = [
-    ('aligned', 'adapter/adapter_model.safetensors'), ('aligned', 'adapter/adapter_config.json'),
-    ('aligned', 'projections.safetensors'), ('full', 'tower.safetensors'), ('tuned', 'text.safetensors'),
-    ('tuned', 'projection.safetensors'), ('captioner', 'captioner.safetensors'), ('captioner', 'lm/config.json'),
-    ('captioner', 'tokenizer/tokenizer.json'), ('checkpoints', 'step-000004/weights.safetensors'),
-    ('checkpoints', 'step-000004/optimizer.pt'), ('checkpoints', 'step-000004/rng-0.pt'),
-    ('llava', 'model.safetensors'), ('llava', 'config.json'), ('features', 'features.npy'), ('features', 'keys.parquet')]
+    ('aligned', 'adapter/adapter_model.safetensors'),
+    ('aligned', 'adapter/adapter_config.json'),
+    ('aligned', 'projections.safetensors'),
+    ('full', 'tower.safetensors'),
+    ('tuned', 'text.safetensors'),
+    ('tuned', 'projection.safetensors'),
+    ('captioner', 'captioner.safetensors'),
+    ('captioner', 'lm/config.json'),
+    ('captioner', 'tokenizer/tokenizer.json'),
+    ('checkpoints', 'step-000004/weights.safetensors'),
+    ('checkpoints', 'step-000004/optimizer.pt'),
+    ('checkpoints', 'step-000004/rng-0.pt'),
+    ('llava', 'model.safetensors'),
+    ('llava', 'config.json'),
+    ('features', 'features.npy'),
+    ('features', 'keys.parquet'),
+]
+
 
 def missing(data): return None
 def empty(data): return b''
@@ -152,8 +165,14 @@ def reshaped(t): return {k: v[None] for k, v in t.items()}
 def no_numbers(t): return {k: v * float('nan') for k, v in t.items()}
 def infinite(t): return {k: v + float('inf') for k, v in t.items()}
 
-TENSORS = [('aligned', 'adapter/adapter_model.safetensors'), ('aligned', 'projections.safetensors'), ('full', 'tower.safetensors'),
-           ('tuned', 'projection.safetensors'), ('captioner', 'captioner.safetensors'), ('llava', 'model.safetensors')]
+TENSORS = [
+    ('aligned', 'adapter/adapter_model.safetensors'),
+    ('aligned', 'projections.safetensors'),
+    ('full', 'tower.safetensors'),
+    ('tuned', 'projection.safetensors'),
+    ('captioner', 'captioner.safetensors'),
+    ('llava', 'model.safetensors'),
+]
 
 @pytest.mark.parametrize('how', [half, renamed, one_more, reshaped, no_numbers, infinite])
 @pytest.mark.parametrize('kind, name', TENSORS)
@@ -165,13 +184,17 @@ def test_tensors_that_do_not_belong_are_named(saved, tmp_path, kind, name, how):
     save_file(changed, folder/name, dict(format='pt'))
     with pytest.raises((ValueError, RuntimeError)) as e: LOADERS[kind](folder)
     said = str(e.value)
-    assert {folder.name, name.rpartition('/')[2], 'adapter'} & set(said.replace('/', ' ').replace(':', ' ').split()), said
+    assert {folder.name, name.rpartition('/')[2], 'adapter'} & set(said.replace('/', ' ').replace(':', ' ').split()), (
+        said
+    )
+
 
 def test_a_spoiled_row_of_features_is_seen_where_it_is_looked_at(saved, tmp_path):
     folder = before(saved, tmp_path, 'features')
     array = np.load(folder/'features.npy', mmap_mode='r+')
     array[7] = np.nan
-    with pytest.raises(ValueError, match='1 rows hold values that are no finite numbers, such as 7'): load_features(folder)
+    with pytest.raises(ValueError, match='1 rows hold values that are no finite numbers, such as 7'):
+        load_features(folder)
     array[7] = 1
     array.flush()
     assert len(load_features(folder)) == 10 # its values are numbers: the checksums know better
@@ -180,17 +203,34 @@ def test_a_spoiled_row_of_features_is_seen_where_it_is_looked_at(saved, tmp_path
 # Cards
 
 @pytest.mark.parametrize('kind', ['aligned', 'tuned', 'captioner', 'features'])
-@pytest.mark.parametrize('text', ['', 'no json', '[1, 2]', '"a"', 'null', '{}', '{"base": 7}', '{"base": ["tiny"]}', '[' * 100_000,
-                                  '{"base": "tiny", "files": 3}', '{"base": "tiny", "files": {"a": 3}}',
-                                  '{"base": "tiny", "files": {"../secret": {}}}', '{"prefix_length": "four", "tuning": "full"}',
-                                  '{"weights": 1, "model": "x", "content": "y", "failed": []}'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '',
+        'no json',
+        '[1, 2]',
+        '"a"',
+        'null',
+        '{}',
+        '{"base": 7}',
+        '{"base": ["tiny"]}',
+        '[' * 100_000,
+        '{"base": "tiny", "files": 3}',
+        '{"base": "tiny", "files": {"a": 3}}',
+        '{"base": "tiny", "files": {"../secret": {}}}',
+        '{"prefix_length": "four", "tuning": "full"}',
+        '{"weights": 1, "model": "x", "content": "y", "failed": []}',
+    ],
+)
 def test_a_card_of_another_kind_is_refused_in_one_line(saved, tmp_path, kind, text):
     folder = shutil.copytree(saved/kind, tmp_path/kind)
     (folder/'card.json').write_text(text)
     with pytest.raises((ValueError, FileNotFoundError)) as e: LOADERS[kind](folder)
     assert '\n' not in str(e.value) and len(str(e.value)) < 500
 
-@pytest.mark.parametrize('field, value', [('tuning', 3), ('tuning', ['lora']), ('base_fingerprint', 5), ('base', None), ('files', [])])
+@pytest.mark.parametrize(
+    'field, value', [('tuning', 3), ('tuning', ['lora']), ('base_fingerprint', 5), ('base', None), ('files', [])]
+)
 def test_a_field_of_another_type_is_refused(saved, tmp_path, field, value):
     folder = shutil.copytree(saved/'aligned', tmp_path/'aligned')
     card = json.loads((folder/'card.json').read_text())

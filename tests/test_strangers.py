@@ -1,4 +1,5 @@
 "Files from strangers: a pickle is never run, the Hub is never asked for what is written like a path, code of a folder is refused."
+
 import json
 import os
 import pickle
@@ -74,10 +75,24 @@ READ = dict(clip=lambda n: load_encoder(f'hf:{n}'), open_clip=lambda n: load_enc
 def test_what_lies_on_disk_is_read_without_the_network(models, no_network, kind):
     READ[kind](relative(models, kind))
 
-GONE = [('clip', 'model.safetensors'), ('clip', 'config.json'), ('clip', 'tokenizer*'), ('clip', 'preprocessor_config.json'),
-        ('open_clip', 'open_clip_config.json'), ('open_clip', 'open_clip_model.safetensors'), ('gpt2', 'model.safetensors'),
-        ('gpt2', 'config.json'), ('gpt2', 'tokenizer*'), ('pipeline', 'unet'), ('pipeline', 'vae/config.json'), ('pipeline', 'model_index.json'),
-        ('pipeline', 'text_encoder/*.safetensors'), ('llava', 'model.safetensors'), ('llava', 'config.json'), ('llava', '*processor*')]
+GONE = [
+    ('clip', 'model.safetensors'),
+    ('clip', 'config.json'),
+    ('clip', 'tokenizer*'),
+    ('clip', 'preprocessor_config.json'),
+    ('open_clip', 'open_clip_config.json'),
+    ('open_clip', 'open_clip_model.safetensors'),
+    ('gpt2', 'model.safetensors'),
+    ('gpt2', 'config.json'),
+    ('gpt2', 'tokenizer*'),
+    ('pipeline', 'unet'),
+    ('pipeline', 'vae/config.json'),
+    ('pipeline', 'model_index.json'),
+    ('pipeline', 'text_encoder/*.safetensors'),
+    ('llava', 'model.safetensors'),
+    ('llava', 'config.json'),
+    ('llava', '*processor*'),
+]
 
 @pytest.mark.parametrize('kind, gone', GONE)
 def test_a_file_that_is_missing_from_a_folder_is_not_looked_for_on_the_hub(models, no_network, kind, gone):
@@ -94,9 +109,19 @@ def test_a_path_where_nothing_is_is_not_looked_for_on_the_hub(no_network, kind, 
     os.mkdir('models')
     with pytest.raises((ValueError, OSError)): READ[kind](name)
 
-@pytest.mark.parametrize('kind, gone', [('aligned', 'adapter/adapter_model.safetensors'), ('aligned', 'adapter/adapter_config.json'),
-                                        ('aligned', 'adapter'), ('captioner', 'lm'), ('captioner', 'tokenizer'), ('captioner', 'lm/config.json'),
-                                        ('tuned', 'text.safetensors'), ('llava', 'model.safetensors')])
+@pytest.mark.parametrize(
+    'kind, gone',
+    [
+        ('aligned', 'adapter/adapter_model.safetensors'),
+        ('aligned', 'adapter/adapter_config.json'),
+        ('aligned', 'adapter'),
+        ('captioner', 'lm'),
+        ('captioner', 'tokenizer'),
+        ('captioner', 'lm/config.json'),
+        ('tuned', 'text.safetensors'),
+        ('llava', 'model.safetensors'),
+    ],
+)
 def test_a_part_of_our_own_folders_is_not_looked_for_on_the_hub(saved, no_network, kind, gone):
     "`aligned/adapter` has the form of a repository's name, and so has `captioner/tokenizer`."
     shutil.copytree(saved/kind, kind)
@@ -123,7 +148,9 @@ def test_a_generator_whose_folder_is_gone_is_not_looked_for_on_the_hub(no_networ
 def test_a_folder_that_refers_to_a_repository_does_not_make_us_ask(models, no_network):
     "A folder of a language model may name the base of an adapter."
     name = relative(models, 'gpt2')
-    open(f'{name}/adapter_config.json', 'w').write(json.dumps(dict(peft_type='LORA', base_model_name_or_path='owner/name')))
+    open(f'{name}/adapter_config.json', 'w').write(
+        json.dumps(dict(peft_type='LORA', base_model_name_or_path='owner/name'))
+    )
     with pytest.raises((ValueError, OSError)): load_lm(name)
 
 def test_names_and_places(tmp_path, monkeypatch):
@@ -131,7 +158,9 @@ def test_names_and_places(tmp_path, monkeypatch):
     assert not on_disk('openai/clip-vit-base-patch32') and not on_disk('gpt2') and not found_on_disk('gpt2')
     (tmp_path/'openai').mkdir()
     assert on_disk('openai/clip-vit-base-patch32') and on_disk('openai') and on_disk('.\\model')
-    with pytest.raises(FileNotFoundError, match="no model at 'openai/clip-vit-base-patch32'"): found_on_disk('openai/clip-vit-base-patch32')
+    with pytest.raises(FileNotFoundError, match="no model at 'openai/clip-vit-base-patch32'"):
+        found_on_disk('openai/clip-vit-base-patch32')
+
 
 # Pickles
 
@@ -171,11 +200,17 @@ def test_an_adapter_that_is_a_pickle_is_refused(saved, trap, tmp_path):
     torch.save(trap, folder/'adapter_model.bin')
     refused(lambda: GenReal(tiny(), folder=folder), 'adapter_model.bin is a pickle')
 
-@pytest.mark.parametrize('kind, weights, pickled', [
-    ('clip', 'model.safetensors', 'pytorch_model.bin'), ('gpt2', 'model.safetensors', 'pytorch_model.bin'),
-    ('llava', 'model.safetensors', 'pytorch_model.bin'), ('open_clip', 'open_clip_model.safetensors', 'open_clip_pytorch_model.bin'),
-    ('pipeline', 'unet/diffusion_pytorch_model.safetensors', 'unet/diffusion_pytorch_model.bin'),
-    ('pipeline', 'text_encoder/model.safetensors', 'text_encoder/pytorch_model.bin')])
+@pytest.mark.parametrize(
+    'kind, weights, pickled',
+    [
+        ('clip', 'model.safetensors', 'pytorch_model.bin'),
+        ('gpt2', 'model.safetensors', 'pytorch_model.bin'),
+        ('llava', 'model.safetensors', 'pytorch_model.bin'),
+        ('open_clip', 'open_clip_model.safetensors', 'open_clip_pytorch_model.bin'),
+        ('pipeline', 'unet/diffusion_pytorch_model.safetensors', 'unet/diffusion_pytorch_model.bin'),
+        ('pipeline', 'text_encoder/model.safetensors', 'text_encoder/pytorch_model.bin'),
+    ],
+)
 def test_a_model_whose_weights_are_a_pickle_is_refused(models, trap, tmp_path, kind, weights, pickled):
     folder = shutil.copytree(models/kind, tmp_path/kind)
     (folder/weights).unlink()
@@ -204,8 +239,17 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, inside):
 
 # Code of a folder's own
 
-@pytest.mark.parametrize('kind, file', [('clip', 'config.json'), ('gpt2', 'config.json'), ('gpt2', 'tokenizer_config.json'),
-                                        ('clip', 'preprocessor_config.json'), ('llava', 'config.json'), ('pipeline', 'unet/config.json')])
+@pytest.mark.parametrize(
+    'kind, file',
+    [
+        ('clip', 'config.json'),
+        ('gpt2', 'config.json'),
+        ('gpt2', 'tokenizer_config.json'),
+        ('clip', 'preprocessor_config.json'),
+        ('llava', 'config.json'),
+        ('pipeline', 'unet/config.json'),
+    ],
+)
 def test_a_folder_that_brings_code_is_refused_with_a_reason(models, tmp_path, kind, file):
     folder = shutil.copytree(models/kind, tmp_path/kind)
     said = json.loads((folder/file).read_text())

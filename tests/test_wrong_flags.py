@@ -1,4 +1,5 @@
 "Wrong values on every flag of every command: one line, status 2, and nothing written. Made from the fields of the settings."
+
 import functools
 import os
 from types import NoneType
@@ -75,7 +76,9 @@ def test_a_wrong_value_is_one_line(c, o, stubbed, capsys):
         said = one_line_and_nothing_written(capsys, c, f'--{flag}={value}')
         assert o.path[-1] in said or flag in said, said
 
-@pytest.mark.parametrize('name, c', [pytest.param(n, c, id=n) for n, c in all_commands() if 'table' not in n or n.endswith('table2')])
+@pytest.mark.parametrize(
+    'name, c', [pytest.param(n, c, id=n) for n, c in all_commands() if 'table' not in n or n.endswith('table2')]
+)
 def test_defaults_are_values_that_may_be_meant(name, c, stubbed):
     for o in options(c):
         if not o.required and o.default is not None and o.default != (): check_value(o.path[-1], o.default)
@@ -100,6 +103,19 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_written(c, device
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
     assert f'there is no device {device!r}' in one_line_and_nothing_written(capsys, c, '--device', device)
 
-@pytest.mark.parametrize('name, value', [('lr', 1e-3), ('seed', 0), ('batch_size', 1), ('validation_share', 0.), ('top_p', 1.),
-                                         ('a_new_field', -3), ('suffix', ''), ('key', None), ('options', {}), ('images', ('a', 'b'))])
+@pytest.mark.parametrize(
+    'name, value',
+    [
+        ('lr', 1e-3),
+        ('seed', 0),
+        ('batch_size', 1),
+        ('validation_share', 0.0),
+        ('top_p', 1.0),
+        ('a_new_field', -3),
+        ('suffix', ''),
+        ('key', None),
+        ('options', {}),
+        ('images', ('a', 'b')),
+    ],
+)
 def test_what_may_be_meant_passes(name, value): check_value(name, value)

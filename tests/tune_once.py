@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from gmail_nb.encoders import Encoder, HFText
+from gmail_nb.runtime import leave_processes
 from gmail_nb.settings import TuneSettings
 from gmail_nb.tune import tune_text
 
@@ -58,3 +59,4 @@ if PartialState().is_main_process:
     for name, (history, weights) in found.items():
         save_file(weights, out/f'{name}.safetensors')
         (out/f'{name}.json').write_text(json.dumps(history))
+leave_processes()
