@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CAPTIONED', 'FEATURES', 'SOURCES', 'SPLITS', 'FORMATS', 'MAX_PIXELS', 'IN_MEMORY', 'emoji', 'show_images',
            'decode_image', 'check_columns', 'column_of', 'repeated', 'check_unique', 'undecoded', 'check_captioned',
-           'quiet_datasets', 'as_captioned', 'check_parquet', 'read_parquet', 'parquet_files', 'Pairs', 'pairs',
-           'show_pairs']
+           'quiet_datasets', 'as_captioned', 'whole_parquet', 'check_parquet', 'read_parquet', 'parquet_files', 'Pairs',
+           'pairs', 'show_pairs']
 
 # %% ../nbs/05_data.ipynb #4de0071c
 import contextlib
@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from .files import asset, name_some, unknown_name
+from .files import asset, in_one_line, name_some, unknown_name
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -123,7 +123,8 @@ def _rgb(image):
 
 # %% ../nbs/05_data.ipynb #58c2d3ef
 _undecodable = (UnidentifiedImageError, OSError, ValueError, SyntaxError, TypeError, IndexError,
-                KeyError, OverflowError, EOFError, struct.error, Image.DecompressionBombError)
+                KeyError, OverflowError, EOFError, RuntimeError, ArithmeticError, AttributeError,
+                struct.error, Image.DecompressionBombError) # of a decoder that meets what it did not expect
 
 Image.init()
 _kinds = ('JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'DIB', 'TIFF', 'AVIF', 'JPEG2000', 'PPM', 'ICO',
@@ -357,16 +358,21 @@ def as_captioned(
 # %% ../nbs/05_data.ipynb #35e8b7d2
 IN_MEMORY = 2**26 # bytes; a set that is larger lies in a file and is mapped
 
+@contextlib.contextmanager
+def whole_parquet(file:Path):
+    "Around what reads a file: `FileNotFoundError` or `ValueError` naming one that is absent or damaged."
+    try: yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f'there is no parquet file {str(file)!r}') from None
+    except Exception as e:
+        if getattr(e, 'errno', None): raise # a disk that is full, a file that may not be read
+        raise ValueError(f'{file.name} is not a whole parquet file ({in_one_line(e)}): '
+                         'make or download it again') from e
+
 def check_parquet(files:list[Path]) -> None:
     "`FileNotFoundError` or `ValueError` naming a file that is absent or cut."
     for file in map(Path, files):
-        try: pq.read_metadata(file)
-        except FileNotFoundError:
-            raise FileNotFoundError(f'there is no parquet file {str(file)!r}') from None
-        except Exception as e:
-            said = ' '.join(str(e).split())
-            raise ValueError(f'{file.name} is not a whole parquet file ({said}): '
-                             'make or download it again') from e
+        with whole_parquet(file): pq.read_metadata(file)
 
 # %% ../nbs/05_data.ipynb #f3f26eca
 def _bytes_of(files:list[Path], columns:list[str]|None, some:int=1000) -> int:
@@ -374,8 +380,14 @@ def _bytes_of(files:list[Path], columns:list[str]|None, some:int=1000) -> int:
     rows = {f: pq.read_metadata(f).num_rows for f in files}
     full = next((f for f in files if rows[f]), None)
     if full is None: return 0
-    with pq.ParquetFile(full) as file: first = next(file.iter_batches(some, columns=columns))
+    with whole_parquet(full), pq.ParquetFile(full) as file:
+        first = next(file.iter_batches(some, columns=columns), None)
+        if first is None or not len(first): raise ValueError('it has no rows, and says that it has')
     return first.nbytes * sum(rows.values()) // len(first)
+
+def _table(file, columns):
+    "All rows of a file, in memory."
+    with whole_parquet(file): return datasets.Dataset(pq.read_table(file, columns=columns))
 
 def _typed(ds, name='the dataset'):
     "Images as `Image`, also in files written without the library's own schema."
@@ -394,11 +406,14 @@ def read_parquet(
     check_parquet(files)
     with quiet_datasets():
         if _bytes_of(files, columns) <= in_memory:
-            tables = (datasets.Dataset(pq.read_table(f, columns=columns)) for f in files)
-            parts = [_typed(t, f.name) for f, t in zip(files, tables)]
+            parts = [_typed(_table(f, columns), f.name) for f in files]
             with _casting(files[0].name): return datasets.concatenate_datasets(parts)
-        found = datasets.load_dataset('parquet', data_files=[str(f) for f in files], split='train',
-                                      cache_dir=cache_dir, columns=columns)
+        try: found = datasets.load_dataset('parquet', data_files=[str(f) for f in files], split='train',
+                                           cache_dir=cache_dir, columns=columns)
+        except datasets.exceptions.DatasetGenerationError as e:
+            if getattr(e.__cause__, 'errno', None): raise e.__cause__
+            raise ValueError(f'one of the {len(files)} parquet files at {files[0].name} is damaged '
+                             f'({in_one_line(e.__cause__ or e)}): make or download them again') from e
         return _typed(found, files[0].name)
 
 # %% ../nbs/05_data.ipynb #c41e8f67

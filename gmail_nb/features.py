@@ -38,7 +38,7 @@ from numpy.lib.format import open_memmap
 from .align import FrozenTower, GenReal
 from .data import column_of, decode_image
 from .encoders import Encoder, load_encoder
-from .files import (atomic_path, atomic_write, check_writable, checked_card, name_some, progress,
+from .files import (atomic_path, atomic_write, check_writable, checked_card, in_one_line, name_some, progress,
                             read_object, unknown_name, versions)
 from .runtime import default_device, fingerprint
 from .settings import PRECISIONS, EmbedSettings, part_of
@@ -536,12 +536,13 @@ def read_keys(
     if 'keys' in card: table = pa.table({k: card[k] for k in ('keys', 'samples') if card.get(k)})
     else:
         try: table = pq.read_table(folder/'keys.parquet')
-        except (OSError, pa.ArrowException) as e:
-            raise ValueError(f'{folder.name}/keys.parquet does not read back ({e}): '
+        except Exception as e: # damage shows as an error of many kinds
+            raise ValueError(f'{folder.name}/keys.parquet does not read back ({in_one_line(e)}): '
                              'run `embed` again') from e
     if len(table) != card.get('n', len(table)):
         raise ValueError(f'{folder.name} has {len(table)} keys for {card["n"]} features: '
                          'run `embed` again')
+    if not table.num_columns: raise ValueError(f'{folder.name}/keys.parquet is empty: run `embed` again')
     keys, *samples = table.columns
     return keys, samples[0].to_numpy() if samples else None
 
@@ -567,8 +568,8 @@ def mapped_array(
     path, where = folder/'features.npy', f'{folder.name}/features.npy'
     if not path.is_file(): raise FileNotFoundError(f'{where} is missing: run `embed` again')
     try: array = np.load(path, mmap_mode='c', allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
-        raise ValueError(f'{where} does not read ({e}): run `embed` again') from e
+    except Exception as e: # the header is text in Python's form, which is wrong in many ways
+        raise ValueError(f'{where} does not read ({in_one_line(e)}): run `embed` again') from e
     said = card.get('n', len(array)), card.get('dim', array.shape[-1]), card.get('store', str(array.dtype))
     if (*array.shape, str(array.dtype)) == said: return array
     raise ValueError(f'{where} is {array.shape} of {array.dtype}, its card says {said[:2]} of {said[2]}: '

@@ -137,6 +137,25 @@ def test_any_bytes_decode_or_are_refused(data):
     try: decode_image(data, 'row')
     except ValueError as e: assert "'row'" in str(e)
 
+FINDINGS = sorted((Path(__file__).parent/'findings').iterdir()) # of tools/fuzz.py: image bytes and caption files
+
+@pytest.mark.parametrize('file', FINDINGS, ids=lambda f: f.name)
+def test_what_fuzzing_found_is_refused(file, tmp_path):
+    if file.name.startswith('images'):
+        refused(lambda: decode_image(file.read_bytes(), 'row'), "'row'")
+        return
+    (tmp_path/f't{file.suffix}').write_bytes(file.read_bytes())
+    for images in (True, False): refused(lambda: load_captioned(tmp_path/f't{file.suffix}', images=images), 't.')
+
+def test_parquet_with_a_damaged_middle_is_named(tmp_path):
+    "The footer reads; pages behind it do not."
+    pq.write_table(pa.table(dict(key=['1', '2'], image=[image] * 2, captions=[['a'], ['b']])), tmp_path/'t.parquet')
+    whole = (tmp_path/'t.parquet').read_bytes()
+    for at in range(4, len(whole) - 8, len(whole) // 40):
+        (tmp_path/'t.parquet').write_bytes(whole[:at] + b'\xff' * 12 + whole[at + 12:])
+        try: load_captioned(tmp_path/'t.parquet')
+        except ValueError as e: assert '\n' not in str(e), str(e)
+
 # Paths that leave the folder of the images
 
 @pytest.fixture
@@ -214,7 +233,7 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
     ('t.jsonl', b'[' * 100_000, ['line 1 is not JSON']), ('t.jsonl', b'\xff\xfe\x00', ['not UTF-8'])])
 def test_a_table_that_is_wrong_is_named_with_its_line(tmp_path, name, data, words):
     file = table(tmp_path, data, name)
-    if not words: assert len(from_table(file)) == 1 # odd, but legal
+    if not words: assert len(from_table(file)) == 2 # odd, but legal
     else: refused(lambda: from_table(file), 't.', *words)
 
 def test_long_captions_and_odd_characters_come_back(tmp_path):
@@ -364,7 +383,8 @@ def test_pages_hold_what_was_said_as_text():
 def pictures_of(folder, good, bad):
     folder.mkdir()
     for i in range(good + bad):
-        (folder/f'{i:03}.png').write_bytes(encoded(RED, 'PNG') if i >= bad else b'no picture')
+        noise = Image.effect_noise((16, 8), 20 + i).convert('RGB')
+        (folder/f'{i:03}.png').write_bytes(encoded(noise, 'PNG') if i >= bad else b'no picture')
         (folder/f'{i:03}.txt').write_text(f'picture {i}')
     return folder
 
@@ -384,5 +404,78 @@ def test_embedding_leaves_out_what_does_not_decode_up_to_a_share(tmp_path, capsy
     assert len(load_features(tmp_path/'out')) == good # what was made is kept
     said = capsys.readouterr().err
     assert (f'{bad} of {good + bad} images left out' in said) == bool(bad) and said.count('does not decode') == bad
-    lines = (tmp_path/'out'/'damaged.jsonl').read_text().splitlines() if bad else []
+    lines = (tmp_path/'out'/'skipped.jsonl').read_text().splitlines() if bad else []
     assert [json.loads(l)['key'] for l in lines] == [f'{i:03}' for i in range(bad)]
+
+def skipped_in(folder): return [json.loads(l) for l in (folder/'skipped.jsonl').read_text().splitlines()]
+
+def test_alignment_leaves_out_pairs_of_damaged_images(tmp_path, capsys, monkeypatch):
+    from test_saved import tiny
+    import gmail_nb.runs.align as room
+    from gmail_nb.settings import AdapterSettings, AlignRunSettings, AlignSettings
+    from gmail_nb.splits import trained_on
+    real, made = pictures_of(tmp_path/'real', 19, 1), pictures_of(tmp_path/'made', 20, 0)
+    (made/'007.png').write_bytes(b'no picture')
+    monkeypatch.setattr(room, 'load_encoder', lambda name: tiny())
+    how = dict(align=AlignSettings(epochs=1, batch_size=4), adapters=AdapterSettings(targets=('first', 'head')),
+               validation_share=.2, workers=2)
+    refused(lambda: room.align_sets(real, made, 'embedded', tmp_path/'out', AlignRunSettings(**how)),
+            '2 of 40 images', '--most-damaged')
+    assert not (tmp_path/'out'/'card.json').exists()
+    room.align_sets(real, made, 'embedded', tmp_path/'out', AlignRunSettings(most_damaged=.1, **how))
+    assert [(r['side'], r['key']) for r in skipped_in(tmp_path/'out')] == [('real', '000'), ('generated', '007')]
+    assert '2 of 40 images left out' in capsys.readouterr().err
+    learned = trained_on(tmp_path/'out')
+    assert 10 < len(learned) <= 18 and not {'000', '007'} & set(learned)
+
+@pytest.mark.parametrize('bad, status', [(0, 0), (1, 0), (3, 2)])
+def test_an_evaluation_measures_what_decodes(tmp_path, capsys, bad, status):
+    from gmail_nb.cli.commands import gmail_eval
+    photos = pictures_of(tmp_path/'photos', 12 - bad, bad)
+    how = ['--data', str(photos), '--out', str(tmp_path/'out'), '--no-pictures', '--no-show-progress']
+    assert (gmail_eval(['--model', 'embedded', *how]) or 0) == status
+    said = capsys.readouterr()
+    assert (f'{bad} of 12 images of {photos} left out' in said.err) == bool(bad)
+    if bad: assert [r['key'] for r in skipped_in(tmp_path/'out')] == [f'{i:03}' for i in range(bad)]
+    else: assert not (tmp_path/'out'/'skipped.jsonl').exists()
+    if status: assert '--most-damaged' in said.err + said.out
+    else: assert json.loads((tmp_path/'out'/'results.jsonl').read_text().splitlines()[0])['n'] == 12 - bad
+
+@pytest.mark.parametrize('good, bad, more, status', [(3, 1, [], 0), (3, 2, [], 2), (3, 2, ['--most-damaged', '.5'],
+    0),
+                                                     (300, 3, [], 0), (3, 1, ['--most-damaged', '0'], 2)])
+def test_captions_are_written_and_too_many_damaged_pictures_end_badly(capsys, monkeypatch, good, bad, more, status):
+    import gmail_nb.runs.tune_caption as room
+    from gmail_nb.cli.commands import gmail_caption
+    said = {f'{i}.png': 'a dog' for i in range(good)}, {f'{i}.gif': f'{i}.gif does not decode' for i in range(bad)}
+    monkeypatch.setattr(room, 'caption_files', lambda images, captioner, **how: said)
+    try: ended = gmail_caption(['photos', *more]) or 0
+    except SystemExit as e: ended = e.code
+    out, err = capsys.readouterr()
+    assert ended == status and out.count('a dog') == good and err.count('left out: ') == bad
+    assert f'{bad} of {good + bad} images left out' in err
+
+def test_features_of_a_stranger_are_read_or_refused(tmp_path):
+    from test_saved import tiny
+    from gmail_nb.features import embed, load_features
+    from gmail_nb.settings import EmbedSettings
+    out = tmp_path/'features'
+    embed(load_captioned(pictures_of(tmp_path/'photos', 3, 0)), tiny(), out,
+          settings=EmbedSettings(show_progress=False))
+    for name, start, stop in (('keys.parquet', 4, 60), ('keys.parquet', -80, -8), ('features.npy', 10, 60),
+                              ('features.npy', 8, 10)):
+        whole = (out/name).read_bytes()
+        for filler in (b'\xff', b'\0', b'"', b'('):
+            (out/name).write_bytes(whole[:start] + filler * (stop - start) + whole[stop:])
+            try: load_features(out, verify=True)
+            except ValueError as e: assert '\n' not in str(e) and 'run `embed` again' in str(e), str(e)
+        (out/name).write_bytes(whole)
+    assert len(load_features(out, verify=True)) == 3
+
+@pytest.mark.parametrize('shards', [3, None, [3], [{}], [dict(shard=3, rows=1)], [dict(shard='a', rows='b')], 'text'])
+def test_a_manifest_of_another_shape_is_refused(tmp_path, shards):
+    from gmail_nb.generate import load_generated
+    (tmp_path/'settings.json').write_text('{}')
+    (tmp_path/'captions.parquet').write_bytes(b'')
+    (tmp_path/'manifest.json').write_text(json.dumps(dict(shards=shards)))
+    refused(lambda: load_generated(tmp_path), 'manifest.json')
