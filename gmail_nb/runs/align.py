@@ -309,8 +309,7 @@ def align_sets(
     settings:AlignRunSettings=AlignRunSettings(),
     source:SourceSettings=SourceSettings() # how the real set is read
 ) -> GenReal:
-    """Align an encoder on two sets on disk; call it again to go on where it was stopped. Images that do
-    not decode are named and counted; `ValueError` when they are more than `most_damaged`."""
+    "Align an encoder on two sets on disk, or go on. `ValueError` when too many images do not decode."
     out, acc = check_writable(out), processes(settings.run.trackers, out, settings.run.device)
     real = load_captioned(real, replace(source, decoded=0), training=True)
     made = generated_images(generated)
