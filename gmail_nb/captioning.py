@@ -8,9 +8,9 @@ __all__ = ['MAPPERS', 'LM_TUNINGS', 'MLPMapper', 'TransformerMapper', 'Prefix', 
            'prefixed_logits', 'padded', 'caption_loss', 'CaptionPlan', 'caption_batches', 'noisy_features',
            'CaptionLearner', 'EncodedCaptions', 'caption_parts', 'encode_captions', 'read_encoded', 'write_encoded',
            'Sources', 'check_captioned_features', 'CaptionLoss', 'own_share', 'has_dropout', 'training_facts',
-           'StepTraining', 'CaptionTraining', 'seeded_dropout', 'put_dropout_back', 'take_steps', 'train_captioner',
-           'RowSampling', 'check_captioner_input', 'continue_from', 'generate_ids', 'caption_text', 'write_captions',
-           'save_captioner', 'captioner_settings', 'captioner_card', 'loaded_in', 'load_captioner',
+           'StepTraining', 'CaptionTraining', 'seeded_dropout', 'put_dropout_back', 'tracked', 'take_steps',
+           'train_captioner', 'RowSampling', 'check_captioner_input', 'continue_from', 'generate_ids', 'caption_text',
+           'write_captions', 'save_captioner', 'captioner_settings', 'captioner_card', 'loaded_in', 'load_captioner',
            'caption_statistics']
 
 # %% ../nbs/35_captioning.ipynb #08433877
@@ -719,6 +719,10 @@ def drive(self:StepTraining, run:RunSettings, notes:Log, bar) -> None:
         if checkpoints and (last or self.step % run.save_every == 0): self.save(checkpoints)
 
 # %% ../nbs/35_captioning.ipynb #0ab385ce
+def tracked(run:RunSettings) -> Accelerator:
+    "This process, with the trackers that are asked for."
+    return processes(run.trackers, run.checkpoints or Path(run.log_file or '.').parent)
+
 def take_steps(
     job:StepTraining,
     seed:int,             # of dropout
@@ -756,7 +760,8 @@ def train_captioner(
     `ValueError` for unpaired input, `FloatingPointError` when the loss is no number."""
     named = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, noise=noise)
     settings = replace(settings, **{k: v for k, v in named.items() if v is not None})
-    job = CaptionTraining(captioner, features, captions, settings, seed, accelerator)
+    acc = accelerator or tracked(run)
+    job = CaptionTraining(captioner, features, captions, settings, seed, acc)
     take_steps(job, seed, run, desc)
     captioner.eval()
     return job.learner.losses

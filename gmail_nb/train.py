@@ -994,7 +994,7 @@ class Log:
     def __init__(self,
         path:str|Path|None,      # none without a place for it
         accelerator:Accelerator,
-        settings:AlignSettings,  # for the trackers
+        settings,                # a dataclass, for the trackers
         history:list[dict]       # rows that are there already
     ):
         self.accelerator, self.settings, self.history = accelerator, settings, history
@@ -1010,8 +1010,9 @@ class Log:
         return self
 
     def facts(self) -> dict: # TensorBoard takes no None
-        return {k: v if isinstance(v, (int, float, str)) else str(v)
-                for k, v in (asdict(self.settings) | dict(tau=self.settings.temperature)).items()}
+        said = asdict(self.settings)
+        if hasattr(self.settings, 'temperature'): said['tau'] = self.settings.temperature
+        return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in said.items()}
 
 # %% ../nbs/26_train.ipynb #31ebcb76
 @patch
