@@ -232,11 +232,13 @@ def gmail_caption(
 ):
     "Captions for images, through f_r and a captioner: a line for each, its name and its caption."
     from gmail_nb.runs.tune_caption import caption_files
-    found, broken = caption_files(images, captioner, **settings.given())
+    from gmail_nb.runs.embed import tell_skipped
+    how = settings.given()
+    share = how.pop('most_damaged')
+    found, broken = caption_files(images, captioner, **how)
     for name, text in found.items(): print(f'{name}\t{text}')
-    said = [f'left out: {why}' for why in broken.values()]
-    if broken: said.append(f'{len(broken)} of {len(found) + len(broken)} images left out')
-    for line in said: print(f'gmail_caption: {line}', file=sys.stderr)
+    lost = [dict(key=name, reason=why) for name, why in broken.items()]
+    tell_skipped(lost, len(found) + len(lost), None, share)
 
 # %% ../../nbs/cli/10_commands.ipynb #824ef0b5
 @command(dry=dry('dry_chat', 'tune_llava'), example='gmail_chat --image photo.jpg "What is in the picture?"')
