@@ -49,8 +49,8 @@ def gmail_demo(
     quick:bool=False,         # a smaller run, for a first look
     seed:int=0,               # seed of noise, adapters and data order
     crude:bool=False,         # draw and tune as version 0.4 did: three steps at guidance 8
-    steps:int|None=None,      # of the generator, as many as its own if absent
-    guidance:float|None=None  # of the generator, its own if absent
+    steps:int|None=None,      # steps of the generator, its own if absent
+    guidance:float|None=None  # guidance of the generator, its own if absent
 ):
     "The whole method on the embedded set. Writes results.jsonl, figures and report.html."
     import time
