@@ -642,7 +642,7 @@ _demo_tune = TuneSettings(projection=False, validation_share=0., patience=None)
 
 @dataclass(frozen=True)
 class DemoSettings:
-    "What a demo run depends on."
+    "What a run on the embedded set depends on; by default, as the comparisons draw."
     align_captions:int=772      # concepts of A that get generated images
     tune_captions:int=697       # concepts of B that get one each
     validation_captions:int=48  # concepts of A kept out of the alignment to draw its curve
@@ -660,7 +660,7 @@ def demo_settings(
     quick:bool=False, # a smaller run, for a first look
     seed:int=0        # of noise, adapters and data order
 ) -> DemoSettings:
-    "The settings of `gmail_demo`, with or without `--quick`."
+    "The settings that the comparisons share, and `gmail_demo --crude`; with or without `--quick`."
     s = DemoSettings(seed=seed, align=replace(_demo_align, seed=seed))
     if not quick: return s
     return replace(s, align_captions=256, tune_captions=192, validation_captions=16, seeds=3,
