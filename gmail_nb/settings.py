@@ -324,6 +324,7 @@ class AlignRunSettings:
     processes:int=0              # that decode, in place of threads
     features:str|None=field(default=None, metadata=YOUNG) # folder that runs share
     store:str=field(default='float32', metadata=YOUNG) # number format on disk, or float16
+    keep_best:bool=field(default=True, metadata=YOUNG) # end with the best weights by held-out pairs, or the start
     run:RunSettings=RunSettings()
 
     def __post_init__(self):
