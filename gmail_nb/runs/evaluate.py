@@ -631,7 +631,7 @@ def eval_verdict(
     "A sentence for each difference; the word is that of the first."
     found = differences_told(records, experiment, data)
     if not found:
-        return Verdict('untold', ('One model was measured, so there is no difference to judge.',),
+        return Verdict('untold', ('No two rows were compared, so there is no difference to judge.',),
                        ('a second --model beside it, such as the untuned encoder, named first',))
     first = next(iter(found.values()))[1]
     word = word_of(first) if first.n >= FEWEST else 'untold'
