@@ -86,6 +86,7 @@ def test_a_worse_training_is_put_back(home, monkeypatch):
     import gmail_nb.runs.align as room
     def worse(model, sets, *rest):
         with torch.no_grad(): model.proj_gen.weight.copy_(-torch.eye(model.encoder.dim))
+        model.tau = .07
         return [dict(step=1, loss=3., lr=1e-3), dict(step=2, loss=.1, lr=1e-3, paired_cosine=-.4)]
     monkeypatch.setattr(room, 'train_pairs', worse)
     model = aligned(home, 'drawn', 'worse')
@@ -184,5 +185,5 @@ def test_every_command_prints_its_completion(capsys):
     assert COMMANDS(['--completion', 'zsh']) == 0 and capsys.readouterr().out.startswith('autoload')
     assert gmail_tune(['--completion', 'bash']) == 0
     assert 'complete -o filenames -F _gmail_tune gmail_tune' in capsys.readouterr().out
-    assert gmail_tune.commands['text'](['--completion', 'bash']) == 0
+    assert gmail_tune.commands['text'](['--completion', 'bash']) == 2 # completed with its first word
     assert gmail_tune(['--completion', 'fish']) == 2

@@ -445,6 +445,9 @@ def functions_of(command) -> str: # command: a `Command`, or `Commands`
 class Completion(argparse.Action):
     "Prints the completion of its parser, and ends as `--help` does."
     def __call__(self, parser, namespace, values, option_string=None):
+        if ' ' in parser.prog:
+            first = parser.prog.split()[0]
+            parser.error(f'{first} --completion {values} completes all that begins with {first}')
         print(completion(parser.of, values))
         parser.exit()
 
