@@ -539,7 +539,8 @@ def show_captioned(
     ncols:int=6, size:float=1.3 # as in `show_images`
 ) -> Figure:
     "Images of a set with their first captions; `ValueError` for a set without rows."
-    shown = ds.select(np.unique(np.linspace(0, len(ds) - 1, min(n, len(ds))).astype(int))) if len(ds) else ds
-    said = [c[0] if isinstance(c, list) else c for c in shown['captions' if 'captions' in ds.column_names else 'caption']]
-    images = [decode_image(r['image'], k) for r, k in zip(undecoded(shown), shown['key'])]
+    if len(ds): ds = ds.select(np.unique(np.linspace(0, len(ds) - 1, min(n, len(ds))).astype(int)))
+    texts = ds['captions' if 'captions' in ds.column_names else 'caption']
+    said = [c[0] if isinstance(c, list) else c for c in texts]
+    images = [decode_image(r['image'], k) for r, k in zip(undecoded(ds), ds['key'])]
     return show_images(images, said, ncols, size)

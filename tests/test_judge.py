@@ -43,7 +43,8 @@ def home(tmp_path_factory):
     return home
 
 def aligned(home, drawn, out, **how):
-    return align_sets(str(home/'real.parquet'), str(home/f'{drawn}.parquet'), 'embedded', home/out, replace(SETTINGS, **how))
+    sets = str(home/'real.parquet'), str(home/f'{drawn}.parquet')
+    return align_sets(*sets, 'embedded', home/out, replace(SETTINGS, **how))
 
 @pytest.fixture(scope='module')
 def good(home):
@@ -187,3 +188,51 @@ def test_every_command_prints_its_completion(capsys):
     assert 'complete -o filenames -F _gmail_tune gmail_tune' in capsys.readouterr().out
     assert gmail_tune.commands['text'](['--completion', 'bash']) == 2 # completed with its first word
     assert gmail_tune(['--completion', 'fish']) == 2
+
+# Tuning and measuring
+
+@pytest.fixture(scope='module')
+def tuned(home):
+    from gmail_nb.runs.presets import TEXT_RECIPES
+    from gmail_nb.runs.tune_text import tune_from_files
+    from gmail_nb.settings import TuneSettings
+    settings = TuneSettings(steps=20, every=10, validation_share=.4)
+    recipe = replace(TEXT_RECIPES['small'], settings=settings)
+    tune_from_files(home/'tuned', recipe, real=str(home/'real.parquet'), desc=None)
+    return home/'tuned'
+
+def test_a_text_side_is_judged_on_captions_kept_out(tuned):
+    verdict = read_verdict(tuned)
+    n = next(iter(verdict.measures.values())).n
+    assert verdict.said != 'untold' and FEWEST <= n <= KEPT and f'{n} captions' in verdict.sentences[0]
+    page = (tuned/'report.html').read_text()
+    assert page.index('<img') < page.index(verdict.sentences[0][:20]) < page.index('T2I R@1') < page.index('recipe.')
+    assert {'found.png', 'worst.png', 'difference.png', 'loss.png'} <= {p.name for p in tuned.iterdir()}
+
+def test_a_measurement_has_a_sentence_for_each_difference(home, tuned, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    test = emoji('B', source='twemoji').select(range(30))
+    test.select_columns(['key', 'image', 'captions']).to_parquet('test.parquet')
+    rows = '--model', 'base=embedded', '--model', 'ours=tuned:tuned'
+    assert gmail_eval([*rows, '--data', 'test.parquet', '--out', 'eval', '--json']) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert len(found['verdict']['sentences']) == 2 and found['verdict']['sentences'][0] in said.err
+    assert 'ours in place of base' in found['verdict']['sentences'][0] and found['tables']
+    page = (home/'eval'/'report.html').read_text()
+    assert page.index('<img') < page.index('ours in place of base')
+
+# Objects show themselves
+
+def test_pairs_sets_and_models_show_themselves(home, good):
+    from gmail_nb.data import pairs, show_captioned
+    from gmail_nb.pages import ResultTable, show_page
+    files, cache = (str(home/f'{n}.parquet') for n in ('real', 'drawn')), str(home/'cache')
+    real, drawn = (Dataset.from_parquet(f, cache_dir=cache) for f in files)
+    made = drawn.add_column('caption', [c[0] for c in drawn['captions']]).add_column('sample', [0] * len(drawn))
+    assert pairs(real, made)._repr_png_()[:4] == b'\x89PNG' and len(show_captioned(real, 5).axes) >= 5
+    card = GenReal.from_pretrained(good)._repr_html_()
+    assert 'embedded' in card and 'lora of rank 4' in card
+    assert 'paired_cosine' in ResultTable(read_results(good/'results.jsonl'))._repr_html_()
+    assert show_page(good)._repr_html_().startswith('<iframe')
+    with pytest.raises(FileNotFoundError, match='no page'): show_page(home)

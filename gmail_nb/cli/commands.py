@@ -211,8 +211,8 @@ def gmail_tune_caption(
     from gmail_nb.runs.tune_caption import tune_captioner
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
-    records = tune_captioner(real, out, preset.settings, generated=generated, model=model, arm=arm, test=test,
-                             source=source, run=run)
+    records = tune_captioner(real, out, preset.settings, generated=generated, model=model, arm=arm,
+                             test=test, source=source, run=run)
     found = say_verdict(out, f'{out}/captioner')
     print(f'captioner: {out}/captioner, scores: {out}/results.jsonl')
     return found | dict(scores={r['metric']: r['value'] for r in records or ()})

@@ -197,7 +197,8 @@ def write_pictures(
 ) -> dict[str, str]: # caption -> data URI
     "loss.png, cosines.png, and gap.png where there are ten pairs."
     cosines, found = (paired_cosines(before, target), paired_cosines(after, target)), {}
-    figures = {'Cosine of the held-out pairs, before and after': (show_cosines(*cosines), 'cosines')}
+    title = 'Cosine of the held-out pairs, before and after'
+    figures = {title: (show_cosines(*cosines), 'cosines')}
     if len(target) >= 10:
         gap = show_gap((before, target), (after, target))
         figures['Generated and real images, before and after'] = gap, 'gap'
@@ -210,7 +211,7 @@ def first_hits(queries:torch.Tensor, gallery:torch.Tensor) -> np.ndarray: # (N,)
     return (ranks(queries, gallery) < 1).float().numpy()
 
 def alignment_measures(
-    before:torch.Tensor, tried:torch.Tensor, target:torch.Tensor # (N, D) each, of the pairs that judge
+    before:torch.Tensor, tried:torch.Tensor, target:torch.Tensor # (N, D), of the pairs that judge
 ) -> list[Measure]:
     "The cosine of each pair, and whether its generated image finds it."
     some = some_pairs(len(target))
@@ -224,16 +225,19 @@ def what_to_try(
     n:int,               # pairs trained on
     judging:int,         # pairs that judge
     history:list[dict],  # from `align`
-    share:float          # kept out
+    share:float,         # kept out
+    said:str='hurts'     # the word of the verdict
 ) -> list[str]:
     "What may help where held-out pairs came no closer, or cannot tell."
     if judging < FEWEST:
-        return [f'a larger --validation-share than {share}, so that at least {2 * FEWEST} pairs are kept out']
+        most = 2 * FEWEST
+        return [f'a larger --validation-share than {share}, so that at least {most} pairs are kept out']
     first, last = history[0]['loss'], history[-1]['loss']
-    learned = f'; the loss fell from {first:.2f} to {last:.2f}, so these were learned by heart'
+    learned = f'; the loss fell from {first:.2f} to {last:.2f}'
+    if said == 'hurts': learned += ', so these were learned by heart'
     return [f'more pairs: {n} were trained on' + (learned if last < first else ''),
-            'better pictures: worst.png shows the pairs that lie farthest apart, and gmail_generate --quality '
-            'measures how well images show their captions']
+            'better pictures: worst.png shows the pairs that lie farthest apart, and gmail_generate '
+            '--quality measures how well images show their captions']
 
 # %% ../../nbs/runs/10_align.ipynb #8a1fdecc
 def which_kept(
@@ -243,7 +247,8 @@ def which_kept(
     settings:AlignRunSettings
 ) -> str:
     "Which weights the model has, and who chose them."
-    if not settings.keep_best: return f'The model has the weights of the end, after {len(history)} steps.'
+    n = len(history)
+    if not settings.keep_best: return f'The model has the weights of the end, after {n} steps.'
     chooses, judges = sets.halves()
     others = 'other ' if len(chooses) < len(sets.target) else ''
     by = f'the cosine of {len(chooses)} {others}held-out pairs'
@@ -263,7 +268,8 @@ def judge_alignment(
     i = sets.halves()[1] if settings.keep_best else np.arange(len(sets.target))
     found = judged('Aligning', alignment_measures(before[i], tried[i], sets.target[i]))
     n, known = len(sets.features), which_kept(kept, history, sets, settings)
-    tries = [] if found.said == 'helps' else what_to_try(n, len(i), history, settings.validation_share)
+    share, tries = settings.validation_share, []
+    if found.said != 'helps': tries = what_to_try(n, len(i), history, share, found.said)
     return replace(found, sentences=(*found.sentences, known), tries=tuple(tries),
                    facts=dict(kept_step=kept, trained_on=n, judged_by=len(i)))
 
@@ -311,8 +317,8 @@ def write_pair_pictures(
 ) -> dict[str, str]: # caption -> data URI
     "pairs.png: some of them; worst.png: those that lie farthest apart."
     lowest = cosines.argsort()[:8].tolist()
-    shown = {'pairs': ('Pairs that were kept out: real images, and what was drawn from their captions',
-                       spread(len(pairs))),
+    some = 'Pairs that were kept out: real images, and what was drawn from their captions'
+    shown = {'pairs': (some, spread(len(pairs))),
              'worst': ('The held-out pairs that lie farthest apart after aligning', lowest)}
     return {title: save_figure(show_judged(pairs, cosines, which), out/f'{name}.png', dpi=80)
             for name, (title, which) in shown.items()}
@@ -335,9 +341,11 @@ def report_alignment(
     model.save_pretrained(out, settings=asdict(settings), tau=model.tau,
                           data=f'{n} pairs with {data}', results=results, **said)
     moved = after if tried is None else tried
-    pictures = {} if pairs is None else write_pair_pictures(out, pairs, paired_cosines(moved, target))
+    cosines = paired_cosines(moved, target)
+    pictures = write_pair_pictures(out, pairs, cosines) if pairs else {}
     pictures |= write_pictures(out, history, before, moved, target)
-    tables = {'The gap on held-out pairs: without tuning, and by this model': ResultTable(records).rows()}
+    table = 'The gap on held-out pairs: without tuning, and by this model'
+    tables = {table: ResultTable(records).rows()}
     write_page(out, f'Aligned: {out.name}', pictures, verdict, tables, described(settings))
     return records
 
@@ -476,10 +484,12 @@ def align_sets(
     made = whole_images(made, generated, model, out, settings, acc, features.failed, len(real))
     sets = pair_sets(made, features, model.encoder.preprocess, settings)
     tokens = partner_tokens(real, sets.features, model, out, settings, acc)
-    history, verdict, before, after, tried = train_and_judge(model, sets, out, settings, acc, tokens)
+    found = train_and_judge(model, sets, out, settings, acc, tokens)
+    history, verdict, before, after, tried = found
     if acc.is_main_process:
         report_alignment(model, out, history, before, after, sets.target, set_name(generated),
-                         len(sets.features), settings, verdict, pairs_kept_out(real, made, sets), tried)
+                         len(sets.features), settings, verdict,
+                         pairs_kept_out(real, made, sets), tried)
         write_trained_on(out, sets.features.keys)
     acc.wait_for_everyone()
     return model

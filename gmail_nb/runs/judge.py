@@ -41,8 +41,8 @@ class Verdict:
     def card(self) -> dict:
         "As JSON, for a card or a program."
         found = {k: d._asdict() for k, d in self.measures.items()}
-        return dict(said=self.said, sentences=list(self.sentences), tries=list(self.tries), measures=found,
-                    **self.facts)
+        return dict(said=self.said, sentences=list(self.sentences), tries=list(self.tries),
+                    measures=found, **self.facts)
 
 # %% ../../nbs/runs/04_judge.ipynb #c3767892
 def read_verdict(
@@ -83,11 +83,12 @@ def too_few(
 ) -> Verdict:
     "What is said of fewer than `FEWEST`."
     n = len(first.ours)
-    if not n: said = f'No {over} were kept out, so whether it helps cannot be told: {what.lower()} was not measured.'
-    else:
-        d = first.scale * (np.mean(first.ours) - np.mean(first.theirs))
-        said = (f'{what}: {first.name} differs by {d:+.{first.digits}f}{first.unit}, but only {n} {over} were '
-                f'kept out; of fewer than {FEWEST} nothing can be told.')
+    if not n:
+        said = f'No {over} were kept out: {what.lower()} was not measured, and whether it helps cannot be told.'
+        return Verdict('untold', (said,))
+    d = first.scale * (np.mean(first.ours) - np.mean(first.theirs))
+    said = (f'{what}: {first.name} differs by {d:+.{first.digits}f}{first.unit}, but only {n} {over} '
+            f'were kept out; of fewer than {FEWEST} nothing can be told.')
     return Verdict('untold', (said,))
 
 def judged(
@@ -98,7 +99,8 @@ def judged(
     "The verdict that the intervals allow."
     if len(measures[0].ours) < FEWEST: return too_few(what, measures[0], over)
     found = {m.name: m.difference() for m in measures}
-    said = tuple(sentence(what, m.name, found[m.name], m.unit, m.scale, over, m.digits) for m in measures)
+    how = lambda m: (found[m.name], m.unit, m.scale, over, m.digits)
+    said = tuple(sentence(what, m.name, *how(m)) for m in measures)
     return Verdict(word_of(found[measures[0].name]), said, measures=found)
 
 # %% ../../nbs/runs/04_judge.ipynb #712543b9
@@ -147,5 +149,6 @@ def write_page(
     settings=None             # what it depended on
 ) -> Path: # report.html
     "Write the page of a run: pictures, the verdict and what to try, tables, settings, versions."
-    said = [] if verdict is None else [*verdict.sentences, *(f'To try: {t}.' for t in verdict.tries)]
+    said = []
+    if verdict: said = [*verdict.sentences, *(f'To try: {t}.' for t in verdict.tries)]
     return atomic_write(Path(out)/'report.html', run_page(title, pictures, said, tables, settings))

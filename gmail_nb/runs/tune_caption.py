@@ -548,7 +548,8 @@ def finish_captioner(
     write_results(job.out/'results.jsonl', records)
     pictures = caption_pictures_of(job.out, job.test, job.sets.test, written[0], verdict)
     about = dict(arm=job.arm, captioner=described(s), run=described(job.run))
-    write_page(job.out, f'Captioner: {job.out.name}', pictures, verdict, {'Scores': ResultTable(records).rows()}, about)
+    tables = {'Scores': ResultTable(records).rows()}
+    write_page(job.out, f'Captioner: {job.out.name}', pictures, verdict, tables, about)
     return records
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #7f2258a2

@@ -193,13 +193,15 @@ def judge_text(seen:Seen, tuned:TunedText, learned:int, settings:TuneSettings) -
     none = np.zeros(0), np.zeros(0)
     before, after = (seen.ranks(s) if len(seen.index) else none for s in ('before', 'after'))
     names = 'text-to-image R@1 of captions kept out', 'image-to-text R@1 of them'
-    found = judged('Tuning', [Measure(n, a < 1, b < 1) for n, a, b in zip(names, after, before)], 'captions')
+    measures = [Measure(n, a < 1, b < 1) for n, a, b in zip(names, after, before)]
+    found, share = judged('Tuning', measures, 'captions'), settings.validation_share
     if found.said == 'helps': tries = ()
-    elif found.said == 'untold': tries = (f'a larger --validation-share than {settings.validation_share}',)
+    elif found.said == 'untold': tries = (f'a larger --validation-share than {share}',)
     else: tries = (f'more captions: {learned} were learned from', 'fewer --steps, or --tuning head')
     n, looks = len(tuned.history), any('validation_loss' in h for h in tuned.history)
-    known = f'The tuned side has the weights of step {tuned.best} of {n}' + ', chosen by the same captions.' * looks
-    return replace(found, sentences=(*found.sentences, known.rstrip('.') + '.'), tries=tries,
+    by = ', chosen by the same captions' * looks
+    known = f'The tuned side has the weights of step {tuned.best} of {n}{by}.'
+    return replace(found, sentences=(*found.sentences, known), tries=tries,
                    facts=dict(kept_step=tuned.best, learned_from=learned))
 
 # %% ../../nbs/runs/20_tune_text.ipynb #11e41468
@@ -210,19 +212,23 @@ def text_pictures(
 ) -> dict[str, str]: # caption -> data URI
     "found.png, worst.png, difference.png and loss.png, as far as there is something to show."
     figures = {}
-    def picture(i): return decode_image(images[int(captions.rows[seen.index[i]])]['image'])
+    def grid(which, titles):
+        rows = captions.rows[seen.index[which]].tolist()
+        return show_images([decode_image(images[r]['image']) for r in rows], titles, size=1.25)
+
     if len(seen.index) > 1:
         x, texts = seen.after
-        best, right = (texts @ x.T).argmax(1).tolist(), seen.ranks('after')[0]
-        asked, worst = spread(len(best)), np.argsort(-right)[:8].tolist()
-        titles = [f'{seen.captions[i]}' for i in asked]
-        figures['What the tuned side finds first for captions that were kept out'] = 'found', show_images(
-            [picture(best[i]) for i in asked], titles, size=1.25)
-        figures['Held-out captions whose image it finds last, and how many come before'] = 'worst', show_images(
-            [picture(i) for i in worst], [f'{right[i]}: {seen.captions[i]}' for i in worst], size=1.25)
-    if verdict.measures: figures['Tuned minus untuned'] = 'difference', show_differences(verdict.measures)
+        best, last = (texts @ x.T).argmax(1).numpy(), seen.ranks('after')[0]
+        asked, worst = spread(len(best)), np.argsort(-last)[:8]
+        first = grid(best[asked], [seen.captions[i] for i in asked])
+        figures['What the tuned side finds first for captions that were kept out'] = 'found', first
+        lost = grid(worst, [f'{last[i]}: {seen.captions[i]}' for i in worst])
+        figures['Held-out captions whose image it finds last, and how many come before'] = 'worst', lost
+    found = verdict.measures
+    if found: figures['Tuned minus untuned'] = 'difference', show_differences(found)
     figures['The loss by step'] = 'loss', show_tuning(dict(tuned=tuned))
-    return {title: save_figure(fig, out/f'{name}.png', dpi=80) for title, (name, fig) in figures.items()}
+    return {title: save_figure(fig, out/f'{name}.png', dpi=80)
+            for title, (name, fig) in figures.items()}
 
 def recall_rows(seen:Seen) -> list[list[str]]:
     "Recalls of both sides, as a table."
@@ -304,8 +310,9 @@ def finish_text(
     verdict = judge_text(seen, tuned, learned, s)
     keep_tuned(tuned, encoder, out, model, recipe, pairs.captions, arm, verdict=verdict.card())
     pictures = text_pictures(out, seen, tuned, verdict, images, pairs.captions)
-    about = dict(arm=arm, model=model and str(model), recipe=described(recipe))
-    write_page(out, f'Tuned text side: {out.name}', pictures, verdict, {'Recalls': recall_rows(seen)}, about)
+    about = dict(arm=arm, model=model and Path(model).name, recipe=described(recipe))
+    tables = {'Recalls': recall_rows(seen)}
+    write_page(out, f'Tuned text side: {out.name}', pictures, verdict, tables, about)
 
 # %% ../../nbs/runs/20_tune_text.ipynb #08631b9e
 def tune_sets(
