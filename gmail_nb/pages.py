@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'one_table', 'column_blocks', 'table_text', 'table_markdown', 'table_html', 'data_uri', 'save_figure',
-           'report_page', 'flat_facts', 'facts_table', 'run_page', 'Page', 'show_page', 'ResultTable']
+           'report_page', 'is_place', 'flat_facts', 'facts_table', 'run_page', 'Page', 'show_page', 'ResultTable']
 
 # %% ../nbs/04_pages.ipynb #8bd05833
 import base64
@@ -100,16 +100,21 @@ def report_page(
             f'{table_html(rows)}{figures}</html>')
 
 # %% ../nbs/04_pages.ipynb #216c6eb2
+def is_place(value) -> bool:
+    "Whether a value is the whole path of a file or folder."
+    return isinstance(value, (str, Path)) and Path(value).is_absolute()
+
 def flat_facts(
     values,     # a dict or settings, nested as they are
     above:str='' # what they belong to
 ) -> dict[str, str]: # 'align.lr' -> its text
-    "Every value by its whole name; what is absent or empty is left out."
+    """Every value by its whole name; what is absent or empty is left out. A place on this disk is told by
+    its last name, so that the page can be given to others."""
     found = {}
     for name, v in (asdict(values) if is_dataclass(values) else values).items():
         if isinstance(v, dict) or is_dataclass(v): found |= flat_facts(v, f'{above}{name}.')
         elif isinstance(v, (list, tuple)): found[above + name] = name_some(list(v), 5)
-        elif v is not None: found[above + name] = str(v)
+        elif v is not None: found[above + name] = Path(v).name if is_place(v) else str(v)
     return {k: v for k, v in found.items() if v}
 
 def facts_table(values) -> str: # HTML; values: as above

@@ -39,7 +39,8 @@ from .align import generated_images, validation_indices
 from gmail_nb.runs.dry_run import (
     Look, first_line, look_device, look_generated, look_lm, look_model, look_out, look_path,
     look_set, look_steps)
-from .judge import FEWEST, Measure, Verdict, judged, show_differences, spread, write_page
+from .judge import (
+    FEWEST, Measure, Verdict, judged, show_differences, spread, write_page)
 from .presets import check_arm
 from .tune_caption import CaptionColumn, captioned_rows, places
 from ..runtime import default_device, fingerprint
@@ -114,7 +115,8 @@ JUDGED = 100 # images that judge, at most
 
 def keys_of(found:Learned) -> list[str]: # of every example
     "The key of the image that an example is about."
-    parts = [(f.keys, told.row.tolist()) for f, told in zip(found.files.values(), found.examples.datasets)]
+    files = zip(found.files.values(), found.examples.datasets)
+    parts = [(f.keys, told.row.tolist()) for f, told in files]
     return [keys[row] for keys, rows in parts for row in rows]
 
 def held_out(
@@ -160,7 +162,8 @@ def judge_llava(
     measures = [Measure(n, after, than, unit='', scale=1, digits=3) for n, than in ways]
     found, tries = judged('Tuning', measures, 'images'), ()
     if found.said == 'untold': tries = ('more images, or a larger --validation-share',)
-    elif found.said != 'helps': tries = (f'more examples: {learned} were learned from', 'fewer epochs')
+    elif found.said != 'helps':
+        tries = (f'more examples: {learned} were learned from', 'fewer epochs')
     return replace(found, tries=tries, facts=dict(learned_from=learned))
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #2768b9ba
@@ -190,9 +193,11 @@ def llava_pictures(
 
     if judges:
         gained, last = np.argsort(before - after)[:8].tolist(), np.argsort(after)[:8].tolist()
-        figures['Captions kept out that gained most, in log-likelihood a word'] = 'gained', grid(gained)
+        title = 'Captions kept out that gained most, in log-likelihood a word'
+        figures[title] = 'gained', grid(gained)
         figures['Those that are least likely after tuning'] = 'worst', grid(last)
-    if verdict.measures: figures['Differences'] = 'difference', show_differences(verdict.measures, 1)
+    told = verdict.measures
+    if told: figures['Differences'] = 'difference', show_differences(told, 1)
     figures['The loss by step'] = 'loss', show_losses(history)
     return {t: save_figure(fig, out/f'{name}.png', dpi=80) for t, (name, fig) in figures.items()}
 
@@ -259,8 +264,8 @@ def write_llava_page(
 ) -> None:
     "report.html, and its pictures as files."
     pictures = llava_pictures(out, found, sets, judges, before, after, history, verdict)
-    rows = [[name, str(len(losses)), *(f'{np.mean(part):.3f}' for part in (losses[:20], losses[-20:]))]
-            for name, losses in history.items() if losses]
+    def ends(x): return [f'{np.mean(part):.3f}' for part in (x[:20], x[-20:])]
+    rows = [[name, str(len(losses)), *ends(losses)] for name, losses in history.items() if losses]
     tables = {'Stages': [['stage', 'steps', 'loss, first 20 steps', 'last 20 steps'], *rows]}
     if judges:
         means = [f'{x.mean():.3f}' for x in (before, after)]
@@ -299,7 +304,8 @@ def tune_llava(
         say_broken(found.broken)
         seen = [likelihoods(llava, found, judges, settings, acc, turned) for turned in (0, 1)]
         verdict = judge_llava(before, *seen, len(learn))
-        keep_llava(llava, found, vision, history, out, settings, arm, used, learn, verdict=verdict.card())
+        keep_llava(llava, found, vision, history, out, settings, arm, used, learn,
+                   verdict=verdict.card())
         write_llava_page(out, found, sets, judges, before, seen[0], history, verdict, settings, arm)
     acc.wait_for_everyone()
     return history
