@@ -17,6 +17,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -151,6 +152,7 @@ def begin(pixels:LazyPixels) -> None:
     "What a process does first."
     global _pixels
     _pixels = pixels
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the process that it works for
     torch.set_num_threads(1)
 
 def decode_some(rows:list[int]) -> list: # arrays (3, H, W), or errors
@@ -238,7 +240,9 @@ def check_same(
     settings:dict # n, dim, store, and what the features depend on
 ) -> None:
     "`ValueError` that shows the difference when the folder belongs to other settings."
-    there = json.loads((folder/'settings.json').read_text())
+    try: there = dict(json.loads((folder/'settings.json').read_text()))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'{folder.name}/settings.json does not read ({e}): remove the folder') from e
     differ = [f'{k} is {there.get(k)!r} there and {v!r} here' for k, v in settings.items()
               if there.get(k) != v and k != 'batch_size'] # features do not depend on their batch
     if differ:
@@ -277,7 +281,7 @@ def open_features(
         if known.exists(): check_same(folder, settings)
         if not known.exists() or not path.exists(): begin_folder(folder, settings)
     try: array = np.load(path, mmap_mode='r')
-    except ValueError as e:
+    except (ValueError, EOFError, OSError) as e:
         raise ValueError(f'{path.name} in {folder.name} is cut short ({e}): '
                          'remove the folder') from e
     if array.shape == shape: return array

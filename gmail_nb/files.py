@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'atomic_write', 'check_writable', 'unknown_name', 'name_some', 'asset', 'progress', 'versions',
-           'commit', 'record', 'write_results', 'read_results']
+           'commit', 'record', 'checksum_of', 'with_checksum', 'without_checksum', 'write_results', 'read_results']
 
 # %% ../nbs/00_files.ipynb #d0e6f071
 import datetime
 import difflib
+import hashlib
 import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from importlib import metadata, resources
 from pathlib import Path
@@ -105,7 +107,11 @@ def progress(
 ) -> tqdm:
     "A tqdm bar that also shows up in logs, as a line every few seconds where there is no terminal."
     pause = .2 if sys.stderr.isatty() else 5
-    return tqdm(iterable, desc=desc, total=total, mininterval=pause, **kwargs)
+    bar = tqdm(iterable, desc=desc, total=total, mininterval=pause, **kwargs)
+    if not bar.disable: # by a clock that nobody sets: put back by an hour, a bar would stand still for it
+        bar._time = time.monotonic
+        bar.start_t = bar.last_print_t = bar._time()
+    return bar
 
 # %% ../nbs/00_files.ipynb #ebffa68f
 def _version(name):
@@ -150,25 +156,52 @@ def record(
                 value=float(value), seed=int(seed), n=int(n), **extra,
                 versions=versions(), commit=commit(), date=now)
 
+# %% ../nbs/00_files.ipynb #6b7a1c02
+def checksum_of(
+    facts:dict # what JSON can say; a checksum in it is left aside
+) -> str: # 16 hexadecimal digits
+    "A checksum of what a dict says, whatever the order of its keys."
+    said = {k: v for k, v in facts.items() if k != 'checksum'}
+    text = json.dumps(said, sort_keys=True).encode()
+    return hashlib.sha256(text).hexdigest()[:16]
+
+def with_checksum(facts:dict) -> dict:
+    "The dict, and what it says in short."
+    return facts | dict(checksum=checksum_of(facts))
+
+def without_checksum(
+    facts:dict, # as JSON gave it back
+    name:str    # of the file, and of the place in it
+) -> dict:
+    "The dict as it was written. `ValueError` when it says something else now."
+    there = facts.get('checksum') if isinstance(facts, dict) else ''
+    if there is None: return facts # of an earlier version
+    if there == '' or there != checksum_of(facts): raise ValueError(f'{name} is not as it was written')
+    return {k: v for k, v in facts.items() if k != 'checksum'}
+
 # %% ../nbs/00_files.ipynb #1f131a08
 def write_results(
     path:str|Path,       # a .jsonl file
     records:list[dict]   # from `record`
 ) -> Path:
     "Write records as JSON lines, whole or not at all."
-    return atomic_write(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records))
+    lines = (json.dumps(with_checksum(r), ensure_ascii=False) + '\n' for r in records)
+    return atomic_write(path, ''.join(lines))
 
 # %% ../nbs/00_files.ipynb #5c3ed0b7
 def read_results(
     path:str|Path # a .jsonl file from `write_results`
 ) -> list[dict]:
-    "Read records back; a line that is not JSON is named by its number."
+    "Read records back; `ValueError` names a line that is not JSON, or not as it was written."
     path, rows = Path(path), []
-    lines = path.read_text(encoding='utf-8').split('\n') # splitlines would cut at U+2028 too
+    try: lines = path.read_text(encoding='utf-8').split('\n') # splitlines would cut at U+2028 too
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path.name} is no text ({e.reason}): delete the file and run again') from e
     for i, line in enumerate(lines, 1):
         if not line.strip(): continue
-        try: rows.append(json.loads(line))
+        try: rows.append(without_checksum(json.loads(line), f'{path.name} line {i}'))
         except json.JSONDecodeError as e:
             raise ValueError(f'{path.name} line {i} is not JSON ({e.msg}): '
                              'delete the file and run again') from e
+        except ValueError as e: raise ValueError(f'{e}: delete the file and run again') from None
     return rows

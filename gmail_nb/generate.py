@@ -29,12 +29,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .data import read_parquet
-from .files import atomic_path, atomic_write, check_writable, progress, unknown_name, versions
+from .files import (atomic_path, atomic_write, check_writable, progress, unknown_name, versions,
+                            with_checksum)
 from .pipelines import load_generator, resolve_generator
 from .plan import Plan, Settings, make_settings, read_captions, settings_difference
 from .runtime import default_device, default_dtype, machine
 from .settings import DrawSettings, Generator, SourceSettings, WorkSettings
 from .shards import GENERATED, Sampler, make_shard, shard_fault
+from .sources import check_shards, read_manifest
 
 # %% ../nbs/10_generate.ipynb #239515ab
 def folder_settings(
@@ -73,7 +75,7 @@ def open_folder(
     check_writable(out)
     check_folder(out, settings)
     if (out/'settings.json').exists(): return
-    with atomic_path(out/'captions.parquet') as tmp: pq.write_table(captions, tmp)
+    with atomic_path(out/'captions.parquet') as tmp: pq.write_table(captions, tmp, write_page_checksum=True)
     atomic_write(out/'settings.json', json.dumps(asdict(settings), indent=1))
 
 # %% ../nbs/10_generate.ipynb #302e9e11
@@ -238,7 +240,7 @@ def write_manifest(
         if fault != 'missing': log.warning('%s: %s; run its part again', path.name, fault)
     if not complete: return None
     manifest = sum_up(plan, [json.loads(p.with_suffix('.json').read_text()) for p in paths])
-    atomic_write(out/'manifest.json', json.dumps(manifest, indent=1))
+    atomic_write(out/'manifest.json', json.dumps(with_checksum(manifest), indent=1))
     return manifest
 
 # %% ../nbs/10_generate.ipynb #a2f8d005
@@ -330,7 +332,8 @@ class ShardActor:
     ):
         self.out, self.todo = Path(out), todo
         settings = Settings(**folder_settings(self.out))
-        self.plan = Plan(pq.read_table(self.out/'captions.parquet'), settings)
+        captions = pq.read_table(self.out/'captions.parquet', page_checksum_verification=True)
+        self.plan = Plan(captions, settings)
         self.sampler = Sampler(load(), replace(settings, dtype=dtype), batch_size)
 
     def __call__(self, batch:dict) -> dict: # {'shard': numbers} in and out
@@ -442,15 +445,18 @@ def finished_shards(
                                 'there is no settings.json')
     shards = sorted(folder.glob('shard-*-of-*.parquet'))
     files = [p for p in shards if p.with_suffix('.json').exists()]
-    if partial: return files
+    if partial:
+        check_shards(folder, [json.loads(p.with_suffix('.json').read_text()) for p in files])
+        return files
     if not (folder/'manifest.json').exists():
         raise ValueError(f'the run in {folder.name!r} is not complete: '
                          'run `generate` again, or pass partial=True')
-    manifest = json.loads((folder/'manifest.json').read_text())
+    manifest = read_manifest(folder)
     check_lengths(folder, manifest)
     if [p.name for p in files] != [s['shard'] for s in manifest['shards']]:
         raise ValueError(f'{folder.name!r} has lost shards since it was complete: '
                          'run `generate` again')
+    check_shards(folder, manifest['shards'])
     return files
 
 # %% ../nbs/10_generate.ipynb #527b0aa7
@@ -460,7 +466,9 @@ def with_quality(
 ) -> datasets.Dataset:
     "Add the column `quality` where it was measured; None for images drawn after that."
     if not (folder/'quality.parquet').exists(): return ds
-    rows = pq.read_table(folder/'quality.parquet').to_pylist()
+    try: rows = pq.read_table(folder/'quality.parquet', page_checksum_verification=True).to_pylist()
+    except (pa.ArrowException, OSError) as e:
+        raise ValueError(f'{folder.name}/quality.parquet is damaged ({e}): delete it, and measure it again') from e
     scores = {(r['key'], r['sample']): r['quality'] for r in rows}
     measured = [scores.get(k) for k in zip(ds['key'], ds['sample'])]
     message = '%s: %d images have no quality, drawn after it was measured: measure it again'

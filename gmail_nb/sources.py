@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'log', 'TRAINING', 'TABLE_SUFFIXES', 'EXPECTED', 'key_of', 'from_folder', 'read_coco',
-           'training_splits', 'from_coco', 'from_hub', 'from_table', 'tar_files', 'is_generated', 'load_captioned',
-           'captions_of']
+           'training_splits', 'from_coco', 'from_hub', 'from_table', 'tar_files', 'is_generated', 'read_manifest',
+           'check_shards', 'load_captioned', 'captions_of']
 
 # %% ../nbs/06_sources.ipynb #4de0071c
 import csv
 import glob
+import hashlib
 import json
 import logging
 import re
@@ -24,7 +25,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from .files import name_some, unknown_name
+from .files import atomic_write, name_some, unknown_name, without_checksum
 from .data import (CAPTIONED, FEATURES, IN_MEMORY, as_captioned, check_captioned, check_parquet,
                            check_unique, column_of, parquet_files, quiet_datasets, read_parquet)
 from .settings import SourceSettings
@@ -467,15 +468,56 @@ def is_generated(
     files = ('shard-*-of-*.parquet', 'captions.parquet')
     return (path/'settings.json').exists() and any(f for p in files for f in path.glob(p))
 
+# %% ../nbs/06_sources.ipynb #6b7a1c11
+def read_manifest(
+    folder:Path # from `generate`
+) -> dict:
+    "What a complete run says of itself. `ValueError` when it is not complete, or the file is damaged."
+    path = folder/'manifest.json'
+    if not path.exists():
+        raise ValueError(f'the run in {folder.name!r} is not complete: run `generate` again')
+    again, name = 'run `generate` again, which writes it anew', f'{folder.name}/{path.name}'
+    try: return without_checksum(json.loads(path.read_text(encoding='utf-8')), name)
+    except json.JSONDecodeError as e: raise ValueError(f'{name} is not JSON ({e.msg}): {again}') from e
+    except ValueError as e: raise ValueError(f'{name} is damaged ({e}): {again}') from e
+
+def _sha256(path):
+    h = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 22): h.update(block)
+    return h.hexdigest()
+
+def _seen(folder): # shards that were read and found whole: name -> checksum, size, time of change
+    try: found = json.loads((folder/'.seen.json').read_text())
+    except (OSError, ValueError): return {}
+    return found if isinstance(found, dict) else {}
+
+# %% ../nbs/06_sources.ipynb #6b7a1c12
+def check_shards(
+    folder:Path,
+    shards:list[dict] # name and checksum of each, from a manifest or from receipts
+) -> None:
+    """`ValueError` for a shard that is not as it was written. Each is read once for that, and again
+    when its file has changed, so that a large set does not wait for it at every start."""
+    seen, now = _seen(folder), {}
+    for s in shards:
+        found = (folder/s['shard']).stat()
+        now[s['shard']] = [s['sha256'], found.st_size, found.st_mtime_ns]
+        if seen.get(s['shard']) == now[s['shard']] or _sha256(folder/s['shard']) == s['sha256']: continue
+        raise ValueError(f"{folder.name}/{s['shard']} is not as it was written: "
+                         'run `generate` again, which makes it anew')
+    if now.items() <= seen.items(): return
+    try: atomic_write(folder/'.seen.json', json.dumps(seen | now))
+    except OSError: pass # a folder that may only be read is read every time
+
 def _shards(folder:Path) -> list[Path]:
     "The shards that the manifest of a complete run names."
-    if not (folder/'manifest.json').exists():
-        raise ValueError(f'the run in {folder.name!r} is not complete: run `generate` again')
-    manifest = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
+    manifest = read_manifest(folder)
     shards = [folder/s['shard'] for s in manifest['shards']]
-    if all(f.exists() for f in shards): return shards
-    raise ValueError(f'{folder.name!r} has lost shards since it was complete: '
-                     'run `generate` again')
+    lost = f'{folder.name!r} has lost shards since it was complete: run `generate` again'
+    if not all(f.exists() for f in shards): raise ValueError(lost)
+    if all('sha256' in s for s in manifest['shards']): check_shards(folder, manifest['shards'])
+    return shards
 
 # %% ../nbs/06_sources.ipynb #0a9c4d7f
 def _from_generated(folder:Path, images:bool, cache_dir:str|None) -> datasets.Dataset:

@@ -1,0 +1,362 @@
+"Commands that are killed, stopped, left without room, started twice, or given damaged files; the slow cases are the same, twenty times."
+import gmail_nb.runtime
+import json
+import os
+import random
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import faults
+import pytest
+from faults import INT, KILL, TERM, Zygote, differing, half_written, left, moments, small_disk
+from gmail_nb.data import emoji, quiet_datasets
+
+def weight(item): return 60
+
+# ---- a small world: two sets, and what every command makes of them
+
+DRAW = '--steps', 1, '--shard-size', 8, '--quiet'
+KINDS = dict(
+    generate=lambda w: ('generate', w/'real.parquet', *DRAW),
+    report=lambda w: ('generate', w/'real.parquet', *DRAW, '--report'),
+    embed=lambda w: ('embed', w/'real.parquet', '--batch-size', 8),
+    align=lambda w: ('align', w/'real.parquet', w/'generate', '--epochs', 2, '--batch-size', 8, '--validation-share', .25, '--save-every', 1),
+    text=lambda w: ('tune', 'text', '--generated', w/'generate', '--model', w/'align', '--steps', 12, '--every', 3),
+    caption=lambda w: ('tune', 'caption', '--real', w/'real.parquet', '--generated', w/'generate', '--model', w/'align',
+                       '--test', w/'test.parquet', '--steps', 4, '--save-every', 1, '--max-new-tokens', 4),
+    eval=lambda w: ('eval', '--data', w/'test.parquet', '--model', 'embedded', '--model', f'text=tuned:{w}/text', '--no-pictures'))
+ALL = dict(env=dict(PATH=''), part_rows=8) # no Java, and several parts
+
+SHARED = 'generate', 'report' # by several processes, so that nobody removes the hidden file that a killed one was writing
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    "The sets, an unbroken run of every command, and how often each touches its folder."
+    w = tmp_path_factory.mktemp('world')
+    with quiet_datasets():
+        emoji('B', 'noto').select(range(0, 240, 10)).to_parquet(w/'real.parquet')
+        emoji('A', 'noto').select(range(0, 120, 10)).to_parquet(w/'test.parquet')
+    zygote, touches, seconds = Zygote(w, PYTHONHASHSEED='1'), {}, {}
+    for kind, argv in KINDS.items():
+        done = zygote.run(*argv(w), '--out', w/kind, below=w/kind, count=w/'count', **ALL)
+        assert done.status == 0, done.err[-3000:]
+        assert not half_written(w/kind)
+        touches[kind], seconds[kind] = int((w/'count').read_text()), done.seconds
+    zygote.close()
+    return dict(folder=w, touches=touches, seconds=seconds)
+
+@pytest.fixture(scope='module')
+def zygote(world, tmp_path_factory):
+    "Another process than the one that made the world, with another order of sets and dicts."
+    found = Zygote(tmp_path_factory.mktemp('logs'), PYTHONHASHSEED='2')
+    yield found
+    found.close()
+
+@pytest.fixture
+def go(world, zygote):
+    "Run a command of `KINDS` into a folder."
+    def run(kind, out, *more, wait=True, **how):
+        begun = zygote.start(*KINDS[kind](world['folder']), *more, '--out', out, below=out, **ALL, **how)
+        return begun.wait() if wait else begun
+    return run
+
+def same(world, kind, out):
+    "Whether a folder holds what the unbroken run left, under the name of its own."
+    return differing(left(world['folder']/kind), left(out))
+
+# ---- killed
+
+def killed_and_resumed(world, go, kind, out, kills, seed):
+    "Kill at random touches of the folder and at random times, in turn, going on after each; then let it end."
+    rng, hits = random.Random(seed), 0
+    for i in range(kills):
+        if i % 2: # at a touch; of a run that goes on there are fewer
+            status = go(kind, out, touch=rng.randint(1, world['touches'][kind]), signal=KILL).status
+        else:
+            begun = go(kind, out, wait=False)
+            time.sleep(rng.uniform(0, world['seconds'][kind]))
+            if begun.poll() is None: os.kill(begun.pid, KILL)
+            status = begun.wait().status
+        assert status in (0, -KILL)
+        hits += status == -KILL
+    done = go(kind, out)
+    assert done.status == 0, done.err[-3000:]
+    assert not same(world, kind, out)
+    assert kind in SHARED or not half_written(out)
+    return hits
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_two_kills(world, go, tmp_path, kind): killed_and_resumed(world, go, kind, tmp_path/kind, 2, seed=kind)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
+def test_twenty_kills(world, go, tmp_path, kind):
+    "Twenty of one folder, and then one at each of twenty touches of a folder of its own."
+    print(kind, killed_and_resumed(world, go, kind, tmp_path/'a'/kind, 20, seed=f'{kind} 20'), 'of 20 kills hit')
+    for n in moments(world['touches'][kind], 20):
+        out = tmp_path/f'at-{n}'/kind
+        out.parent.mkdir()
+        assert go(kind, out, touch=n, signal=KILL).status == -KILL
+        assert go(kind, out).status == 0 and not same(world, kind, out), n
+
+# ---- stopped
+
+@pytest.mark.parametrize('kind, sign', [(k, s) for i, k in enumerate(KINDS) for s in (INT, TERM)[i % 2:i % 2 + 1]])
+def test_a_stop_is_one_line_and_the_run_goes_on(world, go, tmp_path, kind, sign): stopped_and_resumed(world, go, tmp_path/kind, kind, sign)
+
+def stopped_and_resumed(world, go, out, kind, sign, at=.6):
+    done = go(kind, out, touch=int(at * world['touches'][kind]), signal=sign)
+    assert done.status == 128 + sign, done.err[-3000:]
+    assert len(done.said) == 1 and done.said[0].endswith('the same command goes on where it was')
+    assert ('SIGTERM' in done.said[0]) == (sign == TERM) and 'Traceback' not in done.err
+    assert not half_written(out)
+    assert go(kind, out).status == 0 and not same(world, kind, out)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sign', [INT, TERM])
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_stop_at_ten_moments(world, go, tmp_path, kind, sign):
+    for i in range(10): stopped_and_resumed(world, go, tmp_path/f'{i}'/kind, kind, sign, at=.05 + i / 10.6)
+
+# ---- no room, and no permission
+
+LARGEST = dict(generate=30_000, report=30_000, embed=20_000, align=60_000, text=100_000, caption=200_000, eval=15_000)
+
+def no_room(done):
+    "A run that ended with one line about the room that is missing."
+    return done.status == 2 and len(done.said) == 1 and 'no room left for' in done.said[0] and 'Traceback' not in done.err
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_file_that_may_not_grow_stops_the_run_with_one_line(world, go, tmp_path, kind):
+    "A quota, which every system has: no file beyond a size. Once it is lifted, the same command goes on."
+    out = tmp_path/kind
+    done = go(kind, out, fsize=LARGEST[kind])
+    assert no_room(done), done.err[-2000:]
+    assert not half_written(out)
+    assert go(kind, out).status == 0 and not same(world, kind, out)
+
+def size_of(folder): return sum(-(-p.stat().st_size // 4096) * 4096 for p in Path(folder).rglob('*') if p.is_file())
+
+@pytest.mark.slow
+@pytest.mark.parametrize('share', [.2, .5, .8])
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_full_disk_stops_the_run_with_one_line(world, go, tmp_path, kind, share):
+    "A file system that is too small, which is enlarged afterwards."
+    with small_disk(tmp_path/'disk', int(share * size_of(world['folder']/kind))) as remount:
+        if remount is None: pytest.skip('mounting a small tmpfs needs root')
+        out = tmp_path/'disk'/kind
+        done = go(kind, out)
+        assert no_room(done), done.err[-2000:]
+        assert not half_written(out)
+        remount('size=200m')
+        assert go(kind, out).status == 0 and not same(world, kind, out)
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_folder_that_cannot_be_written_is_named(go, tmp_path, kind):
+    "A file in its place, for root may write everywhere else."
+    (tmp_path/kind).write_text('a file')
+    done = go(kind, tmp_path/kind)
+    assert done.status == 2 and len(done.said) == 1 and str(tmp_path/kind) in done.said[0]
+    assert (tmp_path/kind).read_text() == 'a file'
+
+def test_a_folder_that_can_only_be_read_is_named(world, go, tmp_path):
+    "Half of a run lies on a disk that is then mounted for reading."
+    with small_disk(tmp_path/'disk', 20_000_000) as remount:
+        if remount is None: pytest.skip('mounting a small tmpfs needs root')
+        for kind in ('generate', 'align'):
+            assert go(kind, tmp_path/'disk'/kind, touch=world['touches'][kind] // 2, signal=KILL).status == -KILL
+        remount('ro')
+        for kind in ('generate', 'align', 'eval'):
+            done = go(kind, tmp_path/'disk'/kind)
+            assert done.status == 2 and len(done.said) == 1 and 'ead-only file system' in done.said[0]
+        remount('rw')
+        for kind in ('generate', 'align'): assert go(kind, tmp_path/'disk'/kind).status == 0 and not same(world, kind, tmp_path/'disk'/kind)
+
+# ---- two at once, and clocks
+
+@pytest.mark.parametrize('kind', [k for k in KINDS if k not in ('generate', 'report')])
+def test_a_second_command_on_the_same_folder_is_told_who_is_there(world, go, tmp_path, kind):
+    out, held, free = tmp_path/kind, tmp_path/'held', tmp_path/'free'
+    first = go(kind, out, wait=False, hold=world['touches'][kind] // 2, held=held, go=free)
+    faults.wait_for(held)
+    second = go(kind, out)
+    assert second.status == 2 and len(second.said) == 1, second.err
+    assert f'{out} is being written by process {first.pid} on ' in second.said[0]
+    free.touch()
+    assert first.wait().status == 0 and not same(world, kind, out)
+
+def test_two_that_generate_share_the_shards_and_say_so(world, go, tmp_path):
+    out, held, free = tmp_path/'generate', tmp_path/'held', tmp_path/'free'
+    first = go('generate', out, wait=False, hold=20, held=held, go=free) # its first shard is claimed
+    faults.wait_for(held)
+    assert list(out.glob('.lock-*'))
+    second = go('generate', out)
+    assert second.status == 0 and 'is being made by another process and is left to it' in second.err
+    assert 'not complete' in second.err and 0 < len(list(out.glob('shard-*.parquet'))) < 3
+    free.touch()
+    assert first.wait().status == 0 and not same(world, 'generate', out)
+
+def test_jobs_of_different_parts_embed_into_one_folder(world, go, tmp_path):
+    out, held, free = tmp_path/'embed', tmp_path/'held', tmp_path/'free'
+    first = go('embed', out, '--part', '0/2', wait=False, hold=world['touches']['embed'] // 2, held=held, go=free)
+    faults.wait_for(held)
+    assert go('embed', out, '--part', '1/2').status == 0
+    assert go('embed', out, '--part', '0/2').status == 2
+    free.touch()
+    assert first.wait().status == 0 and not same(world, 'embed', out)
+
+DAY = 86_400.
+
+@pytest.mark.parametrize('kind', ('generate', 'embed', 'align', 'text'))
+def test_a_clock_that_jumps_changes_nothing(world, go, tmp_path, kind):
+    "A day forwards and back at every look, and a run that goes on a day before it began."
+    out = tmp_path/kind
+    assert go(kind, out, clock=[0., -DAY, DAY], touch=world['touches'][kind] // 2, signal=KILL).status == -KILL
+    done = go(kind, out, clock=[-DAY])
+    assert done.status == 0 and not same(world, kind, out)
+    for receipt in out.glob('shard-*.json'): assert 0 <= json.loads(receipt.read_text())['seconds'] < 600
+
+def test_a_bar_counts_by_a_clock_that_nobody_sets(monkeypatch, capsys):
+    from gmail_nb.files import progress
+    bar = progress((), 'counting', total=10)
+    monkeypatch.setattr(time, 'time', lambda: 0.)
+    bar.update(5)
+    assert 0 <= bar.format_dict['elapsed'] < 60 and 'rate' in bar.format_dict
+    bar.close()
+
+def test_ctrl_c_is_for_the_command_and_not_for_the_processes_that_decode_for_it(world, go, tmp_path):
+    "A terminal sends it to all of them."
+    begun = go('align', tmp_path/'align', '--processes', 1, wait=False, hold=world['touches']['align'] // 2, held=tmp_path/'held', go=tmp_path/'free')
+    faults.wait_for(tmp_path/'held')
+    os.killpg(begun.pid, INT)
+    (tmp_path/'free').touch()
+    done = begun.wait()
+    assert done.status == 130 and 'Traceback' not in done.err, done.err[-2000:]
+
+# ---- files that are damaged
+
+def flipped(at): # at: a share of the length
+    def damage(path, other):
+        content = bytearray(path.read_bytes())
+        content[min(int(at * len(content)) + 6, len(content) - 6)] ^= 4
+        path.write_bytes(bytes(content))
+    return damage
+
+DAMAGES = dict(header=flipped(0), middle=flipped(.5), end=flipped(1), cut=lambda p, o: p.write_bytes(p.read_bytes()[:p.stat().st_size // 2]),
+               empty=lambda p, o: p.write_bytes(b''), another=lambda p, o: shutil.copyfile(o, p))
+
+@pytest.fixture(scope='module')
+def others(world, zygote, tmp_path_factory):
+    "Runs of the same kinds with another seed, or from other images, whose files are put in the place of the right ones."
+    folder = tmp_path_factory.mktemp('others')
+    for kind, more in dict(generate=('--suffix', 'in ink'), embed=('--side', 'base', '--draft'), align=('--seed', 1), text=('--seed', 1)).items():
+        done = zygote.run(*KINDS[kind](world['folder']), *more, '--out', folder/kind, **ALL)
+        assert done.status == 0, done.err
+    return folder
+
+def load_images(folder):
+    from gmail_nb.generate import load_generated
+    load_generated(folder)
+
+def load_manifest_again(folder): load_images(folder)
+
+def load_aligned(folder):
+    from gmail_nb.align import GenReal
+    GenReal.from_pretrained(folder)
+
+def load_tuned_text(folder):
+    from gmail_nb.tune import load_tuned
+    load_tuned(folder)
+
+def load_embedded(folder):
+    from gmail_nb.features import load_features
+    load_features(folder)
+
+def load_results(folder):
+    from gmail_nb.files import read_results
+    read_results(folder/'results.jsonl')
+
+# kind of command, file, and what reads it; others build the checksums of what they save, and these are read by theirs
+READ = [('generate', 'shard-00001-of-00003.parquet', load_images), ('generate', 'manifest.json', load_images),
+        ('align', 'results.jsonl', load_results)]
+THEIRS = [('align', 'adapter/adapter_model.safetensors', load_aligned), ('align', 'projections.safetensors', load_aligned),
+          ('align', 'card.json', load_aligned), ('text', 'text.safetensors', load_tuned_text), ('text', 'projection.safetensors', load_tuned_text),
+          ('text', 'card.json', load_tuned_text), ('embed', 'features.npy', load_embedded), ('embed', 'keys.parquet', load_embedded),
+          ('embed', 'card.json', load_embedded)]
+
+def refused(world, others, tmp_path, kind, name, read, damage):
+    "Damage a file of a copy, and read it: an error that names it or its folder."
+    if (kind, name, damage) == ('align', 'results.jsonl', 'another'): pytest.skip('records of another run are records')
+    out = tmp_path/kind
+    shutil.copytree(world['folder']/kind, out)
+    read(out)
+    DAMAGES[damage](out/name, others/kind/name)
+    with pytest.raises((ValueError, OSError)) as e: read(out)
+    assert Path(name).name.split('.')[0] in str(e.value) or kind in str(e.value), e.value
+
+@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize('kind, name, read', READ, ids=[f'{k}-{n}' for k, n, _ in READ])
+def test_damaged_files_are_refused_by_name(world, others, tmp_path, kind, name, read, damage): refused(world, others, tmp_path, kind, name, read, damage)
+
+@pytest.mark.xfail(strict=False, reason='checksums of saved models and features are built beside this')
+@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize('kind, name, read', THEIRS, ids=[f'{k}-{n}' for k, n, _ in THEIRS])
+def test_damaged_models_are_refused_by_name(world, others, tmp_path, kind, name, read, damage): refused(world, others, tmp_path, kind, name, read, damage)
+
+# what the same command makes anew, or names and leaves; a part of the damages in every run
+AGAIN = [('generate', 'shard-00001-of-00003.parquet'), ('generate', 'shard-00001-of-00003.json'), ('generate', 'manifest.json'),
+         ('generate', 'settings.json'), ('generate', 'captions.parquet'), ('embed', 'features.npy'), ('embed', 'keys.parquet'), ('embed', 'settings.json'),
+         ('embed', 'done/00001.json'), ('align', 'log.jsonl'), ('align', 'real_features/features.npy')]
+
+def again(world, others, go, tmp_path, kind, name, damage):
+    out = tmp_path/kind
+    shutil.copytree(world['folder']/kind, out)
+    before = (out/name).read_bytes()
+    DAMAGES[damage](out/name, others/kind/name)
+    damaged = (out/name).read_bytes()
+    done = go(kind, out)
+    if done.status == 0: # made anew
+        assert not same(world, kind, out)
+        assert (out/name).read_bytes() != damaged or damaged == before or name == 'captions.parquet' # which nobody reads here
+    else: # or named, and nothing was done
+        assert done.status == 2 and len(done.said) == 1 and 'defect' not in done.err
+        assert any(n in done.said[0] for n in (Path(name).name, Path(name).parent.name or kind, kind)), done.said
+        assert (out/name).read_bytes() == damaged
+
+CHEAP = [(*c, d) for i, c in enumerate(AGAIN) for j, d in enumerate(DAMAGES) if (i + j) % 3 == 0]
+
+@pytest.mark.parametrize('kind, name, damage', CHEAP)
+def test_damaged_files_are_made_anew_or_named(world, others, go, tmp_path, kind, name, damage): again(world, others, go, tmp_path, kind, name, damage)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize('kind, name', AGAIN)
+def test_all_damaged_files_are_made_anew_or_named(world, others, go, tmp_path, kind, name, damage): again(world, others, go, tmp_path, kind, name, damage)
+
+# ---- Ray, where it is installed
+
+@pytest.mark.slow
+def test_ray_embeds_as_one_process_does_and_outlives_a_worker(tmp_path):
+    "Two workers fill the parts; one of them is killed when the first parts are there."
+    pytest.importorskip('ray')
+    psutil, threading = pytest.importorskip('psutil'), __import__('threading')
+    from gmail_nb.features import embed
+    from gmail_nb.settings import EmbedSettings
+    ds, killed = emoji('B', 'noto').select(range(320)), []
+    settings = EmbedSettings(8, part_rows=8, show_progress=False)
+    calm = embed(ds, 'embedded', tmp_path/'calm', settings=settings)
+    def kill():
+        while len(list((tmp_path/'ray').glob('done/*.json'))) < 3: time.sleep(.05)
+        for p in psutil.Process().children(recursive=True):
+            if any('EmbedActor' in part for part in (p.name(), *p.cmdline())):
+                killed.append(len(list((tmp_path/'ray').glob('done/*.json'))))
+                p.kill()
+                return
+    threading.Thread(target=kill, daemon=True).start()
+    found = embed(ds, 'embedded', tmp_path/'ray', settings=replace(settings, engine='ray', workers=2))
+    import ray
+    ray.shutdown()
+    print(f'killed with {killed} of 40 parts whole')
+    assert killed and killed[0] < 40 and not differing(left(tmp_path/'calm'), left(tmp_path/'ray'))
