@@ -109,7 +109,7 @@ def test_a_stop_is_one_line_and_the_run_goes_on(world, go, tmp_path, kind, sign)
 def stopped_and_resumed(world, go, out, kind, sign, at=.6):
     done = go(kind, out, touch=int(at * world['touches'][kind]), signal=sign)
     assert done.status == 128 + sign, done.err[-3000:]
-    assert len(done.said) == 1 and done.said[0].endswith('the same command goes on where it was')
+    assert len(done.said) == 1 and done.said[0].endswith('run the same command again to go on')
     assert ('SIGTERM' in done.said[0]) == (sign == TERM) and 'Traceback' not in done.err
     assert not half_written(out)
     assert go(kind, out).status == 0 and not same(world, kind, out)
@@ -189,7 +189,7 @@ def test_a_second_command_on_the_same_folder_is_told_who_is_there(world, go, tmp
 
 def test_two_that_generate_share_the_shards_and_say_so(world, go, tmp_path):
     out, held, free = tmp_path/'generate', tmp_path/'held', tmp_path/'free'
-    first = go('generate', out, wait=False, hold=20, held=held, go=free) # its first shard is claimed
+    first = go('generate', out, wait=False, hold=22, held=held, go=free) # while it writes its first shard
     faults.wait_for(held)
     assert list(out.glob('.lock-*'))
     second = go('generate', out)
@@ -288,7 +288,7 @@ THEIRS = [('align', 'adapter/adapter_model.safetensors', load_aligned), ('align'
 
 def refused(world, others, tmp_path, kind, name, read, damage):
     "Damage a file of a copy, and read it: an error that names it or its folder."
-    if (kind, name, damage) == ('align', 'results.jsonl', 'another'): pytest.skip('records of another run are records')
+    if name == 'results.jsonl' and damage in ('another', 'empty'): pytest.skip('each record stands for itself')
     out = tmp_path/kind
     shutil.copytree(world['folder']/kind, out)
     read(out)
@@ -319,7 +319,7 @@ def again(world, others, go, tmp_path, kind, name, damage):
     done = go(kind, out)
     if done.status == 0: # made anew
         assert not same(world, kind, out)
-        assert (out/name).read_bytes() != damaged or damaged == before or name == 'captions.parquet' # which nobody reads here
+        assert (out/name).read_bytes() != damaged or damaged == before
     else: # or named, and nothing was done
         assert done.status == 2 and len(done.said) == 1 and 'defect' not in done.err
         assert any(n in done.said[0] for n in (Path(name).name, Path(name).parent.name or kind, kind)), done.said

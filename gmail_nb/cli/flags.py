@@ -308,7 +308,7 @@ def run_command(
     except SystemExit as e: return e.code or 0 # `--help`
     except KeyboardInterrupt as e:
         how, status = ('stopped by SIGTERM', 143) if isinstance(e, Terminated) else ('stopped', 130)
-        print(f'\n{name}: {how}; the same command goes on where it was', file=sys.stderr)
+        print(f'\n{name}: {how}; run the same command again to go on', file=sys.stderr)
         return status
     except Exception as e:
         if debug: traceback.print_exc()

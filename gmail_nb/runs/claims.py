@@ -8,6 +8,7 @@ __all__ = ['NO_ROOM', 'is_first_process', 'who', 'locked', 'sweep', 'claimed', '
 # %% ../../nbs/runs/07_claims.ipynb #274c9601
 import errno
 import os
+import shutil
 import socket
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,9 +42,10 @@ def locked(
     return lock
 
 def sweep(folder:Path) -> None:
-    "Remove what killed runs were writing. Only for who is alone in the folder."
-    for stale in folder.rglob('.*.tmp'):
-        if stale.is_file(): stale.unlink(missing_ok=True)
+    "Remove what was being written when a run was killed or stopped. For who is alone in the folder."
+    for stale in [*folder.rglob('.*.tmp')]:
+        if stale.is_dir(): shutil.rmtree(stale, ignore_errors=True) # of a checkpoint
+        else: stale.unlink(missing_ok=True)
 
 @contextmanager
 def claimed(
@@ -59,10 +61,12 @@ def claimed(
     folder = check_writable(folder)
     lock, by = locked(folder, name), folder/f'.{name}-by'
     try:
-        if alone and lock: sweep(folder)
+        if alone and lock: sweep(folder) # after a run that was killed
         with suppress(OSError): by.write_text(f'process {os.getpid()} on {socket.gethostname()}')
         yield
-    finally: give_up(folder, lock, by, fresh)
+    finally:
+        if alone and lock: sweep(folder)
+        give_up(folder, lock, by, fresh)
 
 # %% ../../nbs/runs/07_claims.ipynb #65c8523b
 def give_up(
