@@ -33,6 +33,7 @@ def _some(keys, n=3):
     keys = [repr(k) for k in keys]
     return ', '.join(keys[:n]) + (f' and {len(keys) - n} more' if len(keys) > n else '')
 
+# %% ../nbs/34_caption_metrics.ipynb #0fec8bbc
 def _check_keys(hypotheses, references):
     "Both sides hold something, and under the same keys."
     if not hypotheses or not references:
@@ -139,6 +140,7 @@ def _rouge_of(h, refs, beta):
     p, q = max(common) / len(h), max(c / len(r) for c, r in zip(common, refs))
     return (1 + beta**2) * p * q / (q + beta**2 * p) if p and q else 0.
 
+# %% ../nbs/34_caption_metrics.ipynb #7412f76b
 def rouge_l(
     hypotheses:list[list[str]],        # tokens of N captions
     references:list[list[list[str]]],  # tokens of each one's references
@@ -234,6 +236,7 @@ def _as_texts(hypotheses, references):
     return ({i: [' '.join(t) for t in r] for i, r in enumerate(references)},
             {i: [' '.join(h)] for i, h in enumerate(hypotheses)})
 
+# %% ../nbs/34_caption_metrics.ipynb #aba009d4
 def meteor(
     hypotheses:list[list[str]],       # tokens of N captions
     references:list[list[list[str]]]  # tokens of each one's references

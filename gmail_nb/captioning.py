@@ -7,10 +7,10 @@ __all__ = ['MAPPERS', 'LM_TUNINGS', 'MLPMapper', 'TransformerMapper', 'Prefix', 
            'check_four_bit', 'load_lm', 'lora_modules', 'lora_lm', 'Captioner', 'caption_ids', 'prefixed_logits',
            'padded', 'caption_loss', 'CaptionPlan', 'caption_batches', 'noisy_features', 'CaptionLearner',
            'EncodedCaptions', 'caption_parts', 'encode_captions', 'read_encoded', 'write_encoded', 'Sources',
-           'check_captioned_features', 'CaptionLoss', 'own_share', 'has_dropout', 'training_facts', 'CaptionTraining',
-           'seeded_dropout', 'put_dropout_back', 'train_captioner', 'RowSampling', 'check_features', 'continue_from',
-           'generate_ids', 'caption_text', 'write_captions', 'save_captioner', 'captioner_settings', 'captioner_card',
-           'loaded_in', 'load_captioner', 'caption_statistics']
+           'check_captioned_features', 'CaptionLoss', 'own_share', 'has_dropout', 'training_facts', 'StepTraining',
+           'CaptionTraining', 'seeded_dropout', 'put_dropout_back', 'take_steps', 'train_captioner', 'RowSampling',
+           'check_features', 'continue_from', 'generate_ids', 'caption_text', 'write_captions', 'save_captioner',
+           'captioner_settings', 'captioner_card', 'loaded_in', 'load_captioner', 'caption_statistics']
 
 # %% ../nbs/35_captioning.ipynb #08433877
 import json
@@ -26,17 +26,19 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from fastcore.basics import patch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from .encoders import count, minilm_folder
 from .features import Features, native_precision
-from .files import atomic_write, check_writable, progress, unknown_name, versions
+from .files import (atomic_write, check_writable, checked_card, progress, unknown_name, versions,
+                            write_card)
 from .runtime import fingerprint, noise_generator, stable_seed
 from .settings import CaptionerSettings, RunSettings
 from .train import (
     Checkpoints, Log, check_same_run, checkpoints_in, cosine_rate, epoch_order, in_precision,
-    processes, run_precision)
+    processes, read_state, run_precision)
+from .weights import load_part, load_whole, read_tensors, read_torch
 
 # %% ../nbs/35_captioning.ipynb #caa9821f
 from peft import LoraConfig, inject_adapter_in_model
@@ -98,6 +100,7 @@ def _split_words():
     marks = pre_tokenizers.Split(Regex(f'[{_MARKS}]'), 'isolated')
     return pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), marks])
 
+# %% ../nbs/35_captioning.ipynb #83a1c835
 def _vocabulary(captions, normal):
     "Pieces of these captions and single characters, each with its number."
     whole = AutoTokenizer.from_pretrained(minilm_folder())
@@ -181,8 +184,8 @@ def load_lm(
         where = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
         lm = AutoModelForCausalLM.from_pretrained(**where, **kwargs)
         return lm, AutoTokenizer.from_pretrained(**where)
-    lm = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    return lm, AutoTokenizer.from_pretrained(name, revision=revision)
+    lm = load_whole(AutoModelForCausalLM, name, **kwargs)
+    return lm, load_part(AutoTokenizer, name, revision=revision)
 
 # %% ../nbs/35_captioning.ipynb #0b1b1d0c
 def lora_modules(lm:nn.Module) -> list[str]:
@@ -350,12 +353,13 @@ def noisy_features(
 # %% ../nbs/35_captioning.ipynb #h8cap015
 class CaptionLearner:
     "AdamW under a cosine with a short warm-up; gradients are clipped, and losses are kept."
-    def __init__(self, captioner:Captioner, steps:int, lr:float,
-                 weight_decay:float=.01, fused:bool=False, accelerator:Accelerator|None=None):
-        self.parameters = [p for p in captioner.parameters() if p.requires_grad]
+    def __init__(self, model:nn.Module, steps:int, lr:float, weight_decay:float=.01,
+                 fused:bool=False, accelerator:Accelerator|None=None, warmup:int|None=None):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=weight_decay,
                                            fused=fused)
-        def rate(step): return cosine_rate(step, steps, warmup=min(20, steps // 10))
+        warmup = min(20, steps // 10) if warmup is None else warmup
+        def rate(step): return cosine_rate(step, steps, warmup)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
         self.accelerator, self.rate, self.lr, self.losses = accelerator, rate, lr, []
 
@@ -513,6 +517,7 @@ class CaptionLoss(nn.Module):
         with in_precision(self.precision, self.captioner.device):
             return caption_loss(self.captioner, features, ids)
 
+# %% ../nbs/35_captioning.ipynb #b3f56374
 def own_share(
     lengths:list[int], # tokens of each caption of a batch
     process:int=0,
@@ -546,12 +551,21 @@ def training_facts(
     return dict(settings={k: getattr(settings, k) for k in read} | same,
                 model=captioner.settings | dict(begins_with=begins))
 
+# %% ../nbs/35_captioning.ipynb #4fdd82cb
+class StepTraining:
+    """What trainings of a language model share: `step`, `row`, `save`, `resume` and `drive`.
+
+    Whoever makes one sets `acc`, `device`, `settings`, `model` (with `trained()`), `plan`, `learner`,
+    and `noise` if it draws any, and says what one step is (`advance`) and what a checkpoint
+    belongs to (`state`)."""
+    noise = None # a `torch.Generator`
+
 # %% ../nbs/35_captioning.ipynb #e0fa06ef
 def _precision(settings, acc, device): # accelerate's word counts; otherwise the captioner's device
     if acc.mixed_precision != 'no' or acc.device == device: return run_precision(settings, acc)
     return native_precision(settings.precision, device)
 
-class CaptionTraining:
+class CaptionTraining(StepTraining):
     "One training of a captioner; `train_captioner` drives it."
     def __init__(self,
         captioner:Captioner,
@@ -566,7 +580,8 @@ class CaptionTraining:
         check_captioned_features(self.sources, captions)
         known = isinstance(captions, EncodedCaptions)
         self.captions = captions if known else encode_captions(captioner, captions)
-        self.captioner, self.device, s = captioner.train(), captioner.device, settings
+        self.captioner = self.model = captioner.train()
+        self.device, s = captioner.device, settings
         self.plan = CaptionPlan(len(captions), s.batch_size, seed, s.steps)
         self.noise, self.length = noise_generator('captioner', seed), s.noise
         precision = _precision(s, self.acc, self.device)
@@ -578,13 +593,13 @@ class CaptionTraining:
 
 # %% ../nbs/35_captioning.ipynb #539be7c3
 @patch(as_prop=True)
-def step(self:CaptionTraining) -> int:
+def step(self:StepTraining) -> int:
     "Steps that were taken."
     return len(self.learner.losses)
 
 # %% ../nbs/35_captioning.ipynb #4785b5af
 @patch
-def row(self:CaptionTraining, step:int) -> dict:
+def row(self:StepTraining, step:int) -> dict:
     "What the log says of a step, counted from 1."
     rate = self.learner.lr * self.learner.rate(step - 1)
     return dict(step=step, loss=self.learner.losses[step - 1], lr=rate)
@@ -619,7 +634,7 @@ def put_dropout_back(
 ) -> None:
     "Let dropout go on where a checkpoint stands; a process that it did not know begins anew."
     if not file.exists(): return
-    state = torch.load(file, weights_only=True)
+    state = read_torch(file)
     torch.set_rng_state(state['torch'])
     if state['cuda'] is not None and device.type == 'cuda':
         torch.cuda.set_rng_state(state['cuda'], device)
@@ -634,10 +649,12 @@ def state(self:CaptionTraining) -> dict:
         self.facts = training_facts(self.captioner, *about) | dict(data=data)
     return dict(step=self.step, losses=self.learner.losses, **self.facts)
 
+# %% ../nbs/35_captioning.ipynb #0d8fc7d8
 @patch
-def save(self:CaptionTraining, checkpoints:Checkpoints) -> Path:
+def save(self:StepTraining, checkpoints:Checkpoints) -> Path:
     "Write a checkpoint."
-    tensors = dict(weights=self.captioner.trained(), noise=dict(state=self.noise.get_state()))
+    tensors = dict(weights=self.model.trained())
+    if self.noise: tensors['noise'] = dict(state=self.noise.get_state())
     learner = self.learner
     moved = dict(optimizer=learner.optimizer.state_dict(), schedule=learner.schedule.state_dict())
     return checkpoints.save(self.state(), tensors, moved)
@@ -645,23 +662,26 @@ def save(self:CaptionTraining, checkpoints:Checkpoints) -> Path:
 # %% ../nbs/35_captioning.ipynb #e93473ac
 @patch
 @torch.no_grad()
-def read_checkpoint(self:CaptionTraining, checkpoint:Path) -> None:
+def read_checkpoint(self:StepTraining, checkpoint:Path) -> None:
     "Weights, optimiser, noise and dropout of a checkpoint."
-    tensors = load_file(checkpoint/'weights.safetensors')
-    for n, p in self.captioner.trained().items(): p.copy_(tensors[f'weights.{n}'])
-    self.noise.set_state(tensors['noise.state'])
-    moved = torch.load(checkpoint/'optimizer.pt', weights_only=True, map_location=self.device)
+    trained = self.model.trained()
+    wanted = {f'weights.{n}': p for n, p in trained.items()}
+    if self.noise: wanted['noise.state'] = self.noise.get_state()
+    tensors = read_tensors(checkpoint/'weights.safetensors', wanted)
+    for n, p in trained.items(): p.copy_(tensors[f'weights.{n}'])
+    if self.noise: self.noise.set_state(tensors['noise.state'])
+    moved = read_torch(checkpoint/'optimizer.pt', self.device)
     self.learner.optimizer.load_state_dict(moved['optimizer'])
     self.learner.schedule.load_state_dict(moved['schedule'])
     put_dropout_back(checkpoint/f'rng-{self.acc.process_index}.pt', self.device)
 
 # %% ../nbs/35_captioning.ipynb #7e41181b
 @patch
-def resume(self:CaptionTraining, checkpoints:Checkpoints) -> int: # the step it stands at
+def resume(self:StepTraining, checkpoints:Checkpoints) -> int: # the step it stands at
     "Go on from the newest checkpoint. `ValueError` with the difference when it is another run's."
     here, found = self.state(), checkpoints_in(checkpoints.folder)
     if not found: return 0
-    there = json.loads((found[-1]/'state.json').read_text(encoding='utf-8'))
+    there = read_state(found[-1])
     check_same_run(there, here, found[-1].name)
     self.read_checkpoint(found[-1])
     self.learner.losses = there['losses']
@@ -669,7 +689,7 @@ def resume(self:CaptionTraining, checkpoints:Checkpoints) -> int: # the step it 
 
 # %% ../nbs/35_captioning.ipynb #c0731c0e
 @patch
-def drive(self:CaptionTraining, run:RunSettings, notes:Log, bar) -> None:
+def drive(self:StepTraining, run:RunSettings, notes:Log, bar) -> None:
     "Take the steps that are left."
     checkpoints = Checkpoints(run.checkpoints, self.acc, run.keep) if run.checkpoints else None
     while self.step < len(self.plan):
@@ -679,6 +699,23 @@ def drive(self:CaptionTraining, run:RunSettings, notes:Log, bar) -> None:
         bar.update()
         last = self.step == len(self.plan)
         if checkpoints and (last or self.step % run.save_every == 0): self.save(checkpoints)
+
+# %% ../nbs/35_captioning.ipynb #0ab385ce
+def take_steps(
+    job:StepTraining,
+    seed:int,             # of dropout
+    run:RunSettings,      # checkpoints to save and to go on from, log, trackers
+    desc:str|None=None    # beside the progress bar; none if absent
+) -> None:
+    "Go on where a checkpoint stands, take the steps that are left, and note them."
+    acc, log_file = job.acc, run.log_file or (run.checkpoints and Path(run.checkpoints)/'log.jsonl')
+    process = (acc.process_index,) if acc.process_index else ()
+    with seeded_dropout(job.device, seed, *process):
+        if run.checkpoints: job.resume(Checkpoints(run.checkpoints, acc, run.keep))
+        history = [job.row(i + 1) for i in range(job.step)]
+        hidden = desc is None or not acc.is_main_process
+        bar = progress((), desc or '', len(job.plan), initial=job.step, disable=hidden)
+        with Log(log_file, acc, job.settings, history) as notes, bar: job.drive(run, notes, bar)
 
 # %% ../nbs/35_captioning.ipynb #c482ec73
 def train_captioner(
@@ -702,14 +739,7 @@ def train_captioner(
     named = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, noise=noise)
     settings = replace(settings, **{k: v for k, v in named.items() if v is not None})
     job = CaptionTraining(captioner, features, captions, settings, seed, accelerator)
-    acc, log_file = job.acc, run.log_file or (run.checkpoints and Path(run.checkpoints)/'log.jsonl')
-    process = (acc.process_index,) if acc.process_index else ()
-    with seeded_dropout(job.device, seed, *process):
-        if run.checkpoints: job.resume(Checkpoints(run.checkpoints, acc, run.keep))
-        history = [job.row(i + 1) for i in range(job.step)]
-        hidden = desc is None or not acc.is_main_process
-        bar = progress((), desc or '', len(job.plan), initial=job.step, disable=hidden)
-        with Log(log_file, acc, settings, history) as notes, bar: job.drive(run, notes, bar)
+    take_steps(job, seed, run, desc)
     captioner.eval()
     return job.learner.losses
 
@@ -819,7 +849,7 @@ def save_captioner(
     captioner.lm.config.save_pretrained(str(folder/'lm'))
     dtype = str(captioner.lm.dtype).removeprefix('torch.')
     card = dict(format=1, **settings, dtype=dtype, **facts, versions=versions())
-    atomic_write(folder/'card.json', json.dumps(card, indent=1))
+    write_card(folder, card, 'captioner.safetensors', 'projection.safetensors', 'bank.*', 'tokenizer/*', 'lm/*')
     return folder
 
 # %% ../nbs/35_captioning.ipynb #h8cap022
@@ -828,7 +858,10 @@ def captioner_settings(
 ) -> dict: # arguments of `Captioner`
     "What a card says of the captioner, in today's words."
     tuning = card['tuning'] if 'tuning' in card else card['tune']
-    settings = {k: card[k] for k in ('dim', 'prefix_length', 'mapper', 'rank', 'name')}
+    kinds = dict(dim=int, prefix_length=int, mapper=str, rank=int, name=(str, type(None)))
+    wrong = [k for k, kind in kinds.items() if not isinstance(card.get(k), kind)]
+    if wrong: raise ValueError(f"a captioner's card has {wrong[0]!r} as {card.get(wrong[0])!r:.60}: save it again")
+    settings = {k: card.get(k) for k in kinds}
     later = dict(revision=card.get('revision'), four_bit=card.get('four_bit', False))
     return settings | later | dict(tuning='full' if tuning == 'whole' else tuning)
 
@@ -842,7 +875,7 @@ def captioner_card(
         raise FileNotFoundError(f'{given/"card.json"} is missing: the folder holds no captioner, '
                                 'or its writing was cut short. `gmail_tune caption` makes one; '
                                 'name its folder with --captioner')
-    card = json.loads((found/'card.json').read_text(encoding='utf-8'))
+    card = checked_card(found)
     if 'prefix_length' in card: return found, card
     if (given/'captioner'/'card.json').exists(): return captioner_card(given/'captioner')
     raise ValueError(f'{found} holds something else than a captioner: '
@@ -851,13 +884,14 @@ def captioner_card(
 # %% ../nbs/35_captioning.ipynb #64038f6e
 def _load_weights(captioner, file, named):
     "Weights into a captioner; `ValueError` for those that do not fit."
-    weights, known = load_file(file), dict(captioner.named_parameters())
+    weights, known = read_tensors(file), dict(captioner.named_parameters())
     wrong = [n for n, w in weights.items() if n not in known or known[n].shape != w.shape]
     wrong = wrong or [n for n, p in known.items()
                       if n not in weights and (p.requires_grad or not named)]
     if wrong: raise ValueError(f'{file.parent.name}/{file.name} does not fit its card: {wrong[:3]}')
     captioner.load_state_dict(weights, strict=False)
 
+# %% ../nbs/35_captioning.ipynb #faf40f95
 def loaded_in(
     card:dict,
     dtype:str|torch.dtype|None # asked for; that of the card if absent
@@ -880,9 +914,9 @@ def load_captioner(
     named = _only_named(settings)
     if named: lm = load_lm(settings['name'], dtype, settings['four_bit'], settings['revision'])[0]
     else:
-        config = AutoConfig.from_pretrained(str(folder/'lm'))
+        config = load_part(AutoConfig, folder/'lm')
         lm = AutoModelForCausalLM.from_config(config).to(dtype)
-    captioner = make(lm, AutoTokenizer.from_pretrained(str(folder/'tokenizer')), **settings)
+    captioner = make(lm, load_part(AutoTokenizer, folder/'tokenizer'), **settings)
     _load_weights(captioner, folder/'captioner.safetensors', named)
     return captioner.eval()
 

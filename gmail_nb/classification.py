@@ -43,6 +43,7 @@ from .settings import FineTuneSettings, ProbeSettings
 from .sources import IMAGE_SUFFIXES
 from .stats import Interval, bootstrap, class_mean
 from .train import batches, cosine_rate, in_precision
+from .weights import read_torch
 
 # %% ../nbs/31_classification.ipynb #faab5bf3
 import matplotlib.pyplot as plt
@@ -736,6 +737,7 @@ def plain_tower(
     if not hasattr(tower, 'merge_and_unload'): return tower # no LoRA
     return tower.merge_and_unload() if start == 'f_g' else tower.unload()
 
+# %% ../nbs/31_classification.ipynb #c3065e2a
 def check_trainable(tower:nn.Module) -> None:
     "`ValueError` for a tower whose weights are those of an aligned model with its adapters off."
     if any(isinstance(m, FrozenTower) for m in tower.modules()):
@@ -853,7 +855,7 @@ class FineTuneFile:
     def load(self) -> None:
         "Go on from the file, if it is there. `ValueError` for one of another run."
         if not self.path.exists(): return
-        state, run = torch.load(self.path, weights_only=True, map_location='cpu'), self.run
+        state, run = read_torch(self.path), self.run
         if state['made_from'] != self.made_from:
             raise ValueError(f'{self.path.name} is a checkpoint of other weights, images, settings or '
                              'another number of processes: remove it, or name another')

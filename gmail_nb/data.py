@@ -64,6 +64,7 @@ def _short(text, n, lines=1):
     cut = textwrap.wrap(text, n, max_lines=lines, placeholder='…')
     return '\n'.join(cut) if cut else text[:n]
 
+# %% ../nbs/05_data.ipynb #e1523b63
 def _grid(rows, columns, width, height):
     "A figure with `rows` times `columns` axes; sizes in inches."
     import matplotlib.pyplot as plt
@@ -212,6 +213,7 @@ def _check_keys(ds, name):
     ids = tuple(column_of(ds, c) for c in columns)
     check_unique(ids, name, 'key' if len(columns) == 1 else f'({", ".join(columns)})')
 
+# %% ../nbs/05_data.ipynb #fe2b5455
 def _check_captions(ds, name):
     "A chunk of rows after the other: a list without text, or with an empty one, is named."
     keys, start = column_of(ds, 'key'), 0
@@ -274,6 +276,7 @@ def _renamed(ds, names:dict) -> datasets.Dataset: # names: old -> new
     taken = [new for new in rename.values() if new in ds.column_names]
     return ds.remove_columns(taken).rename_columns(rename)
 
+# %% ../nbs/05_data.ipynb #aa379356
 def _captions_as_lists(ds):
     "A caption that is one string becomes a list of one. A column of images stays where it lies."
     if getattr(ds.features['captions'], 'dtype', None) not in _strings: return ds
@@ -331,6 +334,7 @@ def check_parquet(files:list[Path]) -> None:
             raise ValueError(f'{file.name} is not a whole parquet file ({e}): '
                              'make or download it again') from e
 
+# %% ../nbs/05_data.ipynb #f3f26eca
 def _bytes_of(files:list[Path], columns:list[str]|None, some:int=1000) -> int:
     "Of all or of these columns once they are read, by the first rows: packed, they may be far fewer."
     rows = {f: pq.read_metadata(f).num_rows for f in files}

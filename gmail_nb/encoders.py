@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['count', 'first_weight', 'check_pixels', 'Encoder', 'Preprocess', 'HFTokenizer', 'fit_weights', 'lite0_trunk',
            'Lite0Tower', 'minilm_folder', 'MiniLMTower', 'embedded_encoder', 'OpenClipVisual', 'OpenClipText',
-           'TorchvisionPreprocess', 'OpenClipTokenizer', 'check_open_clip', 'open_clip_encoder', 'HFVisual', 'HFText',
-           'HFPreprocess', 'hf_encoder', 'NoText', 'bare_state', 'TimmVisual', 'load_bare', 'timm_encoder',
-           'load_encoder', 'preprocess_images', 'decoded', 'pixel_batches', 'encode_images', 'encode_texts',
-           'read_cache', 'write_cache', 'cached_features']
+           'TorchvisionPreprocess', 'OpenClipTokenizer', 'check_open_clip', 'check_open_clip_folder',
+           'open_clip_encoder', 'HFVisual', 'HFText', 'HFPreprocess', 'hf_encoder', 'NoText', 'bare_state',
+           'TimmVisual', 'load_bare', 'timm_encoder', 'load_encoder', 'preprocess_images', 'decoded', 'pixel_batches',
+           'encode_images', 'encode_texts', 'read_cache', 'write_cache', 'cached_features']
 
 # %% ../nbs/20_encoders.ipynb #5887fc53
 import inspect
@@ -25,8 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from .files import asset, atomic_write, progress, unknown_name
+from .files import (asset, atomic_write, found_on_disk, plain_weights, progress, unknown_name,
+                            without_hub)
 from .runtime import fingerprint, module_fingerprint
+from .weights import check_finite, load_part, load_whole, read_tensors, read_torch
 
 # %% ../nbs/20_encoders.ipynb #6e6e4462
 def count(module:nn.Module) -> int: # of its parameters, trained or not
@@ -39,6 +41,7 @@ def first_weight(
     "The first weight of a module, those that are packed into integers left out."
     return next((p for p in module.parameters() if p.is_floating_point()), otherwise)
 
+# %% ../nbs/20_encoders.ipynb #b828f3b6
 def check_pixels(pixels:torch.Tensor) -> torch.Tensor:
     "Return `pixels` when they are a float batch (B, 3, H, W); `ValueError` with the shape otherwise."
     if pixels.ndim != 4 or pixels.shape[1] != 3:
@@ -134,6 +137,7 @@ class HFTokenizer:
 def _weights(state:dict) -> dict: # without the counters of batch normalisation
     return {k: v for k, v in state.items() if not k.endswith('num_batches_tracked')}
 
+# %% ../nbs/20_encoders.ipynb #210bb95d
 def fit_weights(
     model:nn.Module,     # a timm model; its weights are replaced
     theirs:dict,         # tensors of the same architecture, in the same order under other names
@@ -280,6 +284,13 @@ def check_open_clip(
         raise unknown_name(f'pretrained weights of {architecture}', pretrained, ['random', *tags])
     return False
 
+# %% ../nbs/20_encoders.ipynb #c8fdca05
+def check_open_clip_folder(folder:Path) -> None:
+    "`FileNotFoundError` for a folder without weights, which open_clip would replace by random ones."
+    found_on_disk(folder)
+    if any(folder.glob('open_clip*.safetensors')) or any(folder.glob('open_clip*.bin')): return
+    raise FileNotFoundError(f'{folder.name} holds no open_clip_model.safetensors: copy or download it again')
+
 # %% ../nbs/20_encoders.ipynb #2ac1ac50
 def open_clip_encoder(
     spec:str # 'ARCHITECTURE/PRETRAINED', 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER'
@@ -290,12 +301,16 @@ def open_clip_encoder(
     whole = spec.startswith(('hf-hub:', 'local-dir:')) # a configuration and its weights under one name
     architecture, _, pretrained = (spec, '', '') if whole else spec.partition('/')
     quick = not whole and check_open_clip(architecture, pretrained)
-    model, _, transform = open_clip.create_model_and_transforms(architecture,
-        pretrained=None if pretrained in ('', 'random') else pretrained,
-        force_quick_gelu=quick, weights_only=True)
+    here = spec.startswith('local-dir:')
+    if here: check_open_clip_folder(Path(spec.removeprefix('local-dir:')))
+    with plain_weights(spec), without_hub(here):
+        model, _, transform = open_clip.create_model_and_transforms(architecture,
+            pretrained=None if pretrained in ('', 'random') else pretrained,
+            force_quick_gelu=quick, weights_only=True)
+        tokenizer = OpenClipTokenizer(open_clip.get_tokenizer(architecture))
+    check_finite(model.named_parameters(), spec)
     visual, model.visual = model.visual, nn.Identity()
     dim = open_clip.get_model_config(architecture)['embed_dim']
-    tokenizer = OpenClipTokenizer(open_clip.get_tokenizer(architecture))
     scale = model.logit_scale.exp().item()
     return Encoder(f'open_clip:{spec}', OpenClipVisual(visual), OpenClipText(model),
                    TorchvisionPreprocess(transform), tokenizer, dim, scale).eval()
@@ -347,10 +362,10 @@ def hf_encoder(
 ) -> Encoder:
     "A transformers `CLIPModel` or `SiglipModel` as an `Encoder`; `ValueError` for another kind."
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
-    def load(kind): return kind.from_pretrained(model_id, revision=revision)
+    def load(kind): return load_part(kind, model_id, revision=revision)
     config = load(AutoConfig)
     siglip = _check_hf(model_id, config)
-    model = load(AutoModel).float().eval() # a checkpoint in half precision too
+    model = load_whole(AutoModel, model_id, revision=revision).float().eval() # of half precision too
     visual = HFVisual(model.vision_model, None if siglip else model.visual_projection)
     text = HFText(model.text_model, None if siglip else model.text_projection)
     length = config.text_config.max_position_embeddings
@@ -372,8 +387,8 @@ def bare_state(
     file:str|Path # .safetensors, or a .pth that `weights_only=True` reads
 ) -> dict[str, torch.Tensor]:
     "Weights of an image tower, without the wrappers of the run that made them."
-    if str(file).endswith('.safetensors'): state = load_file(file)
-    else: state = torch.load(file, weights_only=True, map_location='cpu')
+    state = read_tensors(file) if str(file).endswith('.safetensors') else read_torch(file)
+    if not isinstance(state, dict): raise ValueError(f'{Path(file).name} holds no weights by name')
     for wrapper in ('model', 'state_dict'):
         if isinstance(state.get(wrapper), dict): state = state[wrapper]
     for prefix in ('module.', 'visual.'):

@@ -6,9 +6,10 @@
 __all__ = ['SOME', 'SIDES', 'log', 'check_columns', 'cores', 'LazyPixels', 'Team', 'caught', 'Arriving', 'begin', 'decode_some',
            'decoding_processes', 'OneByOne', 'check_same', 'begin_folder', 'alone_in', 'open_features', 'Parts',
            'Embedder', 'loaded', 'side_weights', 'embedder', 'native_precision', 'good_images', 'embed_part',
-           'Features', 'read_card', 'write_keys', 'read_keys', 'load_features', 'without_failed', 'model_name',
-           'failed_in', 'finish_features', 'finished_parts', 'folder_settings', 'embed_local', 'fill', 'embed',
-           'as_column', 'match_keys', 'EmbedActor', 'ray_data', 'embed_ray']
+           'Features', 'read_card', 'write_keys', 'read_keys', 'known_failed', 'mapped_array', 'check_rows',
+           'check_content', 'load_features', 'without_failed', 'model_name', 'failed_in', 'finish_features',
+           'finished_parts', 'folder_settings', 'embed_local', 'fill', 'embed', 'as_column', 'match_keys', 'EmbedActor',
+           'ray_data', 'embed_ray']
 
 # %% ../nbs/24_features.ipynb #9fc2c1cb
 import gmail_nb.runtime
@@ -38,8 +39,8 @@ from numpy.lib.format import open_memmap
 from .align import FrozenTower, GenReal
 from .data import column_of, decode_image
 from .encoders import Encoder, load_encoder
-from .files import (atomic_path, atomic_write, check_writable, progress, unknown_name,
-                            versions)
+from .files import (atomic_path, atomic_write, check_writable, checked_card, name_some, progress,
+                            read_object, unknown_name, versions)
 from .runtime import default_device, fingerprint
 from .settings import PRECISIONS, EmbedSettings, part_of
 
@@ -94,6 +95,7 @@ def decode_row(self:LazyPixels,
     side = min(self.size[1:]) * 8 // 7 if draft and self.draft else None # some crop after resizing
     return self.preprocess(decode_image(found[self.column], found[self.key], side))
 
+# %% ../nbs/24_features.ipynb #374ae3ab
 class Team:
     "The threads or processes that decode, begun when they are needed; parts of a set share them."
     def __init__(self, pixels:LazyPixels): self.pixels, self.pool = pixels, None
@@ -133,6 +135,7 @@ def caught(make:Callable, item) -> object: # what was made, or the `ValueError` 
     try: return make(item)
     except ValueError as e: return e
 
+# %% ../nbs/24_features.ipynb #ad4598a5
 class Arriving:
     "One image of several that a process makes, to be asked as a `Future` is."
     def __init__(self, several:Future, place:int): self.several, self.place = several, place
@@ -155,6 +158,7 @@ def begin(pixels:LazyPixels) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the process that it works for
     torch.set_num_threads(1)
 
+# %% ../nbs/24_features.ipynb #e4431122
 def decode_some(rows:list[int]) -> list: # arrays (3, H, W), or errors
     "Several rows, in a process."
     return [caught(lambda r: _pixels.decode_row(r).numpy(), row) for row in rows]
@@ -174,6 +178,7 @@ def select(self:LazyPixels, numbers) -> LazyPixels:
     some.__dict__.update(self.__dict__, indices=self.indices[np.asarray(numbers)], coming={})
     return some
 
+# %% ../nbs/24_features.ipynb #92b8c435
 @patch
 def begun(self:LazyPixels, numbers:list[int]) -> list: # futures, in this order
     "Hand images to the threads or processes."
@@ -260,6 +265,7 @@ def begin_folder(
     open_memmap(folder/'features.npy', 'w+', dtype=settings['store'], shape=shape).flush()
     atomic_write(folder/'settings.json', json.dumps(settings))
 
+# %% ../nbs/24_features.ipynb #db3f7325
 @contextmanager
 def alone_in(folder:Path):
     "One job after the other, where the disk knows locks."
@@ -483,6 +489,7 @@ def samples(self:Features) -> list[int]|None:
     "Of generated images: which sample of its caption each is."
     return None if self.sample_numbers is None else self.sample_numbers.tolist()
 
+# %% ../nbs/24_features.ipynb #2c93e56b
 @patch(as_prop=True)
 def shape(self:Features) -> torch.Size:
     "(N, D)."
@@ -507,7 +514,7 @@ def read_card(
     if not (folder/'card.json').exists():
         raise FileNotFoundError(f'{folder.name}/card.json is missing: '
                                 'the folder holds no features, or `embed` was cut short; run it again')
-    card = json.loads((folder/'card.json').read_text())
+    card = checked_card(folder, weights=str, model=str, content=str, failed=list)
     if not weights or card['weights'] == weights: return card
     raise ValueError(f"{folder.name} was made by {card['model']!r} with fingerprint {card['weights']}, "
                      f'not by {weights}: embed again with this model, into another folder')
@@ -539,19 +546,79 @@ def read_keys(
     keys, *samples = table.columns
     return keys, samples[0].to_numpy() if samples else None
 
+# %% ../nbs/24_features.ipynb #592c6978
+def known_failed(
+    folder:Path,
+    card:dict
+) -> list[dict]: # index, key, reason
+    "The damaged images that a card names. `ValueError` for an index that is none."
+    rows = [f if isinstance(f, dict) else {} for f in card['failed']]
+    failed = [dict(index=f.get('index', f.get('row')), key=f.get('key'), reason=f.get('reason')) for f in rows]
+    n = card.get('n')
+    wrong = [f['index'] for f in failed if type(f['index']) is not int or n and not 0 <= f['index'] < n]
+    if wrong: raise ValueError(f'{folder.name}/card.json names the damaged images {name_some(wrong)} of {n}: '
+                               'run `embed` again')
+    return failed
+
+def mapped_array(
+    folder:Path,
+    card:dict # of the folder
+) -> np.ndarray: # (n, dim), copied where it is written
+    "The file of the features, by its header and size. `ValueError` for one that its card does not describe."
+    path, where = folder/'features.npy', f'{folder.name}/features.npy'
+    if not path.is_file(): raise FileNotFoundError(f'{where} is missing: run `embed` again')
+    try: array = np.load(path, mmap_mode='c', allow_pickle=False)
+    except (ValueError, EOFError, OSError) as e:
+        raise ValueError(f'{where} does not read ({e}): run `embed` again') from e
+    said = card.get('n', len(array)), card.get('dim', array.shape[-1]), card.get('store', str(array.dtype))
+    if (*array.shape, str(array.dtype)) == said: return array
+    raise ValueError(f'{where} is {array.shape} of {array.dtype}, its card says {said[:2]} of {said[2]}: '
+                     'run `embed` again')
+
+# %% ../nbs/24_features.ipynb #5d407175
+def check_rows(
+    array:np.ndarray,  # (n, dim)
+    rows,              # numbers to look at
+    failed:list[dict], # have no features
+    name:str           # of the folder
+) -> None:
+    "`ValueError` naming rows whose values are no finite numbers though their images decode."
+    rows = np.setdiff1d(rows, [f['index'] for f in failed])
+    bad = rows[~np.isfinite(array[rows]).all(1)]
+    if not len(bad): return
+    raise ValueError(f'{name}/features.npy: {len(bad)} rows hold values that are no finite numbers, '
+                     f'such as {name_some(bad.tolist())}: run `embed` again')
+
+def check_content(
+    folder:Path,
+    card:dict # of the folder
+) -> None:
+    "Read all features once: `ValueError` naming the part that is not as it was written."
+    array, failed, rows, sums = mapped_array(folder, card), known_failed(folder, card), card['part_rows'], []
+    for part, start in enumerate(range(0, len(array), rows)):
+        some = array[start:start + rows]
+        sums.append(hashlib.sha256(np.ascontiguousarray(some)).hexdigest())
+        if read_object(folder/'done'/f'{part:05}.json').get('sha256') != sums[-1]:
+            raise ValueError(f'{folder.name}/features.npy: rows {start} to {start + len(some) - 1} are not '
+                             'as they were written: run `embed` again')
+        check_rows(array, range(start, start + len(some)), failed, folder.name)
+    if fingerprint(sums) == card['content']: return
+    raise ValueError(f'{folder.name}/features.npy is not what its card describes: run `embed` again')
+
 # %% ../nbs/24_features.ipynb #4192efde
 def load_features(
     folder:str|Path,         # from `embed`
-    weights:str|None=None    # fingerprint that they must have been made with; any if absent
+    weights:str|None=None,   # fingerprint that they must have been made with; any if absent
+    verify:bool=False        # read all of it and compare checksums; otherwise header, size and 64 rows
 ) -> Features:
-    "Features of a finished folder. `FileNotFoundError` and `ValueError` as in `read_card`."
+    "Features of a finished folder. `FileNotFoundError` and `ValueError` name what is not as it was written."
     card = read_card(folder := Path(folder), weights)
     keys, samples = read_keys(folder, card)
-    mapped = torch.from_numpy(np.load(folder/'features.npy', mmap_mode='c'))
-    failed = [dict(index=f.get('index', f.get('row')), key=f['key'], reason=f['reason'])
-              for f in card['failed']]
-    card = {k: v for k, v in card.items() if k not in ('keys', 'samples', 'failed')}
-    return without_failed(Features(keys, mapped, card, failed, None, samples))
+    array, failed = mapped_array(folder, card), known_failed(folder, card)
+    if verify: check_content(folder, card)
+    check_rows(array, np.unique(np.linspace(0, len(array) - 1, 64).astype(int)), failed, folder.name)
+    card = {k: v for k, v in card.items() if k not in ('keys', 'samples', 'failed', 'files')}
+    return without_failed(Features(keys, torch.from_numpy(array), card, failed, None, samples))
 
 def without_failed(whole:Features) -> Features:
     "The features of images that decode."

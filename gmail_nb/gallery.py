@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARD', 'contact_sheet', 'shard_images', 'write_sheets', 'clip_scores', 'score_quality', 'quality_encoder', 'picture',
            'facts', 'quality_sections', 'pair_sections', 'sample_sections', 'sheet_links', 'run_sections',
-           'write_report', 'dataset_card', 'hub_layout', 'push_to_hub']
+           'write_report', 'card_numbers', 'dataset_card', 'hub_layout', 'push_to_hub']
 
 # %% ../nbs/37_gallery.ipynb #db705381
 import gmail_nb.runtime
@@ -224,6 +224,21 @@ def write_report(
             f'<style>{STYLE}</style><body>{"".join(body)}</body></html>')
     return atomic_write(folder/'report.html', page)
 
+# %% ../nbs/37_gallery.ipynb #37c0a001
+def card_numbers(
+    folder:str|Path, # from `generate`
+    manifest:dict
+) -> str:
+    "How it was drawn, and how well the images fit their captions where that was measured."
+    rate = manifest['rows'] / manifest['seconds'] if manifest['seconds'] else 0
+    drawn = f"Drawn at {rate:.2f} images a second on {manifest['machine']}."
+    by = quality_encoder(folder)
+    if by is None: return f'{drawn} How well they fit their captions was not measured.'
+    q = [v for v in load_generated(folder)['quality'] if v is not None]
+    low, middle, high = np.quantile(q, (.05, .5, .95))
+    return (f"{drawn} CLIPScore with their captions, by `{by['encoder']}`: {middle:.3f} in the middle, "
+            f'{low:.3f} to {high:.3f} for nine in ten.')
+
 # %% ../nbs/37_gallery.ipynb #4ad6a84f
 CARD = '''---
 {head}
@@ -234,6 +249,7 @@ CARD = '''---
 Licence of the generator's weights: {licence}.
 All images are synthetic. {failures} images failed and are absent; \
 {truncated} prompts were longer than the text encoder reads.
+{numbers}
 
 | setting | value |
 |---|---|
@@ -247,7 +263,7 @@ these settings; `sha256` is that of the image file.
 def dataset_card(
     folder:str|Path # from `generate`
 ) -> DatasetCard:
-    "A dataset card from the manifest."
+    "A dataset card from the manifest, with the numbers of the run."
     manifest = json.loads((Path(folder)/'manifest.json').read_text())
     s = manifest['settings']
     files = [dict(split='train', path='data/*.parquet')]
@@ -258,7 +274,8 @@ def dataset_card(
     return DatasetCard(CARD.format(
         head=json.dumps(head, indent=1), rows=manifest['rows'], generator=s['generator'],
         revision=s['revision'], licence=known.licence if known else 'see the page of the generator',
-        failures=len(manifest['failures']), truncated=manifest['truncated'], settings=rows))
+        failures=len(manifest['failures']), truncated=manifest['truncated'], settings=rows,
+        numbers=card_numbers(folder, manifest)))
 
 # %% ../nbs/37_gallery.ipynb #81c09ef2
 def hub_layout(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GAP_PAIRS', 'check_paired', 'paired_cosines', 'ranks', 'recall_at_k', 'modality_scores', 'modality_probe',
            'centroid_distance', 'alignment', 'uniformity', 'some_pairs', 'recalls', 'gap_report', 'show_cosines',
-           'project_2d', 'draw_pairs', 'show_gap', 'show_tsne']
+           'project_2d', 'draw_pairs', 'show_gap', 'show_tsne', 'check_token_pairs', 'token_cosines', 'token_distances',
+           'token_centroids', 'side_by_side', 'token_gap_report', 'token_grid', 'show_token_gap']
 
 # %% ../nbs/28_gap.ipynb #04a133f4
 import matplotlib.pyplot as plt
@@ -250,3 +251,93 @@ def show_gap(
 def show_tsne(before, after, seed:int=0, limit:int=400) -> Figure:
     "`show_gap` by t-SNE: Figure 3."
     return show_gap(before, after, 'tsne', seed, limit)
+
+# %% ../nbs/28_gap.ipynb #5ed3c6da
+def check_token_pairs(
+    a:torch.Tensor, # (N, T, W)
+    b:torch.Tensor  # (N, T, W), row i belongs to row i of `a`
+) -> None:
+    "Raise `ValueError` unless both are tokens of one layout, finite, and not empty."
+    if a.ndim != 3 or b.ndim != 3 or a.shape != b.shape:
+        raise ValueError('expected two (N, T, W) tensors of tokens of pairs, '
+                         f'got {tuple(a.shape)} and {tuple(b.shape)}')
+    check_paired(a.flatten(1), b.flatten(1))
+
+# %% ../nbs/28_gap.ipynb #0d83662c
+def token_cosines(
+    generated_tokens:torch.Tensor, # (N, T, W)
+    real_tokens:torch.Tensor       # (N, T, W)
+) -> torch.Tensor: # (N, T), in [-1, 1]
+    "The cosine of the tokens at the same place of every pair."
+    check_token_pairs(generated_tokens, real_tokens)
+    return F.cosine_similarity(generated_tokens, real_tokens, dim=-1)
+
+# %% ../nbs/28_gap.ipynb #be85ded8
+def token_distances(
+    generated_tokens:torch.Tensor, # (N, T, W)
+    real_tokens:torch.Tensor       # (N, T, W)
+) -> torch.Tensor: # (N, T)
+    "Squared distance of the same places, as a share of the squared length of the real image's tokens."
+    check_token_pairs(generated_tokens, real_tokens)
+    apart = (generated_tokens - real_tokens).square().sum(-1)
+    return apart / real_tokens.square().sum(-1).mean(1, keepdim=True).clamp(min=1e-12)
+
+# %% ../nbs/28_gap.ipynb #cdbafac9
+def token_centroids(
+    generated_tokens:torch.Tensor, # (N, T, W)
+    real_tokens:torch.Tensor       # (N, T, W)
+) -> torch.Tensor: # (T,), in [0, 2]
+    "At every place, the distance of the two means over images of unit tokens."
+    check_token_pairs(generated_tokens, real_tokens)
+    means = [F.normalize(x, dim=-1).mean(0) for x in (generated_tokens, real_tokens)]
+    return (means[0] - means[1]).norm(dim=-1)
+
+# %% ../nbs/28_gap.ipynb #3f1c3a1b
+def side_by_side(
+    tokens:torch.Tensor # (N, T, W)
+) -> torch.Tensor: # (N, T * W), unit length where no token is empty
+    "Unit tokens as one vector: the cosine of two is the mean cosine over places."
+    return F.normalize(tokens.float(), dim=-1).flatten(1) / tokens.shape[1]**.5
+
+# %% ../nbs/28_gap.ipynb #5e93182e
+def token_gap_report(
+    generated_tokens:torch.Tensor, # (N, T, W)
+    real_tokens:torch.Tensor,      # (N, T, W)
+    limit:int=GAP_PAIRS,           # of more pairs, so many are drawn and measured
+    seed:int=0                     # of the draw
+) -> dict[str, float]: # by name
+    "The gap of the tokens in numbers, and retrieval of partners by them in both directions."
+    check_token_pairs(generated_tokens, real_tokens)
+    some = some_pairs(len(real_tokens), limit, seed)
+    g, r = generated_tokens[some].float(), real_tokens[some].float()
+    found = dict(cosine=token_cosines(g, r), distance=token_distances(g, r),
+                 centroid_distance=token_centroids(g, r))
+    by_name = {f'token_{k}': v.mean().item() for k, v in found.items()}
+    retrieved = recalls(side_by_side(g), side_by_side(r))
+    return by_name | {f'token_{k}': v for k, v in retrieved.items()}
+
+# %% ../nbs/28_gap.ipynb #ad05e863
+def token_grid(
+    values:torch.Tensor # (T,)
+) -> torch.Tensor: # (rows, columns)
+    "Values at their places: a square where there is one, or else a row (of a layout with a class token)."
+    side = round(len(values)**.5)
+    return values.view(side, -1) if side**2 == len(values) else values[None]
+
+# %% ../nbs/28_gap.ipynb #225678bb
+def show_token_gap(
+    gaps:dict[str, torch.Tensor], # by when, (N, T), such as `token_cosines` before and after
+    label:str='cosine with the real\ntoken of the same place'
+) -> Figure:
+    "A map of the grid for each, all in the same colours: the mean over images at every place."
+    maps = {name: token_grid(v.float().mean(0)).numpy() for name, v in gaps.items()}
+    low, high = (f(m.min() if f is min else m.max() for m in maps.values()) for f in (min, max))
+    fig, axes = plt.subplots(1, len(maps), figsize=(2.5 * len(maps) + 1, 2.5), squeeze=False,
+                             layout='constrained')
+    for ax, (name, m) in zip(axes[0], maps.items()):
+        shown = ax.imshow(m, vmin=low, vmax=high, cmap='viridis')
+        ax.set(title=f'{name}: {m.mean():.2f}', xticks=[], yticks=[])
+    bar = fig.colorbar(shown, ax=axes[0].tolist())
+    bar.set_label(label, fontsize=8)
+    plt.close(fig)
+    return fig

@@ -159,6 +159,7 @@ def _try_lock(file) -> None:
     except ImportError: return # Windows
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
+# %% ../nbs/10_generate.ipynb #224be47c
 def lock_shard(
     out:Path, # folder of the run
     k:int     # number of the shard
@@ -458,7 +459,7 @@ def finished_shards(
         return files
     if not (folder/'manifest.json').exists():
         raise ValueError(f'the run in {folder.name!r} is not complete: '
-                         'run `generate` again, or pass partial=True')
+                         'run the same gmail_generate again to finish it (in Python, partial=True reads what is there)')
     manifest = read_manifest(folder)
     check_lengths(folder, manifest)
     if [p.name for p in files] != [s['shard'] for s in manifest['shards']]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from .caption_tokens import tokenize_caption
@@ -27,6 +27,7 @@ from .captioning import (
     continue_from, load_captioner, prefixed_logits, save_captioner)
 from .files import atomic_write, progress
 from .runtime import noise_generator, stable_seed
+from .weights import read_tensors
 
 # %% ../nbs/36_ifcap.ipynb #65896376
 def image_like(
@@ -325,7 +326,7 @@ def load_ifcap(folder:str|Path) -> IFCap:
     def read(name): return json.loads((folder/name).read_text(encoding='utf-8'))
     def make(lm, tokenizer, **settings):
         bank, lookup = read('bank.json'), read('card.json')['lookup']
-        features, nouns = load_file(folder/'bank.safetensors')['bank'], set(bank['vocabulary'])
+        features, nouns = read_tensors(folder/'bank.safetensors')['bank'], set(bank['vocabulary'])
         known = dict(bank=features, captions=bank['captions'], nouns=nouns)
         return IFCap(lm, tokenizer, lookup=Lookup(**lookup), **known, **settings)
     return load_captioner(folder, make)

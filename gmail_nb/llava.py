@@ -4,26 +4,29 @@
 
 # %% auto #0
 __all__ = ['both_sides', 'VisualTokens', 'new_projector', 'turns_of', 'parts_of', 'chat_text', 'spread_markers', 'Llava',
-           'Prompt', 'encode_prompt', 'padded', 'llava_loss', 'generate_answers', 'LlavaTower', 'check_processor',
-           'from_llava', 'load_llava', 'plain_name', 'plain_state', 'merged_state', 'save_llava']
+           'Prompt', 'encode_prompt', 'padded', 'llava_loss', 'generate_answers', 'Prefix', 'common_start',
+           'read_prefix', 'encode_all', 'answer_all', 'LlavaTower', 'check_processor', 'from_llava', 'load_llava',
+           'plain_name', 'plain_state', 'merged_state', 'language_part', 'lora_layers', 'merged_language', 'save_llava']
 
 # %% ../nbs/38_llava.ipynb #2de907d3
 import gmail_nb.runtime
-import json
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .align import GenReal
 from .encoders import Encoder, HFPreprocess, NoText, check_pixels
-from .files import atomic_write, check_writable, versions
+from .files import check_writable, checked_card, found_on_disk, progress, write_card
+from .weights import load_part, load_whole
 
 # %% ../nbs/38_llava.ipynb #8dd412f9
 def both_sides(
@@ -77,6 +80,7 @@ def turns_of(
     said = [*before, dict(role='user', content=question)]
     return said if answer is None else [*said, dict(role='assistant', content=answer)]
 
+# %% ../nbs/38_llava.ipynb #8219c9db
 def parts_of(content:str, marker:str) -> list[dict]:
     "A turn as the parts that a template of images and texts reads, in their order."
     found = []
@@ -193,13 +197,15 @@ def llava_loss(
     tokens:torch.Tensor|None # (M, T, width), of all images in the order of the prompts
 ) -> torch.Tensor:
     "Mean cross entropy of the answers' tokens, their ends included."
-    ids, real = (t.to(model.device) for t in padded(prompts, model.end))
-    lengths = torch.tensor([[len(p.ids), p.answer] for p in prompts], device=ids.device)
-    place = torch.arange(ids.shape[1], device=ids.device)[None]
-    answer = (place < lengths[:, :1]) & (place >= lengths[:, :1] - lengths[:, 1:])  # (B, L)
-    out = model.lm(inputs_embeds=model.embed(ids, tokens), attention_mask=real.long())
-    logits = out.logits[:, :-1][answer[:, 1:]]                                      # (answers, V)
-    return F.cross_entropy(logits.float(), ids[answer])
+    ids, real = padded(prompts, model.end) # on the CPU: counting on a GPU would make it wait
+    begins = torch.tensor([[len(p.ids) - p.answer] for p in prompts])
+    rows, places = (real & (torch.arange(ids.shape[1]) >= begins)).nonzero(as_tuple=True)
+    first, device = int(begins.min()), model.device # logits before it would be thrown away
+    out = model.lm(inputs_embeds=model.embed(ids.to(device), tokens), use_cache=False,
+                   attention_mask=real.long().to(device),
+                   logits_to_keep=ids.shape[1] - first + 1)
+    logits = out.logits[rows.to(device), (places - first).to(device)]               # (answers, V)
+    return F.cross_entropy(logits.float(), ids[rows, places].to(device))
 
 # %% ../nbs/38_llava.ipynb #3e3efa7f
 @torch.inference_mode()
@@ -208,16 +214,85 @@ def generate_answers(
     prompts:list[Prompt],         # from `encode_prompt`, without an answer
     tokens:torch.Tensor|None,     # (M, T, width), of all images in the order of the prompts
     max_new_tokens:int=32,
+    prefix=None,                  # from `read_prefix`: what all prompts begin with, read before
     **how                         # of transformers' `generate`, such as num_beams or streamer
 ) -> list[str]:
     "An answer for each prompt, without the words of the prompt."
-    ids, real = (t.to(model.device) for t in padded(prompts, model.end, left=True))
+    k = len(prefix.ids) if prefix else 0
+    rest = [replace(p, ids=p.ids[k:]) for p in prompts]
+    ids, real = (t.to(model.device) for t in padded(rest, model.end, left=True))
+    words, read = model.embed(ids, tokens), {}
+    if k: words, real, read = prefix.before(prompts, words, real, how.get('num_beams', 1))
     fill = model.tokenizer.pad_token_id
-    out = model.lm.generate(inputs_embeds=model.embed(ids, tokens), attention_mask=real.long(),
+    out = model.lm.generate(inputs_embeds=words, attention_mask=real.long(), **read,
                             max_new_tokens=max_new_tokens, eos_token_id=model.end,
                             pad_token_id=model.end if fill is None else fill,
                             **(dict(do_sample=False) | how))
     return [t.strip() for t in model.tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+# %% ../nbs/38_llava.ipynb #6d7219b3
+@dataclass
+class Prefix:
+    "Words that prompts begin with, as a language model has read them."
+    ids:list[int]
+    cache:object   # keys and values, of one row
+
+    def before(self, prompts, words, real, beams=1): # -> embeddings, mask, and what `generate` takes
+        "Put it before the rest of some prompts. `ValueError` for one that begins otherwise."
+        k, n = len(self.ids), len(prompts)
+        if any(p.ids[:k] != self.ids or len(p.ids) == k for p in prompts):
+            raise ValueError('a prompt begins with other words than those that were read before')
+        cache = copy.deepcopy(self.cache) # `generate` writes into it
+        cache.batch_repeat_interleave(n * beams)
+        words = torch.cat([words.new_zeros(n, k, words.shape[-1]), words], 1) # never looked at
+        return words, torch.cat([real.new_ones(n, k), real], 1), dict(past_key_values=cache)
+
+def common_start(prompts:list[Prompt], marker:int) -> list[int]: # token numbers
+    "What all prompts begin with, up to the first image; something is left of each."
+    found = []
+    for ids in zip(*(p.ids[:-1] for p in prompts)):
+        if set(ids) != {ids[0]} or ids[0] == marker: break
+        found.append(ids[0])
+    return found
+
+@torch.inference_mode()
+def read_prefix(model:Llava, prompts:list[Prompt]) -> Prefix|None: # None: they begin differently
+    "What the prompts have in common at their beginning, read once."
+    ids = common_start(prompts, model.marker_id)
+    if not ids: return None
+    words = model.words(torch.tensor([ids], device=model.device))
+    return Prefix(ids, model.lm(inputs_embeds=words, use_cache=True).past_key_values)
+
+# %% ../nbs/38_llava.ipynb #5f618fc5
+def encode_all(
+    model:Llava,
+    asked:list[tuple[list, list]],  # conversations without an answer, and the images of each
+    look:Callable                   # a list of images -> (M, T, width)
+) -> list[Prompt]:
+    "Token numbers of every conversation; how many tokens an image has is seen from the first one."
+    images = [i for _, some in asked for i in some]
+    tokens = look(images[:1]).shape[1] if images else 0
+    return [encode_prompt(model, turns, len(some), tokens) for turns, some in asked]
+
+@torch.inference_mode()
+def answer_all(
+    model:Llava,
+    asked:list[tuple[list, list]],  # as in `encode_all`
+    look:Callable,                  # a list of images -> (M, T, width)
+    batch_size:int=16,
+    max_new_tokens:int=32,
+    desc:str|None=None,             # beside a progress bar; none if absent
+    **how                           # of `generate_answers`
+) -> list[str]:
+    "An answer to each conversation."
+    prompts, found = encode_all(model, asked, look), []
+    start = read_prefix(model, prompts) if len(prompts) > 1 else None
+    firsts = range(0, len(asked), batch_size)
+    for i in progress(firsts, desc) if desc else firsts:
+        images = [image for _, some in asked[i:i + batch_size] for image in some]
+        seen = look(images) if images else None
+        found += generate_answers(model, prompts[i:i + batch_size], seen, max_new_tokens, start, **how)
+    return found
 
 # %% ../nbs/38_llava.ipynb #8e257f6c
 class LlavaTower(nn.Module):
@@ -266,8 +341,9 @@ def load_llava(
     dtype:torch.dtype=torch.float32
 ) -> tuple[Llava, Encoder]:
     "A published LLaVA. `ValueError` when its processor is another model's."
-    model = LlavaForConditionalGeneration.from_pretrained(name, revision=revision, dtype=dtype)
-    return from_llava(model.eval(), AutoProcessor.from_pretrained(name, revision=revision), name)
+    if found_on_disk(name) and (Path(name)/'checksums.json').exists(): checked_card(name, 'checksums.json')
+    model = load_whole(LlavaForConditionalGeneration, name, revision=revision, dtype=dtype)
+    return from_llava(model.eval(), load_part(AutoProcessor, name, revision=revision), name)
 
 # %% ../nbs/38_llava.ipynb #cdbca13a
 def plain_name(name:str) -> str: # without what peft put between a module and its weights
@@ -283,22 +359,49 @@ def merged_state(tower:nn.Module) -> dict[str, torch.Tensor]: # f_g's weights by
     try: return {k: v.detach().clone() for k, v in plain_state(tower).items()}
     finally: tower.unmerge_adapter()
 
+# %% ../nbs/38_llava.ipynb #ac33b286
+def language_part(model:Llava) -> nn.Module:
+    "The language model itself, without the tower that a LLaVA of transformers holds beside it."
+    lm = model.lm
+    return lm.model.language_model if isinstance(lm, LlavaForConditionalGeneration) else lm
+
+def lora_layers(module:nn.Module) -> list[BaseTunerLayer]:
+    "Layers that an adapter was put into."
+    return [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+
+# %% ../nbs/38_llava.ipynb #09e652d7
+@contextmanager
+def merged_language(model:Llava):
+    "LoRA of the language model is in its weights within this context; afterwards both are as before."
+    layers = lora_layers(language_part(model))
+    before = [m.base_layer.weight.detach().clone() for m in layers]
+    for m in layers: m.merge()
+    try: yield model
+    finally:
+        for m, weight in zip(layers, before):
+            m.unmerge()
+            m.base_layer.weight.data.copy_(weight) # subtracting is only nearly the way back
+
 # %% ../nbs/38_llava.ipynb #9e03b6a5
 def save_llava(
     model:Llava,             # from `from_llava` or `load_llava`
     folder:str|Path,
     aligned:GenReal|None=None, # whose `f_g` becomes the vision tower; `f_r` stays it if absent
 ) -> Path:
-    "Write a LLaVA that plain transformers loads. `ValueError` for any other model."
+    """Write a LLaVA that plain transformers loads, LoRA of its language model merged.
+    `ValueError` for any other model."""
     if not isinstance(model.lm, LlavaForConditionalGeneration):
         raise ValueError(f'{type(model.lm).__name__} is no LLaVA of transformers: its tower is not '
                          'part of it, so save the projector and the language model by themselves')
-    folder, state = check_writable(folder), plain_state(model.lm)
+    folder = check_writable(folder)
+    (folder/'checksums.json').unlink(missing_ok=True)
+    with merged_language(model):
+        state = {k: v.detach().cpu().contiguous().clone() for k, v in plain_state(model.lm).items()}
     if aligned is not None:
         own = {k.removeprefix('vision_model.'): v for k, v in merged_state(aligned.f_g).items()}
-        state |= {f'model.vision_tower.{k}': v for k, v in own.items()}
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+        state |= {f'model.vision_tower.{k}': v.cpu().contiguous() for k, v in own.items()}
     with torch.device('meta'): empty = LlavaForConditionalGeneration(model.lm.config)
     empty.save_pretrained(str(folder), state_dict=state)
     model.chat.save_pretrained(str(folder))
+    write_card(folder, {}, '*.json', '*.safetensors', '*.jinja', name='checksums.json')
     return folder

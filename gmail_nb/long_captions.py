@@ -23,8 +23,9 @@ from .retrieval import Ranks, retrieval
 # %% ../nbs/32_long_captions.ipynb #ace4c4c4
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+from .weights import read_tensors, read_torch
 
 # %% ../nbs/32_long_captions.ipynb #f43d78b7
 LONG, KEPT = 248, 20 # tokens of Long-CLIP, and the positions it keeps
@@ -41,7 +42,7 @@ def stretch_positions(
     positions:torch.Tensor, # (P, W), learned; 77 in CLIP
     length:int=LONG,        # of the result
     keep:int=KEPT           # positions at the start that stay
-) -> torch.Tensor: # (length, W)
+) -> torch.Tensor:  # (length, W)
     "Keep the first positions and interpolate the rest. `ValueError` when there is nothing to stretch."
     p = len(positions)
     check_stretch(p, length, keep)
@@ -77,7 +78,9 @@ def stretch_parameter(
     "The positions of an open_clip tower and its causal mask, in place."
     p = m.positional_embedding
     m.positional_embedding = nn.Parameter(stretch_positions(p.data, length, keep), p.requires_grad)
-    m.attn_mask = torch.full((length, length), -torch.inf, device=p.device, dtype=m.attn_mask.dtype).triu_(1)
+    m.attn_mask = torch.full(
+        (length, length), -torch.inf, device=p.device, dtype=m.attn_mask.dtype
+    ).triu_(1)
     for name in ('context_length', 'num_pos'):
         if hasattr(m, name): setattr(m, name, length)
     return len(p)
@@ -229,8 +232,8 @@ def published_state(
     weights:str|Path # .pt that `weights_only=True` reads, or .safetensors
 ) -> dict[str, torch.Tensor]:
     "The state dict of a checkpoint, out of its wrapper if it has one."
-    if str(weights).endswith('.safetensors'): state = load_file(weights)
-    else: state = torch.load(weights, weights_only=True, map_location='cpu')
+    state = read_tensors(weights) if str(weights).endswith('.safetensors') else read_torch(weights)
+    if not isinstance(state, dict): raise ValueError(f'{Path(weights).name} holds no weights by name')
     return state['state_dict'] if isinstance(state.get('state_dict'), dict) else state
 
 # %% ../nbs/32_long_captions.ipynb #1c320002

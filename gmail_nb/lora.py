@@ -79,6 +79,7 @@ def _put_back(layer, *_):
     for module, name, weight in layer.true_weights: setattr(module, name, weight)
     layer.true_weights = []
 
+# %% ../nbs/22_lora.ipynb #e0590016
 def keep_base_weights(
     adapted:nn.Module # a `PeftModel`
 ) -> None:
@@ -88,7 +89,6 @@ def keep_base_weights(
         if not isinstance(layer, MultiheadAttention): continue
         layer.register_forward_pre_hook(_note)
         layer.register_forward_hook(_put_back, always_call=True) # after an error too
-
 
 # %% ../nbs/22_lora.ipynb #b5746e51
 @cache
@@ -116,7 +116,7 @@ def lora_update(
         return layer.lora_B[name](a(layer.lora_dropout[name](x.to(a.weight.dtype))))
     return sum(layer.scaling[name] * update(name) for name in layer.active_adapters)
 
-
+# %% ../nbs/22_lora.ipynb #98b2ae46
 def is_plain(query, key=None, value=None, need_weights=True, attn_mask=None, **others) -> bool:
     "Whether arguments of `nn.MultiheadAttention` are self-attention as towers use it."
     unusual = any(v is not None and v is not False for v in others.values())

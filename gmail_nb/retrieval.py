@@ -415,6 +415,7 @@ def read_array(
     except (OSError, ValueError): return None # whatever does not read back is made again
     return found if found.shape == shape and found.dtype == dtype else None
 
+# %% ../nbs/30_retrieval.ipynb #d9d148f2
 def fill_texts(path:Path, encoder:Encoder, texts:list[str], store:str, chunk:int) -> None:
     "Write the features of all texts, a chunk at a time."
     array = open_memmap(path, 'w+', dtype=store, shape=(len(texts), encoder.dim))
@@ -625,6 +626,7 @@ class RetrievalSet:
     hub:dict|None=None      # options of `from_hub`
     keys:str='names'        # of pictures; 'numbers' that count those of this set; 'concepts' of our own
 
+# %% ../nbs/30_retrieval.ipynb #f77a86b6
 def _karpathy(file, images): return lambda root: from_coco(root/file, root/images, 'test')
 def _hub(repo):
     return dict(repo=f'nlphuji/{repo}', split='test', key='filename', captions='caption',

@@ -57,10 +57,11 @@ def default_device() -> torch.device:
 def default_dtype(
     device:torch.device|None=None # where the model will run; `default_device()` if absent
 ) -> torch.dtype:
-    "bfloat16 on a CUDA device that computes in it, float32 elsewhere."
+    "bfloat16 on a CUDA device that computes in it, float16 on an older one, float32 elsewhere."
     device = torch.device(device or default_device())
-    halves = device.type == 'cuda' and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if halves else torch.float32
+    if device.type != 'cuda': return torch.float32
+    halves = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if halves else torch.float16
 
 # %% ../nbs/02_runtime.ipynb #0ed2a10e
 def fast_bfloat16() -> bool:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMORY_TEXTS', 'GENERATED', 'image_fault', 'is_out_of_memory', 'Sampler', 'encode_image_file', 'image_row',
-           'file_sha256', 'sync_folder', 'write_shard', 'receipt_fault', 'schema_fault', 'rows_fault', 'shard_fault',
-           'encode_halving', 'encode_shard', 'shard_rows', 'shard_notes', 'finished_rows', 'make_shard']
+           'sync_folder', 'write_shard', 'receipt_fault', 'schema_fault', 'rows_fault', 'shard_fault', 'encode_halving',
+           'encode_shard', 'shard_rows', 'shard_notes', 'finished_rows', 'make_shard']
 
 # %% ../nbs/09_shards.ipynb #51616302
 import gmail_nb.runtime
@@ -29,7 +29,7 @@ from diffusers import DiffusionPipeline
 from fastcore.basics import patch
 from PIL import Image
 
-from .files import atomic_path, atomic_write, with_checksum, without_checksum
+from .files import atomic_path, atomic_write, file_sha256, with_checksum, without_checksum
 from .pipelines import check_call, encode_prompts, truncated_prompts
 from .plan import Item, Plan, Settings
 from .runtime import fingerprint
@@ -169,16 +169,6 @@ def image_row(
     made_by = {n: getattr(settings, n) for n in ('generator', 'revision', 'steps', 'guidance')}
     return dict(asked, image=dict(bytes=content, path=None), **made_by, width=image.shape[1],
                 height=image.shape[0], sha256=hashlib.sha256(content).hexdigest())
-
-# %% ../nbs/09_shards.ipynb #daae8b29
-def file_sha256(
-    path:str|Path # any file
-) -> str:
-    "SHA-256 of a file, in hexadecimal."
-    h = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while block := f.read(1 << 22): h.update(block)
-    return h.hexdigest()
 
 # %% ../nbs/09_shards.ipynb #59090f68
 def sync_folder(

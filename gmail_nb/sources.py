@@ -224,6 +224,7 @@ def _coco_rows(found, images): # key, (sub-folder, file), captions
     files = {str(i['id']): i['file_name'] for i in found.get('images', [])} if images else {}
     for key in files or captions: yield key, ('', files.get(key, '')), captions.get(key, [])
 
+# %% ../nbs/06_sources.ipynb #e7b09b1b
 def _rows_of(path:Path, split, images=True, training=False):
     "Rows of either form; `ValueError` for a split of COCO's own file."
     found = read_coco(path)
@@ -380,6 +381,7 @@ def _placed_rows(path:Path, settings:SourceSettings) -> Iterable[dict]:
     raise FileNotFoundError(f'{path.name} names {len(lost)} of {n} images that are not '
                             f'there, such as {name_some(lost)}: paths are relative to the file')
 
+# %% ../nbs/06_sources.ipynb #0e8582c3
 def _captioned_table(path:Path, settings:SourceSettings, images:bool) -> datasets.Dataset:
     "A table as a captioned set; the paths in its column of images are relative to the file."
     if images: return _captioned_rows(_placed_rows(path, settings), path.name, images=True)
@@ -467,6 +469,17 @@ def is_generated(
     "Whether a folder was written by `generate`."
     files = ('shard-*-of-*.parquet', 'captions.parquet')
     return (path/'settings.json').exists() and any(f for p in files for f in path.glob(p))
+
+# %% ../nbs/06_sources.ipynb #71913e89
+def _shards(folder:Path) -> list[Path]:
+    "The shards that the manifest of a complete run names."
+    if not (folder/'manifest.json').exists():
+        raise ValueError(f'the run in {folder.name!r} is not complete: run `generate` again')
+    manifest = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
+    shards = [folder/s['shard'] for s in manifest['shards']]
+    if all(f.exists() for f in shards): return shards
+    raise ValueError(f'{folder.name!r} has lost shards since it was complete: '
+                     'run `generate` again')
 
 # %% ../nbs/06_sources.ipynb #6b7a1c11
 def read_manifest(

@@ -56,6 +56,7 @@ def _parts(draws:int, width:int, most:int=10_000_000) -> list[int]:
     step = max(1, most // width)
     return [min(step, draws - i) for i in range(0, draws, step)]
 
+# %% ../nbs/03_stats.ipynb #6a6ac92c
 def _many(values:np.ndarray, median:bool, draws:int, seed:int) -> Interval:
     "Mean or median of single values, by how often each distinct one is drawn."
     distinct, count = np.unique(values, return_counts=True)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'epoch_order', 'batches', 'Order', 'cosine_rate', 'alignment_parameters', 'Bank', 'draw_others', 'Plan',
-           'in_precision', 'GeneratedSide', 'own_parts', 'Batch', 'by_sample', 'check_resident', 'AlignmentData',
-           'parameter_groups', 'StepRunner', 'over_processes', 'check_device', 'processes', 'check_bf16',
-           'run_precision', 'StopTogether', 'Weights', 'Watch', 'Progress', 'check_whole', 'check_pairs', 'recorded',
-           'bank_bytes', 'made_from', 'Alignment', 'check_adapters', 'rng_state', 'set_rng_state', 'fits',
-           'differences', 'check_same_run', 'checkpoints_in', 'flat', 'Checkpoints', 'Log', 'show_row', 'align',
-           'show_history']
+           'in_precision', 'Stored', 'SharedBlocks', 'GeneratedSide', 'own_parts', 'Batch', 'by_sample',
+           'check_resident', 'AlignmentData', 'parameter_groups', 'StepRunner', 'over_processes', 'check_device',
+           'choose_device', 'processes', 'check_bf16', 'run_precision', 'StopTogether', 'Weights', 'Watch', 'Progress',
+           'check_whole', 'check_pairs', 'check_asked', 'check_token_pairs', 'recorded', 'bank_bytes', 'made_from',
+           'Alignment', 'check_adapters', 'rng_state', 'set_rng_state', 'fits', 'differences', 'check_same_run',
+           'checkpoints_in', 'read_state', 'flat', 'Checkpoints', 'Log', 'show_row', 'align', 'show_history']
 
 # %% ../nbs/26_train.ipynb #dc8a1a68
 import gmail_nb.runtime
@@ -36,17 +36,20 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, send_to_device
 from fastcore.basics import patch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file as load_tensors, save as save_tensors
+from safetensors.torch import save as save_tensors
 from torch import nn
 
 from .align import GenReal
 from .features import Features, native_precision
-from .files import atomic_path, atomic_write, check_writable, progress
+from .files import (atomic_path, atomic_write, check_writable, checked_card, file_checksums,
+                            progress)
+from .lora import block_list
 from .losses import (
-    Temperature, bank_info_nce, column_sums, loss_by_name, sigmoid_rows, symmetric_rows)
+    Temperature, bank_info_nce, column_sums, loss_by_name, sigmoid_rows, symmetric_rows, token_loss)
 from .prefix import FrozenPrefix, cache_prefix, channels_last
 from .runtime import fingerprint, noise_generator, stable_seed
-from .settings import AlignSettings, RunSettings
+from .settings import AlignSettings, RunSettings, described
+from .weights import check_names, read_tensors as load_tensors, read_torch
 
 # %% ../nbs/26_train.ipynb #ba4fd774
 def epoch_order(
@@ -191,9 +194,43 @@ def in_precision(precision:str, device:torch.device):
     "A context that computes in bfloat16 for 'bf16' and in float32 otherwise, also inside another one."
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16')
 
+# %% ../nbs/26_train.ipynb #3367c721
+class Stored(nn.Module):
+    "Stands for every block of a tower: gives back what the last of them gave before."
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args, **kwargs): return self.output
+
+# %% ../nbs/26_train.ipynb #1b6c6450
+class SharedBlocks:
+    "The blocks of `f_g`, run once for its tokens and for its pooled embedding."
+    def __init__(self, model:GenReal):
+        if model.tuning == 'projections':
+            raise ValueError("tuning='projections' leaves the tower as it is, and its tokens with it: "
+                             "choose lora or full, or tokens='none'")
+        self.model = model
+        trained = [n for n, p in model.base_tower.named_parameters() if p.requires_grad]
+        self.blocks = block_list(model.base_tower, trained)[1]
+
+    def tokens(self, x:torch.Tensor): # (B, T, W), and what the last block gave
+        caught = []
+        handle = self.blocks[-1].register_forward_hook(lambda block, args, out: caught.append(out))
+        try: return self.model.generated_tokens(x), caught[0]
+        finally: handle.remove()
+
+    @contextmanager
+    def replay(self, found): # from `tokens`
+        kept, stored = list(self.blocks), Stored(found)
+        for i in range(len(kept)): self.blocks[i] = stored
+        try: yield
+        finally:
+            for i, block in enumerate(kept): self.blocks[i] = block
+
 # %% ../nbs/26_train.ipynb #26cu0002
 class GeneratedSide(nn.Module):
-    "`proj_gen(f_g(x))`, normalised: what is trained, as one module."
+    "`proj_gen(f_g(x))`, normalised, and tokens where they are wanted: what is trained, as one module."
     def __init__(self,
         model:GenReal,
         settings:AlignSettings,
@@ -204,17 +241,28 @@ class GeneratedSide(nn.Module):
         super().__init__()
         self.f_g, self.proj_gen, self._prefix = model.f_g, model.proj_gen, prefix
         self.size, self.precision = size, precision
+        self._blocks = SharedBlocks(model) if settings.tokens != 'none' else None
         self.temperature = Temperature(settings.temperature) if settings.learn_tau else None
 
-    def forward(self, inputs:torch.Tensor) -> torch.Tensor: # (B, D), unit length, float32
-        with in_precision(self.precision, inputs.device):
-            features = self.features(channels_last(inputs))
-        return F.normalize(features.float(), dim=-1)
+    def forward(self, inputs): # (B, D) unit length, float32; with tokens a pair of it and (B, T, W)
+        with in_precision(self.precision, inputs.device), self.images(channels_last(inputs)) as x:
+            tokens, pooled = self.both(x) if self._blocks else (None, self.proj_gen(self.f_g(x)))
+        pooled = F.normalize(pooled.float(), dim=-1)
+        return pooled if tokens is None else (pooled, tokens.float())
 
-    def features(self, inputs:torch.Tensor) -> torch.Tensor: # (B, D)
-        if self._prefix is None: return self.proj_gen(self.f_g(inputs))
-        empty = inputs.new_zeros(len(inputs), *self.size)
-        with self._prefix.replay(inputs): return self.proj_gen(self.f_g(empty))
+    @contextmanager
+    def images(self, inputs): # what the tower is given
+        if self._prefix is None: yield inputs
+        else:
+            empty = inputs.new_zeros(len(inputs), *self.size)
+            with self._prefix.replay(inputs): yield empty
+
+# %% ../nbs/26_train.ipynb #58fe2d71
+@patch
+def both(self:GeneratedSide, x:torch.Tensor): # (B, T, W), and (B, D)
+    "Tokens and pooled embedding of one pass through the blocks."
+    tokens, found = self._blocks.tokens(x)
+    with self._blocks.replay(found): return tokens, self.proj_gen(self.f_g(x))
 
 # %% ../nbs/26_train.ipynb #1222c883
 def own_parts(
@@ -239,6 +287,7 @@ class Batch:
     size:int                   # pairs, over all processes
     bank:torch.Tensor          # (M, D), unit length
     ids:torch.Tensor|None      # (M,), equal for features of one caption
+    tokens:list|None=None      # one (b, T, W) a part: of the real partners, where they are aligned
 
 # %% ../nbs/26_train.ipynb #7a93a01e
 def by_sample(
@@ -265,9 +314,10 @@ class AlignmentData:
         samples:list,              # of `by_sample`, or activations of them
         bank:Bank,
         plan:Plan,
-        ids:torch.Tensor|None=None # (N,), equal where rows belong to one caption
+        ids:torch.Tensor|None=None, # (N,), equal where rows belong to one caption
+        tokens=None                # (N, T, W) of the real side, where they are aligned
     ):
-        self.samples, self.bank, self.plan, self.ids = samples, bank, plan, ids
+        self.samples, self.bank, self.plan, self.ids, self.tokens = samples, bank, plan, ids, tokens
         if plan.settings.negatives == 'all': check_resident(bank)
 
     def sample(self, step:int):
@@ -284,7 +334,8 @@ def batch(self:AlignmentData, step:int, process:int=0, processes:int=1) -> Batch
     return Batch(inputs=[sample[indices[part]] for part, _ in parts],
                  targets=[places[part] for part, _ in parts],
                  shares=[share for _, share in parts], size=len(indices), bank=bank,
-                 ids=None if self.ids is None else self.ids[among].to(bank.device))
+                 ids=None if self.ids is None else self.ids[among].to(bank.device),
+                 tokens=None if self.tokens is None else [self.tokens[indices[p]] for p, _ in parts])
 
 # %% ../nbs/26_train.ipynb #26cu9002
 @patch
@@ -311,6 +362,7 @@ class StepRunner:
         groups = parameter_groups(self.parameters, settings.weight_decay)
         optimizer = torch.optim.AdamW(groups, settings.lr)
         self.side, self.optimizer = accelerator.prepare(side, optimizer)
+        self.apart = 0. # the tokens' loss of the last batch, of this process
 
     def tau(self) -> float|torch.Tensor:
         learned = self.accelerator.unwrap_model(self.side).temperature
@@ -349,15 +401,19 @@ def columns_first(self:StepRunner, batch:Batch) -> torch.Tensor: # (size,)
     device, side = self.accelerator.device, self.accelerator.unwrap_model(self.side)
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
         features = [side(inputs.to(device)) for inputs in batch.inputs]
+        if batch.tokens: features = [pooled for pooled, _ in features]
     return self.columns(batch, features)
 
 # %% ../nbs/26_train.ipynb #69e2f447
 @patch
-def loss(self:StepRunner, batch:Batch, part:int, columns:torch.Tensor|None=None) -> torch.Tensor:
+def pooled_loss(self:StepRunner,
+    batch:Batch, part:int,
+    features:torch.Tensor,            # (b, D), of the part
+    columns:torch.Tensor|None=None    # from `columns_first`
+) -> torch.Tensor:
     "The mean loss of the rows of a part against the real features of the whole batch."
-    s, device = self.settings, self.accelerator.device
-    features, tau = self.side(batch.inputs[part].to(device)), self.tau()
-    bank, targets = batch.bank, batch.targets[part].to(device)
+    s, tau, bank = self.settings, self.tau(), batch.bank
+    targets = batch.targets[part].to(self.accelerator.device)
     by_row = dict(info_nce=bank_info_nce, sigmoid=sigmoid_rows)
     if s.loss in by_row: return by_row[s.loss](features, bank, targets, tau, batch.ids)
     if s.loss == 'symmetric' and s.accumulation * self.accelerator.num_processes > 1:
@@ -365,11 +421,24 @@ def loss(self:StepRunner, batch:Batch, part:int, columns:torch.Tensor|None=None)
         return symmetric_rows(features, bank, targets, columns, tau)
     return loss_by_name(s.loss)(features, bank[targets], tau)
 
+# %% ../nbs/26_train.ipynb #0f3ef1ad
+@patch
+def loss(self:StepRunner, batch:Batch, part:int, columns:torch.Tensor|None=None) -> torch.Tensor:
+    "The loss of a part: that of its embeddings, and where tokens are aligned their share."
+    s, device = self.settings, self.accelerator.device
+    found = self.side(batch.inputs[part].to(device))
+    if not batch.tokens: return self.pooled_loss(batch, part, found, columns)
+    features, tokens = found
+    apart = token_loss(tokens, batch.tokens[part].to(device), s.tokens)
+    self.apart = self.apart + apart.detach() * batch.shares[part] / batch.size
+    return self.pooled_loss(batch, part, features, columns) + s.token_weight * apart
+
 # %% ../nbs/26_train.ipynb #7a94f931
 @patch
 def gradients(self:StepRunner, batch:Batch) -> torch.Tensor: # the loss of the batch, on the device
     "Add up the gradients of all parts, over all processes."
     acc, s, total, last = self.accelerator, self.settings, 0., len(batch.inputs) - 1
+    self.apart = 0.
     twice = s.loss == 'symmetric' and s.accumulation > 1
     columns = self.columns_first(batch) if twice else None
     for k, share in enumerate(batch.shares):
@@ -404,6 +473,15 @@ def check_device(
     raise ValueError(f'there is no device {device!r}, only {", ".join(there)}: '
                      'name one of these, or none for the fastest')
 
+def choose_device(
+    device:str # one of several GPUs, such as cuda:1
+) -> None:
+    "Make it the current one. `ValueError` where several processes each have their own."
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise ValueError(f'device is {device!r}, but several processes run together and each has a device '
+                         'of its own: leave the device out, and choose with CUDA_VISIBLE_DEVICES')
+    torch.cuda.set_device(device)
+
 def processes(
     trackers:tuple=(),     # of accelerate: tensorboard, wandb, trackio, or a `GeneralTracker`
     folder:str|Path='.',   # for what they write
@@ -416,6 +494,7 @@ def processes(
         raise ValueError(f'the tracker {t!r} is not installed (here: {there or "none"}): install it, '
                          'or leave it out; the log in JSON lines is written in any case')
     check_device(device)
+    if device and ':' in device: choose_device(device)
     waits = InitProcessGroupKwargs(timeout=timedelta(days=2))
     return Accelerator(cpu=device == 'cpu' or not torch.cuda.is_available(), project_dir=str(folder),
                        log_with=list(trackers) or None, kwargs_handlers=[waits])
@@ -488,6 +567,7 @@ def tell(self:StopTogether, error:Exception) -> str: # the failure that came fir
         time.sleep(.1)
     return first if first != mine else ''
 
+# %% ../nbs/26_train.ipynb #f16699fc
 @patch
 def __exit__(self:StopTogether, kind, error, trace) -> None:
     first = self.tell(error) if self.several and isinstance(error, Exception) else ''
@@ -593,6 +673,31 @@ def check_pairs(model:GenReal, samples:list, real_features) -> None:
         raise ValueError(f'the real features were made by weights {made_by}, '
                          f'but {model.encoder.name!r} has {base}: {again}')
 
+# %% ../nbs/26_train.ipynb #76c2cff5
+def check_asked(settings:AlignSettings, real_tokens) -> None:
+    "`ValueError` for tokens that are asked for and absent, or given and not asked for."
+    if (real_tokens is None) == (settings.tokens == 'none'): return
+    there = 'absent' if real_tokens is None else 'given'
+    raise ValueError(f"tokens is {settings.tokens!r} and real_tokens are {there}: pass the real images' "
+                     "tokens with 'position' or 'best', and none with 'none'")
+
+# %% ../nbs/26_train.ipynb #6c4418fd
+@torch.no_grad()
+def check_token_pairs(
+    model:GenReal,
+    samples:list,         # of `by_sample`
+    real_tokens,          # (N, T, W): a tensor, or what gives one by indices; or none
+    settings:AlignSettings
+) -> None:
+    "`ValueError` for tokens that are no partners of the images, or come from another tower."
+    check_asked(settings, real_tokens)
+    if real_tokens is None: return
+    if len(real_tokens) != len(samples[0]):
+        raise ValueError(f'{len(samples[0])} generated images but tokens of {len(real_tokens)} real ones: '
+                         'pass them as pairs')
+    one = model.generated_tokens(samples[0][:1].to(model.device))
+    token_loss(one, real_tokens[[0]].to(one), settings.tokens)
+
 # %% ../nbs/26_train.ipynb #26cu0009
 def recorded(
     frozen:FrozenPrefix,
@@ -620,11 +725,13 @@ def bank_bytes(
     near = device.type == 'cpu' and settings.negatives != 'all'
     return min(most, 2**28) if near else most
 
-def made_from(samples:list, real_features, settings:AlignSettings, ids) -> str:
+# %% ../nbs/26_train.ipynb #54983531
+def made_from(samples:list, real_features, settings:AlignSettings, ids, real_tokens=None) -> str:
     "The fingerprint of a run's data."
     own = lambda x: getattr(x, 'fingerprint', x)
+    tokens = [] if real_tokens is None else [own(real_tokens)]
     return fingerprint([own(s) for s in samples], own(real_features),
-                       settings.batch_size if ids is None else ids)
+                       settings.batch_size if ids is None else ids, *tokens)
 
 # %% ../nbs/26_train.ipynb #64148fb8
 class Alignment:
@@ -637,17 +744,19 @@ class Alignment:
         ids:torch.Tensor|None=None,          # (N,), equal where rows share a caption
         prefix:bool|str|Path=False,          # replay the frozen blocks: True, or a file
         accelerator:Accelerator|None=None,   # of the processes that train together
-        max_bank:int=RunSettings.max_bank    # bytes of real features that may lie on the device
+        max_bank:int=RunSettings.max_bank,   # bytes of real features that may lie on the device
+        real_tokens=None                     # (N, T, W) from `f_r`, where tokens are aligned
     ):
         samples, acc = by_sample(generated_pixels), accelerator or processes()
         check_pairs(model, samples, real_features)
         settings.check_loss(acc.num_processes, ids is not None)
         self.model, self.settings, self.accelerator = model.to(acc.device), settings, acc
         self.precision = run_precision(settings, acc)
-        self.made_from = made_from(samples, real_features, settings, ids)
+        self.made_from = made_from(samples, real_features, settings, ids, real_tokens)
         self.plan = Plan(len(real_features), settings)
+        check_token_pairs(self.model, samples, real_tokens, settings)
         bank = Bank(model, real_features, bank_bytes(settings, acc.device, max_bank))
-        self.data = AlignmentData(samples, bank, self.plan, ids)
+        self.data = AlignmentData(samples, bank, self.plan, ids, real_tokens)
         frozen = FrozenPrefix(model) if prefix else None
         if frozen: self.data.samples = recorded(frozen, samples, prefix, self.precision, acc)
         side = GeneratedSide(model, settings, frozen, samples[0].shape[1:], self.precision)
@@ -683,8 +792,9 @@ def advance(self:Alignment) -> dict: # the step's row of the history
     if not step: check_adapters(runner.parameters)
     loss, good = runner.update(loss, rate)
     if good: self.weights.move_average()
-    learned = dict(tau=runner.tau_value()) if self.settings.learn_tau else {}
-    return self.progress.note(good, loss=loss, lr=rate, **learned)
+    more = dict(tau=runner.tau_value()) if self.settings.learn_tau else {}
+    if batch.tokens: more |= dict(token_loss=self.accelerator.reduce(runner.apart, 'mean').item())
+    return self.progress.note(good, loss=loss, lr=rate, **more)
 
 # %% ../nbs/26_train.ipynb #64148fbe
 @patch
@@ -772,6 +882,12 @@ def checkpoints_in(folder:str|Path) -> list[Path]: # oldest first, also beyond s
     "The whole checkpoints of a folder."
     return sorted(Path(folder).glob('step-*'), key=lambda p: int(p.name[5:]))
 
+def read_state(
+    checkpoint:Path # of `Checkpoints.save`
+) -> dict:
+    "What its state.json says, once its files are as they were written. `ValueError` names what is not."
+    return checked_card(checkpoint, 'state.json', step=int, settings=dict)
+
 def flat(tensors:dict) -> dict: # 'kind.name': tensor, on the CPU
     "Tensors of several kinds as one dict, for a file."
     return {f'{kind}.{k}': t.detach().cpu().contiguous()
@@ -817,7 +933,7 @@ def save(self:Checkpoints,
     if not acc.is_main_process: return self.folder/name
     atomic_write(tmp/'weights.safetensors', save_tensors(flat(tensors)))
     with atomic_path(tmp/'optimizer.pt') as p: torch.save(send_to_device(optimizer, 'cpu'), p)
-    atomic_write(tmp/'state.json', json.dumps(state))
+    atomic_write(tmp/'state.json', json.dumps(state | dict(files=file_checksums(tmp, '*'))))
     return self.publish(tmp, self.folder/name)
 
 # %% ../nbs/26_train.ipynb #6c41b5f3
@@ -825,7 +941,7 @@ def save(self:Checkpoints,
 def state(self:Alignment) -> dict:
     "Where the run stands and what it belongs to, as JSON."
     s = self.settings
-    settings = asdict(s) | dict(precision=self.precision, tau=s.temperature)
+    settings = described(s) | dict(precision=self.precision, tau=s.temperature)
     return dict(**self.progress.state(), **self.watch.state(), settings=settings,
                 model=fits(self.model), data=self.made_from,
                 processes=self.accelerator.num_processes)
@@ -847,12 +963,13 @@ def read_tensors(self:Alignment, checkpoint:Path) -> None:
     def kind(name):
         return {k.partition('.')[2]: t.to(device) for k, t in tensors.items() if k.startswith(name + '.')}
 
+    check_names(kind('weights'), self.weights.parameters, f'{checkpoint.name}/weights.safetensors')
     self.weights.put(kind('weights'))
     self.weights.average, self.weights.best = kind('average') or None, kind('best') or None
-    optimizer = torch.load(checkpoint/'optimizer.pt', weights_only=True, map_location='cpu')
+    optimizer = read_torch(checkpoint/'optimizer.pt')
     self.runner.optimizer.load_state_dict(optimizer)
     own = checkpoint/f'rng-{self.accelerator.process_index}.pt'
-    set_rng_state(torch.load(own, weights_only=True), device)
+    set_rng_state(read_torch(own), device)
 
 # %% ../nbs/26_train.ipynb #6c41b5f9
 @patch
@@ -860,7 +977,7 @@ def resume(self:Alignment, checkpoints:Checkpoints) -> int: # the step it stands
     "Go on from the newest checkpoint. `ValueError` with the difference when it is another run's."
     if not (found := checkpoints_in(checkpoints.folder)): return 0
     here, newest = self.state(), found[-1]
-    there = json.loads((newest/'state.json').read_text())
+    there = read_state(newest)
     unsaid = dict(model=here['model'], stopped=False, processes=len(list(newest.glob('rng-*.pt'))))
     there = unsaid | there # the first versions did not write these
     check_same_run(there, here, newest.name)
@@ -922,6 +1039,7 @@ def bar(self:Alignment, desc:str):
     hidden = not self.accelerator.is_main_process
     return progress((), desc, total=len(self.plan), initial=self.step, disable=hidden)
 
+# %% ../nbs/26_train.ipynb #82ef44aa
 @patch
 def trained_step(self:Alignment, evaluate:Callable|None) -> dict: # the step's row of the history
     "A step in training mode, and behind the last one of an epoch a look at the model."
@@ -939,7 +1057,7 @@ def show_row(
     measured:dict   # what was measured last; a row with a measure changes it
 ) -> None:
     "Put a step on the progress bar: loss, what was measured last, and images a second."
-    measured |= {k: f'{v:.3f}' for k, v in row.items() if k not in ('step', 'loss', 'lr', 'tau')}
+    measured |= {k: f'{v:.3f}' for k, v in row.items() if k not in ('step', 'loss', 'lr', 'tau', 'token_loss')}
     rate = f'{images * (bar.format_dict["rate"] or 0):.0f}'
     bar.set_postfix({'loss': f"{row['loss']:.3f}", **measured, 'images/s': rate})
     bar.update()
@@ -967,11 +1085,13 @@ def align(
     evaluate:Callable|None=None,         # called with the model after each epoch; see below
     *,
     ids:torch.Tensor|None=None,          # (N,), equal where rows share a caption: no negatives then
+    real_tokens=None,                    # (N, T, W) from `f_r`, where `settings.tokens` are aligned
     prefix:bool|str|Path=False,          # replay the frozen blocks: True, or a file to keep them in
     run:RunSettings=RunSettings(),       # checkpoints, log, trackers
     accelerator:Accelerator|None=None    # see `processes`
 ) -> list[dict]: # one row a step: step, loss, lr, tau if it learns, and what `evaluate` returned
     """Train `f_g` and `proj_gen` with Eq. 1; `model.tau` is the temperature it ended with.
+    With `tokens` in the settings, the grid tokens come to those of the real partners as well.
     The dict that `evaluate` returns joins the history; its first value is what `patience` watches.
     `ValueError` for unpaired input, `FloatingPointError` when the loss stays no number."""
     if settings.patience and not evaluate:
@@ -982,7 +1102,7 @@ def align(
     acc = accelerator or processes(run.trackers, folder, run.device)
     with StopTogether(acc):
         job = Alignment(model, generated_pixels, real_features, settings, ids, prefix, acc,
-                        run.max_bank)
+                        run.max_bank, real_tokens)
         checkpoints = Checkpoints(run.checkpoints, acc, run.keep) if run.checkpoints else None
         if checkpoints: job.resume(checkpoints)
         with Log(log_file, acc, settings, job.history) as notes, job.bar(run.desc) as bar:

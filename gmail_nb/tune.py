@@ -27,20 +27,21 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from .align import GenReal
 from .encoders import Encoder, encode_texts, load_encoder
 from .features import Features
 from .files import (
-    atomic_path, atomic_write, check_writable, progress, unknown_name, versions)
+    atomic_path, atomic_write, check_writable, checked_card, progress, unknown_name, versions, write_card)
 from .lora import lora_tower
 from .losses import contrastive
 from .runtime import fingerprint, noise_generator, stable_seed
 from .settings import TEXT_TUNINGS, AdapterSettings, TuneSettings
 from .train import (
     Order, StopTogether, check_whole, cosine_rate, in_precision, processes, run_precision)
+from .weights import check_finite, check_names, read_tensors, read_torch
 
 # %% ../nbs/27_tune.ipynb #1b2d0001
 # The last map, by kind of tower.
@@ -186,6 +187,7 @@ def image_rows(
     if isinstance(features, (list, tuple)): return ImageRows(*features)
     return ImageRows(*features) if getattr(features, 'ndim', 2) == 3 else ImageRows(features)
 
+# %% ../nbs/27_tune.ipynb #00792db7
 def chosen(
     captions,           # a list, or anything that gives a list for a list of numbers
     index:torch.Tensor  # (B,)
@@ -218,6 +220,7 @@ def hold(run, inputs:torch.Tensor|None) -> None: # run: a `TextRun`; inputs: (N,
     run.inputs = None if run.head is None else inputs
     run.tokens = run.encoder.tokenize(run.captions) if run.head is None and few else None
 
+# %% ../nbs/27_tune.ipynb #9a74f1ad
 def tokens_of(run, index:torch.Tensor) -> dict: # (B,) -> (B, L) each, on the device
     found = run.tokens and {k: v[index] for k, v in run.tokens.items()}
     found = found or run.encoder.tokenize(chosen(run.captions, index))
@@ -311,6 +314,7 @@ def whole_batch(
 def own_places(size:int, accelerator:Accelerator) -> torch.Tensor: # of this process in a batch
     return torch.arange(accelerator.process_index, size, accelerator.num_processes)
 
+# %% ../nbs/27_tune.ipynb #6f41888a
 def texts_of(
     run:TextRun,
     index:torch.Tensor, # (B,), of the whole batch
@@ -519,12 +523,23 @@ class Checkpoint:
         "Write the state, whole or not at all."
         state = dict(made_from=self.made_from[0], **run_state(run))
         if not run.accelerator.is_main_process: return
+        state['checksum'] = fingerprint(state)
         with atomic_path(self.path) as p: torch.save(state, p)
+
+    def read(self) -> dict:
+        "What is in the file. `ValueError` for one that is not as it was written."
+        state = read_torch(self.path)
+        whole = isinstance(state, dict) and {'made_from', 'weights', 'optimizer'} <= state.keys()
+        said = state.pop('checksum', None) if whole else None # those of before have none
+        if not whole or said not in (None, fingerprint(state)):
+            raise ValueError(f'{self.path.name} is not as it was written: remove it, and the run begins anew')
+        check_finite(((str(i), w) for i, w in enumerate(state['weights'])), self.path.name)
+        return state
 
     def load(self, run:TextRun) -> None:
         "Go on from the file, if it is there. `ValueError` for one of another run."
         if not self.path.exists(): return
-        state = torch.load(self.path, weights_only=True, map_location='cpu')
+        state = self.read()
         if state['made_from'] not in self.made_from:
             raise ValueError(f'{self.path.name} is a checkpoint of other captions, features '
                              'or settings: remove it, or name another')
@@ -609,6 +624,7 @@ def fingerprints(x:ImageRows|None) -> list: # a tensor stands for itself
     return [source if isinstance(source, torch.Tensor) else source.fingerprint
             for source in (x.sources if x else ())]
 
+# %% ../nbs/27_tune.ipynb #8d15f648
 def made_from(
     encoder:Encoder, x:ImageRows, captions, settings:TuneSettings, real:ImageRows|None=None
 ) -> list[str]: # today's, and that of before where it differs
@@ -733,7 +749,7 @@ def save_tuned(
     card = dict(format=1, kind='tuned text', base=encoder.name,
                 base_fingerprint=encoder.fingerprint, aligned=_beside(aligned, folder),
                 trained=tuned.trained, best=tuned.best, **facts, versions=versions())
-    atomic_write(folder/'card.json', json.dumps(card, indent=1))
+    write_card(folder, card, 'text.safetensors', 'projection.safetensors')
     return folder
 
 # %% ../nbs/27_tune.ipynb #1b2c0044
@@ -757,10 +773,12 @@ def tuned_card(
     if not (folder/'card.json').exists():
         raise FileNotFoundError(f'{folder.name}/card.json is missing: the folder is no tuned '
                                 'model, or its writing was cut short')
-    card = json.loads((folder/'card.json').read_text())
+    card = checked_card(folder, base=str)
     kind = card.get('kind', 'an aligned model')
     if kind != 'tuned text': raise ValueError(f'{folder.name} is no tuned text side: it is {kind!r}')
-    if reading == 'f_g' and not card['aligned']:
+    if not isinstance(card.get('aligned'), (str, type(None))):
+        raise ValueError(f"{folder.name}/card.json: 'aligned' is {card['aligned']!r}, which is no folder")
+    if reading == 'f_g' and not card.get('aligned'):
         raise ValueError(f'{folder.name} was tuned without an aligned model, '
                          'so there is no f_g to send real images through')
     if 'settings' in card: card['settings'] = todays_words(card['settings'])
@@ -772,7 +790,7 @@ def _tuned_tower(folder, encoder, card): # a copy of the encoder's text tower, w
     if there not in (None, encoder.fingerprint):
         raise ValueError(f"{said}: it was tuned from {card['base']!r} with other weights, "
                          f'whose fingerprint is {there}')
-    text, moved = copy.deepcopy(encoder.text), load_file(folder/'text.safetensors')
+    text, moved = copy.deepcopy(encoder.text), read_tensors(folder/'text.safetensors')
     own = text.state_dict()
     wrong = [k for k, v in moved.items() if k not in own or own[k].shape != v.shape]
     if wrong: raise ValueError(f'{said}: {wrong[0]} and {len(wrong)} in all differ')
@@ -791,11 +809,13 @@ def load_tuned(
     folder, card = Path(folder), tuned_card(folder, reading)
     encoder = encoder or load(card['base'])
     text = _tuned_tower(folder, encoder, card)
-    if card['aligned']: model = GenReal.from_pretrained(folder.parent/card['aligned'], encoder)
+    if card.get('aligned'): model = GenReal.from_pretrained(folder.parent/card['aligned'], encoder)
     else: model = GenReal(encoder, AdapterSettings(tuning='projections'))
-    maps = {}
-    for k, weight in load_file(folder/'projection.safetensors').items():
+    there = read_tensors(folder/'projection.safetensors')
+    names, maps = {'weight'} | ({'real'} & there.keys()), {}
+    check_names(there, dict.fromkeys(names, 2 * (encoder.dim,)), f'{folder.name}/projection.safetensors')
+    for k, weight in there.items():
         maps[k] = nn.Linear(*weight.shape, bias=False)
         maps[k].load_state_dict(dict(weight=weight))
-    tuned = TunedText(text, maps['weight'], [], card['trained'], card['best'], maps.get('real'))
+    tuned = TunedText(text, maps['weight'], [], card.get('trained', 0), card.get('best', 0), maps.get('real'))
     return tuned_encoder(model, tuned, reading)

@@ -6,9 +6,9 @@
 __all__ = ['LETTERS', 'MARK', 'KINDS', 'DIRECTLY', 'BRIEFLY', 'PROMPTS', 'NUMBERS', 'BEFORE', 'COLOURS', 'OPEN_WORDS', 'Question',
            'check_question', 'scienceqa_question', 'listed', 'mmmu_question', 'question_kind', 'Questions', 'has_image',
            'load_questions', 'scienceqa_prompt', 'mmmu_prompt', 'with_markers', 'scienceqa_choice', 'mmmu_choice',
-           'plain_forms', 'answer_tails', 'open_right', 'Answered', 'judge', 'right_ones', 'accuracy',
-           'accuracy_difference', 'vqa_records', 'main_colour', 'repeated', 'shuffled', 'placed', 'known_choices',
-           'others_of', 'drawing_question', 'drawing_questions', 'show_answers']
+           'plain_forms', 'answer_tails', 'open_right', 'Answered', 'judge', 'conversation', 'ask_questions',
+           'right_ones', 'accuracy', 'accuracy_difference', 'vqa_records', 'main_colour', 'repeated', 'shuffled',
+           'placed', 'known_choices', 'others_of', 'drawing_question', 'drawing_questions', 'show_answers']
 
 # %% ../nbs/39_vqa.ipynb #75f3a408
 import ast
@@ -19,11 +19,14 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from .data import decode_image, quiet_datasets, read_parquet, parquet_files
+from .encoders import preprocess_images
 from .files import name_some, record, unknown_name
+from .llava import Llava, VisualTokens, answer_all, turns_of
 from .runtime import stable_seed
 from .stats import Interval, bootstrap, paired_difference
 
@@ -74,6 +77,7 @@ def scienceqa_question(row:dict, key:str) -> Question:
     choices = tuple(row['choices'])
     return check_question(Question(key, row['question'], row['answer'], choices, images, *more))
 
+# %% ../nbs/39_vqa.ipynb #0b6bd31d
 def listed(text, key:str) -> tuple: # of texts
     "MMMU's options: a list as text, read as data and never run. `ValueError` for anything else."
     if isinstance(text, (list, tuple)): return tuple(map(str, text))
@@ -105,6 +109,7 @@ def question_kind(columns:Iterable[str], name:str) -> str: # 'scienceqa' or 'mmm
     wanted = '; '.join(f'{k} has {name_some(sorted(needed))}' for k, (needed, _) in KINDS.items())
     raise ValueError(f'{name} is no set of questions: it has {name_some(columns, 12)}; {wanted}')
 
+# %% ../nbs/39_vqa.ipynb #d1e8c6bb
 class Questions:
     "Questions of a dataset, made when they are asked for."
     def __init__(self, ds:datasets.Dataset, name:str='the dataset', images_only:bool=False):
@@ -145,6 +150,7 @@ def scienceqa_prompt(q:Question) -> str:
     asked = f'Context: {q.hint.strip() or "N/A"}\nQuestion: {q.text}\nOptions: {options}'
     return asked.replace('  ', ' ').strip() + f'\n{DIRECTLY}'
 
+# %% ../nbs/39_vqa.ipynb #2f655708
 def mmmu_prompt(q:Question) -> str:
     "The words of MMMU's script for LLaVA."
     if not q.choices: return f'{q.text}\n\n{BRIEFLY}'
@@ -262,6 +268,43 @@ def judge(
     else: number = scienceqa_choice(answer, len(q.choices))
     read = '-' if number is None else LETTERS[number]
     return Answered(q.key, q.subject, answer, read, number == q.answer)
+
+# %% ../nbs/39_vqa.ipynb #ed67b637
+def conversation(
+    q:Question,
+    number:int,              # of the question
+    kind:str='scienceqa',    # how it is asked, of `PROMPTS`
+    marker:str='<image>',
+    blind:bool=False         # leave its images out
+) -> tuple[list, list]: # turns, and (number, image) in the order of the markers
+    "A question as a language model is asked it. `ValueError` for an unknown kind."
+    if kind not in PROMPTS: raise unknown_name('kind of questions', kind, PROMPTS)
+    check_question(q)
+    named = replace(q, images=tuple((number, i) for i in range(len(q.images))))
+    words, order = with_markers(PROMPTS[kind](q), named, marker)
+    if blind: words, order = words.replace(marker, ' ').strip(), []
+    return turns_of(words), order
+
+def ask_questions(
+    model:Llava,
+    see:VisualTokens,        # real images go through f_r
+    questions,               # a list of `Question`, or `Questions`
+    kind:str|None=None,      # how they are asked; that of the set, or as ScienceQA
+    blind:bool=False,        # leave the images out
+    batch_size:int=16,
+    max_new_tokens:int=16,
+    desc:str|None=None       # beside a progress bar; none if absent
+) -> list[Answered]:
+    "Every question asked, and its answer read."
+    kind = kind or getattr(questions, 'kind', 'scienceqa')
+    encoder = see.encoder
+    def look(places):
+        found = [(questions[i], j) for i, j in places]
+        pictures = [decode_image(q.images[j], q.key).convert('RGB') for q, j in found]
+        return see(preprocess_images(encoder, pictures).to(encoder.device))
+    asked = [conversation(questions[i], i, kind, model.marker, blind) for i in range(len(questions))]
+    said = answer_all(model, asked, look, batch_size, max_new_tokens, desc)
+    return [judge(questions[i], a, kind) for i, a in enumerate(said)]
 
 # %% ../nbs/39_vqa.ipynb #a23c915e
 def right_ones(runs:list[list[Answered]]) -> np.ndarray: # (S, N)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gmail_nb.align import GenReal
-from gmail_nb.encoders import Encoder, encode_images
+from gmail_nb.encoders import Encoder, OpenClipVisual, encode_images
 from gmail_nb.runtime import leave_processes, set_seed
 from gmail_nb.settings import AdapterSettings, AlignSettings, RunSettings
 from gmail_nb.train import align, alignment_parameters
@@ -34,12 +34,17 @@ def small_tower():
 def one(evaluate=None, run=RunSettings(), generated=None, **how):
     "History and weights of one alignment."
     set_seed(0)
-    encoder = Encoder('small', small_tower(), nn.Identity(), None, None, 32, 1.)
+    tower = small_tower()
+    if 'tokens' in how: tower = OpenClipVisual(tower) # which says what its tokens are
+    encoder = Encoder('small', tower, nn.Identity(), None, None, 32, 1.)
     model = GenReal(encoder, AdapterSettings(dropout=.1 if run.checkpoints else 0.))
     drawn, real = torch.randn(2, 64, 3, 32, 32), torch.randn(64, 3, 32, 32)
     generated = drawn if generated is None else generated
     settings = AlignSettings(**(dict(epochs=10, batch_size=16, negatives=16) | how))
-    history = align(model, generated, encode_images(model.real_features, real), settings, evaluate, run=run)
+    tokens = {}
+    if settings.tokens != 'none':
+        with torch.no_grad(): tokens['real_tokens'] = model.encoder.image_tokens(real).half()
+    history = align(model, generated, encode_images(model.real_features, real), settings, evaluate, run=run, **tokens)
     return history, {f'p{i}': p.detach().contiguous() for i, p in enumerate(alignment_parameters(model))}
 
 looks = []
@@ -56,6 +61,8 @@ ways = dict(
     symmetric=dict(loss='symmetric', negatives='batch', batch_size=15, epochs=2, learn_tau=True),
     symmetric_parts=dict(loss='symmetric', negatives='batch', batch_size=15, epochs=2, accumulation=2),
     symmetric_two=dict(loss='symmetric', negatives='batch', batch_size=2, epochs=1),
+    tokens=dict(tokens='position', batch_size=15, epochs=2, accumulation=2),
+    tokens_symmetric=dict(tokens='best', loss='symmetric', negatives='batch', batch_size=15, epochs=2, accumulation=2),
     stops=dict(evaluate=look, patience=2, epochs=9))
 
 class Failing:

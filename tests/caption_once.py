@@ -1,4 +1,5 @@
 "Small captioners on random features, run by the tests as a process of its own: caption_once.py OUT [CHECKPOINTS | dies]"
+
 import gmail_nb.runtime
 import json
 import sys
@@ -14,7 +15,10 @@ from gmail_nb.settings import CaptionerSettings, RunSettings
 
 torch.set_num_threads(1)
 words = 'red blue green old young small large round dog cat horse car boat house tree face'.split()
-captions = [[f'{a} {b}', f'a {b} that is {a}'][:1 + (i % 2)] for i, (a, b) in enumerate((a, b) for a in words[:8] for b in words[8:])]
+captions = [
+    [f'{a} {b}', f'a {b} that is {a}'][: 1 + (i % 2)]
+    for i, (a, b) in enumerate((a, b) for a in words[:8] for b in words[8:])
+]
 tokenizer = caption_tokenizer(c for cs in captions for c in cs)
 features = torch.randn(2, len(captions), 32, generator=torch.Generator().manual_seed(0))
 
@@ -22,8 +26,15 @@ def one(run=RunSettings(), dropout=0., **how):
     "Losses and weights of one training."
     set_seed(0)
     captioner = Captioner(small_decoder(tokenizer, layers=2, width=32, dropout=dropout), tokenizer, 32)
-    losses = train_captioner(captioner, features, captions, settings=CaptionerSettings(**(dict(steps=20, batch_size=16) | how)),
-                             seed=3, desc=None, run=run)
+    losses = train_captioner(
+        captioner,
+        features,
+        captions,
+        settings=CaptionerSettings(**(dict(steps=20, batch_size=16) | how)),
+        seed=3,
+        desc=None,
+        run=run,
+    )
     return losses, {n: p.detach().contiguous() for n, p in captioner.named_parameters()}
 
 # of a batch of one caption, a second process gets none

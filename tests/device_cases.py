@@ -149,8 +149,12 @@ def aligned_and_tuned_by_name():
     root, base = Path(tempfile.mkdtemp()), load_encoder(registered_vit())
     x = torch.randn(4, 3, 32, 32)
     plain = encode_images(base.encode_image, x)
-    tuned = tune_text(base, nn.functional.normalize(torch.randn(12, base.dim), dim=-1), [f'caption {i}' for i in range(12)],
-                      TuneSettings(tuning='full', steps=2, validation_share=0))
+    tuned = tune_text(
+        base,
+        nn.functional.normalize(torch.randn(12, base.dim), dim=-1),
+        [f'caption {i}' for i in range(12)],
+        TuneSettings(tuning='full', steps=2, validation_share=0),
+    )
     file = root/'weights.safetensors'
     state = {f'visual.{k}': v for k, v in base.visual.visual.state_dict().items()} | base.text.model.state_dict()
     save_file({k: v.contiguous() for k, v in state.items()}, file)
@@ -228,8 +232,11 @@ def step_traffic(**how):
 def an_alignment_step_moves_what_it_reads():
     for how in ({}, dict(negatives='all'), dict(negatives=4)):
         moved, images, waits, back, shapes = step_traffic(**how)
-        assert moved <= images + 6 * 16, f'{how}: {shapes}' # and some numbers of rows
-        assert [tuple(s) for s in back if s] in ([], [(2,)]), f'{how}: {back} came back' # the loss and the norm, in one read
+        assert moved <= images + 6 * 16, f'{how}: {shapes}'  # and some numbers of rows
+        assert [tuple(s) for s in back if s] in ([], [(2,)]), (
+            f'{how}: {back} came back'
+        )  # the loss and the norm, in one read
+
 
 @case
 def an_alignment_step_waits_once():
@@ -311,7 +318,9 @@ def fine_tuning():
     encoder = load_encoder('timm:test_vit/random').to(SIM)
     x, y = torch.rand(6, 3, 160, 160), torch.tensor([0, 1] * 3)
     for tower in (load_encoder('timm:test_vit/random').to(SIM).visual, plain_tower(GenReal(encoder).f_g)):
-        found, losses = fine_tune(tower, Labelled(x, y), Labelled(x, y), ['a', 'b'], FineTuneSettings(epochs=1, batch_size=3))
+        found, losses = fine_tune(
+            tower, Labelled(x, y), Labelled(x, y), ['a', 'b'], FineTuneSettings(epochs=1, batch_size=3)
+        )
         assert len(losses) == 2 and len(found.best) == 6
 
 def on_sim():

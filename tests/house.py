@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-folders = ('', 'runs', 'experiments', 'bench', 'cli', 'making') # each may import from those before it
+folders = ('', 'runs', 'experiments', 'bench', 'cli', 'making', 'tutorials') # each may import from those before it
 
 def path_of(name): return root/'nbs'/f'{name}.ipynb'
 def read_notebook(name): return json.loads(path_of(name).read_text(encoding='utf-8'))

@@ -1,4 +1,5 @@
 "Alignment and text tuning over many rows of 512 numbers, with seconds of each stage and memory above the mapped files: million_rows.py FOLDER [ROWS]"
+
 import gmail_nb.runtime
 import json
 import sys
@@ -38,13 +39,19 @@ class Images:
     "Small images that are made where they are read."
     def __init__(self, n): self.shape, self.ndim, self.fingerprint = torch.Size((n, 3, 4, 4)), 4, f'{n} images'
     def __len__(self): return self.shape[0]
-    def __getitem__(self, index): return (index.float()[:, None, None, None] / len(self)).expand(-1, 3, 4, 4).contiguous()
+
+    def __getitem__(self, index):
+        return (index.float()[:, None, None, None] / len(self)).expand(-1, 3, 4, 4).contiguous()
+
 
 class Said:
     "Captions that are made where they are read."
     def __init__(self, n): self.n = n
     def __len__(self): return self.n
-    def __getitem__(self, index): return [f'caption {i}' for i in index] if isinstance(index, list) else f'caption {index}'
+
+    def __getitem__(self, index):
+        return [f'caption {i}' for i in index] if isinstance(index, list) else f'caption {index}'
+
 
 class Tower(nn.Module):
     def __init__(self):
@@ -86,7 +93,11 @@ def measure(folder, n):
     run = stage('align: checks, bank and plan', lambda: Alignment(model, Images(n), features, align))
     stage('align: steps of an epoch', lambda: [run.advance() for _ in range(len(run.plan))])
     aligned = peak.most - before
-    s, x, said = TuneSettings('full', steps=n // 512 - 20, batch_size=512, every=10**9, validation_limit=5000), image_rows(features), Said(n)
+    s, x, said = (
+        TuneSettings('full', steps=n // 512 - 20, batch_size=512, every=10**9, validation_limit=5000),
+        image_rows(features),
+        Said(n),
+    )
     stage('tune: checks of features', lambda: check_features_fit(encoder, x))
     stage('tune: validation split', lambda: split_pairs(n, s))
     stage('tune: all batches', lambda: sum(len(b) for b in step_order(n - n // 10, s)))

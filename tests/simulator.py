@@ -19,8 +19,8 @@ aten = torch.ops.aten
 class Traffic:
     "What crossed between the devices."
     to_device:list = field(default_factory=list) # shapes
-    to_cpu:list = field(default_factory=list)    # shapes; each makes the program wait
-    waits:int = 0                                # of `.item()`, `.tolist()`, `bool()`, boolean masks and copies to the CPU
+    to_cpu:list = field(default_factory=list)  # shapes; each makes the program wait
+    waits: int = 0  # of `.item()`, `.tolist()`, `bool()`, boolean masks and copies to the CPU
 
     def clear(self):
         self.to_device, self.to_cpu, self.waits = [], [], 0
@@ -80,7 +80,9 @@ def refuse_mixture(func, tensors):
     foreign = [t for t in tensors if not isinstance(t, SimTensor)]
     for t in foreign:
         if t.dim() and func not in INDEX:
-            raise RuntimeError(f'{func}: expected all tensors to be on {NAME}:0, but one of shape {tuple(t.shape)} is on the CPU')
+            raise RuntimeError(
+                f'{func}: expected all tensors to be on {NAME}:0, but one of shape {tuple(t.shape)} is on the CPU'
+            )
         if t.dim(): traffic.to_device.append(tuple(t.shape))
 
 def wait(func, tensors):
@@ -143,8 +145,19 @@ class Backend: # what torch asks the module of a device for
 kept = [] # libraries live as long as what they registered
 
 # what makes a tensor from nothing; all others (zeros, full, randn) fill an empty one
-FACTORIES = ('empty.memory_format', 'empty_strided', 'arange', 'arange.start', 'arange.start_step', 'eye', 'eye.m', 'linspace',
-             'randperm', 'randperm.generator', 'scalar_tensor')
+FACTORIES = (
+    'empty.memory_format',
+    'empty_strided',
+    'arange',
+    'arange.start',
+    'arange.start_step',
+    'eye',
+    'eye.m',
+    'linspace',
+    'randperm',
+    'randperm.generator',
+    'scalar_tensor',
+)
 
 def factory(name):
     base, _, overload = name.partition('.')

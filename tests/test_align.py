@@ -236,14 +236,17 @@ def test_fine_tuning_of_an_aligned_tower_trains_all_of_it(encoder, size, monkeyp
     model = GenReal(encoder())
     side = room.Labelled(torch.rand(8, 3, size, size), torch.tensor([0, 1] * 4))
     settings = FineTuneSettings(epochs=2, batch_size=4)
-    with pytest.raises(ValueError, match='plain_tower'): fine_tune(model.encoder.visual, side, side, ['a', 'b'], settings)
+    with pytest.raises(ValueError, match='plain_tower'):
+        fine_tune(model.encoder.visual, side, side, ['a', 'b'], settings)
     before, tower = {k: v.clone() for k, v in model.f_g.state_dict().items()}, room.plain_tower(model.f_g)
     first = {k: v.clone() for k, v in tower.state_dict().items()}
     fine_tune(tower, side, side, ['a', 'b'], settings)
     moved = {k for k, v in made[0].tower.state_dict().items() if not torch.equal(v, first[k])}
     still = {k for k, p in made[0].tower.named_parameters()} - moved
     assert len(moved) > 20 and not still, still
-    assert all(torch.equal(v, before[k]) for k, v in model.f_g.state_dict().items()) # the model's own tower is as it was
+    assert all(
+        torch.equal(v, before[k]) for k, v in model.f_g.state_dict().items()
+    )  # the model's own tower is as it was
 
 
 def test_import_needs_no_model_library():

@@ -1,4 +1,5 @@
 "The study of the alignment in miniature: what a variant changes, one row a caption or two, records and what may be said."
+
 from dataclasses import asdict, replace
 from inspect import signature
 
@@ -68,7 +69,10 @@ def test_records_of_every_seed_and_difference(found):
 
 def test_another_reference_is_allowed(found):
     records = alignment_records(found, 'full tuning')
-    assert {r['arm'] for r in records if 'low' in r} == {f'{n} - full tuning' for n in (*FEW, 'base') if n != 'full tuning'}
+    assert {r['arm'] for r in records if 'low' in r} == {
+        f'{n} - full tuning' for n in (*FEW, 'base') if n != 'full tuning'
+    }
+
 
 def test_the_verdict_names_its_reference(found):
     for m in MEASURES:

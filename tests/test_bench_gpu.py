@@ -1,4 +1,5 @@
 "The page for a GPU, tried in small on a CPU: every comparison in both number formats, and what a machine without one is told."
+
 import json
 
 import pytest
@@ -17,11 +18,24 @@ def weight(item): return 40
 CPU = torch.device('cpu')
 HERE, HALF = (gpu.Target(CPU, dtype, 1e11) for dtype in (torch.float32, torch.bfloat16))
 NARROW_NET = dict(block_out_channels=(16, 32), norm_num_groups=8)
-UNET = NARROW_NET | dict(sample_size=16, layers_per_block=1, cross_attention_dim=16, attention_head_dim=8,
-                         down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'))
+UNET = NARROW_NET | dict(
+    sample_size=16,
+    layers_per_block=1,
+    cross_attention_dim=16,
+    attention_head_dim=8,
+    down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
+    up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
+)
 TEXT = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=16)
-VAE = NARROW_NET | dict(block_out_channels=(16, 16), down_block_types=('DownEncoderBlock2D',) * 2, up_block_types=('UpDecoderBlock2D',) * 2)
-XL = UNET | dict(cross_attention_dim=32, transformer_layers_per_block=1, addition_time_embed_dim=8, projection_class_embeddings_input_dim=64)
+VAE = NARROW_NET | dict(
+    block_out_channels=(16, 16), down_block_types=('DownEncoderBlock2D',) * 2, up_block_types=('UpDecoderBlock2D',) * 2
+)
+XL = UNET | dict(
+    cross_attention_dim=32,
+    transformer_layers_per_block=1,
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=64,
+)
 LLAMA = NARROW | dict(vocab_size=49408, num_key_value_heads=1, max_position_embeddings=128)
 FORMATS = pytest.mark.parametrize('on', [HERE, HALF], ids=['float32', 'bfloat16'])
 
@@ -68,7 +82,9 @@ def test_pictures_that_are_no_numbers_are_counted():
 
 def test_weights_are_made_in_their_format():
     pipeline = tiny_sdxl(torch.bfloat16)
-    assert {p.dtype for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder_2) for p in m.parameters()} == {torch.bfloat16}
+    assert {p.dtype for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder_2) for p in m.parameters()} == {
+        torch.bfloat16
+    }
     assert torch.get_default_dtype() == torch.float32
     assert gpu.llama_sized(LLAMA, 'cpu', torch.bfloat16).dtype == torch.bfloat16
 
@@ -91,10 +107,22 @@ def test_attention_is_counted_under_inference_mode_too():
         with torch.inference_mode(): torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert gpu.count_operations(attend) == 2 * (2 * 2 * 8 * 8 * 4)
 
-@pytest.mark.parametrize('name, peak', [
-    ('NVIDIA H100 80GB HBM3', 989.4e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H200', 989.4e12), ('NVIDIA A100 80GB PCIe', 312e12),
-    ('NVIDIA L40S', 362e12), ('NVIDIA L4', 121e12), ('NVIDIA H200 NVL', None), ('NVIDIA H100 NVL', None), ('NVIDIA L40', None),
-    ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None), ('Tesla T4', None)])
+@pytest.mark.parametrize(
+    'name, peak',
+    [
+        ('NVIDIA H100 80GB HBM3', 989.4e12),
+        ('NVIDIA H100 PCIe', 756e12),
+        ('NVIDIA H200', 989.4e12),
+        ('NVIDIA A100 80GB PCIe', 312e12),
+        ('NVIDIA L40S', 362e12),
+        ('NVIDIA L4', 121e12),
+        ('NVIDIA H200 NVL', None),
+        ('NVIDIA H100 NVL', None),
+        ('NVIDIA L40', None),
+        ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', None),
+        ('Tesla T4', None),
+    ],
+)
 def test_a_peak_belongs_to_one_card(name, peak): assert gpu.known_peak(name) == peak
 
 def test_a_data_sheet_goes_before_a_measurement(monkeypatch):
@@ -116,7 +144,11 @@ def test_a_machine_without_a_gpu_is_told(capsys):
 def test_a_page_goes_on_behind_what_does_not_fit(monkeypatch):
     def too_large(name): raise torch.OutOfMemoryError
     for name in ('generation_page', 'towers_page', 'captions_page'): monkeypatch.setattr(gpu, name, lambda on: {})
-    monkeypatch.setattr(gpu, 'captions_page', lambda on: {'write, 405B': too_large, 'write, 1B': lambda name: dict(name=name, ratio=2.)})
+    monkeypatch.setattr(
+        gpu,
+        'captions_page',
+        lambda on: {'write, 405B': too_large, 'write, 1B': lambda name: dict(name=name, ratio=2.0)},
+    )
     monkeypatch.setattr(gpu, 'peak_of', lambda *how: (1e12, 'measured'))
     page = gpu.gpu_page(CPU, torch.float32, only='write')
     assert [r['name'] for r in page] == ['write, 405B', 'write, 1B'] and page[0]['said'] == 'does not fit this device'

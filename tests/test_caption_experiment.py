@@ -143,7 +143,9 @@ def test_the_verdict_of_two_arms_is_in_the_words_of_stats(text_runs):
 def world_of_numbers():
     x, names = torch.arange(24.).reshape(3, 8), list('abcdef')
     of_a, of_b = ([[n] for n in part] for part in (names[:3], names[3:]))
-    world = CaptionWorld((x, of_a), dict(indiscriminate=x, gmail=x + 1, real=x + 2), of_b, x + 3, dict(zip('klm', of_b)))
+    world = CaptionWorld(
+        (x, of_a), dict(indiscriminate=x, gmail=x + 1, real=x + 2), of_b, x + 3, dict(zip('klm', of_b))
+    )
     return TextWorld(world, torch.arange(48.).reshape(6, 8), names, .5)
 
 def test_captions_that_version_03_kept_have_the_names_they_had(tmp_path):
@@ -151,8 +153,17 @@ def test_captions_that_version_03_kept_have_the_names_they_had(tmp_path):
     assert run_file(tmp_path, t.world, 'gmail', 1, CaptionExperimentSettings()).name == '49252480620e07c5.json'
     assert ifcap_file(tmp_path, t, 'gmail', 1, IFCapSettings()).name == 'ifcap_901ecb09192d51a7.json'
 
-@pytest.mark.parametrize('change', [dict(noise=.1), dict(batch_size=3), dict(mapper='transformer'), dict(prefix_length=2),
-                                    dict(lr=.1), dict(max_new_tokens=3)])
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(noise=0.1),
+        dict(batch_size=3),
+        dict(mapper='transformer'),
+        dict(prefix_length=2),
+        dict(lr=0.1),
+        dict(max_new_tokens=3),
+    ],
+)
 def test_every_setting_of_the_captioner_is_in_the_name_of_its_file(change, tmp_path):
     t = world_of_numbers()
     for settings, name in ((CaptionExperimentSettings(), lambda s: run_file(tmp_path, t.world, 'gmail', 1, s)),
@@ -160,7 +171,9 @@ def test_every_setting_of_the_captioner_is_in_the_name_of_its_file(change, tmp_p
         assert name(replace(settings, captioner=replace(settings.captioner, **change))) != name(settings)
 
 @pytest.mark.parametrize('kind', [CaptionExperimentSettings, IFCapSettings])
-@pytest.mark.parametrize('change, hint', [(dict(lm='smollm2'), "leave it at 'small'"), (dict(steps=7), 'set base_steps')])
+@pytest.mark.parametrize(
+    'change, hint', [(dict(lm='smollm2'), "leave it at 'small'"), (dict(steps=7), 'set base_steps')]
+)
 def test_what_the_comparisons_do_not_vary_is_refused(kind, change, hint):
     with pytest.raises(ValueError, match=hint): kind(captioner=CaptionerSettings(**change))
 
@@ -171,7 +184,9 @@ def test_settings_of_a_captioner_have_one_home():
 
 def test_base_and_arm_train_as_the_settings_say(miniature, monkeypatch):
     seen = []
-    monkeypatch.setattr(room, 'train_captioner', lambda c, x, texts, steps, size, lr, noise, **_: seen.append((steps, size, lr, noise)))
+    monkeypatch.setattr(
+        room, 'train_captioner', lambda c, x, texts, steps, size, lr, noise, **_: seen.append((steps, size, lr, noise))
+    )
     s = replace(SHORT, captioner=replace(HOW, batch_size=5, lr=.1), tune_steps=6, tune_lr=.2)
     room.tune_arm(room.base_captioner(miniature, s), miniature.arms['gmail'], miniature, s, 0)
     assert seen == [(4, 5, .1, .3), (6, 5, .2, .3)]

@@ -111,10 +111,15 @@ def test_scores_fall_for_every_way_to_spoil_a_caption_and_order_matters_to_some(
     some, rng = dict(list(references.items())[:200]), np.random.default_rng(0)
     long = {k: v[1] for k, v in some.items()}
     def drop(t, n): return ' '.join(t.split()[:-n] or t.split()[:1])
-    ways = dict(whole=long, one={k: drop(t, 1) for k, t in long.items()}, three={k: drop(t, 3) for k, t in long.items()},
-                shuffled={k: ' '.join(rng.permutation(t.split())) for k, t in long.items()},
-                twice={k: f'{t} {t}' for k, t in long.items()},
-                anothers=dict(zip(long, [*long.values()][1:] + [*long.values()][:1])))
+
+    ways = dict(
+        whole=long,
+        one={k: drop(t, 1) for k, t in long.items()},
+        three={k: drop(t, 3) for k, t in long.items()},
+        shuffled={k: ' '.join(rng.permutation(t.split())) for k, t in long.items()},
+        twice={k: f'{t} {t}' for k, t in long.items()},
+        anothers=dict(zip(long, [*long.values()][1:] + [*long.values()][:1])),
+    )
     def all_scores(h):
         cut = tokenized(h, {k: v[1:] for k, v in some.items()})
         return {s.name: s.value for s in [*counting_scores(*cut), wmd(*cut, vectors)]}

@@ -9,7 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 script = str(Path(__file__).with_name('caption_once.py'))
-launcher = ('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0')
+launcher = (
+    '-m',
+    'torch.distributed.run',
+    '--nproc_per_node=2',
+    '--master_port=0',
+    '--rdzv_backend=c10d',
+    '--rdzv_endpoint=localhost:0',
+)
+
 
 def weight(item): return 40
 

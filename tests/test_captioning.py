@@ -7,10 +7,32 @@ import numpy as np
 import pytest
 import torch
 
-from gmail_nb.captioning import (Captioner, CaptionPlan, CaptionTraining, Sources, caption_batches, caption_ids,
-    caption_loss, caption_statistics, caption_tokenizer, captioner_card, captioner_settings, encode_captions, generate_ids,
-    has_dropout, load_captioner, load_lm, noisy_features, own_share, read_encoded, save_captioner, small_decoder,
-    train_captioner, write_captions, write_encoded)
+from gmail_nb.captioning import (
+    Captioner,
+    CaptionPlan,
+    CaptionTraining,
+    Sources,
+    caption_batches,
+    caption_ids,
+    caption_loss,
+    caption_statistics,
+    caption_tokenizer,
+    captioner_card,
+    captioner_settings,
+    encode_captions,
+    generate_ids,
+    has_dropout,
+    load_captioner,
+    load_lm,
+    noisy_features,
+    own_share,
+    read_encoded,
+    save_captioner,
+    small_decoder,
+    train_captioner,
+    write_captions,
+    write_encoded,
+)
 from gmail_nb.data import emoji
 from gmail_nb.encoders import embedded_encoder, encode_images, preprocess_images
 from gmail_nb.features import embed
@@ -172,7 +194,9 @@ def plain_loop(captioner, samples, captions, steps, size, lr, noise, seed):
         for epoch, indices in batches[:steps]:
             turn, sample = divmod(epoch, len(samples))
             x = noisy_features(samples[sample, indices], noise, g)
-            loss = caption_loss(captioner, x, [flat[first[i] + (turn + i) % len(captions[i])] for i in indices.tolist()])
+            loss = caption_loss(
+                captioner, x, [flat[first[i] + (turn + i) % len(captions[i])] for i in indices.tolist()]
+            )
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.)
@@ -250,7 +274,10 @@ def test_a_plan_gives_each_image_once_an_epoch_and_the_list_is_the_plan():
     assert sorted(torch.cat([plan.batch(i) for i in range(3)]).tolist()) == list(range(10))
     assert [plan.epoch(i) for i in range(7)] == [0, 0, 0, 1, 1, 1, 2]
     assert torch.equal(plan.batch(5), plan.batch(5)) and torch.equal(plan.batch(0), epoch_order(10, 0, 0)[:4])
-    assert all(e == plan.epoch(i) and torch.equal(b, plan.batch(i)) for i, (e, b) in enumerate(caption_batches(10, 4, 0, 7)))
+    assert all(
+        e == plan.epoch(i) and torch.equal(b, plan.batch(i)) for i, (e, b) in enumerate(caption_batches(10, 4, 0, 7))
+    )
+
 
 @pytest.mark.parametrize('n', [1, 2, 3])
 def test_shares_of_the_processes_are_the_mean_of_the_batch(n):
@@ -310,14 +337,18 @@ def test_what_is_trained_has_float32_and_comes_back_as_it_was(lm_folder, feature
     frozen = {n: p.clone() for n, p in captioner.named_parameters() if not p.requires_grad}
     assert {p.dtype for p in frozen.values()} <= {torch.bfloat16}
     losses = train_captioner(captioner, features, names, 12, 16, lr=1e-2, noise=0., desc=None)
-    assert losses[-1] < losses[0] and all(torch.equal(p, dict(captioner.named_parameters())[n]) for n, p in frozen.items())
+    assert losses[-1] < losses[0] and all(
+        torch.equal(p, dict(captioner.named_parameters())[n]) for n, p in frozen.items()
+    )
     save_captioner(captioner, tmp_path)
     kept = json.loads((tmp_path/'card.json').read_text())['dtype']
     assert kept == ('float32' if tuning == 'full' else 'bfloat16')
     again = load_captioner(tmp_path)
     assert [p.dtype for p in again.parameters()] == [p.dtype for p in captioner.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), captioner.parameters()))
-    assert write_captions(again, features[:4], max_new_tokens=5) == write_captions(captioner, features[:4], max_new_tokens=5)
+    assert write_captions(again, features[:4], max_new_tokens=5) == write_captions(
+        captioner, features[:4], max_new_tokens=5
+    )
     wide = load_captioner(tmp_path, dtype='float32')
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
 
@@ -346,14 +377,22 @@ def test_cards_say_the_dtype_and_older_ones_say_it_among_their_settings(lm_folde
         (folder/'card.json').write_text(json.dumps(older))
         assert load_captioner(folder).lm.dtype == dtype
 
-@pytest.mark.parametrize('settings, said', [
-    (dict(dtype='bf16'), "unknown dtype 'bf16'"), (dict(precision='fp16'), 'unknown precision'), (dict(noise=-1.), 'noise is -1'),
-    (dict(four_bit=True), 'weights in 4 bit cannot be trained'), (dict(beams=0), 'beams is 0')])
+@pytest.mark.parametrize(
+    'settings, said',
+    [
+        (dict(dtype='bf16'), "unknown dtype 'bf16'"),
+        (dict(precision='fp16'), 'unknown precision'),
+        (dict(noise=-1.0), 'noise is -1'),
+        (dict(four_bit=True), 'weights in 4 bit cannot be trained'),
+        (dict(beams=0), 'beams is 0'),
+    ],
+)
 def test_settings_of_a_captioner_that_cannot_be(settings, said):
     with pytest.raises(ValueError, match=said): CaptionerSettings(**settings)
 
 def test_settings_of_a_run_that_cannot_be():
-    with pytest.raises(ValueError, match='name one to train on and one to test on'): CaptionRunSettings(splits=('train',))
+    with pytest.raises(ValueError, match='name one to train on and one to test on'):
+        CaptionRunSettings(splits=('train',))
     with pytest.raises(ValueError, match='unknown store'): CaptionRunSettings(store='int8')
 
 def test_the_folder_above_a_captioner_will_do_and_another_models_will_not(learned, features, tmp_path):

@@ -61,13 +61,18 @@ def test_captions_of_the_miniature_are_those_of_coco_in_kind(mini):
 
 @pytest.mark.parametrize('year, lies_in', [('train2014', 'train'), ('val2014', 'restval+val+test')])
 def test_both_files_know_the_same_keys(mini, year, lies_in):
-    own = load_captioned(mini/'coco'/'annotations'/f'captions_{year}.json', SourceSettings(images=str(mini/'coco'/year)))
+    own = load_captioned(
+        mini/'coco'/'annotations'/f'captions_{year}.json', SourceSettings(images=str(mini/'coco' / year))
+    )
     both = load_captioned(mini/'coco'/'dataset_coco.json', SourceSettings(images=str(mini/'coco'), split=lies_in))
     assert sorted(own['key']) == sorted(both['key']) == keys_of(mini/'coco', lies_in)
     assert dict(zip(own['key'], own['captions'])) == dict(zip(both['key'], both['captions']))
 
 def test_val2017_lies_inside_val2014(mini):
-    keys = [load_captioned(mini/'coco'/'annotations'/f'captions_{y}.json', images=False)['key'] for y in ('val2014', 'val2017')]
+    keys = [
+        load_captioned(mini/'coco'/'annotations'/f'captions_{y}.json', images=False)['key']
+        for y in ('val2014', 'val2017')
+    ]
     assert set(keys[1]) < set(keys[0]) and set(keys[1]) & set(keys_of(mini/'coco', 'restval'))
 
 def test_every_model_is_read_by_its_own_library(mini):
@@ -76,8 +81,13 @@ def test_every_model_is_read_by_its_own_library(mini):
     for name in LANGUAGE_MODELS:
         lm, words = AutoModelForCausalLM.from_pretrained(mini/name), AutoTokenizer.from_pretrained(mini/name)
         text = all_captions()[0]
-        assert words.decode(words(text)['input_ids'], skip_special_tokens=True) == text and len(words) == lm.config.vocab_size
-    turn = AutoTokenizer.from_pretrained(mini/'llama').apply_chat_template([dict(role='user', content='hi ')], tokenize=False)
+        assert (
+            words.decode(words(text)['input_ids'], skip_special_tokens=True) == text
+            and len(words) == lm.config.vocab_size
+        )
+    turn = AutoTokenizer.from_pretrained(mini/'llama').apply_chat_template(
+        [dict(role='user', content='hi ')], tokenize=False
+    )
     assert turn == '<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>'
 
 def test_a_miniature_is_the_same_at_every_call(mini, tmp_path):
@@ -109,14 +119,61 @@ def way(mini, tmp_path_factory):
     steps = [
         ('generate', *told(mini, TRAIN), '--generator', mini/'sd', *DRAW, '--samples', 2, '--out', 'first'),
         ('generate', *told(mini, TRAIN), '--generator', mini/'sd', *DRAW, '--which', 'all', '--out', 'all'),
-        ('align', *told(mini, TRAIN)[:1], 'first', *told(mini, TRAIN)[1:], '--encoder', name, *ALIGN, '--out', 'aligned'),
+        (
+            'align',
+            *told(mini, TRAIN)[:1],
+            'first',
+            *told(mini, TRAIN)[1:],
+            '--encoder',
+            name,
+            *ALIGN,
+            '--out',
+            'aligned',
+        ),
         ('embed', *told(mini, TEST), '--model', 'aligned', '--side', 'base', '--out', 'seen'),
         ('embed', 'all', '--model', 'aligned', '--side', 'generated', '--out', 'drawn'),
         ('tune', 'text', '--generated', 'all', '--model', 'aligned', '--encoder', name, *TEXT, '--out', 'tuned'),
-        ('tune', 'caption', '--real', *told(mini, '')[:3], '--splits', TRAIN, TEST, '--generated', 'all', '--model', 'aligned',
-         '--encoder', name, '--lm', mini/'gpt2', *CAPTION, '--out', 'captions'),
-        ('caption', *sorted((coco/'val2017').glob('*.jpg')), '--captioner', 'captions/captioner', '--max-new-tokens', 4),
-        ('eval', '--data', *told(mini, TEST), '--model', name, '--model', 'aligned:aligned', '--model', 'tuned:tuned', '--no-pictures')]
+        (
+            'tune',
+            'caption',
+            '--real',
+            *told(mini, '')[:3],
+            '--splits',
+            TRAIN,
+            TEST,
+            '--generated',
+            'all',
+            '--model',
+            'aligned',
+            '--encoder',
+            name,
+            '--lm',
+            mini/'gpt2',
+            *CAPTION,
+            '--out',
+            'captions',
+        ),
+        (
+            'caption',
+            *sorted((coco/'val2017').glob('*.jpg')),
+            '--captioner',
+            'captions/captioner',
+            '--max-new-tokens',
+            4,
+        ),
+        (
+            'eval',
+            '--data',
+            *told(mini, TEST),
+            '--model',
+            name,
+            '--model',
+            'aligned:aligned',
+            '--model',
+            'tuned:tuned',
+            '--no-pictures',
+        ),
+    ]
     return home, [shell(home, *argv) for argv in steps]
 
 def test_every_command_says_where_its_results_lie(way):
@@ -164,7 +221,9 @@ def answer(capsys, command, *argv):
 def test_images_of_all_captions_can_be_aligned(way, mini, capsys, tmp_path):
     real, *more = told(mini, TRAIN)
     name = encoder_name(mini, 'open_clip')
-    status, said = answer(capsys, gmail_align, real, way[0]/'all', *more, '--encoder', name, *ALIGN, '--out', tmp_path/'aligned')
+    status, said = answer(
+        capsys, gmail_align, real, way[0]/'all', *more, '--encoder', name, *ALIGN, '--out', tmp_path/'aligned'
+    )
     assert status == 0, said
     assert len(pq.read_table(tmp_path/'aligned'/'real_features'/'keys.parquet')) == 16
 
@@ -175,13 +234,35 @@ def test_a_file_with_splits_is_drawn_without_its_test_images(mini, capsys, tmp_p
 
 def test_a_model_is_not_measured_on_what_it_learned_from(way, mini, capsys, tmp_path):
     "restval, which was trained on, and val2017 share images."
-    status, said = answer(capsys, gmail_eval, '--data', 'coco-val2017', '--root', mini/'coco', '--model', f'tuned:{way[0]}/tuned',
-                          '--no-pictures', '--out', tmp_path/'eval')
+    status, said = answer(
+        capsys,
+        gmail_eval,
+        '--data',
+        'coco-val2017',
+        '--root',
+        mini/'coco',
+        '--model',
+        f'tuned:{way[0]}/tuned',
+        '--no-pictures',
+        '--out',
+        tmp_path/'eval',
+    )
     assert status == 2 and 'trained' in said or 'among those of' in said, said
 
 def test_the_published_names_of_sets_find_the_files(way, mini, capsys, tmp_path):
-    status, said = answer(capsys, gmail_eval, '--data', 'coco-5k', '--root', mini/'coco', '--model', f'tuned:{way[0]}/tuned',
-                          '--no-pictures', '--out', tmp_path/'eval')
+    status, said = answer(
+        capsys,
+        gmail_eval,
+        '--data',
+        'coco-5k',
+        '--root',
+        mini/'coco',
+        '--model',
+        f'tuned:{way[0]}/tuned',
+        '--no-pictures',
+        '--out',
+        tmp_path/'eval',
+    )
     assert status == 0, said
     with np.load(next((tmp_path/'eval'/'queries').glob('*.npz'))) as f:
         assert sorted(f['keys:image_to_text'].tolist()) == keys_of(mini/'coco', TEST)
@@ -189,9 +270,24 @@ def test_the_published_names_of_sets_find_the_files(way, mini, capsys, tmp_path)
 def test_a_captioner_is_not_scored_on_what_it_learns_from(way, mini, capsys, tmp_path, without_java):
     "val2017 holds images of restval."
     status, said = answer(
-        capsys, gmail_tune, 'caption', '--real', *told(mini, '')[:3], '--splits', TRAIN, TEST,
-        '--test', mini/'coco'/'annotations'/'captions_val2017.json', '--encoder', encoder_name(mini, 'open_clip'), '--lm', mini/'gpt2',
-        *CAPTION, '--out', tmp_path/'captions')
+        capsys,
+        gmail_tune,
+        'caption',
+        '--real',
+        *told(mini, '')[:3],
+        '--splits',
+        TRAIN,
+        TEST,
+        '--test',
+        mini/'coco'/'annotations'/'captions_val2017.json',
+        '--encoder',
+        encoder_name(mini, 'open_clip'),
+        '--lm',
+        mini/'gpt2',
+        *CAPTION,
+        '--out',
+        tmp_path/'captions',
+    )
     assert status == 2 and 'among those of' in said, said
 
 @pytest.mark.slow
@@ -200,9 +296,16 @@ def test_two_processes_align_as_one(way, mini, tmp_path):
     launch = '-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no'.split()
     real, *more = told(mini, TRAIN)
     argv = real, way[0]/'first', *more, '--encoder', encoder_name(mini, 'open_clip'), *ALIGN, '--out', tmp_path/'two'
-    done = subprocess.run([sys.executable, *launch, '-m', 'gmail_nb.cli.commands', 'align', *map(str, argv)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *launch, '-m', 'gmail_nb.cli.commands', 'align', *map(str, argv)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [{(r['arm'], r['metric']): r['value'] for r in read_results(f/'results.jsonl')} for f in (way[0]/'aligned', tmp_path/'two')]
+    found = [
+        {(r['arm'], r['metric']): r['value'] for r in read_results(f/'results.jsonl')}
+        for f in (way[0]/'aligned', tmp_path/'two')
+    ]
     assert found[1] == pytest.approx(found[0], abs=5e-3)
 
 # Through Python
@@ -215,11 +318,21 @@ def drawn(mini, tmp_path_factory):
     home, work = tmp_path_factory.mktemp('drawn'), WorkSettings(show_progress=False)
     for name, which, samples in (('first', 'first', 2), ('all', 'all', 1)):
         how = replace(source(mini, TRAIN), which=which)
-        generate_run(str(mini/'coco'/'dataset_coco.json'), str(mini/'sd'), home/name, DrawSettings(steps=1, samples=samples), how, work)
+        generate_run(
+            str(mini/'coco'/'dataset_coco.json'),
+            str(mini/'sd'),
+            home / name,
+            DrawSettings(steps=1, samples=samples),
+            how,
+            work,
+        )
     return home
 
 HOW = AlignRunSettings(align=AlignSettings(epochs=2, batch_size=8), validation_share=.3)
-LEARN = dict(open_clip=('lora', 'gpt2', 'full'), clip=('full', 'gpt2', 'frozen'), siglip=('last', 'llama', 'lora')) # text side, LM, LM
+LEARN = dict(
+    open_clip=('lora', 'gpt2', 'full'), clip=('full', 'gpt2', 'frozen'), siglip=('last', 'llama', 'lora')
+)  # text side, LM, LM
+
 
 @pytest.fixture(scope='module', params=ENCODERS)
 def chain(request, mini, drawn, tmp_path_factory):
@@ -234,7 +347,15 @@ def chain(request, mini, drawn, tmp_path_factory):
     settings = CaptionerSettings(name, str(mini/lm), tuning=lm_tuning, steps=3, batch_size=8, max_new_tokens=4)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv('PATH', '')
-        tune_captioner(file, home/'captions', settings, drawn/'all', home/'aligned', splits=(TRAIN, TEST), source=source(mini, TRAIN))
+        tune_captioner(
+            file,
+            home/'captions',
+            settings,
+            drawn/'all',
+            home/'aligned',
+            splits=(TRAIN, TEST),
+            source=source(mini, TRAIN),
+        )
     models = {m: m for m in (name, f'aligned:{home}/aligned', f'tuned:{home}/tuned')}
     evaluate(models, (file,), out=home/'eval', source=source(mini, TEST), pictures=False, say=lambda text: None)
     return kind, home
@@ -271,14 +392,29 @@ def plain(folder, kind):
     if kind == 'open_clip':
         model, _, transform = open_clip.create_model_and_transforms(f'local-dir:{folder}')
         words = open_clip.get_tokenizer(f'local-dir:{folder}')
-        return (model.eval(), lambda images: stack([transform(i.convert('RGB')) for i in images]),
-                lambda x: model.encode_image(x, normalize=True), lambda texts: model.encode_text(words(texts), normalize=True))
+        return (
+            model.eval(),
+            lambda images: stack([transform(i.convert('RGB')) for i in images]),
+            lambda x: model.encode_image(x, normalize=True),
+            lambda texts: model.encode_text(words(texts), normalize=True),
+        )
     model, processor, words = (c.from_pretrained(folder) for c in (AutoModel, AutoImageProcessor, AutoTokenizer))
-    how = dict(padding='max_length', truncation=True, max_length=model.config.text_config.max_position_embeddings, return_tensors='pt')
+    how = dict(
+        padding='max_length',
+        truncation=True,
+        max_length=model.config.text_config.max_position_embeddings,
+        return_tensors='pt',
+    )
+
     def unit(out): return F.normalize(getattr(out, 'pooler_output', out), dim=-1) # a tensor, before transformers 5
     def text(texts): return unit(model.get_text_features(**words(texts, **how)))
-    return (model.eval(), lambda images: processor([i.convert('RGB') for i in images], return_tensors='pt')['pixel_values'],
-            lambda x: unit(model.get_image_features(pixel_values=x)), text)
+
+    return (
+        model.eval(),
+        lambda images: processor([i.convert('RGB') for i in images], return_tensors='pt')['pixel_values'],
+        lambda x: unit(model.get_image_features(pixel_values=x)),
+        text,
+    )
 
 def photos(mini, keys):
     "The pictures of these keys of val2014, from the disk."
@@ -339,10 +475,15 @@ def test_what_a_model_learned_from_stays_beside_it(chain, mini, folder, names):
 
 def test_a_text_side_learns_from_the_split_alone(mini, drawn, tmp_path):
     "Although there are images of the test split's captions too."
-    how, file = SourceSettings(images=str(mini/'coco'), split='train+restval+val+test'), str(mini/'coco'/'dataset_coco.json')
+    how, file = (
+        SourceSettings(images=str(mini/'coco'), split='train+restval+val+test'),
+        str(mini/'coco'/'dataset_coco.json'),
+    )
     generate_run(file, str(mini/'sd'), tmp_path/'made', DrawSettings(steps=1), how, WorkSettings(show_progress=False))
     recipe = TextRecipe(encoder_name(mini, 'clip'), TuneSettings(steps=2, batch_size=8))
-    tune_from_files(tmp_path/'tuned', recipe, tmp_path/'made', None, file, 'indiscriminate', source(mini, TRAIN), desc=None)
+    tune_from_files(
+        tmp_path/'tuned', recipe, tmp_path/'made', None, file, 'indiscriminate', source(mini, TRAIN), desc=None
+    )
     assert json.loads((tmp_path/'tuned'/'card.json').read_text())['pairs'] == len(keys_of(mini/'coco', TRAIN))
 
 # The shell and Python do the same
@@ -351,7 +492,13 @@ def test_the_shell_draws_and_aligns_as_python_does(way, mini, drawn, tmp_path):
     for name in ('first', 'all'):
         ours, theirs = (list(load_generated(f/name)['sha256']) for f in (drawn, way[0]))
         assert ours == theirs
-    model = align_sets(str(mini/'coco'/'dataset_coco.json'), drawn/'first', encoder_name(mini, 'open_clip'), tmp_path/'aligned', HOW,
-                       source(mini, TRAIN))
+    model = align_sets(
+        str(mini/'coco'/'dataset_coco.json'),
+        drawn/'first',
+        encoder_name(mini, 'open_clip'),
+        tmp_path/'aligned',
+        HOW,
+        source(mini, TRAIN),
+    )
     shell_made = GenReal.from_pretrained(way[0]/'aligned')
     for p, q in zip(model.f_g.parameters(), shell_made.f_g.parameters(), strict=True): torch.testing.assert_close(p, q)

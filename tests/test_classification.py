@@ -17,10 +17,33 @@ from sklearn.metrics import balanced_accuracy_score
 import gmail_nb.runtime # before torchvision
 from house import root as repository, run
 from gmail_nb.align import GenReal
-from gmail_nb.classification import (CALTECH, CLASSIFICATION_SETS, FineTuned, Labelled, Predictions, Standardised, best_strength,
-                                     classification_miniature, classification_scores, classify, fine_tune, fit_probe, fit_strength,
-                                     image_rows, lines_of, linear_probe, load_classification_set, moments, per_image, plain_tower,
-                                     read_class_folders, read_imagenet, worst_pairs, write_lines, zero_shot_weights)
+from gmail_nb.classification import (
+    CALTECH,
+    CLASSIFICATION_SETS,
+    FineTuned,
+    Labelled,
+    Predictions,
+    Standardised,
+    best_strength,
+    classification_miniature,
+    classification_scores,
+    classify,
+    fine_tune,
+    fit_probe,
+    fit_strength,
+    image_rows,
+    lines_of,
+    linear_probe,
+    load_classification_set,
+    moments,
+    per_image,
+    plain_tower,
+    read_class_folders,
+    read_imagenet,
+    worst_pairs,
+    write_lines,
+    zero_shot_weights,
+)
 from gmail_nb.data import emoji
 from gmail_nb.encoders import Encoder, TimmVisual, count, encode_texts, load_encoder
 from gmail_nb.features import LazyPixels
@@ -59,19 +82,29 @@ def test_class_vectors_are_the_mean_of_their_prompts(encoder, weights):
     torch.testing.assert_close(weights, by_hand, atol=1e-4, rtol=0)
 
 def test_names_and_templates_are_checked(encoder):
-    with pytest.raises(ValueError, match="1 class names repeat, such as 'crane'"): zero_shot_weights(encoder, ['crane', 'crane', 'dog'])
+    with pytest.raises(ValueError, match="1 class names repeat, such as 'crane'"):
+        zero_shot_weights(encoder, ['crane', 'crane', 'dog'])
     with pytest.raises(ValueError, match='has no {c}'): zero_shot_weights(encoder, ['crane'], ('a photo',))
     with pytest.raises(ValueError, match='0 class names and 1 templates'): zero_shot_weights(encoder, [])
 
 def test_labels_are_checked(x, weights):
-    with pytest.raises(ValueError, match='labels reach from 0 to 2, but there are 2'): classify(x[:3], weights, torch.arange(3), ['a', 'b'])
+    with pytest.raises(ValueError, match='labels reach from 0 to 2, but there are 2'):
+        classify(x[:3], weights, torch.arange(3), ['a', 'b'])
     with pytest.raises(ValueError, match='3 images but 2 labels'): classify(x[:3], weights, torch.arange(2), ['a', 'b'])
 
 def test_features_are_checked(x, weights):
     with pytest.raises(ValueError, match='unit length'): classify(2 * x[:2], weights, torch.arange(2), ['a', 'b'])
-    with pytest.raises(ValueError, match='256 wide, class vectors 9'): classify(x[:2], weights[:, :9], torch.arange(2), ['a', 'b'])
+    with pytest.raises(ValueError, match='256 wide, class vectors 9'):
+        classify(x[:2], weights[:, :9], torch.arange(2), ['a', 'b'])
 
-@pytest.mark.parametrize('factor, said', [(float('nan'), 'class features hold values that are not finite'), (50., 'class features must have unit length: row 1')])
+
+@pytest.mark.parametrize(
+    'factor, said',
+    [
+        (float('nan'), 'class features hold values that are not finite'),
+        (50.0, 'class features must have unit length: row 1'),
+    ],
+)
 def test_one_class_cannot_take_every_image(x, weights, factor, said):
     wrong = torch.stack([weights[0], weights[1] * factor])
     with pytest.raises(ValueError, match=said): classify(x[:2], wrong, torch.arange(2), ['a', 'b'])
@@ -105,7 +138,16 @@ def test_names_and_wordings_are_those_of_clip_benchmark():
     folder = resources.files('clip_benchmark')/'datasets'
     theirs = json.loads((folder/'en_zeroshot_classification_templates.json').read_text())
     names = json.loads((folder/'en_classnames.json').read_text())
-    keys = dict(dtd='dtd', cars='cars', sun397='sun397', food101='food101', aircraft='fgvc_aircraft', pets='pets', caltech101='caltech101', imagenet='imagenet1k')
+    keys = dict(
+        dtd='dtd',
+        cars='cars',
+        sun397='sun397',
+        food101='food101',
+        aircraft='fgvc_aircraft',
+        pets='pets',
+        caltech101='caltech101',
+        imagenet='imagenet1k',
+    )
     for ours, key in keys.items(): assert sorted(CLASSIFICATION_SETS[ours].templates) == sorted(theirs[key])
     assert set(CALTECH.values()) <= set(names['caltech101'])
     assert list(open_clip.IMAGENET_CLASSNAMES) == names['imagenet1k']
@@ -115,9 +157,16 @@ def pairs_of(files, labels): return sorted((str(f), int(l)) for f, l in zip(file
 @pytest.mark.parametrize('name', ['dtd', 'cars', 'food101', 'aircraft', 'pets'])
 def test_readers_agree_with_torchvision(name, root):
     from torchvision import datasets as tv
-    make = dict(dtd=tv.DTD, cars=tv.StanfordCars, food101=tv.Food101, aircraft=tv.FGVCAircraft, pets=tv.OxfordIIITPet)[name]
+
+    make = dict(dtd=tv.DTD, cars=tv.StanfordCars, food101=tv.Food101, aircraft=tv.FGVCAircraft, pets=tv.OxfordIIITPet)[
+        name
+    ]
     ds, ours = make(root, 'test'), load_classification_set(name, root)[0]
-    theirs = list(map(tuple, ds._samples)) if name == 'cars' else list(zip(getattr(ds, '_image_files', None) or ds._images, ds._labels))
+    theirs = (
+        list(map(tuple, ds._samples))
+        if name == 'cars'
+        else list(zip(getattr(ds, '_image_files', None) or ds._images, ds._labels))
+    )
     assert pairs_of(ours.files, ours.labels) == sorted((str(f), int(l)) for f, l in theirs)
     assert [c.replace('_', ' ') for c in ds.classes] == ours.classnames
 
@@ -140,7 +189,8 @@ def test_what_is_not_there_is_named(root):
     with pytest.raises(ValueError, match="did you mean 'food101'"): load_classification_set('food', root)
     with pytest.raises(FileNotFoundError, match='needs the folder'): load_classification_set('dtd')
     (root/'dtd/dtd/images/woven/woven_0001.jpg').unlink()
-    with pytest.raises(FileNotFoundError, match='dtd: 1 of 6 images are not there, such as woven/woven_0001.jpg'): load_classification_set('dtd', root)
+    with pytest.raises(FileNotFoundError, match='dtd: 1 of 6 images are not there, such as woven/woven_0001.jpg'):
+        load_classification_set('dtd', root)
     with pytest.raises(ValueError, match='has 0 class folders, not 1,000'): read_imagenet(root/'food-101')
 
 def test_a_folder_of_classes_is_a_set(root):
@@ -169,7 +219,11 @@ def test_every_kind_of_file_in_capitals_too(tmp_path, drawn):
     for c in ('test/b', 'train/a', 'train/b'):
         (tmp_path/c).mkdir(parents=True)
         drawn[0].save(tmp_path/c/'0.png')
-    assert [load_classification_set(str(tmp_path), split=s)[0].labels.tolist() for s in ('train', 'test')] == [[0, 1], [1]]
+    assert [load_classification_set(str(tmp_path), split=s)[0].labels.tolist() for s in ('train', 'test')] == [
+        [0, 1],
+        [1],
+    ]
+
 
 # probes and fine-tuning
 
@@ -210,9 +264,17 @@ def test_a_fit_is_scikit_learns(classes, strength):
     theirs = LogisticRegression(C=strength, tol=1e-10, max_iter=5000).fit(z, y.numpy())
     assert fit.converged
     np.testing.assert_allclose(fit.theta[:, :-1].numpy(), theirs.coef_, atol=2e-4, rtol=1e-3)
-    ours = linear_probe(Labelled(x, y), Labelled(*clouds(200, classes, seed=1)), list('abcde'[:classes]), ProbeSettings((strength,), tolerance=1e-7, max_steps=2000))
+    ours = linear_probe(
+        Labelled(x, y),
+        Labelled(*clouds(200, classes, seed=1)),
+        list('abcde'[:classes]),
+        ProbeSettings((strength,), tolerance=1e-7, max_steps=2000),
+    )
     test = clouds(200, classes, seed=1)
-    assert ours.right.float().mean().item() == pytest.approx(theirs.score(((test[0] - mean) / std).numpy(), test[1].numpy()), abs=1e-6)
+    assert ours.right.float().mean().item() == pytest.approx(
+        theirs.score(((test[0] - mean) / std).numpy(), test[1].numpy()), abs=1e-6
+    )
+
 
 def test_a_probe_reads_a_mapped_file_of_16_bits_a_chunk_at_a_time(tmp_path):
     x, y = clouds(400, 4)
@@ -329,7 +391,9 @@ def towers():
 def test_all_parameters_of_an_aligned_tower_are_trained(which, tuning, halves):
     name, tower, dim = list(towers())[which]
     size = count(tower)
-    model = GenReal(Encoder(name, tower, torch.nn.Identity(), None, None, dim).eval(), AdapterSettings(tuning=tuning, rank=2))
+    model = GenReal(
+        Encoder(name, tower, torch.nn.Identity(), None, None, dim).eval(), AdapterSettings(tuning=tuning, rank=2)
+    )
     start = plain_tower(model.f_g)
     assert count(start) == size
     tuned = FineTuned(start, 2, halves[0].x[:2])
@@ -377,7 +441,15 @@ def test_two_processes_train_as_one_does(tmp_path):
     for n in (1, 2):
         out = tmp_path/str(n)
         out.mkdir()
-        run(sys.executable, *(launcher if n == 2 else ()), tmp_path/'two.py', here, out, cwd=tmp_path, PYTHONPATH=str(repository))
+        run(
+            sys.executable,
+            *(launcher if n == 2 else ()),
+            tmp_path/'two.py',
+            here,
+            out,
+            cwd=tmp_path,
+            PYTHONPATH=str(repository),
+        )
         found[n] = [torch.load(f, weights_only=True) for f in sorted(out.glob('*.pt'))]
     one, (first, second) = found[1][0], found[2]
     assert (one['processes'], first['processes'], second['processes']) == (1, 2, 2)

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 from gmail_nb.cli import commands
 from gmail_nb.cli.commands import COMMANDS, gmail_demo, gmail_eval, gmail_experiment, gmail_generate, gmail_tune
-from gmail_nb.cli.flags import Commands, call_with, command, derived, flag_names, help_of, options_of, reader, run_command
+from gmail_nb.cli.flags import (
+    Commands,
+    call_with,
+    command,
+    derived,
+    flag_names,
+    help_of,
+    options_of,
+    reader,
+    run_command,
+)
 from gmail_nb.cli.flags import with_named
 from gmail_nb.settings import PAPER_ALIGN, AdapterSettings, AlignRunSettings, AlignSettings, TuneSettings
 
@@ -63,7 +73,9 @@ def test_a_mistyped_flag_is_answered_quickly_with_the_nearest(name):
 
 def test_the_module_runs_as_a_script():
     "What `accelerate launch -m gmail_nb.cli.commands align` does."
-    done = subprocess.run([sys.executable, '-m', 'gmail_nb.cli.commands', 'align', '--epohcs', '3'], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-m', 'gmail_nb.cli.commands', 'align', '--epohcs', '3'], capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stderr == "gmail_align: unknown flag '--epohcs': did you mean '--epochs'?\n"
 
 def test_every_console_script_is_a_command():
@@ -111,7 +123,11 @@ def test_a_flag_has_one_name_for_one_thing():
 
 def test_a_captioned_set_is_called_set():
     for c in (gmail_generate, commands.gmail_align, commands.gmail_embed):
-        assert options_of(c.work)[0].path == ('captioned',) and c.parser().format_help().split('positional arguments:')[1].split()[0] == 'set'
+        assert (
+            options_of(c.work)[0].path == ('captioned',)
+            and c.parser().format_help().split('positional arguments:')[1].split()[0] == 'set'
+        )
+
 
 def test_the_column_of_images_is_told_from_their_folder(capsys):
     told = answer(capsys, commands.gmail_align, '--help')[1]
@@ -121,7 +137,9 @@ def test_the_column_of_images_is_told_from_their_folder(capsys):
 
 def test_flags_stand_in_groups():
     told = gmail_generate.parser().format_help()
-    for title in ('What generated images depend on', 'How a captioned set is read', 'How generating is carried out'): assert title in told
+    for title in ('What generated images depend on', 'How a captioned set is read', 'How generating is carried out'):
+        assert title in told
+
 
 def test_what_is_left_out_says_what_happens_then(capsys):
     for c, flag, words in ((commands.gmail_align, '--no-key', 'the number of a row is its name'),
@@ -148,13 +166,18 @@ def seen_settings(c, *argv):
     return seen
 
 def test_a_preset_stands_but_for_the_flags_beside_it():
-    seen = seen_settings(commands.gmail_align, 'photos', 'drawn', '--preset', 'paper', '--batch-size', '64', '--rank', '2')
+    seen = seen_settings(
+        commands.gmail_align, 'photos', 'drawn', '--preset', 'paper', '--batch-size', '64', '--rank', '2'
+    )
     assert seen['settings'].align == replace(PAPER_ALIGN, batch_size=64)
     assert seen['settings'].adapters == AdapterSettings(rank=2) and seen['args'][0] == 'photos'
 
 def test_the_temperature_follows_the_loss():
     assert seen_settings(commands.gmail_align, 'a', 'b', '--loss', 'sigmoid')['settings'].align.temperature == .1
-    assert seen_settings(commands.gmail_align, 'a', 'b', '--loss', 'sigmoid', '--tau', '.2')['settings'].align.temperature == .2
+    assert (
+        seen_settings(commands.gmail_align, 'a', 'b', '--loss', 'sigmoid', '--tau', '.2')['settings'].align.temperature
+        == 0.2
+    )
     assert derived(AlignSettings()) == set() and AlignSettings().tau is None
 
 @pytest.mark.parametrize('typed, value', [('batch', 'batch'), ('all', 'all'), ('4096', 4096)])
@@ -166,16 +189,26 @@ def test_flags_of_generate_reach_their_settings():
                          '--options', '{"style": "noto"}', '--no-verify', '--retry-failed', '--image-format', 'webp',
                          '--which', '3', '--part', '3/8', '--quality', '--workers', '4', '--engine', 'ray')
     assert seen['source'].key is None and seen['source'].header is False and seen['source'].caption == '0'
-    assert seen['draw'].samples == 2 and seen['draw'].options == dict(style='noto') and seen['draw'].image_format == 'webp'
+    assert (
+        seen['draw'].samples == 2 and seen['draw'].options == dict(style='noto') and seen['draw'].image_format == 'webp'
+    )
     assert seen['source'].which == 3 and seen['part'] == '3/8' and seen['quality'] is True
     assert seen['work'].verify is False and seen['work'].retry_failed and seen['work'].engine == 'ray'
-    assert seen_settings(gmail_generate, 'x', '--quality', 'open_clip:ViT-B-32/openai')['quality'].startswith('open_clip')
+    assert seen_settings(gmail_generate, 'x', '--quality', 'open_clip:ViT-B-32/openai')['quality'].startswith(
+        'open_clip'
+    )
+
 
 def test_flags_of_tune_reach_their_recipes():
     text = seen_settings(gmail_tune.commands['text'], '--preset', 'gmail-clip', '--steps', '3', '--tuning', 'head',
                          '--encoder', 'embedded', '--no-projection', '--no-patience', '--lr', '1e-3', '--seed', '7')
     recipe = text['recipe']
-    assert (recipe.encoder, recipe.settings.steps, recipe.settings.tuning, recipe.settings.seed) == ('embedded', 3, 'head', 7)
+    assert (recipe.encoder, recipe.settings.steps, recipe.settings.tuning, recipe.settings.seed) == (
+        'embedded',
+        3,
+        'head',
+        7,
+    )
     assert recipe.settings.batch_size == 512 and recipe.settings.patience is None and not recipe.settings.projection
     caption = seen_settings(gmail_tune.commands['caption'], '--preset', 'paper-table1', '--lm', 'small', '--splits',
                             'train+restval', 'test', '--real', 'dataset_coco.json', '--images', 'coco')
@@ -192,8 +225,12 @@ def test_quick_starts_from_smaller_settings():
     assert seen_settings(gmail_experiment.commands['captioning'])['settings'].base_steps == 1200
 
 def test_help_names_what_can_be_chosen(capsys):
-    for c, words in ((gmail_generate, ('flux-schnell', 'sdxl-turbo')), (gmail_eval, ('paper-table7', 'longclip:FILE', 'sun397')),
-                     (gmail_tune.commands['text'], ('gmail-clip-cc12m',)), (gmail_tune.commands['caption'], ('paper-table17',))):
+    for c, words in (
+        (gmail_generate, ('flux-schnell', 'sdxl-turbo')),
+        (gmail_eval, ('paper-table7', 'longclip:FILE', 'sun397')),
+        (gmail_tune.commands['text'], ('gmail-clip-cc12m',)),
+        (gmail_tune.commands['caption'], ('paper-table13',)),
+    ):
         status, out, _ = answer(capsys, c, '--help')
         assert status == 0 and all(w in out for w in words)
 
@@ -209,8 +246,16 @@ def raising(error):
     def work(): raise error
     return work
 
-@pytest.mark.parametrize('error', [ValueError('no\nsuch  name'), OSError('no\nsuch  name'), ImportError('no\nsuch  name'),
-                                   RuntimeError('no\nsuch  name'), FloatingPointError('no\nsuch  name')])
+@pytest.mark.parametrize(
+    'error',
+    [
+        ValueError('no\nsuch  name'),
+        OSError('no\nsuch  name'),
+        ImportError('no\nsuch  name'),
+        RuntimeError('no\nsuch  name'),
+        FloatingPointError('no\nsuch  name'),
+    ],
+)
 def test_an_error_is_one_line_and_status_2(error, capsys):
     assert run_command('gmail_try', raising(error)) == 2
     assert capsys.readouterr().err == 'gmail_try: no such name\n'
@@ -230,36 +275,49 @@ def test_stopping_is_one_line(capsys):
 def test_a_defect_says_that_it_is_one(error, capsys):
     assert run_command('gmail_try', raising(error)) == 1
     said = capsys.readouterr().err
-    assert 'a defect of the program' in said and type(error).__name__ in said and '--debug' in said and said.count('\n') == 1
+    assert (
+        'a defect of the program' in said
+        and type(error).__name__ in said
+        and '--debug' in said
+        and said.count('\n') == 1
+    )
     assert run_command('gmail_try', raising(error), debug=True) == 1 and 'Traceback' in capsys.readouterr().err
 
 def test_an_error_without_words_is_named(capsys):
     assert run_command('gmail_try', raising(OSError())) == 2
     assert capsys.readouterr().err == 'gmail_try: OSError\n'
 
-@pytest.mark.parametrize('command, argv, said', [
-    (gmail_tune, ['text', '--preset', 'gmail-clop'], "unknown preset 'gmail-clop'"),
-    (gmail_tune, ['caption', '--preset', 'paper-table2'], "did you mean 'paper-table"),
-    (gmail_tune, ['--task', 'text'], 'the kind comes first: gmail_tune text|caption'),
-    (gmail_tune, ['speech'], "unknown kind 'speech'"),
-    (gmail_experiment, ['alignmnt'], "did you mean 'alignment'"),
-    (commands.gmail_align, ['photos'], 'the following arguments are required: generated'),
-    (commands.gmail_align, [], 'the following arguments are required: set, generated'),
-    (gmail_experiment, ['table22'], "unknown name 'table22': did you mean"),
-    (gmail_experiment, ['table2', '--seeds', '2'], 'go with --scale paper'),
-    (gmail_experiment, ['table2', '--scale', 'paper', '--rows', 'CLOP', '--root', 'x'], "unknown row 'CLOP': did you mean"),
-    (gmail_generate, ['a', '--batch-size', '-3'], 'batch_size is -3: it must be above 0'),
-    (gmail_generate, ['a', '--workers', '0'], 'workers is 0: it must be above 0'),
-    (commands.gmail_embed, ['a', '--batch-size', '0'], 'batch_size is 0'),
-    (commands.gmail_caption, ['a.png', '--batch-size', '0'], 'batch_size is 0'),
-    (commands.gmail_caption, ['a.png', '--top-p', '2'], 'top_p is 2.0'),
-    (gmail_generate, ['a', '--bogusss', '1'], 'gmail_generate --help lists all'),
-    (commands.gmail_align, ['a', 'b', '--epochs', 'many'], "invalid int value: 'many'"),
-    (commands.gmail_align, ['a', 'b', '--tuning', 'lorra'], "did you mean 'lora'"),
-    (commands.gmail_align, ['a', 'b', '--validation-share', '2'], 'validation_share is 2.0'),
-    (commands.gmail_embed, ['a', '--side', 'reel'], "invalid choice: 'reel'"),
-    (gmail_generate, ['a', '--options', '{style}'], 'is not JSON'),
-    (commands.gmail_caption, [], 'required: images')])
+@pytest.mark.parametrize(
+    'command, argv, said',
+    [
+        (gmail_tune, ['text', '--preset', 'gmail-clop'], "unknown preset 'gmail-clop'"),
+        (gmail_tune, ['caption', '--preset', 'paper-table2'], "did you mean 'paper-table"),
+        (gmail_tune, ['--task', 'text'], 'the kind comes first: gmail_tune text|caption'),
+        (gmail_tune, ['speech'], "unknown kind 'speech'"),
+        (gmail_experiment, ['alignmnt'], "did you mean 'alignment'"),
+        (commands.gmail_align, ['photos'], 'the following arguments are required: generated'),
+        (commands.gmail_align, [], 'the following arguments are required: set, generated'),
+        (gmail_experiment, ['table22'], "unknown name 'table22': did you mean"),
+        (gmail_experiment, ['table2', '--seeds', '2'], 'go with --scale paper'),
+        (
+            gmail_experiment,
+            ['table2', '--scale', 'paper', '--rows', 'CLOP', '--root', 'x'],
+            "unknown row 'CLOP': did you mean",
+        ),
+        (gmail_generate, ['a', '--batch-size', '-3'], 'batch_size is -3: it must be above 0'),
+        (gmail_generate, ['a', '--workers', '0'], 'workers is 0: it must be above 0'),
+        (commands.gmail_embed, ['a', '--batch-size', '0'], 'batch_size is 0'),
+        (commands.gmail_caption, ['a.png', '--batch-size', '0'], 'batch_size is 0'),
+        (commands.gmail_caption, ['a.png', '--top-p', '2'], 'top_p is 2.0'),
+        (gmail_generate, ['a', '--bogusss', '1'], 'gmail_generate --help lists all'),
+        (commands.gmail_align, ['a', 'b', '--epochs', 'many'], "invalid int value: 'many'"),
+        (commands.gmail_align, ['a', 'b', '--tuning', 'lorra'], "did you mean 'lora'"),
+        (commands.gmail_align, ['a', 'b', '--validation-share', '2'], 'validation_share is 2.0'),
+        (commands.gmail_embed, ['a', '--side', 'reel'], "invalid choice: 'reel'"),
+        (gmail_generate, ['a', '--options', '{style}'], 'is not JSON'),
+        (commands.gmail_caption, [], 'required: images'),
+    ],
+)
 def test_what_a_person_gets_wrong(command, argv, said, capsys):
     status, _, err = answer(capsys, command, *argv)
     assert status == 2 and said in err and len(err.splitlines()) == 1
@@ -274,7 +332,10 @@ def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path, capsys):
     assert status == 2 and err.splitlines()[-1].startswith('gmail_demo: cannot write into the folder')
 
 def test_lists_of_kinds(capsys):
-    for c, names in ((gmail_tune, ('text', 'caption')), (gmail_experiment, ('demo', 'retrieval', 'alignment', 'captioning', 'ifcap', 'table2', 'flux-dev', 'sets:'))):
+    for c, names in (
+        (gmail_tune, ('text', 'caption')),
+        (gmail_experiment, ('demo', 'retrieval', 'alignment', 'captioning', 'ifcap', 'table2', 'flux-dev', 'sets:')),
+    ):
         status, out, _ = answer(capsys, c, '--list')
         assert status == 0 and all(n in out for n in names)
         assert answer(capsys, c)[0] == 2
@@ -311,8 +372,13 @@ def test_bench_is_called_by_name(monkeypatch, capsys):
 
 # Experiments are called as they are written
 
-EXPERIMENTS = dict(retrieval=('retrieval_experiment', 'retrieval_table.txt'), alignment=('alignment_experiment', 'alignment_table.txt'),
-                   captioning=('caption_experiment', 'caption_table.txt'), ifcap=('ifcap_experiment', 'ifcap_table.txt'))
+EXPERIMENTS = dict(
+    retrieval=('retrieval_experiment', 'retrieval_table.txt'),
+    alignment=('alignment_experiment', 'alignment_table.txt'),
+    captioning=('caption_experiment', 'caption_table.txt'),
+    ifcap=('ifcap_experiment', 'ifcap_table.txt'),
+    llava=('llava_experiment', 'llava_table.txt'),
+)
 
 @pytest.mark.parametrize('name', EXPERIMENTS)
 @pytest.mark.parametrize('quick', [(), ('--quick',)])
@@ -367,7 +433,16 @@ def test_bench_writes_where_it_is_told(monkeypatch, tmp_path, capsys):
 
 def test_a_table_on_the_embedded_set_is_the_experiment_that_asks_the_same(monkeypatch, tmp_path, capsys):
     import gmail_nb.experiments.retrieval as room
-    def note(out, *args, **kwargs): Path(out).mkdir(parents=True), Path(out, 'retrieval_table.txt').write_text('a table\n')
+
+    def note(out, *args, **kwargs):
+        Path(out).mkdir(parents=True), Path(out, 'retrieval_table.txt').write_text('a table\n')
+
     monkeypatch.setattr(room, 'retrieval_experiment', note)
     status, out, _ = answer(capsys, gmail_experiment, 'table2', '--out', tmp_path)
     assert status == 0 and 'gmail_experiment retrieval' in out and 'a table' in out
+
+def test_a_gpu_that_is_too_small_says_what_to_do():
+    import torch
+    from gmail_nb.cli.flags import one_line
+    said = one_line(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'))
+    assert '--accumulation' in said and 'Tried to allocate' in said and '\n' not in said

@@ -4,8 +4,22 @@ import string
 import datasets
 import numpy as np
 import pytest
-from gmail_nb.data import (CAPTIONED, FEATURES, SOURCES, SPLITS, as_captioned, check_captioned, decode_image, emoji, pairs,
-                           parquet_files, quiet_datasets, read_parquet, show_images, show_pairs)
+from gmail_nb.data import (
+    CAPTIONED,
+    FEATURES,
+    SOURCES,
+    SPLITS,
+    as_captioned,
+    check_captioned,
+    decode_image,
+    emoji,
+    pairs,
+    parquet_files,
+    quiet_datasets,
+    read_parquet,
+    show_images,
+    show_pairs,
+)
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
@@ -63,12 +77,28 @@ def test_descriptions_and_captions():
         assert min(len(d.split()) for d in ds['description']) >= 25
         assert all(c[0] == l and c[1].startswith(f'{l}: ') for c, l in zip(ds['captions'], ds['label']))
 
-@pytest.mark.parametrize('kwargs, message', [(dict(source='twitter'), "unknown source 'twitter': did you mean 'twemoji'"), (dict(split='train'), "unknown split 'train'")])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(source='twitter'), "unknown source 'twitter': did you mean 'twemoji'"),
+        (dict(split='train'), "unknown split 'train'"),
+    ],
+)
 def test_unknown_names(kwargs, message):
     with pytest.raises(ValueError, match=message): emoji(**kwargs)
 
 # decoding
-@pytest.mark.parametrize('image', [b'', b'RIFF', b'no image at all', dict(bytes=b'x', path='far/away.png'), dict(bytes=None, path=None), 'nothing.png'])
+@pytest.mark.parametrize(
+    'image',
+    [
+        b'',
+        b'RIFF',
+        b'no image at all',
+        dict(bytes=b'x', path='far/away.png'),
+        dict(bytes=None, path=None),
+        'nothing.png',
+    ],
+)
 def test_what_does_not_decode_names_its_key(image):
     with pytest.raises(ValueError, match="the image of 'k7' .*does not decode"): decode_image(image, 'k7')
 
@@ -87,12 +117,18 @@ def test_photographs_are_turned_as_the_camera_says(tmp_path):
 @given(names, st.integers(0, 4))
 def test_a_repeated_key_is_named(keys, i):
     twice = keys[i % len(keys)]
-    with pytest.raises(ValueError, match=f"more than one row has the key '{twice}'"): check_captioned(captioned(keys + [twice]))
+    with pytest.raises(ValueError, match=f"more than one row has the key '{twice}'"):
+        check_captioned(captioned(keys + [twice]))
 
-@pytest.mark.parametrize('bad, message', [([], 'no caption'), ([''], 'an empty caption'), (['fine', ' \t'], 'an empty caption')])
+
+@pytest.mark.parametrize(
+    'bad, message', [([], 'no caption'), ([''], 'an empty caption'), (['fine', ' \t'], 'an empty caption')]
+)
 def test_an_empty_caption_is_named(bad, message):
     rows = [dict(key='one', image=picture(), captions=['fine']), dict(key='two', image=picture(), captions=bad)]
-    with pytest.raises(ValueError, match=f"my set: 'two' has {message}"): check_captioned(datasets.Dataset.from_list(rows, features=REAL), 'my set')
+    with pytest.raises(ValueError, match=f"my set: 'two' has {message}"):
+        check_captioned(datasets.Dataset.from_list(rows, features=REAL), 'my set')
+
 
 @pytest.mark.parametrize('column', ['key', 'image', 'captions'])
 def test_a_missing_column_is_named_beside_those_present(column):
@@ -101,7 +137,9 @@ def test_a_missing_column_is_named_beside_those_present(column):
 
 def test_a_broken_image_is_named():
     rows = [dict(key='fine', image=dict(bytes=b'oops', path='a.png'), captions=['x'])]
-    with pytest.raises(ValueError, match="the image of 'fine'"): check_captioned(datasets.Dataset.from_list(rows, features=REAL))
+    with pytest.raises(ValueError, match="the image of 'fine'"):
+        check_captioned(datasets.Dataset.from_list(rows, features=REAL))
+
 
 # parquet
 @quick
@@ -110,7 +148,10 @@ def test_parquet_round_trip(tmp_path, keys, text):
     with quiet_datasets(): captioned(keys, text).to_parquet(tmp_path/'a.parquet')
     back = check_captioned(as_captioned(read_parquet([tmp_path/'a.parquet'])))
     assert list(back['key']) == keys and back['captions'][0] == [text]
-    assert [np.asarray(i).tolist() for i in back['image']] == [np.asarray(picture(i)).tolist() for i in range(len(keys))]
+    assert [np.asarray(i).tolist() for i in back['image']] == [
+        np.asarray(picture(i)).tolist() for i in range(len(keys))
+    ]
+
 
 def test_large_sets_are_mapped(tmp_path):
     with quiet_datasets(): captioned(['a', 'b']).to_parquet(tmp_path/'a.parquet')
@@ -120,7 +161,8 @@ def test_large_sets_are_mapped(tmp_path):
 def test_damaged_and_absent_files(tmp_path):
     with quiet_datasets(): captioned(['a', 'b']).to_parquet(tmp_path/'a.parquet')
     (tmp_path/'cut.parquet').write_bytes((tmp_path/'a.parquet').read_bytes()[:-30])
-    with pytest.raises(ValueError, match='cut.parquet is not a whole parquet file'): read_parquet([tmp_path/'cut.parquet'])
+    with pytest.raises(ValueError, match='cut.parquet is not a whole parquet file'):
+        read_parquet([tmp_path/'cut.parquet'])
     with pytest.raises(FileNotFoundError, match='no parquet file'): read_parquet([tmp_path/'none.parquet'])
 
 def test_columns_alone_are_read(tmp_path):
@@ -135,7 +177,12 @@ def test_progress_bars_come_back():
     assert datasets.is_progress_bar_enabled()
 
 def test_columns_by_another_name():
-    ds = captioned(['a', 'b']).remove_columns('captions').add_column('caption', ['x', 'y']).rename_column('key', 'img_id')
+    ds = (
+        captioned(['a', 'b'])
+        .remove_columns('captions')
+        .add_column('caption', ['x', 'y'])
+        .rename_column('key', 'img_id')
+    )
     assert as_captioned(ds, key='img_id')['captions'][:] == [['x'], ['y']]
     with pytest.raises(ValueError, match="no column 'key': it has 'img_id', 'image', 'caption'"):
         as_captioned(ds.select_columns(['img_id', 'image', 'caption']))
@@ -151,7 +198,9 @@ def test_captions_alone_are_a_set_too():
 def test_samples_of_a_key_are_told_apart():
     ds = captioned(['a', 'b']).remove_columns('key').add_column('key', ['a', 'a'])
     check_captioned(ds.add_column('sample', [0, 1]))
-    with pytest.raises(ValueError, match=r"the \(key, sample\) \('a', 0\)"): check_captioned(ds.add_column('sample', [0, 0]))
+    with pytest.raises(ValueError, match=r"the \(key, sample\) \('a', 0\)"):
+        check_captioned(ds.add_column('sample', [0, 0]))
+
 
 def test_columns_of_other_types():
     ds = captioned(['a'])
@@ -159,9 +208,13 @@ def test_columns_of_other_types():
     with quiet_datasets(): large = text.cast_column('caption', datasets.Value('large_string'))
     assert as_captioned(large)['captions'][:] == [['one']] # what polars writes
     assert as_captioned(ds.add_column('caption', ['other']), captions='caption')['captions'][:] == [['other']]
-    with pytest.raises(ValueError, match="'image' holds no images"): as_captioned(ds.remove_columns('image').add_column('image', [3]))
-    with pytest.raises(ValueError, match="'caption' holds no text"): as_captioned(ds.remove_columns('captions').add_column('caption', [3]))
-    with pytest.raises(ValueError, match='row 1 has no key'): check_captioned(ds.remove_columns('key').add_column('key', [None]))
+    with pytest.raises(ValueError, match="'image' holds no images"):
+        as_captioned(ds.remove_columns('image').add_column('image', [3]))
+    with pytest.raises(ValueError, match="'caption' holds no text"):
+        as_captioned(ds.remove_columns('captions').add_column('caption', [3]))
+    with pytest.raises(ValueError, match='row 1 has no key'):
+        check_captioned(ds.remove_columns('key').add_column('key', [None]))
+
 
 def test_sixteen_bits_are_scaled(tmp_path):
     Image.fromarray(np.full((4, 4), 30_000, np.uint16)).save(tmp_path/'a.png')
@@ -178,9 +231,15 @@ def test_pairs_do_not_depend_on_the_order_of_rows(keys, samples, random):
     assert a.keys == b.keys == sorted(k for k in keys for _ in range(samples)) and len(a) == len(ids)
     assert [np.asarray(p['generated']).tolist() for p in a] == [np.asarray(p['generated']).tolist() for p in b]
 
-@pytest.mark.parametrize('keys, ids, message', [
-    ('ab', [('a', 0), ('c', 0), ('d', 0)], "2 of 3 generated keys are not in the real set: 'c', 'd'"), ('aab', [('a', 0)], "the real set: more than one row has the key 'a'"),
-    ('ab', [('a', 0), ('a', 0)], r"more than one row has the \(key, sample\) \('a', 0\)"), ('ab', [('x', 0)], 'no key of the generated set')])
+@pytest.mark.parametrize(
+    'keys, ids, message',
+    [
+        ('ab', [('a', 0), ('c', 0), ('d', 0)], "2 of 3 generated keys are not in the real set: 'c', 'd'"),
+        ('aab', [('a', 0)], "the real set: more than one row has the key 'a'"),
+        ('ab', [('a', 0), ('a', 0)], r"more than one row has the \(key, sample\) \('a', 0\)"),
+        ('ab', [('x', 0)], 'no key of the generated set'),
+    ],
+)
 def test_wrong_joins_are_explained(keys, ids, message):
     with pytest.raises(ValueError, match=message): pairs(captioned(list(keys)), generated(ids))
 
@@ -189,7 +248,9 @@ def test_not_strict_leaves_out():
     with pytest.raises(ValueError, match='choose one'): pairs(emoji('unseen'), generated([('a', 0)]))
 
 def test_a_broken_generated_image_is_named():
-    made = datasets.Dataset.from_list([dict(key='a', caption='x', image=dict(bytes=b'oops', path='made.png'), sample=0)], features=GENERATED)
+    made = datasets.Dataset.from_list(
+        [dict(key='a', caption='x', image=dict(bytes=b'oops', path='made.png'), sample=0)], features=GENERATED
+    )
     with pytest.raises(ValueError, match=r"the image of 'a' \(made.png\)"): pairs(captioned(['a']), made)[0]
 
 def test_figures():

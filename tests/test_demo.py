@@ -57,9 +57,17 @@ def test_every_interval_is_drawn_as_often_as_the_demo_draws():
 
 class Moved(Exception): pass
 
-@pytest.mark.parametrize('name, function', [
-    ('demo', 'demo'), ('retrieval', 'retrieval_world'), ('retrieval', 'world_features'), ('alignment', 'alignment_runs'),
-    ('captioning', 'variant_encoder'), ('ifcap', 'ifcap_experiment')])
+@pytest.mark.parametrize(
+    'name, function',
+    [
+        ('demo', 'demo'),
+        ('retrieval', 'retrieval_world'),
+        ('retrieval', 'world_features'),
+        ('alignment', 'alignment_runs'),
+        ('captioning', 'variant_encoder'),
+        ('ifcap', 'ifcap_experiment'),
+    ],
+)
 def test_an_experiment_loads_its_encoder_onto_the_device_that_is_fastest(name, function, tmp_path, monkeypatch):
     room = import_module(f'gmail_nb.experiments.{name}')
     class Loaded:

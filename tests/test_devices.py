@@ -8,15 +8,49 @@ from house import root
 
 def weight(item): return 90
 
-HEAVY = ('encoder_siglip', 'encoder_timm', 'genreal_full', 'tune_text_lora', 'tune_text_last', 'tune_text_full', 'align_all',
-         'align_symmetric', 'align_sigmoid', 'align_cosine', 'align_patience', 'align_streamed')
+HEAVY = (
+    'encoder_siglip',
+    'encoder_timm',
+    'genreal_full',
+    'tune_text_lora',
+    'tune_text_last',
+    'tune_text_full',
+    'align_all',
+    'align_symmetric',
+    'align_sigmoid',
+    'align_cosine',
+    'align_patience',
+    'align_streamed',
+)
 GROUPS = dict(
-    models=('encoder_embedded', 'encoder_open_clip', 'encoder_clip', 'genreal_lora', 'genreal_projections', 'exported',
-            'aligned_and_tuned_by_name', 'a_cached_prefix', 'fine_tuning'),
-    alignment=('align_batch', 'align_some', 'align_tau', 'align_parts', 'align_ema', 'align_prefix', 'align_ids', 'align_full',
-               'align_projections', 'align_resumes', 'an_alignment_step_moves_what_it_reads', 'an_alignment_step_waits_once'),
+    models=(
+        'encoder_embedded',
+        'encoder_open_clip',
+        'encoder_clip',
+        'genreal_lora',
+        'genreal_projections',
+        'exported',
+        'aligned_and_tuned_by_name',
+        'a_cached_prefix',
+        'fine_tuning',
+    ),
+    alignment=(
+        'align_batch',
+        'align_some',
+        'align_tau',
+        'align_parts',
+        'align_ema',
+        'align_prefix',
+        'align_ids',
+        'align_full',
+        'align_projections',
+        'align_resumes',
+        'an_alignment_step_moves_what_it_reads',
+        'an_alignment_step_waits_once',
+    ),
     uses=('tune_text_head', 'embedding', 'generating_and_scoring', 'captioning', 'captioning_from_text'),
-    more=HEAVY)
+    more=HEAVY,
+)
 
 def outcome(group, folder):
     "What `device_cases.py` found, in a process of its own: the device is registered for a whole process."
@@ -33,5 +67,7 @@ def test_on_a_second_device(group, tmp_path):
 
 def test_every_case_is_in_a_group():
     cases = {c for names in GROUPS.values() for c in names}
-    listed = subprocess.run([sys.executable, root/'tests'/'device_cases.py', '--list'], capture_output=True, text=True, cwd=root)
+    listed = subprocess.run(
+        [sys.executable, root/'tests'/'device_cases.py', '--list'], capture_output=True, text=True, cwd=root
+    )
     assert set(listed.stdout.split()) == cases, listed.stderr[-2000:]

@@ -10,8 +10,20 @@ from gmail_nb.cli.flags import Commands
 from gmail_nb.data import emoji, quiet_datasets
 from gmail_nb.generate import generate
 from gmail_nb.retrieval import retrieval_miniature
-from gmail_nb.runs.dry_run import (HUB_SETS, SET_FILES, dry_align, dry_generate, look_data, look_device, look_generated, look_hub,
-                                   look_lm, look_model, look_out, look_set)
+from gmail_nb.runs.dry_run import (
+    HUB_SETS,
+    SET_FILES,
+    dry_align,
+    dry_generate,
+    look_data,
+    look_device,
+    look_generated,
+    look_hub,
+    look_lm,
+    look_model,
+    look_out,
+    look_set,
+)
 from gmail_nb.runs.presets import EIGHT, SET_NAMES
 from gmail_nb.settings import AlignRunSettings, DrawSettings, SourceSettings, WorkSettings
 
@@ -50,7 +62,11 @@ CALLS = list(asked(Path('x')))
 @pytest.mark.parametrize('name', CALLS)
 def test_every_command_says_what_it_would_do_and_writes_nothing(name, root, tmp_path, monkeypatch, capsys):
     argv, wanted = asked(root)[name]
-    words = [w for w in name.split() if w in ('tune', 'text', 'caption', 'experiment', *COMMANDS.commands) or w in gmail_experiment.commands]
+    words = [
+        w
+        for w in name.split()
+        if w in ('tune', 'text', 'caption', 'experiment', *COMMANDS.commands) or w in gmail_experiment.commands
+    ]
     before = files_of(root)
     monkeypatch.chdir(tmp_path)
     status, out, err = answer(capsys, *words, *argv, '--dry-run')
@@ -61,7 +77,10 @@ def test_every_command_says_what_it_would_do_and_writes_nothing(name, root, tmp_
 def test_every_command_but_the_benchmarks_has_one():
     for name, c in COMMANDS.commands.items():
         for each in (c.commands.values() if isinstance(c, Commands) else [c]):
-            assert bool(each.dry) == (name != 'bench') and ('--dry-run' in each.parser().format_help()) == bool(each.dry)
+            assert bool(each.dry) == (name != 'bench') and ('--dry-run' in each.parser().format_help()) == bool(
+                each.dry
+            )
+
 
 # Sets
 
@@ -74,7 +93,10 @@ def test_the_files_of_named_sets_are_those_that_are_read(root):
     assert set(there) >= set(EIGHT) - {'imagenet'}, there
 
 def test_a_set_that_is_not_there_is_named(tmp_path):
-    assert look_data('flickr30k-all', tmp_path)[0].state == 'missing' and 'token' in look_data('flickr30k-all', tmp_path)[0].note
+    assert (
+        look_data('flickr30k-all', tmp_path)[0].state == 'missing'
+        and 'token' in look_data('flickr30k-all', tmp_path)[0].note
+    )
     assert '--root' in look_data('dtd', None)[0].note
 
 def test_pictures_that_are_not_there_are_named(root):
@@ -82,14 +104,22 @@ def test_pictures_that_are_not_there_are_named(root):
     assert [r.state for r in rows] == ['there', 'missing'] and '--images' in rows[1].note and len(ds) == 10
 
 def test_a_column_that_is_missing_is_named(tmp_path):
-    with quiet_datasets(): emoji('A', 'noto').select(range(4)).rename_column('image', 'photo').to_parquet(tmp_path/'set.parquet')
+    with quiet_datasets():
+        emoji('A', 'noto').select(range(4)).rename_column('image', 'photo').to_parquet(tmp_path/'set.parquet')
     rows, _ = look_set('set', tmp_path/'set.parquet')
     assert rows[1].state == 'missing' and "'photo'" in rows[1].note and '--image-column' in rows[1].note
     assert look_set('set', tmp_path/'set.parquet', SourceSettings(image='photo'))[0][1].state == 'there'
     assert "no column 'title'" in look_set('set', tmp_path/'set.parquet', SourceSettings(caption='title'))[0][0].note
 
 def test_a_generated_folder_that_lost_a_shard_is_missing(root, tmp_path):
-    out = generate(root/'dataset_coco.json', 'embedded', tmp_path/'x', DrawSettings(steps=1), SourceSettings(split='train'), quiet)
+    out = generate(
+        root/'dataset_coco.json',
+        'embedded',
+        tmp_path/'x',
+        DrawSettings(steps=1),
+        SourceSettings(split='train'),
+        quiet,
+    )
     assert look_generated(out)[0][0].state == 'there'
     next(out.glob('shard-*.parquet')).unlink()
     assert 'gmail_generate again' in look_generated(out)[0][0].note
@@ -114,8 +144,15 @@ def test_too_few_pairs_are_refused(root):
 def test_a_disk_without_room_is_refused(tmp_path):
     assert look_out(tmp_path, 1e18).state == 'refused' and look_out(tmp_path/'a'/'b').state == 'to write'
 
-@pytest.mark.parametrize('asked, state', [(('cpu', None), 'there'), (('cuda:99', None), 'missing'), (('gpu', None), 'refused'),
-                                          (('cpu', 'float16'), 'refused')])
+@pytest.mark.parametrize(
+    'asked, state',
+    [
+        (('cpu', None), 'there'),
+        (('cuda:99', None), 'missing'),
+        (('gpu', None), 'refused'),
+        (('cpu', 'float16'), 'refused'),
+    ],
+)
 def test_devices(asked, state): assert look_device(*asked).state == state
 
 # Weights
@@ -155,15 +192,43 @@ def test_a_hub_that_does_not_answer_is_said(monkeypatch):
 def test_weights_in_the_cache_are_there(monkeypatch, tmp_path):
     (tmp_path/'w.bin').write_bytes(b'1234')
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *a, **k: str(tmp_path))
-    assert look_hub('weights', 'owner/name')[2:] == ('there', '4 B')
+    assert look_hub('weights', 'owner/name', 'a' * 40)[2:] == ('there', '4 B')
+    assert look_hub('weights', 'owner/name').note == '4 B; the newest revision is not pinned to a commit'
 
 def test_models_by_name(tmp_path):
     (tmp_path/'tuned').mkdir()
     (tmp_path/'vit.pth').write_bytes(b'1234')
     assert look_model('tuned:tuned', tmp_path).note == 'it has no card.json'
     (tmp_path/'tuned'/'card.json').write_text('{}')
-    for name in ('tuned:tuned', 'tuned-f_g:tuned', 'timm:vit_tiny/vit.pth', 'longclip:vit.pth', 'stretched:embedded', 'embedded'):
+    for name in (
+        'tuned:tuned',
+        'tuned-f_g:tuned',
+        'timm:vit_tiny/vit.pth',
+        'longclip:vit.pth',
+        'stretched:embedded',
+        'embedded',
+    ):
         assert look_model(name, tmp_path).state == 'there', name
-    for name in ('aligned:else', 'timm:vit_tiny/no.pth', 'longclip:no.pt', 'hf:owner/name', 'open_clip:ViT-B-99/openai', 'what'):
+    for name in (
+        'aligned:else',
+        'timm:vit_tiny/no.pth',
+        'longclip:no.pt',
+        'hf:owner/name',
+        'open_clip:ViT-B-99/openai',
+        'what',
+    ):
         assert look_model(name, tmp_path).state == 'missing', name
     assert look_lm('small').state == 'there' and look_lm('no/such/folder').state == 'missing'
+
+def test_a_device_that_is_not_there_ends_every_command(tmp_path, capsys):
+    from gmail_nb.cli.commands import COMMANDS
+
+    asked = [
+        ('align', 'photos', 'drawn'),
+        ('tune', 'text', '--real', 'photos'),
+        ('tune', 'caption', '--real', 'photos'),
+    ]
+    for name, *words in asked:
+        status = COMMANDS([name, *words, '--device', 'cuda:7', '--dry-run'])
+        said = capsys.readouterr()
+        assert status == 2 and 'cuda:7' in said.out + said.err, name

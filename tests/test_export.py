@@ -1,16 +1,20 @@
 "Sharing: facts that stay on the card, and checkpoints that a base without a last linear map can have."
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from house import root, run
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig, SiglipImageProcessor, SiglipModel
 
 from gmail_nb.align import GenReal
 from gmail_nb.data import emoji
 from gmail_nb.encoders import embedded_encoder, hf_encoder, preprocess_images
-from gmail_nb.export import export, known_facts, push_to_hub
+from gmail_nb.export import export, known_facts, push_to_hub, run_card
 from gmail_nb.pipelines import clip_tokenizer
 from gmail_nb.settings import AdapterSettings
+from gmail_nb.splits import write_trained_on
 
 NARROW = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
 VISION = NARROW | dict(image_size=32, patch_size=8)
@@ -89,3 +93,46 @@ def test_a_siglip_is_exported_with_an_identity_projection_alone(siglip_folder, t
 
 def test_the_embedded_encoder_has_no_format_of_its_own(tmp_path):
     with pytest.raises(ValueError, match='no checkpoint format'): export(GenReal(embedded_encoder()), tmp_path/'no')
+
+
+# Cards with the numbers of a run
+
+def recorded(arm, metric, value, **more):
+    return (
+        dict(experiment='align', arm=arm, dataset='drawn', split='validation', metric=metric, value=value, seed=0, n=50)
+        | more
+    )
+
+
+def test_a_card_has_the_numbers_of_its_run(clip_folder, tmp_path):
+    model = GenReal(hf_encoder(clip_folder), AdapterSettings(rank=2))
+    model.save_pretrained(tmp_path, settings=dict(align=dict(lr=.001, ema=None)), data='9 pairs with drawn')
+    assert 'None were recorded' in run_card(tmp_path, 'owner/name').text
+    rows = [recorded('base', 'paired_cosine', .25), recorded('gmail', 'paired_cosine', .5),
+            recorded('gmail - base', 'recall', -.2, low=-.3, high=-.1)]
+    (tmp_path/'results.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    write_trained_on(tmp_path, ['a', 'b'])
+    run(sys.executable, root/'tools'/'cards.py', tmp_path, '--repo', 'owner/name', cwd=root)
+    text = (tmp_path/'README.md').read_text()
+    assert (
+        '| paired_cosine | 0.250 | 0.500 |' in text
+        and 'On 50 pairs' in text
+        and 'align.lr' in text
+        and 'align.ema' not in text
+    )
+    assert 'Aligning hurts' in text, 'bad news stands on the card as well'
+    assert 'its 2 training images' in text and "from_pretrained('owner/name')" in text and 'model-index' in text
+
+
+def test_the_card_of_a_push_has_them_too(clip_folder, tmp_path):
+    class Api:
+        def create_repo(self, *args, **kwargs): pass
+        def upload_folder(self, repo_id, folder_path, allow_patterns): return (folder_path/'README.md').read_text()
+    model = GenReal(hf_encoder(clip_folder), AdapterSettings(rank=2))
+    (tmp_path/'results.jsonl').write_text(json.dumps(recorded('gmail', 'paired_cosine', .5)) + '\n')
+    assert '| paired_cosine |  | 0.500 |' in push_to_hub(model, 'owner/name', tmp_path, api=Api())
+
+
+def test_a_folder_that_is_neither_gets_no_card(tmp_path):
+    done = subprocess.run([sys.executable, root/'tools'/'cards.py', tmp_path], capture_output=True, text=True)
+    assert done.returncode and 'is neither' in done.stderr and not (tmp_path/'README.md').exists()

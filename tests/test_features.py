@@ -90,7 +90,10 @@ def test_keys_and_fingerprint_of_a_subset_read_no_pixels(encoder):
     tracemalloc.stop()
     assert of_keys < 1e6 and peak < 8e6
     sampled = [stored[i]['bytes'] for i in np.unique(np.linspace(0, 998, 64).astype(int))]
-    assert found == fingerprint(ds['key'][:999], repr(encoder.preprocess), sampled) # as it was: nothing is embedded anew
+    assert found == fingerprint(
+        ds['key'][:999], repr(encoder.preprocess), sampled
+    )  # as it was: nothing is embedded anew
+
 
 def test_processes_decode_the_same_and_one_that_dies_is_told(drawings):
     pixels = LazyPixels(damaged(drawings, (5,)), Preprocess(32), processes=1)
@@ -209,7 +212,9 @@ def test_files_that_end_early_are_named(folder, encoder, drawings):
     (folder/'keys.parquet').write_bytes(keys[:-20])
     with pytest.raises(ValueError, match='keys.parquet does not read back.*run `embed` again'): load_features(folder)
     (folder/'features.npy').write_bytes((folder/'features.npy').read_bytes()[:-400])
-    with pytest.raises(ValueError, match='features.npy in f_r is cut short'): embed(drawings, encoder, folder, settings=quiet)
+    with pytest.raises(ValueError, match='features.npy in f_r is cut short'):
+        embed(drawings, encoder, folder, settings=quiet)
+
 
 def test_unknown_words_of_the_settings_are_named():
     with pytest.raises(ValueError, match="part is '3/3': expected i/n"): EmbedSettings(part='3/3')

@@ -7,7 +7,9 @@ import pytest
 from gmail_nb.files import (asset, atomic_path, atomic_write, check_writable, commit, name_some, progress, read_results,
                             record, unknown_name, versions, write_results)
 
-def one(value=.43, **extra): return record('demo', 'gmail', 'emoji', 'B', 'paired_cosine', value, seed=0, n=799, **extra)
+def one(value=0.43, **extra):
+    return record('demo', 'gmail', 'emoji', 'B', 'paired_cosine', value, seed=0, n=799, **extra)
+
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     atomic_write(tmp_path/'log.txt', 'first')

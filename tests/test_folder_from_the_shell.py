@@ -54,10 +54,27 @@ def way(photos, tmp_path_factory):
     folder, _ = photos
     home = tmp_path_factory.mktemp('home')
     said = [shell(home, 'generate', folder, '--steps', 2, '--quiet')]
-    said.append(shell(home, 'align', folder, 'generated', '--epochs', 3, '--batch-size', 8, '--validation-share', .2, '--adapted-share', .43))
+    said.append(
+        shell(
+            home,
+            'align',
+            folder,
+            'generated',
+            '--epochs',
+            3,
+            '--batch-size',
+            8,
+            '--validation-share',
+            0.2,
+            '--adapted-share',
+            0.43,
+        )
+    )
     said.append(shell(home, 'embed', folder, '--model', 'aligned', '--out', 'features'))
     said.append(shell(home, 'embed', 'generated', '--model', 'aligned', '--side', 'generated', '--out', 'features_g'))
-    said.append(shell(home, 'tune', 'text', '--generated', 'generated', '--model', 'aligned', '--steps', 10, '--batch-size', 8))
+    said.append(
+        shell(home, 'tune', 'text', '--generated', 'generated', '--model', 'aligned', '--steps', 10, '--batch-size', 8)
+    )
     said.append(shell(home, 'tune', 'caption', '--real', folder, '--generated', 'generated', '--model', 'aligned',
                       '--steps', 10, '--batch-size', 8, '--validation-share', .3, '--max-new-tokens', 4))
     said.append(shell(home, 'eval', '--data', folder, '--model', 'tuned:tuned', '--model', 'embedded', '--no-pictures',
@@ -66,16 +83,32 @@ def way(photos, tmp_path_factory):
 
 def test_every_command_says_where_its_results_lie(way):
     _, said = way
-    for text, ends in zip(said, ('images: generated', 'model: aligned', 'features: features', 'features: features_g', 'tuned: tuned',
-                                 'captioner: captions/captioner', 'results: eval/results.jsonl')):
+    for text, ends in zip(
+        said,
+        (
+            'images: generated',
+            'model: aligned',
+            'features: features',
+            'features: features_g',
+            'tuned: tuned',
+            'captioner: captions/captioner',
+            'results: eval/results.jsonl',
+        ),
+    ):
         assert text.splitlines()[-1].startswith(ends), text
 
 def test_the_keys_are_those_of_the_pictures_throughout(way, photos):
     from gmail_nb.generate import load_generated
     home, keys = way[0], photos[1]
     assert sorted(load_generated(home/'generated')['key']) == keys
-    assert feature_keys(home/'features') == feature_keys(home/'features_g') == feature_keys(home/'aligned'/'real_features') == keys
-    with np.load(next((home/'eval'/'queries').glob('*tuned*'))) as f: assert sorted(f['keys:image_to_text'].tolist()) == keys
+    assert (
+        feature_keys(home/'features')
+        == feature_keys(home/'features_g')
+        == feature_keys(home/'aligned'/'real_features')
+        == keys
+    )
+    with np.load(next((home/'eval'/'queries').glob('*tuned*'))) as f:
+        assert sorted(f['keys:image_to_text'].tolist()) == keys
     assert set(feature_keys(home/'tuned'/'features'/'gmail')) == set(keys)
     assert len(keys) == 24 and 'red things/day 1/ball no. 0' in keys
 

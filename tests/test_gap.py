@@ -20,7 +20,9 @@ def test_a_point_is_its_own_nearest(real):
 def test_ranks_do_not_depend_on_the_chunk_and_are_those_of_sorting(generated, real):
     found = ranks(generated, real)
     assert torch.equal(ranks(generated, real, chunk=7), found)
-    assert torch.equal(ranks(generated, real, chunk=50, block=3), found) and torch.equal(ranks(generated, real, 32, 1), found)
+    assert torch.equal(ranks(generated, real, chunk=50, block=3), found) and torch.equal(
+        ranks(generated, real, 32, 1), found
+    )
     order = (generated @ real.T).argsort(1, descending=True)
     assert (order == torch.arange(400)[:, None]).int().argmax(1).tolist() == found.tolist()
 
@@ -59,7 +61,11 @@ def test_of_many_pairs_some_are_drawn(generated, real):
     "The time of a report does not grow with the set."
     many_g, many_r = generated.repeat(50, 1), real.repeat(50, 1)
     some = some_pairs(20_000, 300)
-    assert len(some) == 300 and torch.equal(some, some_pairs(20_000, 300)) and not torch.equal(some, some_pairs(20_000, 300, seed=1))
+    assert (
+        len(some) == 300
+        and torch.equal(some, some_pairs(20_000, 300))
+        and not torch.equal(some, some_pairs(20_000, 300, seed=1))
+    )
     assert gap_report(many_g, many_r, limit=300) == gap_report(many_g[some], many_r[some])
     assert gap_report(generated, real) == gap_report(generated, real, limit=400)
 

@@ -1,4 +1,5 @@
 "Generation under kills, damage, full disks and odd input. Most tests draw with a stand-in pipeline, for what is tested is the bookkeeping."
+
 import hashlib
 import json
 import os
@@ -70,10 +71,34 @@ CAPTIONS = {f'k{i}': f'caption number {i}' for i in range(23)}
 # ---- what a row says is what was drawn
 
 text = st.text(min_size=1, max_size=300).filter(lambda s: s.strip())
-odd_keys = st.one_of(text, st.sampled_from(['a/b/../c', '.', '..', 'ключ', '鍵', '🦊', 'x'*300, 'with space', 'new\nline', "quote'\"", 'NUL?', 'shard-00000-of-00001.parquet']))
+odd_keys = st.one_of(
+    text,
+    st.sampled_from(
+        [
+            'a/b/../c',
+            '.',
+            '..',
+            'ключ',
+            '鍵',
+            '🦊',
+            'x' * 300,
+            'with space',
+            'new\nline',
+            "quote'\"",
+            'NUL?',
+            'shard-00000-of-00001.parquet',
+        ]
+    ),
+)
+
 
 @hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(captions=st.dictionaries(odd_keys, text, min_size=1, max_size=6), samples=st.sampled_from([1, 2, 7]), shard_size=st.integers(1, 11), batch_size=st.integers(1, 5))
+@given(
+    captions=st.dictionaries(odd_keys, text, min_size=1, max_size=6),
+    samples=st.sampled_from([1, 2, 7]),
+    shard_size=st.integers(1, 11),
+    batch_size=st.integers(1, 5),
+)
 def test_every_image_stands_beside_its_caption(tmp_path_factory, captions, samples, shard_size, batch_size):
     out = tmp_path_factory.mktemp('run')
     ds = load_generated(run(captions, out, samples=samples, shard_size=shard_size, batch_size=batch_size))
@@ -95,18 +120,35 @@ def test_layout_and_order_change_no_image(tmp_path):
 def test_several_captions_of_a_key(tmp_path):
     captions = {'a': ['one', 'two'], 'b': ['three']}
     ds = load_generated(run(captions, tmp_path/'x', which='all', samples=2))
-    assert [(r['key'], r['sample'], r['caption']) for r in ds] == [('a', 0, 'one'), ('a', 1, 'one'), ('a', 2, 'two'), ('a', 3, 'two'), ('b', 0, 'three'), ('b', 1, 'three')]
+    assert [(r['key'], r['sample'], r['caption']) for r in ds] == [
+        ('a', 0, 'one'),
+        ('a', 1, 'one'),
+        ('a', 2, 'two'),
+        ('a', 3, 'two'),
+        ('b', 0, 'three'),
+        ('b', 1, 'three'),
+    ]
 
-@pytest.mark.parametrize('captions, message', [
-    ([('a', 'x'), ('a', 'y')], "the key 'a' occurs more than once"),
-    ({'k': ''}, "empty caption for the key 'k'"), ({'k': ' \n\t'}, "empty caption for the key 'k'"), ([], 'not one caption'), ([('', 'x')], 'have no key')])
+
+@pytest.mark.parametrize(
+    'captions, message',
+    [
+        ([('a', 'x'), ('a', 'y')], "the key 'a' occurs more than once"),
+        ({'k': ''}, "empty caption for the key 'k'"),
+        ({'k': ' \n\t'}, "empty caption for the key 'k'"),
+        ([], 'not one caption'),
+        ([('', 'x')], 'have no key'),
+    ],
+)
 def test_wrong_captions_are_named(tmp_path, captions, message):
     with pytest.raises(ValueError, match=message): run(captions, tmp_path/'x')
 
 
 # ---- damage
 
-@pytest.mark.parametrize('damage', ['truncate', 'flip', 'empty', 'no receipt', 'bad receipt', 'list receipt', 'text', 'other run', 'lost'])
+@pytest.mark.parametrize(
+    'damage', ['truncate', 'flip', 'empty', 'no receipt', 'bad receipt', 'list receipt', 'text', 'other run', 'lost']
+)
 def test_damage_is_repaired(tmp_path, damage, caplog):
     out = run(CAPTIONS, tmp_path/'run', shard_size=8)
     before, victim = shard_bytes(out), sorted(out.glob('shard-*.parquet'))[1]
@@ -134,7 +176,10 @@ def test_an_incomplete_run_is_not_loaded_by_mistake(tmp_path):
         def __call__(self, prompt, **kwargs): raise KeyError('a bug')
     with pytest.raises(KeyError): made(CAPTIONS, 'embedded', out, pipeline=Bug(), shard_size=8)
     with pytest.raises(ValueError, match='not complete'): load_generated(out)
-    assert len(load_generated(out, partial=True)) < len(CAPTIONS) == len(load_generated(run(CAPTIONS, out, shard_size=8)))
+    assert (
+        len(load_generated(out, partial=True)) < len(CAPTIONS) == len(load_generated(run(CAPTIONS, out, shard_size=8)))
+    )
+
 
 def test_a_finished_run_loads_nothing(tmp_path, monkeypatch):
     run(CAPTIONS, tmp_path/'run')
@@ -144,7 +189,8 @@ def test_a_finished_run_loads_nothing(tmp_path, monkeypatch):
 def test_settings_that_differ_stop_the_run(tmp_path):
     run(CAPTIONS, tmp_path/'run', steps=3)
     for change in (dict(steps=4), dict(samples=2), dict(guidance=1.), dict(negative='x'), dict(shard_size=9)):
-        with pytest.raises(ValueError, match=f'(?s)other settings.*{next(iter(change))}'): run(CAPTIONS, tmp_path/'run', **{'steps': 3, **change})
+        with pytest.raises(ValueError, match=f'(?s)other settings.*{next(iter(change))}'):
+            run(CAPTIONS, tmp_path/'run', **{'steps': 3, **change})
     with pytest.raises(ValueError, match='captions'): run({**CAPTIONS, 'new': 'one more'}, tmp_path/'run', steps=3)
 
 def test_batches_halve_until_they_fit(tmp_path):
@@ -161,7 +207,9 @@ def test_an_image_that_never_fits_is_a_recorded_failure(tmp_path):
             if 'caption number 7' in prompt: raise RuntimeError('out of memory')
             return super().__call__(prompt, **kwargs)
     out = made(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Never(), batch_size=8)
-    assert json.loads((out/'manifest.json').read_text())['failures'] == [dict(key='k7', sample=0, reason='out of memory')]
+    assert json.loads((out/'manifest.json').read_text())['failures'] == [
+        dict(key='k7', sample=0, reason='out of memory')
+    ]
     assert 'k7' not in load_generated(out)['key']
     run(CAPTIONS, out)
     assert len(load_generated(out)) == 22 # not retried unless asked
@@ -180,26 +228,49 @@ def test_safety_checker_blanks_are_failures(tmp_path):
             result.nsfw_content_detected = [p.endswith('5') for p in prompt]
             return result
     out = made(CAPTIONS, 'embedded', tmp_path/'a', pipeline=Checked())
-    assert {(f['key'], f['reason']) for f in json.loads((out/'manifest.json').read_text())['failures']} == {('k5', 'safety checker'), ('k15', 'safety checker')}
+    assert {(f['key'], f['reason']) for f in json.loads((out/'manifest.json').read_text())['failures']} == {
+        ('k5', 'safety checker'),
+        ('k15', 'safety checker'),
+    }
 
 
 # ---- wrong settings leave no trace, and damage is never signed off
 
 class Worded(NoisePipeline):
     "A stand-in whose call takes more."
-    def __call__(self, prompt, generator, num_inference_steps, guidance_scale, output_type, style=None, negative_prompt=None): return super().__call__(prompt, generator, num_inference_steps, guidance_scale, output_type)
 
-@pytest.mark.parametrize('wrong, message', [
-    (dict(options=dict(styel='x')), "unknown option 'styel': did you mean 'style'"), (dict(options=dict(prompt='x')), "unknown option 'prompt'"), (dict(scheduler='DDIMSheduler'), 'another scheduler'),
-    (dict(dtype='float16'), 'float16 is not for a CPU'), (dict(negative='x', guidance=1.), 'ignore the negative prompt'), (dict(shard_size=0), 'shard_size is 0'), (dict(which='frist'), "which is 'frist'"),
-    (dict(engine='rya'), "unknown engine 'rya'")])
+    def __call__(
+        self, prompt, generator, num_inference_steps, guidance_scale, output_type, style=None, negative_prompt=None
+    ):
+        return super().__call__(prompt, generator, num_inference_steps, guidance_scale, output_type)
+
+
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        (dict(options=dict(styel='x')), "unknown option 'styel': did you mean 'style'"),
+        (dict(options=dict(prompt='x')), "unknown option 'prompt'"),
+        (dict(scheduler='DDIMSheduler'), 'another scheduler'),
+        (dict(dtype='float16'), 'float16 is not for a CPU'),
+        (dict(negative='x', guidance=1.0), 'ignore the negative prompt'),
+        (dict(shard_size=0), 'shard_size is 0'),
+        (dict(which='frist'), "which is 'frist'"),
+        (dict(engine='rya'), "unknown engine 'rya'"),
+    ],
+)
 def test_a_wrong_setting_does_not_bind_the_folder(tmp_path, wrong, message):
-    with pytest.raises(ValueError, match=message): made(CAPTIONS, 'embedded', tmp_path/'run', pipeline=Worded(), **wrong)
+    with pytest.raises(ValueError, match=message):
+        made(CAPTIONS, 'embedded', tmp_path/'run', pipeline=Worded(), **wrong)
     assert not (tmp_path/'run/settings.json').exists()
     assert len(load_generated(run(CAPTIONS, tmp_path/'run'))) == 23
 
 def test_a_wrong_scheduler_or_width_does_not_bind_the_folder(tmp_path):
-    for wrong, message in ((dict(scheduler='DDIMSheduler'), "did you mean 'DDIMScheduler'"), (dict(scheduler='DDIMScheduler'), 'cannot use'), (dict(width=128), 'draws images of width 64, not 128'), (dict(options=dict(style='nota')), "unknown style 'nota'")):
+    for wrong, message in (
+        (dict(scheduler='DDIMSheduler'), "did you mean 'DDIMScheduler'"),
+        (dict(scheduler='DDIMScheduler'), 'cannot use'),
+        (dict(width=128), 'draws images of width 64, not 128'),
+        (dict(options=dict(style='nota')), "unknown style 'nota'"),
+    ):
         with pytest.raises(ValueError, match=message): made({'a': 'x'}, 'embedded', tmp_path/'run', steps=1, **wrong)
         assert not (tmp_path/'run/settings.json').exists()
 
@@ -230,7 +301,9 @@ def test_a_part_does_not_sign_off_the_damage_of_another(tmp_path, damage, caplog
 
 def test_a_part_reads_only_its_own_shards(tmp_path, monkeypatch):
     out, read = run(CAPTIONS, tmp_path/'run', shard_size=4), []
-    monkeypatch.setattr(shards, 'file_sha256', lambda path, real=shards.file_sha256: (read.append(path.name), real(path))[1])
+    monkeypatch.setattr(
+        shards, 'file_sha256', lambda path, real=shards.file_sha256: (read.append(path.name), real(path))[1]
+    )
     run(CAPTIONS, out, shard_size=4, part=(1, 3))
     assert read == ['shard-00001-of-00006.parquet', 'shard-00004-of-00006.parquet']
     run(CAPTIONS, out, shard_size=4, verify=False)
@@ -248,12 +321,20 @@ def test_two_runs_share_a_folder(tmp_path, caplog):
             if not drawn: made(CAPTIONS, 'embedded', tmp_path/'run', pipeline=Second(), shard_size=8)
             return super().__call__(prompt, **kwargs)
     made(CAPTIONS, 'embedded', tmp_path/'run', pipeline=First(), shard_size=8)
-    assert sorted(drawn) == sorted(CAPTIONS.values()) and 'shard-00000-of-00003.parquet is being made by another process' in caplog.text
-    assert shard_bytes(tmp_path/'run') == shard_bytes(run(CAPTIONS, tmp_path/'calm', shard_size=8)) and not list((tmp_path/'run').glob('.lock*'))
+    assert (
+        sorted(drawn) == sorted(CAPTIONS.values())
+        and 'shard-00000-of-00003.parquet is being made by another process' in caplog.text
+    )
+    assert shard_bytes(tmp_path/'run') == shard_bytes(run(CAPTIONS, tmp_path/'calm', shard_size=8)) and not list(
+        (tmp_path/'run').glob('.lock*')
+    )
     assert len(load_generated(tmp_path/'run')) == 23
 
 def test_a_retry_may_change_the_number_format_and_keeps_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, 'truncated_prompts', lambda pipeline, prompts, options: [p for p in prompts if p.endswith('7')])
+    monkeypatch.setattr(
+        shards, 'truncated_prompts', lambda pipeline, prompts, options: [p for p in prompts if p.endswith('7')]
+    )
+
     class Half(NoisePipeline):
         def __call__(self, prompt, **kwargs):
             result = super().__call__(prompt, **kwargs)
@@ -264,19 +345,34 @@ def test_a_retry_may_change_the_number_format_and_keeps_counts(tmp_path, monkeyp
     options = dict(pipeline=Half(), shard_size=8)
     made(CAPTIONS, 'embedded', tmp_path/'a', dtype='bfloat16', **options)
     assert len(manifest()['failures']) == 2 and manifest()['truncated'] == 2
-    with pytest.raises(ValueError, match='(?s)other settings.*dtype'): made(CAPTIONS, 'embedded', tmp_path/'a', dtype='float32', **options)
+    with pytest.raises(ValueError, match='(?s)other settings.*dtype'):
+        made(CAPTIONS, 'embedded', tmp_path/'a', dtype='float32', **options)
     seconds = manifest()['seconds']
     made(CAPTIONS, 'embedded', tmp_path/'a', dtype='float32', retry_failed=True, **options)
-    assert not manifest()['failures'] and manifest()['truncated'] == 2 and manifest()['seconds'] >= seconds and manifest()['settings']['dtype'] == 'bfloat16'
+    assert (
+        not manifest()['failures']
+        and manifest()['truncated'] == 2
+        and manifest()['seconds'] >= seconds
+        and manifest()['settings']['dtype'] == 'bfloat16'
+    )
     receipts = [json.loads(p.read_text()) for p in sorted((tmp_path/'a').glob('shard-*.json'))]
-    assert [r.get('drawn_in') for r in receipts] == [[dict(key='k5', sample=0, dtype='float32')], [dict(key='k15', sample=0, dtype='float32')], None]
+    assert [r.get('drawn_in') for r in receipts] == [
+        [dict(key='k5', sample=0, dtype='float32')],
+        [dict(key='k15', sample=0, dtype='float32')],
+        None,
+    ]
     assert [r['truncated_keys'] for r in receipts] == [['k7'], [], ['k17']]
-    assert len(load_generated(made(CAPTIONS, 'embedded', tmp_path/'a', dtype='bfloat16', **options))) == 23 # the folder is what it was
+    assert (
+        len(load_generated(made(CAPTIONS, 'embedded', tmp_path/'a', dtype='bfloat16', **options))) == 23
+    )  # the folder is what it was
+
 
 def test_settings_of_a_generator_without_preset_are_its_own(tmp_path):
     given = []
     class Plain(NoisePipeline):
-        def __call__(self, prompt, generator, output_type, num_inference_steps=3, guidance_scale=4., height=64, width=64):
+        def __call__(
+            self, prompt, generator, output_type, num_inference_steps=3, guidance_scale=4.0, height=64, width=64
+        ):
             given.append((num_inference_steps, guidance_scale))
             return super().__call__(prompt, generator, num_inference_steps, guidance_scale, output_type)
     preset = Generator('no/preset', 'no/preset', 'a'*40, image_format='png')
@@ -314,7 +410,13 @@ t.run(t.CAPTIONS, {str(tmp_path/'run')!r}, shard_size=8)
 
 def test_full_disk_on_a_small_file_system(tmp_path):
     disk = tmp_path/'disk'; disk.mkdir()
-    mounted = os.geteuid() == 0 and subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=220k', 'tmpfs', str(disk)], capture_output=True).returncode == 0
+    mounted = (
+        os.geteuid() == 0
+        and subprocess.run(
+            ['mount', '-t', 'tmpfs', '-o', 'size=220k', 'tmpfs', str(disk)], capture_output=True
+        ).returncode
+        == 0
+    )
     if not mounted: pytest.skip('mounting a small tmpfs needs root')
     try:
         with pytest.raises(OSError, match='no room left'): run(CAPTIONS, disk/'run', shard_size=4)
@@ -344,27 +446,54 @@ def killed_runs(folder, captions, out, kills, steps, shard_size, window, seed):
     pq.write_table(captions, path)
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     while hits < kills:
-        process = subprocess.Popen([sys.executable, '-c', SCRIPT, str(path), str(out), str(steps), str(shard_size)], env=env, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, '-c', SCRIPT, str(path), str(out), str(steps), str(shard_size)],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         begun, seen = None, set(out.glob('.shard*')) | set(out.glob('shard*')) if out.exists() else set()
         limit = rng.uniform(0, window)
         while process.poll() is None:
-            if begun is None and (rng.random() < .0005 or (out.exists() and (set(out.glob('.shard*')) | set(out.glob('shard*'))) - seen)): begun = time.time() # drawing, or now and then while loading
+            if begun is None and (
+                rng.random() < 0.0005 or (out.exists() and (set(out.glob('.shard*')) | set(out.glob('shard*'))) - seen)
+            ):
+                begun = time.time()  # drawing, or now and then while loading
             if begun is not None and time.time() - begun > limit: process.send_signal(signal.SIGKILL); break
             time.sleep(.005)
         if process.wait() == 0: break # finished before all kills were spent
         assert process.returncode == -signal.SIGKILL, process.stderr.read()
         hits += 1; there.append(len(list(out.glob('shard-*.json'))))
-    done = subprocess.run([sys.executable, '-c', SCRIPT, str(path), str(out), str(steps), str(shard_size)], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-c', SCRIPT, str(path), str(out), str(steps), str(shard_size)],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return hits, there
 
 def check_killed(tmp_path, n_captions, kills, steps, shard_size, window):
     captions = read_captions(emoji(['A', 'B'], 'noto')).slice(0, n_captions)
     hits, there = killed_runs(tmp_path, captions, tmp_path/'killed', kills, steps, shard_size, window, seed=n_captions)
-    calm = subprocess.run([sys.executable, '-c', SCRIPT, str(tmp_path/'captions.parquet'), str(tmp_path/'calm'), str(steps), str(shard_size)], env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    calm = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            SCRIPT,
+            str(tmp_path/'captions.parquet'),
+            str(tmp_path/'calm'),
+            str(steps),
+            str(shard_size),
+        ],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     assert calm.returncode == 0
     print(f'{hits} kills; finished shards at each: {there}')
-    ds, text = load_generated(tmp_path/'killed'), dict(zip(captions['key'].to_pylist(), captions['caption'].to_pylist()))
+    ds, text = (
+        load_generated(tmp_path/'killed'),
+        dict(zip(captions['key'].to_pylist(), captions['caption'].to_pylist())),
+    )
     assert hits == kills
     assert len(ds) == 2*n_captions and len(set(zip(ds['key'], ds['sample']))) == 2*n_captions
     assert all(text[k] == c for k, c in zip(ds['key'], ds['caption']))
@@ -391,7 +520,11 @@ def test_ray_workers_and_a_killed_one(tmp_path):
         "Once the second shard is there, kill the process that makes shards."
         while len(list((tmp_path/'ray').glob('shard-*.json'))) < 2: time.sleep(.05)
         for p in psutil.Process().children(recursive=True):
-            if 'ShardActor' in p.name() or any('ShardActor' in c for c in p.cmdline()): p.kill(); killed.append(p.pid); return
+            if 'ShardActor' in p.name() or any('ShardActor' in c for c in p.cmdline()):
+                p.kill()
+                killed.append(p.pid)
+                return
+
     threading.Thread(target=kill, daemon=True).start()
     made(captions, 'embedded', tmp_path/'ray', engine='ray', workers=2, **options)
     import ray; ray.shutdown()
@@ -403,7 +536,15 @@ def test_ray_workers_and_a_killed_one(tmp_path):
 def test_tiny_stable_diffusion_is_the_same_alone_and_in_a_batch(tmp_path):
     folder = tiny_stable_diffusion(tmp_path/'sd')
     def pixels(out, batch_size):
-        return np.stack([np.asarray(r['image']) for r in load_generated(made(dict(list(CAPTIONS.items())[:5]), folder, tmp_path/out, steps=2, batch_size=batch_size))]).astype(int)
+        return np.stack(
+            [
+                np.asarray(r['image'])
+                for r in load_generated(
+                    made(dict(list(CAPTIONS.items())[:5]), folder, tmp_path / out, steps=2, batch_size=batch_size)
+                )
+            ]
+        ).astype(int)
+
     assert np.abs(pixels('one', 1) - pixels('five', 5)).max() <= 1
 
 

@@ -1,4 +1,5 @@
 "How the house is built and how its notebooks read: rooms in order, nothing private borrowed, short lines, lessons between."
+
 import ast
 import re
 import statistics
@@ -98,3 +99,10 @@ def test_no_file_names_a_path_of_one_machine():
         text = re.sub(r'"image/png": "[^"]*"', '', data.decode('utf-8', 'replace'))
         bad += [f'{path.relative_to(root)}: {m[0]}' for m in path_of_one_machine.finditer(text)]
     assert not bad, bad
+
+def test_lines_of_tests_and_tools_fit_too():
+    "None over 120 characters but for a sentence, and none over 170."
+    root = path_of('index').parent.parent
+    files = sorted([*root.glob('tests/*.py'), *root.glob('tools/*.py')])
+    long = [(f.name, l) for f in files for l in f.read_text(encoding='utf-8').splitlines() if len(l) > 120]
+    assert not [l for l in long if len(l[1]) > 170] and len(long) <= 50, long

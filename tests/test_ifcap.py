@@ -6,8 +6,20 @@ import torch
 from gmail_nb.captioning import caption_ids, caption_tokenizer, small_decoder
 from gmail_nb.data import emoji
 from gmail_nb.encoders import embedded_encoder, encode_images, encode_texts
-from gmail_nb.ifcap import (IFCap, entity_prompt, entity_vocabulary, frequent_entities, ifcap_ids, ifcap_loss, load_ifcap, matching_noise,
-                            retrieve, save_ifcap, train_ifcap, write_ifcap)
+from gmail_nb.ifcap import (
+    IFCap,
+    entity_prompt,
+    entity_vocabulary,
+    frequent_entities,
+    ifcap_ids,
+    ifcap_loss,
+    load_ifcap,
+    matching_noise,
+    retrieve,
+    save_ifcap,
+    train_ifcap,
+    write_ifcap,
+)
 from gmail_nb.runtime import set_seed
 
 def weight(item): return 40
@@ -46,7 +58,9 @@ def test_retrieval_does_not_depend_on_chunks(pairs):
     assert torch.equal(retrieve(texts, texts, 5, own, chunk=7), retrieve(texts, texts, 5, own))
 
 def test_a_bank_can_be_too_small(pairs):
-    with pytest.raises(ValueError, match='choose a smaller k'): retrieve(pairs[1][:2], pairs[1][:5], 5, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match='choose a smaller k'):
+        retrieve(pairs[1][:2], pairs[1][:5], 5, torch.tensor([0, 1]))
+
 
 # entities
 
@@ -69,7 +83,10 @@ def test_padding_behind_a_caption_changes_nothing(pairs, trained):
     prompts = [trained.prompt_ids(e) for e in (['x'], [], ['red', 'heart', 'y'])]
     near = retrieve(texts[:3], texts, 5)
     with torch.no_grad():
-        alone = [ifcap_loss(trained, texts[i:i + 1], near[i:i + 1], prompts[i:i + 1], few[i:i + 1]).item() for i in range(3)]
+        alone = [
+            ifcap_loss(trained, texts[i : i + 1], near[i : i + 1], prompts[i : i + 1], few[i : i + 1]).item()
+            for i in range(3)
+        ]
         together = ifcap_loss(trained, texts[:3], near, prompts, few).item()
     assert np.average(alone, weights=[len(c) for c in few]) == pytest.approx(together, abs=1e-5)
 

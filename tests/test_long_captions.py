@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from gmail_nb.encoders import Encoder, HFText, HFTokenizer, OpenClipText, OpenClipTokenizer
-from gmail_nb.long_captions import convert_longclip, cut_at, stretch_encoder, stretch_positions, stretch_text, to_transformers
+from gmail_nb.long_captions import (
+    convert_longclip,
+    cut_at,
+    stretch_encoder,
+    stretch_positions,
+    stretch_text,
+    to_transformers,
+)
 from gmail_nb.pipelines import clip_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -67,7 +74,8 @@ def test_words_after_77_tokens_are_read_for_the_first_time(encoders, which):
     e = encoders[which]
     wide, a, b = stretch_encoder(e), long_text, long_text + ' and a lighthouse'
     with torch.inference_mode():
-        if e.name == 'transformers': torch.testing.assert_close(e.encode_text(e.tokenize([a])), e.encode_text(e.tokenize([b])))
+        if e.name == 'transformers':
+            torch.testing.assert_close(e.encode_text(e.tokenize([a])), e.encode_text(e.tokenize([b])))
         moved = wide.encode_text(wide.tokenize([a])) - wide.encode_text(wide.tokenize([b]))
     assert moved.norm() > 1e-4
     assert wide.tokenize([a])['input_ids'].shape[1] > 77 and e.tokenize([a])['input_ids'].shape[1] == 77

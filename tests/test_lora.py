@@ -132,7 +132,8 @@ def test_a_call_that_fails_leaves_the_weights_as_they_were(vit):
         if 'lora_B' in n: p.data.normal_(std=.05)
     first = {k: v.clone() for k, v in adapted.state_dict().items()}
     block = adapted.base_model.model.transformer.resblocks[0].attn
-    with torch.inference_mode(), pytest.raises(Exception): block(torch.zeros(1, 1, 7), torch.zeros(1, 1, 7), torch.zeros(1, 1, 7))
+    with torch.inference_mode(), pytest.raises(Exception):
+        block(torch.zeros(1, 1, 7), torch.zeros(1, 1, 7), torch.zeros(1, 1, 7))
     assert all(torch.equal(v, first[k]) for k, v in adapted.state_dict().items())
 
 

@@ -1,4 +1,5 @@
 "What pip installs: the wheel carries the data, the weights, their licences and the commands; the files that describe it agree."
+
 import re, shlex, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -17,8 +18,29 @@ def weight(item): return 60 if 'wheel' in item.fixturenames else 1
 def wheel(tmp_path_factory):
     "A wheel built from a copy, so that no build folder is left in the tree."
     copy, out = tmp_path_factory.mktemp('project')/'gmail_nb', tmp_path_factory.mktemp('wheel')
-    shutil.copytree(root, copy, ignore=shutil.ignore_patterns('.git', '.venv', '*.egg-info', 'build', 'dist', '_*cs', '__pycache__', '.pytest_cache', 'nbs', '.hypothesis'))
-    done = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '--quiet', '-w', str(out), str(copy)], capture_output=True, text=True)
+    shutil.copytree(
+        root,
+        copy,
+        ignore=shutil.ignore_patterns(
+            '.git', '.venv', '*.egg-info', 'build', 'dist', '_*cs', '__pycache__', '.pytest_cache', 'nbs', '.hypothesis'
+        ),
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'pip',
+            'wheel',
+            '--no-deps',
+            '--no-build-isolation',
+            '--quiet',
+            '-w',
+            str(out),
+            str(copy),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     with zipfile.ZipFile(next(out.glob('*.whl'))) as z: yield z
 
@@ -27,7 +49,12 @@ def read(wheel, ending): return next(wheel.read(n).decode() for n in wheel.namel
 def test_wheel_carries_every_module_and_asset(wheel):
     held = set(wheel.namelist())
     for path in (root/'gmail_nb').rglob('*'):
-        if path.is_file() and '__pycache__' not in path.parts and path.suffix not in ('.pyc', '.tmp') and not path.name.startswith('.'):
+        if (
+            path.is_file()
+            and '__pycache__' not in path.parts
+            and path.suffix not in ('.pyc', '.tmp')
+            and not path.name.startswith('.')
+        ):
             assert path.relative_to(root).as_posix() in held, f'{path.relative_to(root)} is not in the wheel'
     assert all(n.startswith(('gmail_nb/', 'gmail_nb-')) for n in held), 'the wheel holds something besides the package'
 
@@ -46,7 +73,10 @@ def test_wheel_metadata(wheel):
     meta = read(wheel, 'METADATA')
     assert f"Version: {settings['version']}\n" in meta and f"Requires-Python: >={settings['min_python']}" in meta
     assert 'License: Apache-2.0' in meta or 'License-Expression: Apache-2.0' in meta
-    assert meta.count('Requires-Dist') == sum(len(shlex.split(v)) for k, v in settings.items() if k.endswith('requirements'))
+    assert meta.count('Requires-Dist') == sum(
+        len(shlex.split(v)) for k, v in settings.items() if k.endswith('requirements')
+    )
+
 
 def test_commands_exist():
     "Each console script names a function that can be imported, by a Python that has imported nothing else."
@@ -70,7 +100,9 @@ def test_constraints_pin_every_requirement():
         name = re.match(r'[\w.-]+', requirement)[0].lower().replace('_', '-')
         assert name in pins, f'{name} has no exact version in constraints.txt'
     assert list(pins['torch']) == ['2.13.0']
-    for name, versions in pins.items(): assert len(versions) == 1 or all(versions.values()), f'{name} is pinned twice for one Python'
+    for name, versions in pins.items():
+        assert len(versions) == 1 or all(versions.values()), f'{name} is pinned twice for one Python'
+
 
 def test_version_has_one_home():
     assert f"__version__ = \"{settings['version']}\"" in (root/'gmail_nb'/'__init__.py').read_text()

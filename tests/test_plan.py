@@ -22,9 +22,17 @@ def test_wrong_captions_are_named(source, message):
     with pytest.raises(ValueError, match=message): read_captions(source)
 
 def test_several_captions_of_a_key():
-    assert read_captions({'a': ['x', 'y'], 'b': ['z']}, ALL).to_pydict() == dict(key=['a', 'a', 'b'], index=[0, 1, 0], caption=['x', 'y', 'z'])
-    assert read_captions({'a': ['x', 'y'], 'b': ['z', 'v']}, SourceSettings(which=1))['caption'].to_pylist() == ['y', 'v']
-    assert read_captions({'a': ['x', 'y'], 'b': ['z', 'v']}, SourceSettings(which='1'))['caption'].to_pylist() == ['y', 'v']
+    assert read_captions({'a': ['x', 'y'], 'b': ['z']}, ALL).to_pydict() == dict(
+        key=['a', 'a', 'b'], index=[0, 1, 0], caption=['x', 'y', 'z']
+    )
+    assert read_captions({'a': ['x', 'y'], 'b': ['z', 'v']}, SourceSettings(which=1))['caption'].to_pylist() == [
+        'y',
+        'v',
+    ]
+    assert read_captions({'a': ['x', 'y'], 'b': ['z', 'v']}, SourceSettings(which='1'))['caption'].to_pylist() == [
+        'y',
+        'v',
+    ]
     assert read_captions({'a': ['x', 'y']})['caption'].to_pylist() == ['x']
     with pytest.raises(ValueError, match="which is 'frist'"): read_captions({'a': 'x'}, SourceSettings(which='frist'))
 
@@ -32,21 +40,30 @@ def test_a_list_is_numbered():
     assert read_captions(['x', 'y'])['key'].to_pylist() == ['000000000', '000000001']
 
 def test_styles_of_a_concept_are_one_key():
-    assert read_captions(emoji('unseen'))['key'].to_pylist() == read_captions(emoji('unseen', 'noto'))['key'].to_pylist()
+    assert (
+        read_captions(emoji('unseen'))['key'].to_pylist() == read_captions(emoji('unseen', 'noto'))['key'].to_pylist()
+    )
     ds = datasets.Dataset.from_dict(dict(key=['a', 'a'], source=['one', 'two'], captions=[['x'], ['y']]))
-    with pytest.raises(ValueError, match="the key 'a' occurs more than once, with different captions"): read_captions(ds)
+    with pytest.raises(ValueError, match="the key 'a' occurs more than once, with different captions"):
+        read_captions(ds)
+
 
 # captions on disk
 def test_coco(tmp_path):
     rows = [dict(image_id=7, caption='a dog'), dict(image_id=7, caption='the dog')]
     (tmp_path/'c.json').write_text(json.dumps(dict(annotations=rows)))
-    assert read_captions(tmp_path/'c.json', ALL).to_pydict() == dict(key=['7', '7'], index=[0, 1], caption=['a dog', 'the dog'])
+    assert read_captions(tmp_path/'c.json', ALL).to_pydict() == dict(
+        key=['7', '7'], index=[0, 1], caption=['a dog', 'the dog']
+    )
+
 
 def test_tables(tmp_path):
     (tmp_path/'c.tsv').write_text('key\tcaption\na/b\tline one\nç\tline two\n', encoding='utf-8')
     assert read_captions(tmp_path/'c.tsv')['key'].to_pylist() == ['a/b', 'ç']
     (tmp_path/'c.jsonl').write_text('{"key": "a", "captions": ["x", "y"]}\n{"key": "b", "captions": ["z"]}\n')
-    assert read_captions(tmp_path/'c.jsonl', ALL).to_pydict() == dict(key=['a', 'a', 'b'], index=[0, 1, 0], caption=['x', 'y', 'z'])
+    assert read_captions(tmp_path/'c.jsonl', ALL).to_pydict() == dict(
+        key=['a', 'a', 'b'], index=[0, 1, 0], caption=['x', 'y', 'z']
+    )
     with pytest.raises(ValueError, match=r"no caption number 1 \(counted from 0\) for the key 'b'"):
         read_captions(tmp_path/'c.jsonl', SourceSettings(which=1))
 
@@ -59,7 +76,9 @@ def test_parquet(tmp_path):
     pq.write_table(pa.table(dict(id=['a'], text=['x'], url=['u'])), tmp_path/'d.parquet')
     assert read_captions(str(tmp_path/'?.parquet'), SourceSettings(key='id'))['key'].to_pylist() == ['a']
     assert read_captions(tmp_path/'d.parquet', SourceSettings(key=None))['caption'].to_pylist() == ['x']
-    with pytest.raises(ValueError, match="no column 'key': it has 'id', 'text', 'url'"): read_captions(tmp_path/'d.parquet')
+    with pytest.raises(ValueError, match="no column 'key': it has 'id', 'text', 'url'"):
+        read_captions(tmp_path/'d.parquet')
+
 
 @pytest.mark.parametrize('columns, message', [
     (dict(key=['a', 'a'], caption=['x', 'x']), "more than one row has the key 'a'"),
@@ -112,7 +131,10 @@ def test_what_is_absent_comes_from_the_generator(few, embedded):
     assert make_settings(few, resolve_generator('any/thing', resolve=False)).guidance is None
 
 def test_three_and_three_point_nought_are_one_setting(few, embedded):
-    assert make_settings(few, embedded, DrawSettings(guidance=3)) == make_settings(few, embedded, DrawSettings(guidance=3.))
+    assert make_settings(few, embedded, DrawSettings(guidance=3)) == make_settings(
+        few, embedded, DrawSettings(guidance=3.0)
+    )
+
 
 @pytest.mark.parametrize('wrong, message', [(dict(samples=0), 'samples is 0'), (dict(steps=-1), 'steps is -1'),
                                             (dict(image_format='gif'), 'image format')])
@@ -123,8 +145,25 @@ def test_wrong_settings_are_named(few, embedded, wrong, message):
 
 def test_settings_are_recorded_as_before(few, embedded):
     "Folders that exist are continued: the JSON form may not change."
-    names = ['generator', 'revision', 'steps', 'guidance', 'width', 'height', 'scheduler', 'prefix', 'suffix', 'negative',
-             'options', 'dtype', 'samples', 'image_format', 'shard_size', 'n_captions', 'captions']
+    names = [
+        'generator',
+        'revision',
+        'steps',
+        'guidance',
+        'width',
+        'height',
+        'scheduler',
+        'prefix',
+        'suffix',
+        'negative',
+        'options',
+        'dtype',
+        'samples',
+        'image_format',
+        'shard_size',
+        'n_captions',
+        'captions',
+    ]
     recorded = json.loads(json.dumps(asdict(make_settings(few, embedded))))
     assert list(recorded) == names and Settings(**recorded) == make_settings(few, embedded)
     assert make_settings(caption_table(['a', 'b'], ['one', 'two']), embedded).captions == 'e5292d45fbd837db'
@@ -141,21 +180,32 @@ def test_every_image_has_its_place_and_its_seed(few, embedded):
     assert [i.key for i in every] == [k for k in few['key'].to_pylist() for _ in range(3)]
     assert [plan.size(k) for k in range(len(plan))] == [len(plan.items(k)) for k in range(len(plan))]
     other = Plan(few, make_settings(few, embedded, DrawSettings(samples=3), shard_size=7))
-    assert {i.seed for i in every} == {i.seed for k in range(9) for i in other.items(k)} # the shard size changes no seed
+    assert {i.seed for i in every} == {
+        i.seed for k in range(9) for i in other.items(k)
+    }  # the shard size changes no seed
     eight = Plan(few, make_settings(few, embedded, DrawSettings(samples=3, steps=8)))
     assert not {i.seed for i in every} & {i.seed for i in eight.items(0)}                # the steps change every seed
 
 def test_a_seed_never_changes():
     "Folders that exist are continued with it."
     generator = Generator('a generator', 'x', 'a revision', 16, 3., 64, 64)
-    pinned = make_settings(read_captions({'1f34e': 'red apple'}), generator, DrawSettings(negative='blurry', options={'style': 'noto'}))
+    pinned = make_settings(
+        read_captions({'1f34e': 'red apple'}), generator, DrawSettings(negative='blurry', options={'style': 'noto'})
+    )
     assert image_seed('1f34e', 2, pinned) == 786584730925924837
 
 def test_samples_count_through_the_captions_of_a_key(embedded):
     captions = read_captions({'a': ['one', 'two'], 'b': ['three']}, ALL)
     items = Plan(captions, make_settings(captions, embedded, DrawSettings(samples=2, prefix='<', suffix='>'))).items(0)
     assert [(i.key, i.sample, i.prompt) for i in items] == [
-        ('a', 0, '<one>'), ('a', 1, '<one>'), ('a', 2, '<two>'), ('a', 3, '<two>'), ('b', 0, '<three>'), ('b', 1, '<three>')]
+        ('a', 0, '<one>'),
+        ('a', 1, '<one>'),
+        ('a', 2, '<two>'),
+        ('a', 3, '<two>'),
+        ('b', 0, '<three>'),
+        ('b', 1, '<three>'),
+    ]
+
 
 def karpathy(folder, *splits):
     rows = [dict(cocoid=i, filename=f'{i}.jpg', split=s, sentences=[dict(raw=f'{s} {i}'), dict(raw=f'again {i}')])
@@ -172,7 +222,9 @@ def test_no_test_caption_is_drawn_unasked(tmp_path, caplog, there, asked, drawn)
     assert len(caplog.records) == (asked is None) # in one line
 
 def test_a_file_of_tests_alone_draws_nothing_unasked(tmp_path):
-    with pytest.raises(ValueError, match='has no split train or restval'): read_captions(karpathy(tmp_path, 'test', 'val'))
+    with pytest.raises(ValueError, match='has no split train or restval'):
+        read_captions(karpathy(tmp_path, 'test', 'val'))
+
 
 def test_all_captions_have_a_sample_each(tmp_path, embedded):
     captions = read_captions(karpathy(tmp_path, 'train', 'train', 'test'), SourceSettings(which='all'))

@@ -11,9 +11,32 @@ from gmail_nb.data import emoji
 from gmail_nb.encoders import encode_texts, load_encoder
 from gmail_nb.gap import ranks as paired_ranks
 from gmail_nb.retrieval import (
-    RETRIEVAL_SETS, TIES, WAYS, Counting, count_above, embed_captioned, embed_texts, features_made_from, from_flickr_tokens,
-    from_sharegpt4v, from_urban, image_identity, load_retrieval_set, nearest, own_levels, owners, per_query, retrieval,
-    retrieval_in_folds, retrieval_miniature, retrieval_records, retrieval_scores, set_features, show_recall, thresholds)
+    RETRIEVAL_SETS,
+    TIES,
+    WAYS,
+    Counting,
+    count_above,
+    embed_captioned,
+    embed_texts,
+    features_made_from,
+    from_flickr_tokens,
+    from_sharegpt4v,
+    from_urban,
+    image_identity,
+    load_retrieval_set,
+    nearest,
+    own_levels,
+    owners,
+    per_query,
+    retrieval,
+    retrieval_in_folds,
+    retrieval_miniature,
+    retrieval_records,
+    retrieval_scores,
+    set_features,
+    show_recall,
+    thresholds,
+)
 from gmail_nb.settings import EmbedSettings, SourceSettings
 from gmail_nb.stats import bootstrap
 
@@ -160,12 +183,16 @@ def test_input_without_an_answer_is_named(args, said):
 
 def test_an_unknown_rule_for_ties_is_refused():
     assert set(TIES) == {'worst', 'best'}
-    with pytest.raises(ValueError, match="unknown rule for ties 'random'"): retrieval(images, texts, image_of_text, ties='random')
+    with pytest.raises(ValueError, match="unknown rule for ties 'random'"):
+        retrieval(images, texts, image_of_text, ties='random')
+
 
 def test_owners_are_found_by_key():
     assert owners(['a', 'b'], ['b', 'a', 'b']).tolist() == [1, 0, 1]
     with pytest.raises(ValueError, match="listed twice, such as 'b'"): owners(['a', 'b', 'b'], ['a'])
-    with pytest.raises(ValueError, match="1 captions belong to images that are not listed, such as 'z'"): owners(['a', 'b'], ['a', 'z'])
+    with pytest.raises(ValueError, match="1 captions belong to images that are not listed, such as 'z'"):
+        owners(['a', 'b'], ['a', 'z'])
+
 
 # Scores
 
@@ -226,9 +253,14 @@ def test_features_come_from_the_cache_the_second_time(encoder, drawings, world, 
     few = drawings.select(range(6))
     first = embed_captioned(encoder, few, 1, tmp_path, QUIET)
     assert len(first.captions) == 6
-    with patch.object(encoder, 'encode_image', side_effect=AssertionError), patch.object(encoder, 'encode_text', side_effect=AssertionError):
+    with (
+        patch.object(encoder, 'encode_image', side_effect=AssertionError),
+        patch.object(encoder, 'encode_text', side_effect=AssertionError),
+    ):
         again = embed_captioned(encoder, few, 1, tmp_path, QUIET)
-    assert torch.equal(first.image_features, again.image_features) and torch.equal(first.text_features, again.text_features)
+    assert torch.equal(first.image_features, again.image_features) and torch.equal(
+        first.text_features, again.text_features
+    )
     torch.testing.assert_close(again.image_features, world.image_features[:6], atol=1e-5, rtol=0)
 
 def test_other_images_weights_or_captions_are_embedded_again(encoder, drawings, tmp_path):
@@ -237,7 +269,10 @@ def test_other_images_weights_or_captions_are_embedded_again(encoder, drawings, 
     embed_captioned(encoder, few, 2, tmp_path, QUIET)                      # the same images, more captions
     embed_captioned(encoder, drawings.select(range(1, 7)), 1, tmp_path, QUIET)
     assert [len(list(tmp_path.glob(f'{kind}-*'))) for kind in ('images', 'texts')] == [2, 3]
-    names = {features_made_from(encoder, few, s) for s in (QUIET, replace(QUIET, store='float16'), replace(QUIET, workers=5, batch_size=3))}
+    names = {
+        features_made_from(encoder, few, s)
+        for s in (QUIET, replace(QUIET, store='float16'), replace(QUIET, workers=5, batch_size=3))
+    }
     assert len(names) == 2 # workers and batches change nothing
 
 def test_features_of_16_bits_take_half_the_disk_and_rank_alike(encoder, drawings, world, tmp_path):
@@ -246,7 +281,11 @@ def test_features_of_16_bits_take_half_the_disk_and_rank_alike(encoder, drawings
     assert half.image_features.dtype == half.text_features.dtype == torch.float16
     ours, theirs = half.ranks(), world.ranks()
     for way in WAYS: assert (ours[way] - theirs[way]).abs().float().mean() < .1
-    assert torch.equal(nearest(world.text_features[:3], half.image_features, 1), nearest(world.text_features[:3], world.image_features, 1))
+    assert torch.equal(
+        nearest(world.text_features[:3], half.image_features, 1),
+        nearest(world.text_features[:3], world.image_features, 1),
+    )
+
 
 def test_a_damaged_image_is_named(encoder, tmp_path):
     rows = [dict(key=str(i), image=str(tmp_path/f'{i}.png'), captions=['a']) for i in range(3)]
@@ -268,13 +307,17 @@ def test_texts_that_were_half_written_are_made_again(encoder, tmp_path):
 def test_identity_tells_files_and_bytes_apart(tmp_path):
     (tmp_path/'a').write_bytes(b'one')
     path, encoded = image_identity(tmp_path/'a'), image_identity(b'one')
-    assert path == image_identity(dict(bytes=None, path=str(tmp_path/'a'))) and encoded == image_identity(dict(bytes=b'one', path=None))
+    assert path == image_identity(dict(bytes=None, path=str(tmp_path/'a'))) and encoded == image_identity(
+        dict(bytes=b'one', path=None)
+    )
     (tmp_path/'a').write_bytes(b'other')
     assert image_identity(tmp_path/'a') != path and image_identity(b'two') != encoded
 
 def test_an_image_listed_twice_is_refused(encoder, drawings):
     few = drawings.select(range(6))
-    with pytest.raises(ValueError, match='listed twice'): embed_captioned(encoder, datasets.concatenate_datasets([few, few.select([0])]))
+    with pytest.raises(ValueError, match='listed twice'):
+        embed_captioned(encoder, datasets.concatenate_datasets([few, few.select([0])]))
+
 
 def test_captions_know_their_image_and_texts_do_not_depend_on_the_batch(encoder, world):
     assert world.image_of_text.tolist()[:4] == [0, 0, 1, 1]
@@ -285,7 +328,9 @@ def test_the_nearest_are_found_while_the_gallery_streams_by(world):
     best = nearest(world.text_features[:7], world.image_features, 5, chunk=16)
     assert torch.equal(best, (world.text_features[:7] @ world.image_features.T).topk(5, 1)[1])
     assert torch.equal(best[:, 0] == world.image_of_text[:7], world.ranks().text_to_image[:7] == 0)
-    with pytest.raises(ValueError, match='the 5 best of a gallery of 3'): nearest(world.text_features[:7], world.image_features[:3])
+    with pytest.raises(ValueError, match='the 5 best of a gallery of 3'):
+        nearest(world.text_features[:7], world.image_features[:3])
+
 
 def test_drawings_of_one_style_find_those_of_another(encoder, drawings):
     others = emoji('B', source='noto')
@@ -317,10 +362,16 @@ def test_of_five_to_seven_captions_an_image_the_first_five_are_taken(encoder, ro
     assert len(e.captions) == 50 and torch.bincount(e.image_of_text).tolist() == [5] * 10
     assert e.captions[5:10] == ds[1]['captions'][:5]
     everything = embed_captioned(encoder, ds)
-    assert len(everything.captions) == sum(len(c) for c in ds['captions']) and everything.ranks().gallery == (10, len(everything.captions))
+    assert len(everything.captions) == sum(len(c) for c in ds['captions']) and everything.ranks().gallery == (
+        10,
+        len(everything.captions),
+    )
+
 
 def test_of_karpathys_file_the_test_images_are_read_unless_a_split_is_named(root):
-    def read(**source): return load_retrieval_set(str(root/'dataset_coco.json'), source=SourceSettings(images=str(root), **source))
+    def read(**source):
+        return load_retrieval_set(str(root/'dataset_coco.json'), source=SourceSettings(images=str(root), **source))
+
     (test, known), (train, other) = read(), read(split='train')
     assert (len(test), known.split, len(train), other.split) == (10, 'test', 2, 'train')
     assert not set(test['key']) & set(train['key'])
@@ -340,9 +391,13 @@ def test_keys_are_read_without_the_pictures(tmp_path):
     from PIL import Image
     for i in range(20):
         Image.fromarray(np.roll(big, i)).save(tmp_path/f'{i}.png')
-    rows = dict(key=[str(i) for i in range(20)], image=[str(tmp_path/f'{i}.png') for i in range(20)], captions=[['a']] * 20)
+    rows = dict(
+        key=[str(i) for i in range(20)], image=[str(tmp_path/f'{i}.png') for i in range(20)], captions=[['a']] * 20
+    )
     datasets.Dataset.from_dict(rows).cast_column('image', datasets.Image()).to_parquet(str(tmp_path/'big.parquet'))
-    ds = datasets.load_dataset('parquet', data_files=str(tmp_path/'big.parquet'), split='train', cache_dir=str(tmp_path/'cache'))
+    ds = datasets.load_dataset(
+        'parquet', data_files=str(tmp_path/'big.parquet'), split='train', cache_dir=str(tmp_path/'cache')
+    )
     with patch('PIL.Image.open', side_effect=AssertionError):
         tracemalloc.start()
         list(ds['key']), [c[:5] for c in ds['captions']]

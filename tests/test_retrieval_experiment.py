@@ -14,7 +14,11 @@ from gmail_nb.experiments.retrieval import (
 from gmail_nb.settings import TuneSettings
 from gmail_nb.tune import tune_text
 
-NAMES = [f'{a} {b}' for a in ('red', 'blue', 'green', 'old', 'new', 'small') for b in ('house', 'dog', 'boat', 'tree', 'car', 'cup', 'moon', 'fish', 'hat', 'bell')]
+NAMES = [
+    f'{a} {b}'
+    for a in ('red', 'blue', 'green', 'old', 'new', 'small')
+    for b in ('house', 'dog', 'boat', 'tree', 'car', 'cup', 'moon', 'fish', 'hat', 'bell')
+]
 quick = TuneSettings(steps=20, batch_size=40, every=10)
 
 @pytest.fixture(scope='module')
@@ -46,9 +50,21 @@ def test_both_readings_agree_where_one_tower_stands_for_both(hits):
 def test_a_tower_of_another_library_is_tuned_too(world, hits):
     class Letters: # every letter is a word
         def __call__(self, texts):
-            return {'input_ids': torch.tensor([[ord(c) % 60 for c in t[:14]] + [63] * (16 - len(t[:14])) for t in texts])}
+            return {
+                'input_ids': torch.tensor([[ord(c) % 60 for c in t[:14]] + [63] * (16 - len(t[:14])) for t in texts])
+            }
+
     torch.manual_seed(0)
-    tiny = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64, bos_token_id=62, eos_token_id=63, max_position_embeddings=16)
+    tiny = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=64,
+        bos_token_id=62,
+        eos_token_id=63,
+        max_position_embeddings=16,
+    )
     hf = HFText(CLIPTextModel(CLIPTextConfig(**tiny)), nn.Linear(32, 256, bias=False))
     other = Encoder('hf', nn.Identity(), hf.eval(), None, Letters(), 256)
     assert list(tune_arms(other, world, TuneSettings(steps=2, batch_size=40), 1)) == list(hits)
@@ -57,7 +73,9 @@ def test_smaller_shares_are_parts_of_larger_ones():
     assert set(nested(100, 1/4).tolist()) < set(nested(100, 1/2).tolist()) and len(nested(100, 1)) == 100
 
 def test_an_unknown_arm_is_named(encoder, world):
-    with pytest.raises(ValueError, match="no features for the arm 'paired'"): tune_arms(encoder, world, quick, 1, ('base', 'paired'))
+    with pytest.raises(ValueError, match="no features for the arm 'paired'"):
+        tune_arms(encoder, world, quick, 1, ('base', 'paired'))
+
 
 def test_records_are_what_the_ranks_say(hits):
     records = hit_records('miniature', hits, draws=100)
@@ -68,14 +86,30 @@ def test_records_are_what_the_ranks_say(hits):
     wanted = 'gmail-indiscriminate', 'B-twemoji', 'text_to_image_recall_at_5'
     r = next(r for r in records if (r['arm'], r['split'], r['metric']) == wanted)
     mean = {a: (hits[a]['B-twemoji']['text_to_image'] < 5).float().mean().item() for a in ('gmail', 'indiscriminate')}
-    assert r['value'] == pytest.approx(mean['gmail'] - mean['indiscriminate'], abs=1e-6) and r['low'] <= r['value'] <= r['high']
+    assert (
+        r['value'] == pytest.approx(mean['gmail'] - mean['indiscriminate'], abs=1e-6)
+        and r['low'] <= r['value'] <= r['high']
+    )
     rows = [row[0] for row in recall_table(records)[1:]]
-    assert rows == ['base', 'indiscriminate', 'gmail', 'gmail f_g', 'mix', 'real', 'gmail-indiscriminate', 'gmail-base', 'gmail f_g-gmail']
+    assert rows == [
+        'base',
+        'indiscriminate',
+        'gmail',
+        'gmail f_g',
+        'mix',
+        'real',
+        'gmail-indiscriminate',
+        'gmail-base',
+        'gmail f_g-gmail',
+    ]
+
 
 def test_in_every_row_of_answers_a_right_one_is_framed(encoder, world):
     two = {a: tune_text(encoder, world.arms[a], world.captions, quick) for a in ('indiscriminate', 'gmail')}
     queries, counts = found_by_any(encoder, two, world.tests['B-twemoji'], 3, k=10)
-    ranks = torch.stack([arm_ranks(encoder, t, world.tests)['B-twemoji']['text_to_image'][queries] for t in two.values()])
+    ranks = torch.stack(
+        [arm_ranks(encoder, t, world.tests)['B-twemoji']['text_to_image'][queries] for t in two.values()]
+    )
     assert (ranks < 10).any(0).all() and counts['by_any'] >= max(counts['gmail'], counts['indiscriminate'])
 
 class Elsewhere:

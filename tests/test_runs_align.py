@@ -16,15 +16,31 @@ from gmail_nb.encoders import preprocess_images
 from gmail_nb.features import load_features
 from gmail_nb.files import read_results
 from gmail_nb.generate import generate, load_generated
-from gmail_nb.runs.align import align_sets, caption_ids, generated_images, indices_by_sample, pair_sets, validation_indices
-from gmail_nb.settings import (AdapterSettings, AlignRunSettings, AlignSettings, DrawSettings, RunSettings, SourceSettings,
-                               WorkSettings)
+from gmail_nb.runs.align import (
+    align_sets,
+    caption_ids,
+    generated_images,
+    indices_by_sample,
+    pair_sets,
+    validation_indices,
+)
+from gmail_nb.settings import (
+    AdapterSettings,
+    AlignRunSettings,
+    AlignSettings,
+    DrawSettings,
+    RunSettings,
+    SourceSettings,
+    WorkSettings,
+)
 from gmail_nb.sources import load_captioned
 from gmail_nb.splits import trained_on
 
 def weight(item): return 20
 
-SETTINGS = AlignRunSettings(AdapterSettings(adapted_share=3/7), AlignSettings(epochs=4, batch_size=16), validation_share=.2)
+SETTINGS = AlignRunSettings(
+    AdapterSettings(adapted_share=3 / 7), AlignSettings(epochs=4, batch_size=16), validation_share=0.2
+)
 FLAGS = '--adapted-share .42857142857142855 --validation-share .2 --epochs 4 --batch-size 16'.split()
 
 @pytest.fixture(scope='module')
@@ -33,8 +49,16 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp('home')
     real = emoji('A', source='noto').select(range(60)).select_columns(['key', 'image', 'captions'])
     real.to_parquet(home/'real.parquet')
-    emoji('B', source='noto').select(range(4)).select_columns(['key', 'image', 'captions']).to_parquet(home/'other.parquet')
-    generate(str(home/'real.parquet'), 'embedded', home/'generated', DrawSettings(steps=2), work=WorkSettings(show_progress=False))
+    emoji('B', source='noto').select(range(4)).select_columns(['key', 'image', 'captions']).to_parquet(
+        home/'other.parquet'
+    )
+    generate(
+        str(home/'real.parquet'),
+        'embedded',
+        home/'generated',
+        DrawSettings(steps=2),
+        work=WorkSettings(show_progress=False),
+    )
     align_sets(str(home/'real.parquet'), home/'generated', 'embedded', home/'aligned', SETTINGS)
     return home
 
@@ -56,23 +80,49 @@ def test_the_folder_loads_as_a_model_that_came_closer(home):
     assert {r['split'] for r in read_results(home/'aligned'/'results.jsonl')} == {'validation'}
 
 def test_both_sides_of_the_model_and_its_features_are_the_same(home, capsys):
-    statuses = {side: answer(capsys, gmail_embed, home/'generated', '--model', home/'aligned', '--side', side, '--out', home/f'features_{side}')
-                for side in ('real', 'generated')}
+    statuses = {
+        side: answer(
+            capsys,
+            gmail_embed,
+            home/'generated',
+            '--model',
+            home/'aligned',
+            '--side',
+            side,
+            '--out',
+            home/f'features_{side}',
+        )
+        for side in ('real', 'generated')
+    }
     assert all(s == 0 and 'features: ' in text for s, text in statuses.values())
     model = GenReal.from_pretrained(home/'aligned')
     x = preprocess_images(model.encoder, list(load_generated(home/'generated')['image'])[:4])
     with torch.inference_mode():
-        torch.testing.assert_close(load_features(home/'features_generated')[:4], model.encode_generated(x), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            load_features(home/'features_generated')[:4], model.encode_generated(x), atol=1e-4, rtol=0
+        )
         torch.testing.assert_close(load_features(home/'features_real')[:4], model.encode_real(x), atol=1e-4, rtol=0)
 
 def test_the_command_makes_what_the_function_makes_and_goes_on(home, capsys):
-    status, text = answer(capsys, gmail_align, home/'real.parquet', home/'generated', *FLAGS, '--out', home/'by_command')
+    status, text = answer(
+        capsys, gmail_align, home/'real.parquet', home/'generated', *FLAGS, '--out', home/'by_command'
+    )
     assert status == 0 and f"model: {home/'by_command'}" in text
     a, b = (GenReal.from_pretrained(home/name) for name in ('aligned', 'by_command'))
     for p, q in zip(a.parameters(), b.parameters()): assert torch.equal(p, q)
     status, _ = answer(capsys, gmail_align, home/'real.parquet', home/'generated', *FLAGS, '--out', home/'by_command')
     assert status == 0
-    status, text = answer(capsys, gmail_align, home/'real.parquet', home/'generated', *FLAGS, '--rank', 2, '--out', home/'by_command')
+    status, text = answer(
+        capsys,
+        gmail_align,
+        home/'real.parquet',
+        home/'generated',
+        *FLAGS,
+        '--rank',
+        2,
+        '--out',
+        home/'by_command',
+    )
     assert status == 2 and 'rank' in text # nothing is written over
 
 @pytest.mark.parametrize('argv, said', [
@@ -90,13 +140,16 @@ def test_what_a_person_gets_wrong_in_align(home, capsys, monkeypatch, argv, said
 def test_what_a_person_gets_wrong_in_embed(home, capsys, monkeypatch):
     monkeypatch.chdir(home)
     answer(capsys, gmail_embed, 'real.parquet', '--out', 'theirs')
-    status, text = answer(capsys, gmail_embed, 'real.parquet', '--model', 'aligned', '--side', 'generated', '--out', 'theirs')
+    status, text = answer(
+        capsys, gmail_embed, 'real.parquet', '--model', 'aligned', '--side', 'generated', '--out', 'theirs'
+    )
     assert status == 2 and 'holds other features' in text
     with patch.dict(sys.modules, {'ray': None, 'ray.data': None}):
         status, text = answer(capsys, gmail_embed, 'real.parquet', '--engine', 'ray', '--out', 'x_ray')
     assert status == 2 and "pip install 'gmail_nb[ray]'" in text
     lost = RuntimeError('parts [0] of x are not whole: run `embed` again')
-    with patch('gmail_nb.runs.align.embed', side_effect=lost): status, text = answer(capsys, gmail_embed, 'real.parquet', '--out', 'y')
+    with patch('gmail_nb.runs.align.embed', side_effect=lost):
+        status, text = answer(capsys, gmail_embed, 'real.parquet', '--out', 'y')
     assert status == 2 and text.startswith('gmail_embed: parts')
 
 def test_a_caption_with_fewer_images_gives_them_again():
@@ -147,9 +200,23 @@ def coco(tmp_path_factory):
 def test_all_captions_of_a_coco_are_drawn_and_aligned_but_not_those_of_its_test(coco, caplog):
     "`gmail_generate --which all`, on every split, and then `gmail_align`."
     draw = WorkSettings(show_progress=False, batch_size=64)
-    generate(str(coco/'dataset_coco.json'), 'embedded', coco/'generated', DrawSettings(steps=1), SourceSettings(which='all'), draw)
+    generate(
+        str(coco/'dataset_coco.json'),
+        'embedded',
+        coco/'generated',
+        DrawSettings(steps=1),
+        SourceSettings(which='all'),
+        draw,
+    )
     settings = replace(SETTINGS, align=AlignSettings(epochs=1, batch_size=4), run=RunSettings(save_every=7))
-    model = align_sets(str(coco/'dataset_coco.json'), coco/'generated', 'embedded', coco/'aligned', settings, SourceSettings(images=str(coco)))
+    model = align_sets(
+        str(coco/'dataset_coco.json'),
+        coco/'generated',
+        'embedded',
+        coco/'aligned',
+        settings,
+        SourceSettings(images=str(coco)),
+    )
     assert 'dataset_coco.json: read for training is train+restval, without test' in caplog.text
     learned = {str(1000 + i) for i in range(16)}
     kept_out = {k for k in learned if validation_indices([k], .2)}
@@ -166,16 +233,33 @@ def test_a_named_split_is_trained_on(coco):
 
 def test_too_few_pairs_are_said_before_anything_is_embedded(home, tmp_path):
     with patch('gmail_nb.runs.align.load_encoder', side_effect=AssertionError('it was loaded')):
-        with pytest.raises(ValueError, match='0 to measure on.*validation_share=0'):
-            align_sets(str(home/'real.parquet'), home/'generated', 'embedded', tmp_path/'x', replace(SETTINGS, validation_share=0.))
+        with pytest.raises(ValueError, match='0 to measure on.*--validation-share, 0'):
+            align_sets(
+                str(home/'real.parquet'),
+                home/'generated',
+                'embedded',
+                tmp_path/'x',
+                replace(SETTINGS, validation_share=0.0),
+            )
+
 
 def test_at_most_so_many_pairs_are_measured(home):
-    few = pair_sets(generated_images(home/'generated'), load_features(home/'aligned'/'real_features'), None, replace(SETTINGS, validation_limit=3))
+    few = pair_sets(
+        generated_images(home/'generated'),
+        load_features(home/'aligned'/'real_features'),
+        None,
+        replace(SETTINGS, validation_limit=3),
+    )
     every = pair_sets(generated_images(home/'generated'), load_features(home/'aligned'/'real_features'), None, SETTINGS)
     assert len(few.test) == 3 < len(every.test) and few.features.keys == every.features.keys
 
 def test_captions_of_a_set_of_pictures_stay_where_they_lie(tmp_path):
-    ds = emoji('A', source='fluent').select(range(3)).select_columns(['key', 'image', 'captions']).add_column('sample', [0, 1, 0])
+    ds = (
+        emoji('A', source='fluent')
+        .select(range(3))
+        .select_columns(['key', 'image', 'captions'])
+        .add_column('sample', [0, 1, 0])
+    )
     ds.to_parquet(tmp_path/'a.parquet')
     made = generated_images(str(tmp_path/'a.parquet'))
     assert made['sample'][:] == [0, 1, 0] and made['caption'][:] == [c[0] for c in ds['captions']]
@@ -184,8 +268,25 @@ def test_captions_of_a_set_of_pictures_stay_where_they_lie(tmp_path):
 def test_two_processes_align_as_one(home, tmp_path):
     "`accelerate launch -m`, on two processes of a CPU."
     launch = '-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no'.split()
-    done = subprocess.run([sys.executable, *launch, '-m', 'gmail_nb.cli.commands', 'align', str(home/'real.parquet'), str(home/'generated'),
-                           *FLAGS, '--out', str(tmp_path/'two')], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            *launch,
+            '-m',
+            'gmail_nb.cli.commands',
+            'align',
+            str(home/'real.parquet'),
+            str(home/'generated'),
+            *FLAGS,
+            '--out',
+            str(tmp_path/'two'),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [{r['metric']: r['value'] for r in read_results(f/'results.jsonl') if r['arm'] == 'gmail'} for f in (home/'aligned', tmp_path/'two')]
+    found = [
+        {r['metric']: r['value'] for r in read_results(f/'results.jsonl') if r['arm'] == 'gmail'}
+        for f in (home/'aligned', tmp_path/'two')
+    ]
     assert found[1]['paired_cosine'] == pytest.approx(found[0]['paired_cosine'], abs=5e-3)

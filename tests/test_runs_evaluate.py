@@ -20,7 +20,17 @@ from gmail_nb.files import read_results, record, write_results
 from gmail_nb.generate import generate
 from gmail_nb.long_captions import OPENAI_MEAN, convert_longclip, stretch_encoder
 from gmail_nb.retrieval import WAYS, load_retrieval_set, retrieval_miniature
-from gmail_nb.runs.evaluate import EvalRun, EvalSet, check_leaks, eval_table, labelled_set, picture_name, read_set, table_blocks, compared_names
+from gmail_nb.runs.evaluate import (
+    EvalRun,
+    EvalSet,
+    check_leaks,
+    eval_table,
+    labelled_set,
+    picture_name,
+    read_set,
+    table_blocks,
+    compared_names,
+)
 from gmail_nb.runs.models import eval_model, kind_of_folder, model_at, safe_name, spec_of, trained_keys
 from gmail_nb.runs.presets import EIGHT, EVAL_PRESETS, RECALLS, TEXT_RECIPES
 from gmail_nb.settings import DrawSettings, EmbedSettings, EvalSettings, TuneSettings, WorkSettings
@@ -102,7 +112,10 @@ def test_differences_are_those_of_the_rows(world, capsys):
     value = value_of(world.records('paper-table2'))
     for way in WAYS:
         rows = [value['paper-table2', arm, 'coco-5k', f'{way}_map'] for arm in ('CLIP + GMAIL', 'CLIP')]
-        assert value['paper-table2', 'CLIP + GMAIL - CLIP', 'coco-5k', f'{way}_map'] == pytest.approx(rows[0] - rows[1], abs=1e-6)
+        assert value['paper-table2', 'CLIP + GMAIL - CLIP', 'coco-5k', f'{way}_map'] == pytest.approx(
+            rows[0] - rows[1], abs=1e-6
+        )
+
 
 def test_table4_zero_shot_on_all_eight_sets(world, capsys):
     zero_shot = '--rows', 'CLIP', '--rows', 'CLIP + GMAIL', '--rows', 'CLIP + GMAIL (f_g)'
@@ -116,7 +129,9 @@ def test_table4_zero_shot_on_all_eight_sets(world, capsys):
     assert [mains[d] for d in ('pets', 'aircraft', 'caltech101', 'dtd')] == ['mean_per_class'] * 3 + ['top1']
 
 def test_table4_rows_without_a_text_side(world, capsys):
-    probe = world.preset(capsys, 'paper-table4', '--rows', 'SynCLR', '--rows', 'SynCLR + GMAIL', '--model', SYNCLR, out='probe')
+    probe = world.preset(
+        capsys, 'paper-table4', '--rows', 'SynCLR', '--rows', 'SynCLR + GMAIL', '--model', SYNCLR, out='probe'
+    )
     records = world.records('probe')
     assert probe[0] == 0
     assert {r['dataset'] for r in records if r['arm'] == 'SynCLR' and r['how'] == 'linear probe'} == set(EIGHT)
@@ -128,11 +143,36 @@ def test_table4_rows_without_a_text_side(world, capsys):
         assert len({r['n'] for r in records if r['dataset'] == d and r['metric'] == 'main'}) == 1
 
 def test_table4_fine_tuned(world, capsys):
-    status, _, _ = world.preset(capsys, 'paper-table4', '--data', 'pets', '--rows', 'SynCLR', '--model', SYNCLR, '--how', 'fine-tune', out='fine')
+    status, _, _ = world.preset(
+        capsys,
+        'paper-table4',
+        '--data',
+        'pets',
+        '--rows',
+        'SynCLR',
+        '--model',
+        SYNCLR,
+        '--how',
+        'fine-tune',
+        out='fine',
+    )
     assert status == 0 and {r['how'] for r in world.records('fine')} == {'fine-tuned'}
 
 def test_fine_tuning_an_aligned_tower_trains_all_of_it(world, capsys):
-    asked = '--data', 'pets', '--rows', 'SynCLR', '--rows', 'SynCLR + GMAIL', '--model', SYNCLR, '--how', 'fine-tune', '--epochs', '2'
+    asked = (
+        '--data',
+        'pets',
+        '--rows',
+        'SynCLR',
+        '--rows',
+        'SynCLR + GMAIL',
+        '--model',
+        SYNCLR,
+        '--how',
+        'fine-tune',
+        '--epochs',
+        '2',
+    )
     tower = sum(p.numel() for p in timm.create_model('test_vit', num_classes=0).parameters())
     for start in ('f_g', 'f_r'):
         status, _, _ = world.preset(capsys, 'paper-table4', *asked, '--start', start, out=f'fine_{start}')
@@ -142,11 +182,19 @@ def test_fine_tuning_an_aligned_tower_trains_all_of_it(world, capsys):
 
 def test_table4_from_generated_images_through_f_g(world, capsys):
     pets = labelled_set('pets', world.root)[0].classnames
-    drawn = generate({f'{c}/{i}': c for c in pets for i in range(2)}, 'embedded', world.folder/'pets', DrawSettings(steps=2),
-                     work=WorkSettings(show_progress=False))
+    drawn = generate(
+        {f'{c}/{i}': c for c in pets for i in range(2)},
+        'embedded',
+        world.folder/'pets',
+        DrawSettings(steps=2),
+        work=WorkSettings(show_progress=False),
+    )
     more = '--data', 'pets', '--rows', 'SynCLR + GMAIL', '--generated', drawn
     status, _, _ = world.preset(capsys, 'paper-table4', *more, out='generated')
-    assert status == 0 and {r['how'] for r in world.records('generated')} == {'linear probe on generated images through f_g'}
+    assert status == 0 and {r['how'] for r in world.records('generated')} == {
+        'linear probe on generated images through f_g'
+    }
+
 
 def test_every_tuned_row_has_its_recipe():
     models = [m for p in EVAL_PRESETS.values() for m in p.models.values()]
@@ -162,7 +210,10 @@ def test_what_is_there_is_not_measured_again(world, capsys):
 def test_weights_that_are_absent_are_named_and_left_out(world, capsys):
     weights = world.below/'longclip-B.pt'
     weights.rename(world.below/'away.pt')
-    try: status, _, said = world.preset(capsys, 'paper-table5', '--data', 'urban-1k', '--rows', 'CLIP', '--rows', 'Long-CLIP', out='lost')
+    try:
+        status, _, said = world.preset(
+            capsys, 'paper-table5', '--data', 'urban-1k', '--rows', 'CLIP', '--rows', 'Long-CLIP', out='lost'
+        )
     finally: (world.below/'away.pt').rename(weights)
     assert status == 0 and 'Long-CLIP left out: longclip-B.pt is not here' in said
 
@@ -180,9 +231,26 @@ def test_other_files_under_the_same_name_make_another_set(world, tmp_path):
 
 def test_a_download_that_fails_and_a_set_that_is_not_there_cost_only_themselves(world, capsys):
     with patch(f'{load_encoder.__module__}.open_clip_encoder', side_effect=RuntimeError('Failed to download')):
-        status, printed, said = world.ask(capsys, '--model', 'A=open_clip:ViT-B-16/openai', '--model', 'B=hf:clip', '--models', world.below,
-                                          '--data', 'urban-1k', '--root', world.root, '--data', 'nothere/', '--task', 'long',
-                                          '--no-pictures', '--out', world.folder/'some')
+        status, printed, said = world.ask(
+            capsys,
+            '--model',
+            'A=open_clip:ViT-B-16/openai',
+            '--model',
+            'B=hf:clip',
+            '--models',
+            world.below,
+            '--data',
+            'urban-1k',
+            '--root',
+            world.root,
+            '--data',
+            'nothere/',
+            '--task',
+            'long',
+            '--no-pictures',
+            '--out',
+            world.folder/'some',
+        )
     assert status == 0 and 'A left out: Failed to download' in said and 'nothere/ left out' in said and 'B' in printed
 
 def test_a_preset_goes_on_without_one_of_its_sets(world, capsys):
@@ -201,7 +269,17 @@ def test_a_folder_with_a_folder_for_each_class(tmp_path, capsys):
         image.save(tmp_path/'mine'/group/f'{i}.png')
     (tmp_path/'own').mkdir() # what another command left there stays
     write_results(tmp_path/'own'/'results.jsonl', [record('demo', 'gmail', 'emoji', 'B', 'cosine', .5, 0, 9)])
-    status = gmail_eval(['--task', 'classification', '--data', str(tmp_path/'mine'), '--out', str(tmp_path/'own'), '--skip-existing'])
+    status = gmail_eval(
+        [
+            '--task',
+            'classification',
+            '--data',
+            str(tmp_path/'mine'),
+            '--out',
+            str(tmp_path/'own'),
+            '--skip-existing',
+        ]
+    )
     assert status == 0 and next((tmp_path/'own').glob('mine*_matrix.png')).stat().st_size > 1000
     assert {r['experiment'] for r in read_results(tmp_path/'own'/'results.jsonl')} == {'demo', 'classification'}
 
@@ -211,7 +289,18 @@ def test_a_gallery_of_three_has_no_recall_at_five(world, capsys):
     for i in range(3):
         ds[i]['image'].save(three/f'{i}.png')
         (three/f'{i}.txt').write_text(ds[i]['label'])
-    status, _, said = world.ask(capsys, '--data', three, '--model', 'CLIP=hf:clip', '--models', world.below, '--no-pictures', '--out', world.folder/'small')
+    status, _, said = world.ask(
+        capsys,
+        '--data',
+        three,
+        '--model',
+        'CLIP=hf:clip',
+        '--models',
+        world.below,
+        '--no-pictures',
+        '--out',
+        world.folder/'small',
+    )
     assert status == 0 and 'no recall at 5, 10, the gallery has 3' in said
 
 def test_what_was_trained_on_is_not_tested(world, capsys):
@@ -219,9 +308,21 @@ def test_what_was_trained_on_is_not_tested(world, capsys):
     for c in 'abc':
         (world.folder/'noise'/c).mkdir(parents=True)
         for i in range(12):
-            Image.fromarray(torch.randint(255, (32, 32, 3), dtype=torch.uint8).numpy()).save(world.folder/'noise'/c/f'{i}.png')
-    status, _, _ = world.ask(capsys, '--task', 'classification', '--data', world.folder/'noise', '--model', 'timm:test_vit/random',
-                             '--no-pictures', '--out', world.folder/'noise_out')
+            Image.fromarray(torch.randint(255, (32, 32, 3), dtype=torch.uint8).numpy()).save(
+                world.folder/'noise' / c/f'{i}.png'
+            )
+    status, _, _ = world.ask(
+        capsys,
+        '--task',
+        'classification',
+        '--data',
+        world.folder/'noise',
+        '--model',
+        'timm:test_vit/random',
+        '--no-pictures',
+        '--out',
+        world.folder/'noise_out',
+    )
     top1 = next(r for r in world.records('noise_out') if r['metric'] == 'top1')
     assert status == 0 and top1['value'] < .7 and top1['n'] == 18 # noise has no classes
 
@@ -229,19 +330,46 @@ def test_the_packages_own_sets():
     ds = emoji('B', source='twemoji')
     assert len(labelled_set('emoji-concept', None)[0].classnames) == len(ds)
     assert load_retrieval_set('emoji-long')[0][0]['captions'] == [ds[0]['description']]
-    with pytest.raises(ValueError, match="unknown classification set 'emoji-family'"): labelled_set('emoji-family', None)
+    with pytest.raises(ValueError, match="unknown classification set 'emoji-family'"):
+        labelled_set('emoji-family', None)
+
 
 def test_pictures_of_answers_are_written(world, capsys):
-    status, _, _ = world.ask(capsys, '--preset', 'paper-table2', '--root', world.root, '--models', world.below, '--out', world.folder/'seen',
-                             '--model', 'CLIP=hf:clip', '--rows', 'CLIP', '--data', 'coco-val2017')
+    status, _, _ = world.ask(
+        capsys,
+        '--preset',
+        'paper-table2',
+        '--root',
+        world.root,
+        '--models',
+        world.below,
+        '--out',
+        world.folder/'seen',
+        '--model',
+        'CLIP=hf:clip',
+        '--rows',
+        'CLIP',
+        '--data',
+        'coco-val2017',
+    )
     assert status == 0 and all((world.folder/'seen'/f'coco-val2017_CLIP_{p}.png').exists() for p in (*WAYS, 'recall'))
 
 # Tables, names and models
 
 def test_a_set_too_small_for_ten_keeps_the_papers_numbers_in_their_columns():
-    rows = [dict(experiment='t', arm='CLIP', dataset='s', metric=m, value=.5, low=.4, high=.6) for m in RECALLS if 'at_10' not in m]
+    rows = [
+        dict(experiment='t', arm='CLIP', dataset='s', metric=m, value=0.5, low=0.4, high=0.6)
+        for m in RECALLS
+        if 'at_10' not in m
+    ]
     table = eval_table(rows, 't', 's', RECALLS, {('CLIP', 's'): (51.8, 76.8, 84.3, 32.7, 57.7, 68.2)})
-    assert table[0][1:] == ['I2T R@1', 'I2T R@5', 'T2I R@1', 'T2I R@5'] and table[2][1:] == ['51.8', '76.8', '32.7', '57.7']
+    assert table[0][1:] == ['I2T R@1', 'I2T R@5', 'T2I R@1', 'T2I R@5'] and table[2][1:] == [
+        '51.8',
+        '76.8',
+        '32.7',
+        '57.7',
+    ]
+
 
 def test_two_names_never_share_a_file():
     names = 'open_clip:ViT-B-16/openai', 'open_clip:ViT-L-14/openai', '/a/test', '/b/test', 'test'
@@ -278,22 +406,62 @@ def test_what_a_person_gets_wrong(world, capsys, tmp_path, argv, said):
 def test_sun397_needs_its_two_lists_for_a_probe(world, capsys, tmp_path):
     root = classification_miniature(tmp_path/'sets')
     for split in ('Training', 'Testing'): (root/'SUN397'/f'{split}_01.txt').unlink()
-    status, _, err = world.ask(capsys, '--task', 'classification', '--data', 'sun397', '--root', root, '--models', world.below,
-                               '--model', 'timm:test_vit/synclr.pth', '--out', tmp_path/'o')
+    status, _, err = world.ask(
+        capsys,
+        '--task',
+        'classification',
+        '--data',
+        'sun397',
+        '--root',
+        root,
+        '--models',
+        world.below,
+        '--model',
+        'timm:test_vit/synclr.pth',
+        '--out',
+        tmp_path/'o',
+    )
     assert status == 2 and 'Training_01.txt' in err
 
 # Features are kept
 
 def test_a_second_call_and_other_tasks_read_the_features(world, capsys):
-    asked = '--data', 'urban-1k', '--root', world.root, '--model', 'CLIP=hf:clip', '--models', world.below, '--no-pictures', '--out', world.folder/'kept'
+    asked = (
+        '--data',
+        'urban-1k',
+        '--root',
+        world.root,
+        '--model',
+        'CLIP=hf:clip',
+        '--models',
+        world.below,
+        '--no-pictures',
+        '--out',
+        world.folder/'kept',
+    )
     assert world.ask(capsys, *asked)[0] == 0
-    with patch('gmail_nb.encoders.Encoder.encode_image', side_effect=AssertionError), patch('gmail_nb.encoders.Encoder.encode_text', side_effect=AssertionError):
+    with (
+        patch('gmail_nb.encoders.Encoder.encode_image', side_effect=AssertionError),
+        patch('gmail_nb.encoders.Encoder.encode_text', side_effect=AssertionError),
+    ):
         assert world.ask(capsys, *asked)[0] == world.ask(capsys, *asked, '--task', 'long')[0] == 0
     kept = world.folder/'kept'/'features'
     assert [len(list(kept.glob(f'{kind}-*'))) for kind in ('images', 'texts')] == [1, 1]
 
 def test_features_of_16_bits(world, capsys):
-    asked = '--data', 'coco-5k', '--root', world.root, '--model', 'CLIP=hf:clip', '--models', world.below, '--no-pictures', '--out', world.folder/'sixteen'
+    asked = (
+        '--data',
+        'coco-5k',
+        '--root',
+        world.root,
+        '--model',
+        'CLIP=hf:clip',
+        '--models',
+        world.below,
+        '--no-pictures',
+        '--out',
+        world.folder/'sixteen',
+    )
     assert world.ask(capsys, *asked, '--store', 'float16')[0] == 0
     settings, = (json.loads(f.read_text()) for f in (world.folder/'sixteen'/'features').glob('images-*/settings.json'))
     assert settings['store'] == 'float16'
@@ -320,7 +488,9 @@ def failing(error):
 @pytest.mark.parametrize('error', [TypeError('dies at the first image'), RuntimeError('out of memory'), KeyError('x')])
 def test_a_row_that_fails_is_named_and_the_others_go_on(world, capsys, tmp_path, error):
     with patch('gmail_nb.runs.evaluate.eval_model', failing(error)):
-        status, printed, said = world.preset(capsys, 'paper-table2', '--data', 'coco-5k', '--rows', 'Long-CLIP', '--rows', 'CLIP', out=tmp_path/'o')
+        status, printed, said = world.preset(
+            capsys, 'paper-table2', '--data', 'coco-5k', '--rows', 'Long-CLIP', '--rows', 'CLIP', out=tmp_path/'o'
+        )
     row = next(l for l in printed.splitlines() if l.startswith('Long-CLIP'))
     assert status == 2 and 'not measured' in row and str(error).strip("'") in printed
     assert 'Long-CLIP on coco-5k not measured' in said and 'CLIP on coco-5k: 50 queries' in said
@@ -334,14 +504,32 @@ def test_an_old_result_is_not_shown_for_a_row_that_fails(world, capsys, tmp_path
         # other pixels, so that no features are there
         shutil.rmtree(tmp_path/'o'/'features')
         status, printed, _ = world.preset(capsys, 'paper-table2', *asked, out=tmp_path/'o')
-    assert status == 2 and next(l for l in printed.splitlines() if l.startswith('Long-CLIP')).split()[1:3] == ['not', 'measured']
+    assert status == 2 and next(l for l in printed.splitlines() if l.startswith('Long-CLIP')).split()[1:3] == [
+        'not',
+        'measured',
+    ]
+
 
 def test_a_damaged_folder_costs_its_row(world, capsys, tmp_path):
     shutil.copytree(world.below/'gmail-clip', tmp_path/'models'/'gmail-clip')
     shutil.copytree(world.below/'clip', tmp_path/'models'/'clip')
     (tmp_path/'models'/'gmail-clip'/'card.json').write_text('{"kind": "tuned text"}')
-    status, printed, said = world.ask(capsys, '--data', 'urban-1k', '--root', world.root, '--models', tmp_path/'models', '--model', 'CLIP=hf:clip',
-                                      '--model', 'G=gmail-clip', '--no-pictures', '--out', tmp_path/'o')
+    status, printed, said = world.ask(
+        capsys,
+        '--data',
+        'urban-1k',
+        '--root',
+        world.root,
+        '--models',
+        tmp_path/'models',
+        '--model',
+        'CLIP=hf:clip',
+        '--model',
+        'G=gmail-clip',
+        '--no-pictures',
+        '--out',
+        tmp_path/'o',
+    )
     assert status == 2 and 'G on urban-1k not measured' in said and 'CLIP' in printed
 
 # Trained on, tested on
@@ -350,11 +538,27 @@ def test_a_model_is_not_tested_on_what_it_was_trained_on(world, capsys, tmp_path
     models = tmp_path/'models'
     shutil.copytree(world.below, models)
     write_trained_on(models/'aligned', ['3', '4', 'COCO_train2014_000000000077'])
-    asked = '--data', 'coco-5k', '--data', 'urban-1k', '--root', world.root, '--models', models, '--no-pictures', '--model', 'CLIP=hf:clip', '--model'
+    asked = (
+        '--data',
+        'coco-5k',
+        '--data',
+        'urban-1k',
+        '--root',
+        world.root,
+        '--models',
+        models,
+        '--no-pictures',
+        '--model',
+        'CLIP=hf:clip',
+        '--model',
+    )
     status, printed, said = world.ask(capsys, *asked, 'G=tuned:gmail-clip', '--out', tmp_path/'o')
     assert status == 2 and "2 of 10 images of coco-5k are among those of the training of G, such as '3', '4'" in said
-    assert 'G on urban-1k: 12 queries' in said # whose numbers only count its images
-    assert {(r['arm'], r['dataset']) for r in read_results(tmp_path/'o'/'results.jsonl')} >= {('CLIP', 'coco-5k'), ('G', 'urban-1k')}
+    assert 'G on urban-1k: 12 queries' in said  # whose numbers only count its images
+    assert {(r['arm'], r['dataset']) for r in read_results(tmp_path/'o'/'results.jsonl')} >= {
+        ('CLIP', 'coco-5k'),
+        ('G', 'urban-1k'),
+    }
     status, _, _ = world.ask(capsys, *asked, 'G=tuned:gmail-clip', '--out', tmp_path/'allowed', '--equal-keys', 'allow')
     assert status == 0
 
@@ -363,11 +567,22 @@ def test_the_keys_of_the_aligned_model_count_too(world, tmp_path):
     shutil.copytree(world.below, models)
     write_trained_on(models/'gmail-clip', ['b'])
     write_trained_on(models/'aligned', ['a'])
-    assert trained_keys('tuned:gmail-clip', models) == trained_keys('gmail-clip', models) == trained_keys('tuned-f_g:gmail-clip', models) == ['a', 'b']
+    assert (
+        trained_keys('tuned:gmail-clip', models)
+        == trained_keys('gmail-clip', models)
+        == trained_keys('tuned-f_g:gmail-clip', models)
+        == ['a', 'b']
+    )
     assert trained_keys('aligned', models) == ['a'] and trained_keys('hf:clip', models) == []
 
 def test_a_picture_has_one_name():
-    same = 'COCO_val2014_000000000139.jpg', '139', '000000000139', 'val2017/000000000139.jpg', 'val2014/COCO_val2014_000000000139'
+    same = (
+        'COCO_val2014_000000000139.jpg',
+        '139',
+        '000000000139',
+        'val2017/000000000139.jpg',
+        'val2014/COCO_val2014_000000000139',
+    )
     assert {picture_name(k) for k in same} == {'139'}
     assert picture_name('1000092795.jpg') == '1000092795' and picture_name('pug/7.v2') == 'pug/7.v2'
 
@@ -375,7 +590,12 @@ def test_flickrs_files_are_compared_and_not_its_numbers(world):
     tested = EvalSet(*load_retrieval_set('flickr30k', world.root))
     assert compared_names(tested)[:2] == ['0', '1'] and tested.data['file'][:2] == ['0.jpg', '1.jpg'] # of the miniature
     assert compared_names(EvalSet(*load_retrieval_set('urban-1k', world.root))) == []
-    assert compared_names(EvalSet(*load_retrieval_set('emoji'))) == [] == compared_names(EvalSet(*labelled_set('emoji-group', None)))
+    assert (
+        compared_names(EvalSet(*load_retrieval_set('emoji')))
+        == []
+        == compared_names(EvalSet(*labelled_set('emoji-group', None)))
+    )
+
 
 def test_classes_are_compared_by_folder_and_file(world, tmp_path):
     folder = tmp_path/'aligned'
@@ -383,7 +603,8 @@ def test_classes_are_compared_by_folder_and_file(world, tmp_path):
     tested = EvalSet(*labelled_set('imagenet', world.root))
     key = picture_name('/'.join(tested.data.files[0].parts[-2:]))
     write_trained_on(folder, [key])
-    with pytest.raises(ValueError, match='1 of 6 images of imagenet'): check_leaks('S', 'aligned', tmp_path, 'imagenet', tested)
+    with pytest.raises(ValueError, match='1 of 6 images of imagenet'):
+        check_leaks('S', 'aligned', tmp_path, 'imagenet', tested)
     check_leaks('S', 'aligned', tmp_path, 'imagenet', tested, EvalSettings(equal_keys='allow'))
 
 # Folders by their cards
@@ -391,7 +612,10 @@ def test_classes_are_compared_by_folder_and_file(world, tmp_path):
 def test_folders_are_known_by_their_cards(world, capsys, tmp_path):
     below = world.below
     assert [kind_of_folder(below/n) for n in ('aligned', 'gmail-clip', 'clip')] == ['aligned', 'tuned', None]
-    assert spec_of('aligned', below) == 'aligned:aligned' and spec_of('stretched:gmail-clip', below) == 'stretched:tuned:gmail-clip'
+    assert (
+        spec_of('aligned', below) == 'aligned:aligned'
+        and spec_of('stretched:gmail-clip', below) == 'stretched:tuned:gmail-clip'
+    )
     assert eval_model('gmail-clip', below).fingerprint == eval_model('tuned:gmail-clip', below).fingerprint
     assert isinstance(model_at(below/'aligned'), GenReal) and model_at(below/'gmail-clip').name.endswith('+tuned')
     (tmp_path/'captioner').mkdir()
@@ -399,8 +623,22 @@ def test_folders_are_known_by_their_cards(world, capsys, tmp_path):
     with pytest.raises(ValueError, match="holds 'captioner', which is no encoder"): spec_of('captioner', tmp_path)
 
 def test_a_bare_folder_is_evaluated(world, capsys, tmp_path):
-    status, printed, _ = world.ask(capsys, '--data', 'urban-1k', '--root', world.root, '--models', world.below, '--model', 'aligned',
-                                   '--model', 'gmail-clip', '--no-pictures', '--out', tmp_path/'o')
+    status, printed, _ = world.ask(
+        capsys,
+        '--data',
+        'urban-1k',
+        '--root',
+        world.root,
+        '--models',
+        world.below,
+        '--model',
+        'aligned',
+        '--model',
+        'gmail-clip',
+        '--no-pictures',
+        '--out',
+        tmp_path/'o',
+    )
     assert status == 0 and 'gmail-clip' in printed
 
 # Files in COCO's forms
@@ -408,8 +646,21 @@ def test_a_bare_folder_is_evaluated(world, capsys, tmp_path):
 @pytest.mark.parametrize('more, n, split', [((), 10, 'test'), (('--split', 'train'), 2, 'train')])
 def test_a_karpathy_file_is_a_set(world, capsys, tmp_path, more, n, split):
     file = world.root/'dataset_coco.json'
-    status, _, said = world.ask(capsys, '--data', file, '--images', world.root, '--model', 'CLIP=hf:clip', '--models', world.below,
-                                '--no-pictures', '--out', tmp_path/'o', *more)
+    status, _, said = world.ask(
+        capsys,
+        '--data',
+        file,
+        '--images',
+        world.root,
+        '--model',
+        'CLIP=hf:clip',
+        '--models',
+        world.below,
+        '--no-pictures',
+        '--out',
+        tmp_path/'o',
+        *more,
+    )
     records = read_results(tmp_path/'o'/'results.jsonl')
     assert status == 0 and f'{n} images of the split {split}' in said and {r['split'] for r in records} == {split}
     assert {r['n'] for r in records if r['metric'].startswith('image')} == {n}

@@ -22,16 +22,32 @@ def test_a_report_comes_with_sheets_and_quality(captions, tmp_path):
 
 def test_the_page_shows_real_pictures_too(tmp_path):
     with quiet_datasets(): emoji('A', 'noto').select(range(0, 400, 100)).to_parquet(tmp_path/'real.parquet')
-    out = generate_run(tmp_path/'real.parquet', out=tmp_path/'both', draw=two, work=quiet, report=True, real=tmp_path/'real.parquet')
+    out = generate_run(
+        tmp_path/'real.parquet',
+        out=tmp_path/'both',
+        draw=two,
+        work=quiet,
+        report=True,
+        real=tmp_path/'real.parquet',
+    )
     assert 'Real and generated' in (out/'report.html').read_text()
 
 def test_real_needs_a_report(captions, tmp_path):
     with pytest.raises(ValueError, match='add --report'): generate_run(captions, out=tmp_path/'x', real='any')
 
-@pytest.mark.parametrize('how', [
-    dict(generator='sdxl-tubro'), dict(quality='embeded'), dict(report=True, real='nothing.parquet'),
-    dict(source=SourceSettings(which='frist')), dict(source=SourceSettings(key='id')), dict(draw=DrawSettings(width=128, steps=1)),
-    dict(draw=DrawSettings(scheduler='DDIMSheduler')), dict(draw=DrawSettings(options={'styel': 'noto'}))])
+@pytest.mark.parametrize(
+    'how',
+    [
+        dict(generator='sdxl-tubro'),
+        dict(quality='embeded'),
+        dict(report=True, real='nothing.parquet'),
+        dict(source=SourceSettings(which='frist')),
+        dict(source=SourceSettings(key='id')),
+        dict(draw=DrawSettings(width=128, steps=1)),
+        dict(draw=DrawSettings(scheduler='DDIMSheduler')),
+        dict(draw=DrawSettings(options={'styel': 'noto'})),
+    ],
+)
 def test_a_mistake_binds_no_folder(captions, tmp_path, how):
     with pytest.raises((ValueError, OSError)): generate_run(captions, out=tmp_path/'x', work=quiet, **how)
     assert generate_run(captions, out=tmp_path/'x', draw=two, work=quiet).exists()
@@ -44,10 +60,18 @@ def test_other_settings_of_a_finished_folder_are_refused(captions, tmp_path):
 def test_parts_that_are_none(text):
     with pytest.raises(ValueError, match='expected i/n'): part_of(text)
 
-@pytest.mark.parametrize('work, message', [(dict(device='cuda:99'), "no device 'cuda:99' here"), (dict(device='gpu'), "unknown device 'gpu'"),
-                                           (dict(device='cpu', dtype='float16'), 'not for a CPU'), (dict(dtype='float8'), 'unknown dtype')])
+@pytest.mark.parametrize(
+    'work, message',
+    [
+        (dict(device='cuda:99'), "no device 'cuda:99' here"),
+        (dict(device='gpu'), "unknown device 'gpu'"),
+        (dict(device='cpu', dtype='float16'), 'not for a CPU'),
+        (dict(dtype='float8'), 'unknown dtype'),
+    ],
+)
 def test_a_device_or_format_that_is_not_there_is_said_before_anything_is_read(tmp_path, work, message):
-    with pytest.raises(ValueError, match=message): generate_run(tmp_path/'no-captions.csv', out=tmp_path/'x', work=WorkSettings(**work), quality='embedded')
+    with pytest.raises(ValueError, match=message):
+        generate_run(tmp_path/'no-captions.csv', out=tmp_path/'x', work=WorkSettings(**work), quality='embedded')
     assert not (tmp_path/'x').exists()
 
 def test_a_shard_that_ends_early_is_named(captions, tmp_path):
@@ -56,7 +80,9 @@ def test_a_shard_that_ends_early_is_named(captions, tmp_path):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-30])
     with pytest.raises(ValueError, match=shard.name): load_generated(out)
-    pq.write_table(pq.read_table(generate_run(captions, out=tmp_path/'y', draw=two, work=quiet)/shard.name).slice(0, 1), shard)
+    pq.write_table(
+        pq.read_table(generate_run(captions, out=tmp_path/'y', draw=two, work=quiet) / shard.name).slice(0, 1), shard
+    )
     with pytest.raises(ValueError, match='has 1 rows and not 2'): load_generated(out)
     assert len(load_generated(generate_run(captions, out=out, draw=two, work=quiet))) == 2 # made anew
 
@@ -64,5 +90,13 @@ def test_the_real_set_of_the_page_is_read_as_the_captions_are(tmp_path):
     from gmail_nb.experiments.tables import table_miniature
     root = table_miniature(tmp_path/'sets', 4, 1, 1)
     source = SourceSettings(split='train', images=str(root))
-    out = generate_run(root/'dataset_coco.json', out=tmp_path/'run', draw=two, source=source, work=quiet, report=True, real=root/'dataset_coco.json')
+    out = generate_run(
+        root/'dataset_coco.json',
+        out=tmp_path/'run',
+        draw=two,
+        source=source,
+        work=quiet,
+        report=True,
+        real=root/'dataset_coco.json',
+    )
     assert len(load_generated(out)) == 4 and 'Real and generated' in (out/'report.html').read_text()

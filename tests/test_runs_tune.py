@@ -16,8 +16,18 @@ from gmail_nb.encoders import encode_images, load_encoder, preprocess_images
 from gmail_nb.files import read_results
 from gmail_nb.generate import generate, load_generated
 from gmail_nb.runs.presets import ARMS, TEXT_RECIPES, check_arm
-from gmail_nb.runs.tune_caption import (CaptionColumn, Embeddings, caption_files, caption_sets, captioned_rows, coco_rows,
-    pictures_at, split_rows, training_features, tune_captioner)
+from gmail_nb.runs.tune_caption import (
+    CaptionColumn,
+    Embeddings,
+    caption_files,
+    caption_sets,
+    captioned_rows,
+    coco_rows,
+    pictures_at,
+    split_rows,
+    training_features,
+    tune_captioner,
+)
 from gmail_nb.runs.tune_text import pairs_of_files, tune_from_files
 from gmail_nb.runtime import set_seed
 from gmail_nb.settings import CaptionerSettings, DrawSettings, SourceSettings, TuneSettings, WorkSettings
@@ -64,8 +74,10 @@ def test_a_recipe_learns_what_is_learned_by_hand(text):
 
 def test_shapes_of_what_the_arms_learn(text):
     said = sum(map(len, text['real']['captions']))
-    found = {arm: pairs_of_files(text['folder']/'arms', text['encoder'], arm, generated=text['drawn'], real=text['real'])
-             for arm in ('real', 'mix', 'indiscriminate')}
+    found = {
+        arm: pairs_of_files(text['folder']/'arms', text['encoder'], arm, generated=text['drawn'], real=text['real'])
+        for arm in ('real', 'mix', 'indiscriminate')
+    }
     shapes = {arm: (tuple(x.shape), len(c)) for arm, (x, c) in found.items()}
     assert shapes == dict(real=((said, 256), said), mix=((2, 24, 256), 24), indiscriminate=((24, 256), 24))
 
@@ -76,15 +88,31 @@ def test_each_generated_image_of_the_mix_is_beside_its_real_partner(text):
     alone = encode_images(encoder.encode_image, preprocess_images(encoder, [partner]))[0]
     torch.testing.assert_close(x[1, 5], torch.nn.functional.normalize(alone, dim=-1), atol=1e-5, rtol=1e-3)
 
-@pytest.mark.parametrize('arm, said', [('gmail', 'name an aligned model'), ('real', 'name a captioned set'), ('mixed', "did you mean 'mix'")])
+@pytest.mark.parametrize(
+    'arm, said', [('gmail', 'name an aligned model'), ('real', 'name a captioned set'), ('mixed', "did you mean 'mix'")]
+)
 def test_an_arm_that_lacks_something(text, arm, said):
-    with pytest.raises(ValueError, match=said): pairs_of_files(text['folder']/'arms', text['encoder'], arm, generated=text['drawn'])
-    with pytest.raises(ValueError, match='generated images: name their folder with --generated'): check_arm('mix', None, None, 1)
+    with pytest.raises(ValueError, match=said):
+        pairs_of_files(text['folder']/'arms', text['encoder'], arm, generated=text['drawn'])
+    with pytest.raises(ValueError, match='generated images: name their folder with --generated'):
+        check_arm('mix', None, None, 1)
     assert set(ARMS) == {'gmail', 'indiscriminate', 'real', 'mix'}
 
 def test_the_command_writes_what_was_asked(text, capsys):
     out = text['folder']/'told'
-    status, said, _ = answer(capsys, gmail_tune, 'text', '--generated', text['made'], '--model', text['folder']/'model', '--out', out, '--steps', 3)
+    status, said, _ = answer(
+        capsys,
+        gmail_tune,
+        'text',
+        '--generated',
+        text['made'],
+        '--model',
+        text['folder']/'model',
+        '--out',
+        out,
+        '--steps',
+        3,
+    )
     assert status == 0 and 'the best at 3' in said and f'tuned: {out}' in said
     assert json.loads((out/'card.json').read_text())['settings']['steps'] == 3
 
@@ -98,17 +126,41 @@ def captions(tmp_path_factory):
     ds = emoji('B', source='noto').select(range(40))
     for i, r in enumerate(ds):
         r['image'].save(folder/'coco'/f'{i:04}.png')
-        rows.append(dict(cocoid=i, filename=f'{i:04}.png', split='train' if i % 4 else 'test', sentences=[dict(raw=c) for c in r['captions']]))
+        rows.append(
+            dict(
+                cocoid=i,
+                filename=f'{i:04}.png',
+                split='train' if i % 4 else 'test',
+                sentences=[dict(raw=c) for c in r['captions']],
+            )
+        )
     (folder/'dataset_coco.json').write_text(json.dumps(dict(images=rows, dataset='coco')))
     cut = folder/'coco'/'0005.png'
     cut.write_bytes(cut.read_bytes()[:300])
     (folder/'coco'/'0008.png').unlink()
     tokenizer = caption_tokenizer(c for r in ds['captions'] for c in r)
     sizes = dict(vocab_size=len(tokenizer), bos_token_id=2, eos_token_id=2)
-    kinds = dict(gpt2=GPT2Config(n_positions=96, n_embd=64, n_layer=2, n_head=2, **sizes),
-                 llama=LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=96, **sizes),
-                 opt=OPTConfig(hidden_size=64, word_embed_proj_dim=32, num_hidden_layers=2, ffn_dim=96, num_attention_heads=2,
-                               max_position_embeddings=96, pad_token_id=0, **sizes))
+    kinds = dict(
+        gpt2=GPT2Config(n_positions=96, n_embd=64, n_layer=2, n_head=2, **sizes),
+        llama=LlamaConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=96,
+            **sizes,
+        ),
+        opt=OPTConfig(
+            hidden_size=64,
+            word_embed_proj_dim=32,
+            num_hidden_layers=2,
+            ffn_dim=96,
+            num_attention_heads=2,
+            max_position_embeddings=96,
+            pad_token_id=0,
+            **sizes,
+        ),
+    )
     for kind, config in kinds.items():
         set_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(str(folder/kind))
@@ -123,8 +175,28 @@ def no_java(monkeypatch): monkeypatch.setenv('PATH', '') # starting it takes lon
 def tune(capsys, captions, kind, steps, *more):
     "The preset of Table 1 with a small language model of that kind."
     folder = captions['folder']
-    status, out, err = answer(capsys, gmail_tune, 'caption', '--preset', 'paper-table1', '--real', folder/'dataset_coco.json', '--images', folder/'coco',
-                              '--out', folder/f'out_{kind}', '--encoder', 'embedded', '--lm', folder/kind, '--steps', steps, '--lr', '3e-3', *more)
+    status, out, err = answer(
+        capsys,
+        gmail_tune,
+        'caption',
+        '--preset',
+        'paper-table1',
+        '--real',
+        folder/'dataset_coco.json',
+        '--images',
+        folder/'coco',
+        '--out',
+        folder/f'out_{kind}',
+        '--encoder',
+        'embedded',
+        '--lm',
+        folder / kind,
+        '--steps',
+        steps,
+        '--lr',
+        '3e-3',
+        *more,
+    )
     return status, out, [l for l in err.splitlines() if 'left out' in l or l.startswith('gmail')]
 
 @pytest.mark.parametrize('kind, steps', [('gpt2', 80), ('opt', 10), ('llama', 10)])
@@ -139,14 +211,28 @@ def test_a_preset_trains_on_a_karpathy_file(captions, capsys, kind, steps):
 
 def test_generated_images_go_through_f_g(captions, capsys):
     folder = captions['folder']
-    status, _, _ = tune(capsys, captions, 'gpt2', 8, '--generated', captions['made'], '--model', folder/'aligned', '--out', folder/'gmail')
+    status, _, _ = tune(
+        capsys,
+        captions,
+        'gpt2',
+        8,
+        '--generated',
+        captions['made'],
+        '--model',
+        folder/'aligned',
+        '--out',
+        folder/'gmail',
+    )
     assert status == 0 and {r['arm'] for r in read_results(folder/'gmail'/'results.jsonl')} == {'gmail'}
 
 @pytest.fixture(scope='module')
 def trained(captions):
     folder, encoder = captions['folder'], load_encoder('embedded')
     train = coco_rows(folder/'dataset_coco.json', folder/'coco', 'train')
-    arms = {arm: training_features(train, encoder, arm, generated=captions['drawn']) for arm in ('real', 'indiscriminate', 'mix')}
+    arms = {
+        arm: training_features(train, encoder, arm, generated=captions['drawn'])
+        for arm in ('real', 'indiscriminate', 'mix')
+    }
     return dict(encoder=encoder, train=train, arms=arms)
 
 def test_the_mix_pairs_each_image_with_its_real_partner(captions, trained):
@@ -161,15 +247,22 @@ def test_a_generated_image_is_learned_with_the_caption_it_was_made_from(captions
     (x, c, _), drawn, encoder = trained['arms']['indiscriminate'], captions['drawn'], trained['encoder']
     assert x.shape == (30, 256)
     one = drawn[list(drawn['caption']).index(c[3][0])]['image']
-    torch.testing.assert_close(x[3], encode_images(encoder.encode_image, encoder.preprocess(one)[None])[0], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        x[3], encode_images(encoder.encode_image, encoder.preprocess(one)[None])[0], atol=1e-4, rtol=1e-3
+    )
+
 
 def test_arms_that_lack_their_images(captions, trained):
     encoder, train, drawn = trained['encoder'], trained['train'], captions['drawn']
     with pytest.raises(ValueError, match='name their folder with --generated'): training_features(train, encoder, 'mix')
-    with pytest.raises(ValueError, match="unknown arm 'gmial': did you mean 'gmail'"): training_features(train, encoder, 'gmial')
+    with pytest.raises(ValueError, match="unknown arm 'gmial': did you mean 'gmail'"):
+        training_features(train, encoder, 'gmial')
     others = [dict(r, key='x' + r['key']) for r in train]
-    with pytest.raises(ValueError, match='no generated image has the key'): training_features(others, encoder, 'indiscriminate', generated=drawn)
-    with pytest.raises(FileNotFoundError, match='there is no folder'): coco_rows(captions['folder']/'dataset_coco.json', captions['folder']/'nowhere')
+    with pytest.raises(ValueError, match='no generated image has the key'):
+        training_features(others, encoder, 'indiscriminate', generated=drawn)
+    with pytest.raises(FileNotFoundError, match='there is no folder'):
+        coco_rows(captions['folder']/'dataset_coco.json', captions['folder']/'nowhere')
+
 
 def test_generated_images_alone_are_learned_from_but_for_those_tested(captions, trained):
     leave = frozenset({'0', '4'})
@@ -186,7 +279,7 @@ def test_three_ways_to_keep_test_images_apart(captions):
     apart = caption_sets(ds, emoji('B', source='twemoji').select(range(5)))
     assert len(apart.train) == 40 and len(apart.test) == 5
     with pytest.raises(ValueError, match='--real or --test'): caption_sets(None, None)
-    with pytest.raises(ValueError, match='validation_share=0.1'): split_rows([dict(key='0')], .1)
+    with pytest.raises(ValueError, match='--validation-share, 0.1 now'): split_rows([dict(key='0')], .1)
 
 def test_what_a_person_gets_wrong_in_tune(captions, capsys):
     folder = captions['folder']
@@ -279,7 +372,9 @@ def test_test_images_that_are_learned_from_are_refused(captions):
     folder, made = captions['folder'], captions['made']
     overlap, apart = by_key(captions, [1, 2]), by_key(captions, [3, 7], ['a', 'b'])
     for arm, how in (('real', {}), ('indiscriminate', dict(generated=made))):
-        with pytest.raises(ValueError, match="2 of 2 images of the test set are among those of this training, such as '1', '2'"):
+        with pytest.raises(
+            ValueError, match="2 of 2 images of the test set are among those of this training, such as '1', '2'"
+        ):
             run_of(captions, 'leak', arm=arm, test=overlap, **how)
     with pytest.raises(ValueError, match='among those of this training'):
         tune_captioner(None, folder/'leak', FEW, made, arm='indiscriminate', test=overlap)
@@ -298,7 +393,9 @@ def test_a_karpathy_file_as_the_test_set_says_what_is_learned_from(captions):
 def test_what_the_models_below_were_trained_on_is_no_test(captions):
     folder, model = captions['folder'], GenReal(load_encoder('embedded')).save_pretrained(captions['folder']/'knows')
     write_trained_on(model, ['4'])
-    with pytest.raises(ValueError, match="1 of 10 images of the test set are among those of the aligned model, such as '4'"):
+    with pytest.raises(
+        ValueError, match="1 of 10 images of the test set are among those of the aligned model, such as '4'"
+    ):
         run_of(captions, 'leak2', captions['made'], model)
     run_of(captions, 'base')
     start = replace(FEW, start=str(folder/'base'))
@@ -311,9 +408,15 @@ def test_a_captioner_goes_on_from_another(captions):
     run_of(captions, 'second', settings=replace(FEW, steps=1, lr=1e-9, noise=0., start=str(folder/'first')))
     first, second = (load_captioner(folder/n) for n in ('first', 'second'))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(first.parameters(), second.parameters()))
-    for how, said in ((dict(mapper='transformer'), "mapper is 'mlp' there"), (dict(tuning='frozen'), "tuning is 'full' there"),
-                      (dict(lm=str(folder/'gpt2')), 'name is None there'), (dict(prefix_length=5), 'prefix_length is 4 there')):
-        with pytest.raises(ValueError, match=said): run_of(captions, 'third', settings=replace(FEW, start=str(folder/'first'), **how))
+    for how, said in (
+        (dict(mapper='transformer'), "mapper is 'mlp' there"),
+        (dict(tuning='frozen'), "tuning is 'full' there"),
+        (dict(lm=str(folder/'gpt2')), 'name is None there'),
+        (dict(prefix_length=5), 'prefix_length is 4 there'),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run_of(captions, 'third', settings=replace(FEW, start=str(folder/'first'), **how))
+
 
 def test_a_mapper_first_and_the_language_model_later(captions):
     "A frozen language model is tuned in a second run, with LoRA or in full."
@@ -325,7 +428,9 @@ def test_a_mapper_first_and_the_language_model_later(captions):
         later = replace(frozen, tuning=tuning, start=str(folder/'mapper'), steps=1, lr=1e-9, noise=0.)
         run_of(captions, f'later-{tuning}', settings=later)
         found = load_captioner(folder/f'later-{tuning}')
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mapper.prefix.parameters(), found.prefix.parameters()))
+        assert all(
+            torch.allclose(a, b, atol=1e-5) for a, b in zip(mapper.prefix.parameters(), found.prefix.parameters())
+        )
         assert found.settings['tuning'] == tuning
         assert found.lm.dtype == (torch.float32 if tuning == 'full' else torch.bfloat16)
 
@@ -363,8 +468,30 @@ def test_before_any_tuning_the_error_says_what_makes_a_captioner(captions, capsy
 
 def test_flags_of_a_captioner(captions, capsys):
     folder = captions['folder']
-    status, _, said = tune(capsys, captions, 'llama', 2, '--out', folder/'flags', '--tuning', 'lora', '--dtype', 'bfloat16', '--beams', '2',
-                           '--noise', '.1', '--rank', '2', '--precision', 'bf16', '--revision', 'main', '--max-new-tokens', '6')
+    status, _, said = tune(
+        capsys,
+        captions,
+        'llama',
+        2,
+        '--out',
+        folder/'flags',
+        '--tuning',
+        'lora',
+        '--dtype',
+        'bfloat16',
+        '--beams',
+        '2',
+        '--noise',
+        '.1',
+        '--rank',
+        '2',
+        '--precision',
+        'bf16',
+        '--revision',
+        'main',
+        '--max-new-tokens',
+        '6',
+    )
     card = json.loads((folder/'flags'/'captioner'/'card.json').read_text())
     assert status == 0 and card['dtype'] == 'bfloat16' and card['rank'] == 2 and card['revision'] == 'main'
     assert {k: card['preset'][k] for k in ('beams', 'noise', 'precision')} == dict(beams=2, noise=.1, precision='bf16')

@@ -1,4 +1,5 @@
 "What a text side learns from, from files: images of the split that was named, never of a test set, read where they lie."
+
 import gmail_nb.runtime
 import json
 from dataclasses import replace
@@ -32,7 +33,9 @@ def files(tmp_path_factory):
         rows.append(dict(cocoid=i, filename=f'{i:04}.png', split=split, sentences=[dict(raw=c) for c in r['captions']]))
     (folder/'karpathy.json').write_text(json.dumps(dict(images=rows, dataset='coco')))
     captions = {str(i): r['captions'][0] for i, r in enumerate(real)}
-    made = generate(captions, 'embedded', folder/'generated', DrawSettings(steps=1), work=WorkSettings(show_progress=False))
+    made = generate(
+        captions, 'embedded', folder/'generated', DrawSettings(steps=1), work=WorkSettings(show_progress=False)
+    )
     GenReal(load_encoder('embedded')).save_pretrained(folder/'model')
     write_trained_on(folder/'model', ['0', 'other'])
     return dict(folder=folder, made=made, karpathy=folder/'karpathy.json',
@@ -43,7 +46,9 @@ test_keys = {str(i) for i in range(0, 24, 3)}
 @pytest.mark.parametrize('arm', ['gmail', 'indiscriminate', 'mix', 'real'])
 def test_only_keys_of_the_named_split_are_learned_from(files, arm):
     out = files['folder']/f'split_{arm}'
-    tune_from_files(out, brief, files['made'], files['folder']/'model', files['karpathy'], arm, files['source'], desc=None)
+    tune_from_files(
+        out, brief, files['made'], files['folder']/'model', files['karpathy'], arm, files['source'], desc=None
+    )
     learned = set(trained_on(out)) - {'0', 'other'} # which the aligned model had learned from
     assert learned and not learned & test_keys
     card = json.loads((out/'card.json').read_text())
@@ -60,7 +65,9 @@ def test_keys_that_are_only_looked_at_are_not_trained_on_and_those_of_the_model_
 def test_a_test_set_that_shares_an_image_is_refused_before_anything_is_made(files):
     out = files['folder']/'leak'
     with pytest.raises(ValueError, match='8 of 8 images of karpathy are among those of the training set'):
-        tune_from_files(out, brief, files['made'], files['folder']/'model', test=files['karpathy'], test_split='test', desc=None)
+        tune_from_files(
+            out, brief, files['made'], files['folder']/'model', test=files['karpathy'], test_split='test', desc=None
+        )
     assert not (out/'features').exists()
     with pytest.raises(ValueError, match='1 of 8 images of karpathy are among those of the alignment in model'):
         tune_from_files(out, brief, files['made'], files['folder']/'model', files['karpathy'], 'gmail', files['source'],
@@ -68,8 +75,19 @@ def test_a_test_set_that_shares_an_image_is_refused_before_anything_is_made(file
 
 def test_the_command_refuses_a_leak_and_says_what_is_missing(files, capsys):
     out = str(files['folder']/'told')
-    argv = ['text', '--generated', str(files['made']), '--arm', 'indiscriminate', '--out', out, '--test', str(files['karpathy']),
-            '--test-split', 'test']
+    argv = [
+        'text',
+        '--generated',
+        str(files['made']),
+        '--arm',
+        'indiscriminate',
+        '--out',
+        out,
+        '--test',
+        str(files['karpathy']),
+        '--test-split',
+        'test',
+    ]
     assert gmail_tune(argv) == 2 and 'are among those of the training set' in capsys.readouterr().err
     assert gmail_tune(['text', '--out', out]) == 2
     assert 'name --generated with --model, or --real' in capsys.readouterr().err
@@ -78,7 +96,9 @@ def test_the_command_refuses_a_leak_and_says_what_is_missing(files, capsys):
 def test_real_partners_teach_their_own_projection(files):
     both = replace(brief, settings=replace(brief.settings, real_projection=True))
     out = files['folder']/'both'
-    tuned = tune_from_files(out, both, files['made'], files['folder']/'model', files['karpathy'], 'gmail', files['source'], desc=None)
+    tuned = tune_from_files(
+        out, both, files['made'], files['folder']/'model', files['karpathy'], 'gmail', files['source'], desc=None
+    )
     assert tuned.real_projection is not None and not torch.equal(tuned.real_projection.weight, tuned.projection.weight)
     back = load_tuned(out)
     torch.testing.assert_close(back.visual.maps[1].weight, tuned.real_projection.weight)
@@ -86,7 +106,9 @@ def test_real_partners_teach_their_own_projection(files):
 def test_captions_and_features_are_read_by_the_row(files):
     real = emoji('B', source='noto').select(range(24))
     captions = Captions(real, np.array([3, 3, 5]), np.array([0, 1, 0]))
-    assert captions[[2, 0]] == [real[5]['captions'][0], real[3]['captions'][0]] and captions[1] == real[3]['captions'][1]
+    assert (
+        captions[[2, 0]] == [real[5]['captions'][0], real[3]['captions'][0]] and captions[1] == real[3]['captions'][1]
+    )
     assert list(captions) == captions[[0, 1, 2]] and captions.keys() == {real[3]['key'], real[5]['key']}
     x, said = pairs_of_files(files['folder']/'rows', load_encoder('embedded'), 'real', real=real)
     assert len(x) == len(said) and torch.equal(x[0, 0], x[0, 1])
@@ -95,9 +117,15 @@ def test_images_that_do_not_decode_are_left_out_with_their_captions(files, capsy
     real = emoji('B', source='noto').select(range(6))
     def damaged(row, i): return row | (dict(image=dict(bytes=b'no picture', path=None)) if i == 2 else {})
     import datasets
-    cut = real.cast_column('image', datasets.Image(decode=False)).map(damaged, with_indices=True, load_from_cache_file=False)
+
+    cut = real.cast_column('image', datasets.Image(decode=False)).map(
+        damaged, with_indices=True, load_from_cache_file=False
+    )
     cut = cut.cast_column('image', datasets.Image())
     sides = Sides(files['folder']/'cut', load_encoder('embedded'))
     found = text_pairs(sides, 'real', real=cut)
     assert '1 of 6 images left out' in capsys.readouterr().out
-    assert found.captions.keys() == {real[i]['key'] for i in (0, 1, 3, 4, 5)} and found.images.read(slice(None)).isfinite().all()
+    assert (
+        found.captions.keys() == {real[i]['key'] for i in (0, 1, 3, 4, 5)}
+        and found.images.read(slice(None)).isfinite().all()
+    )

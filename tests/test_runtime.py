@@ -46,7 +46,9 @@ def test_a_fingerprint_stays_what_it_was():
     assert fingerprint('a', 1, None, [True, 2.5], {'k': b'x'}) == '0676dcef914ea16e'
     assert fingerprint(torch.arange(3), np.arange(3)) == 'd9652901cd12c38c'
 
-@pytest.mark.parametrize('a, b', [((torch.ones(2, 3),), (torch.ones(3, 2),)), (('a', 'bc'), ('ab', 'c')), ((1,), ('1',))])
+@pytest.mark.parametrize(
+    'a, b', [((torch.ones(2, 3),), (torch.ones(3, 2),)), (('a', 'bc'), ('ab', 'c')), ((1,), ('1',))]
+)
 def test_different_contents_have_two(a, b):
     assert fingerprint(*a) != fingerprint(*b)
 

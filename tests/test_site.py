@@ -1,4 +1,5 @@
 "The pages are built from the committed notebooks: one for each, with its pictures, no link broken, nothing fetched from elsewhere."
+
 import html.parser
 import re
 import shutil
@@ -71,3 +72,8 @@ def test_pages_show_every_picture(site):
         drawn = sum('image/png' in o.get('data', {}) for c in shown for o in c['outputs'])
         page = (site[0]/page_of(name)).read_text(encoding='utf-8')
         assert page.count('<img') >= drawn, f'{name}: {drawn} pictures in the notebook, fewer on its page'
+
+def test_links_to_colab_name_the_notebook_in_the_repository(site):
+    for name in (n for n in names if n.startswith('tutorials/')):
+        found = [l for l in site[1][page_of(name)].links if 'colab.research.google.com' in l]
+        assert found and found[0].endswith(f'/nbs/{name}.ipynb'), f'{name}: {found}'

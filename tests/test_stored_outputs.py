@@ -8,15 +8,6 @@ import struct
 import pytest
 from house import cells_of, names, source_of
 
-# Slow cells that keep the output of an earlier version, as their pages say: to be run again, and taken off this list.
-OLDER = ('experiments/10_demo', 'experiments/20_retrieval', 'experiments/30_alignment', 'experiments/40_captioning',
-         'experiments/50_ifcap')
-
-def check(wrong, said, *where):
-    "Fail, or expect to where what is stored is known to be older than its code."
-    if wrong and set(where) <= set(OLDER): pytest.xfail(f'{said}: {wrong}')
-    assert not wrong, f'{said}: {wrong}'
-
 EXPERIMENTS = [n for n in names if n.startswith('experiments/')]
 
 def outputs(name):
@@ -47,12 +38,12 @@ def test_no_picture_is_shared_by_two_notebooks():
         for cell, png in pictures(name):
             where = seen.setdefault(hashlib.sha256(png).hexdigest(), (name, cell['id']))
             if where[0] != name: shared.append((where, (name, cell['id'])))
-    check(shared, 'the same picture stands in two notebooks', *(place[0] for pair in shared for place in pair))
+    assert not shared, f'the same picture stands in two notebooks: {shared}'
 
 @pytest.mark.parametrize('name', names)
 def test_a_cell_that_prints_stores_no_page(name):
     wrong = [c['id'] for c, out in outputs(name) if data_of(out, 'text/html') and ends_in_print(source_of(c))]
-    check(wrong, 'these print at their end, but store a table: run them again', name)
+    assert not wrong, f'these print at their end, but store a table, run them again: {wrong}'
 
 @pytest.mark.parametrize('name', names)
 def test_no_prose_excuses_what_is_stored(name):
@@ -62,12 +53,17 @@ def test_no_prose_excuses_what_is_stored(name):
 
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_stored_text_fits_the_page(name):
-    wide = [(cell['id'], l) for cell, out in outputs(name) for l in ''.join(out.get('text', '')).splitlines() if len(l) > 120]
-    check(wide, 'stored lines over 120 characters', name)
+    wide = [
+        (cell['id'], l)
+        for cell, out in outputs(name)
+        for l in ''.join(out.get('text', '')).splitlines()
+        if len(l) > 120
+    ]
+    assert not wide, f'stored lines over 120 characters: {wide}'
 
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_pictures_have_the_width_of_a_page(name):
     "Drawn for about 800 pixels, so that no letter is stretched or shrunk; narrow ones stay as they are."
     for cell, png in pictures(name):
         width, _ = struct.unpack('>II', png[16:24])
-        check(width > 1100, f'{cell["id"]} is {width} pixels wide: letters shrink on a page of 800', name)
+        assert width <= 1100, f'{cell["id"]} is {width} pixels wide: letters shrink on a page of 800'

@@ -1,11 +1,14 @@
 "The paper's tables: what they are made of, what they share, and that each runs to its end in miniature."
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from gmail_nb.experiments.tables import (TABLES, Drawing, TableRun, as_asked, chain, dry_table, exchanged,
-                                         folder_name, needs_of, paper_plan, run_table, seeded, table_miniature)
+from gmail_nb.cli.flags import preset_named
+from gmail_nb.experiments.tables import (TABLES, Drawing, TableRun, as_asked, chain, check_runs, dry_table, exchanged,
+                                         folder_name, needs_of, paper_plan, run_table, seeded, table_miniature,
+                                         tables_text)
 from gmail_nb.files import read_results
 from gmail_nb.pipelines import tiny_stable_diffusion
 from gmail_nb.runs.presets import CAPTION_SOURCES, CAPTIONER_PRESETS, EVAL_PRESETS, TEXT_RECIPES, with_known
@@ -13,6 +16,7 @@ from gmail_nb.settings import GENERATORS, CaptionerSettings
 
 def weight(item): return 60
 
+MADE = {n: t for n, t in TABLES.items() if t.rows}
 CAPTIONED = [n for n, t in TABLES.items() if t.task == 'caption']
 
 # As data
@@ -24,10 +28,15 @@ def test_no_two_captioning_tables_are_one_configuration():
 def test_ranks_and_generators_are_those_of_the_tables():
     adapters = [r.last.aligning.settings.adapters for r in TABLES['table11'].rows]
     assert [(a.tuning, a.rank) for a in adapters] == [('lora', 2), ('lora', 4), ('lora', 6), ('full', 4)]
-    assert needs_of(TABLES['table17'])['generators'] == ['flux-dev'] and needs_of(TABLES['table6'])['generators'] == ['stable-diffusion-2']
+    assert needs_of(TABLES['table17'])['generators'] == ['flux-dev'] and needs_of(TABLES['table6'])['generators'] == [
+        'stable-diffusion-2'
+    ]
     steps = {r.name: r.last.settings.steps for r in TABLES['table13'].rows}
     assert steps['GMAIL'] == steps['generated, no alignment'] and steps['base'] == 141_000
-    assert [r.last.arm for r in TABLES['table16'].rows] == ['mix', 'gmail'] and TABLES['table8'].rows[1].last.aligning.encoder.startswith('hf:google')
+    assert [r.last.arm for r in TABLES['table16'].rows] == ['mix', 'gmail'] and TABLES['table8'].rows[
+        1
+    ].last.aligning.encoder.startswith('hf:google')
+
 
 def test_more_captions_are_more_captions():
     drawn = list(dict.fromkeys(r.last.drawing.captions for r in TABLES['table7'].rows if not isinstance(r.last, str)))
@@ -35,7 +44,7 @@ def test_more_captions_are_more_captions():
     assert {r.last.aligning.drawing.captions for r in TABLES['table7'].rows} == {'coco'} # CC's real images lie nowhere
 
 def test_every_reported_number_has_a_metric():
-    for t in TABLES.values():
+    for t in MADE.values():
         for row in t.rows:
             for numbers in row.reported.values(): assert len(numbers) <= len(t.metrics)
 
@@ -48,17 +57,19 @@ def test_recipes_fix_no_temperature_of_ours():
     for r in TEXT_RECIPES.values(): assert r.settings.tau == TuneSettings().tau
 
 def test_every_needed_generator_and_caption_set_is_known():
-    for t in TABLES.values():
+    for t in MADE.values():
         needs = needs_of(t)
         assert set(needs['generators']) <= set(GENERATORS) and any(s in CAPTION_SOURCES for s in needs['sets'])
 
 def test_old_names_of_presets_stay():
-    assert {f'paper-table{n}' for n in (1, 6, 8, 9, 11, 13, 16, 17)} | {'small', 'paper-table1-llama'} <= set(CAPTIONER_PRESETS)
+    assert {f'paper-table{n}' for n in (1, 6, 8, 9, 11, 13, 16, 17)} | {'small', 'paper-table1-llama'} <= set(
+        CAPTIONER_PRESETS
+    )
     assert {'paper-table2', 'paper-table3', 'paper-table4', 'paper-table5', 'paper-table7'} == set(EVAL_PRESETS)
 
 def test_four_bit_can_be_reached_where_there_is_such_a_setting():
     known = {f for f in CaptionerSettings.__dataclass_fields__}
-    if 'four_bit' in known: assert CAPTIONER_PRESETS['llama-4bit'].settings.four_bit
+    assert 'four_bit' in known and CAPTIONER_PRESETS['llama-4bit'].settings.four_bit
     assert with_known(CaptionerSettings(), no_such=1) == CaptionerSettings()
 
 # What is shared
@@ -67,12 +78,12 @@ def test_equal_steps_have_one_folder_and_others_have_not():
     assert folder_name(Drawing()) == folder_name(Drawing()) != folder_name(Drawing(generator='flux-dev'))
     nine, eleven = ({s.folder for s in paper_plan(t)} for t in ('table9', 'table11'))
     assert len(nine & eleven) == 4
-    everything = [s.folder for t in TABLES for s in paper_plan(t)]
+    everything = [s.folder for t in MADE for s in paper_plan(t)]
     drawings = {f for f in everything if f.name.startswith('drawing')}
     assert len(drawings) == 4 # COCO by two generators, CC3M and CC12M
 
 def test_a_step_comes_after_those_that_it_needs():
-    for table in TABLES:
+    for table in MADE:
         order = [folder_name(s.link) for s in paper_plan(table, run=TableRun(seeds=2))]
         for step in paper_plan(table, run=TableRun(seeds=2)):
             at = order.index(folder_name(step.link))
@@ -87,7 +98,9 @@ def test_seeds_share_the_images():
 
 def test_names_are_exchanged():
     assert exchanged('a', ('b',)) == 'b' and exchanged('a', ('c=b',)) == 'a' and exchanged('a', ('a=b',)) == 'b'
-    link = as_asked(TABLES['table17'].rows[1].last, TableRun(generator=('flux-dev=embedded',), epochs=2, validation_share=.3))
+    link = as_asked(
+        TABLES['table17'].rows[1].last, TableRun(generator=('flux-dev=embedded',), epochs=2, validation_share=0.3)
+    )
     assert link.drawing.generator == link.aligning.drawing.generator == 'embedded' and link.start.drawing is None
     assert link.aligning.settings.align.epochs == 2 and link.aligning.settings.validation_share == .3
 
@@ -98,14 +111,32 @@ def world(tmp_path_factory):
     home = tmp_path_factory.mktemp('tables')
     table_miniature(home/'sets')
     tiny_stable_diffusion(home/'flux', seed=1)
-    run = TableRun(str(home/'sets'), encoder=('embedded',), lm=('small',), steps=3, epochs=1, batch_size=8,
-                   generator=('stable-diffusion-2=embedded', f'flux-dev={home/"flux"}'), validation_share=.4, max_new_tokens=8,
-                   draw_steps=1, device='cpu')
+    run = TableRun(
+        str(home/'sets'),
+        encoder=('embedded',),
+        lm=('small',),
+        steps=3,
+        epochs=1,
+        batch_size=8,
+        generator=('stable-diffusion-2=embedded', f'flux-dev={home / "flux"}'),
+        validation_share=0.4,
+        max_new_tokens=8,
+        draw_steps=1,
+        device='cpu',
+    )
     return home, run
 
-@pytest.mark.parametrize('table, rows', [('table2', ('CLIP', 'CLIP + GMAIL')), ('table1', ('ClipCap', 'ClipCap + GMAIL')), ('table11', ('rank 2', 'full')),
-                                         ('table17', ('GMAIL',)), pytest.param('table11', (), marks=pytest.mark.slow),
-                                         pytest.param('table17', (), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'table, rows',
+    [
+        ('table2', ('CLIP', 'CLIP + GMAIL')),
+        ('table1', ('ClipCap', 'ClipCap + GMAIL')),
+        pytest.param('table11', ('rank 2', 'full'), marks=pytest.mark.slow),
+        pytest.param('table17', ('GMAIL',), marks=pytest.mark.slow),
+        pytest.param('table11', (), marks=pytest.mark.slow),
+        pytest.param('table17', (), marks=pytest.mark.slow),
+    ],
+)
 def test_a_table_runs_to_its_end(world, table, rows, capsys):
     home, run = world
     run = replace(run, rows=rows, data=('coco-val2017', 'coco-5k') if table == 'table2' else ())
@@ -143,9 +174,72 @@ def test_a_text_side_learns_from_no_image_that_is_measured(world):
 def test_the_command(world, capsys):
     from gmail_nb.cli.commands import gmail_experiment
     home, run = world
-    flags = ['--scale', 'paper', '--root', run.root, '--out', home/'out', '--rows', 'CLIP', '--rows', 'CLIP + GMAIL', '--data', 'coco-val2017',
-             '--encoder', 'embedded', '--lm', 'small', '--steps', 3, '--epochs', 1, '--batch-size', 8, '--validation-share', .4,
-             '--max-new-tokens', 8, '--draw-steps', 1, '--device', 'cpu', *(v for g in run.generator for v in ('--generator', g))]
+    flags = [
+        '--scale',
+        'paper',
+        '--root',
+        run.root,
+        '--out',
+        home/'out',
+        '--rows',
+        'CLIP',
+        '--rows',
+        'CLIP + GMAIL',
+        '--data',
+        'coco-val2017',
+        '--encoder',
+        'embedded',
+        '--lm',
+        'small',
+        '--steps',
+        3,
+        '--epochs',
+        1,
+        '--batch-size',
+        8,
+        '--validation-share',
+        0.4,
+        '--max-new-tokens',
+        8,
+        '--draw-steps',
+        1,
+        '--device',
+        'cpu',
+        *(v for g in run.generator for v in ('--generator', g)),
+    ]
     assert gmail_experiment(['table2', *map(str, flags)]) == 0
     out = capsys.readouterr().out
     assert 'begins' not in out and 'in the paper' in out # the steps of the test above
+
+# What has no rows, and what one process alone may do
+
+def test_a_table_without_rows_says_what_to_do_instead(capsys):
+    for table in set(TABLES) - set(MADE):
+        assert table in tables_text() and TABLES[table].left_out in tables_text()
+        with pytest.raises(ValueError, match=f'{table} has no command of its own'): check_runs(table)
+        with pytest.raises(ValueError, match='has no command of its own'): dry_table(table)
+    assert set(TABLES) == {f'table{n}' for n in range(1, 18)}
+
+def test_several_processes_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    with pytest.raises(ValueError, match='--part 0/8'): run_table('table2', tmp_path)
+    assert not list(tmp_path.iterdir())
+
+def test_names_of_presets_that_were_several_captioners_say_where_they_are():
+    for n in (6, 9, 11, 16, 17):
+        with pytest.raises(ValueError, match=f'gmail_experiment table{n} --scale paper'):
+            preset_named(f'paper-table{n}', CAPTIONER_PRESETS)
+
+def test_a_dry_run_adds_up_the_room_of_images_without_the_captions(tmp_path):
+    rows = dry_table('table6', tmp_path, TableRun(root=str(tmp_path)))
+    drawing = next(r for r in rows if r.what == 'drawing')
+    assert drawing.note == '566,747 images' and any('days' in r.where for r in rows if r.what == 'time')
+    assert 'GB' in rows[-1].note and rows[-1].what == 'output'
+
+def test_rows_and_seeds_share_features(monkeypatch):
+    from gmail_nb.experiments import tables
+    asked = []
+    monkeypatch.setattr('gmail_nb.runs.tune_caption.tune_captioner', lambda *a, **k: asked.append(k['features']))
+    for row in TABLES['table6'].rows:
+        tables.run_captioner(row.last, Path('out')/'x', TableRun(), lambda link: Path('out'))
+    assert set(asked) == {str(Path('out')/'features')}

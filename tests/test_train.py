@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from gmail_nb.align import GenReal
 from gmail_nb.encoders import Encoder, encode_images
 from gmail_nb.features import LazyPixels, embed
 from gmail_nb.runtime import set_seed
-from gmail_nb.settings import AdapterSettings, AlignSettings, EmbedSettings, RunSettings
+from gmail_nb.settings import AdapterSettings, AlignSettings, EmbedSettings, RunSettings, described
 from gmail_nb.train import (Alignment, Bank, Checkpoints, Order, align, alignment_parameters, bank_bytes, batches,
                             check_device, checkpoints_in, draw_others, epoch_order, own_parts, processes, rng_state,
                             run_precision, set_rng_state)
@@ -111,7 +111,9 @@ def test_other_negatives_are_different_and_free():
 def test_every_row_counts_once_over_parts_and_processes():
     for size, accumulation, world in ((16, 4, 1), (5, 2, 3), (2, 1, 3)):
         own = [own_parts(size, accumulation, p, world) for p in range(world)]
-        counted = [(i, share / len(places)) for parts in own for places, share in parts if share for i in places.tolist()]
+        counted = [
+            (i, share / len(places)) for parts in own for places, share in parts if share for i in places.tolist()
+        ]
         assert sorted(counted) == [(i, world) for i in range(size)]
 
 def test_a_bank_that_is_read_gives_what_a_resident_one_gives(real):
@@ -307,8 +309,8 @@ def test_a_checkpoint_of_before_is_gone_on_from(plain, real, tmp_path):
     with pytest.raises(Stop): trained(real, evaluate=stop, run=at(tmp_path))
     file = checkpoints_in(tmp_path)[-1]/'state.json'
     state = json.loads(file.read_text())
-    assert set(state) == {'step', 'bad', 'best', 'stopped', 'settings', 'model', 'data', 'history', 'processes'}
-    assert state['settings'] == json.loads(json.dumps(asdict(replace(short, precision='no', tau=.07))))
+    assert set(state) == {'step', 'bad', 'best', 'stopped', 'settings', 'model', 'data', 'history', 'processes', 'files'}
+    assert state['settings'] == json.loads(json.dumps(described(replace(short, precision='no', tau=.07))))
     for later in ('model', 'stopped', 'processes'): del state[later]
     file.write_text(json.dumps(state))
     assert torch.equal(trained(real, run=at(tmp_path))[1], plain[1])
@@ -371,7 +373,8 @@ def test_the_temperature_follows_the_loss_unless_it_is_given():
 
 def test_a_device_that_is_not_there_is_refused(real):
     with pytest.raises(ValueError, match="no device 'cuda:9', only cpu"): check_device('cuda:9')
-    with pytest.raises(ValueError, match="no device 'tpu'"): align(new_model(), x_g, real, run=RunSettings(device='tpu'))
+    with pytest.raises(ValueError, match="no device 'tpu'"):
+        align(new_model(), x_g, real, run=RunSettings(device='tpu'))
     check_device('cpu'), check_device(None)
 
 def test_bfloat16_where_it_cannot_be_had_is_refused(monkeypatch):
@@ -403,7 +406,8 @@ def test_losses_that_are_no_numbers_change_nothing_and_stop_the_run(real):
     settings = AlignSettings(epochs=5, batch_size=16, most_bad_steps=2)
     model = new_model()
     before = model.proj_gen.weight.detach().clone()
-    with pytest.raises(FloatingPointError, match='no number in 3 steps'): align(model, x_g * float('nan'), real, settings)
+    with pytest.raises(FloatingPointError, match='no number in 3 steps'):
+        align(model, x_g * float('nan'), real, settings)
     assert torch.equal(model.proj_gen.weight, before)
 
 def test_adapters_that_take_no_part_are_named():
@@ -512,7 +516,9 @@ def test_the_command_on_two_processes(tmp_path):
     source = tmp_path/'real.parquet'
     drawings = emoji('A', source='noto').select(range(40)).select_columns(['key', 'image', 'captions'])
     drawings.to_parquet(source)
-    generate(str(source), 'embedded', tmp_path/'generated', DrawSettings(steps=1), work=WorkSettings(show_progress=False))
+    generate(
+        str(source), 'embedded', tmp_path/'generated', DrawSettings(steps=1), work=WorkSettings(show_progress=False)
+    )
     for name, n in (('one', 1), ('two', 2)):
         options = ('--adapted-share', '.43', '--validation-share', '.3', '--epochs', '2', '--batch-size', '7',
                    '--equal-captions', 'together', '--out', tmp_path/name)

@@ -24,11 +24,17 @@ class Client(NotebookClient):
         if flags - self.named: return cell
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
+BAR = r'\d+%\||it/s|s/it|\?it|: 0it|IProgress not found|as notebook_tqdm'
+
+def without_bars(text):
+    "The lines of a stream that are not the state of a progress bar."
+    lines = [l for l in re.split(r'[\r\n]+', text) if l.strip() and not re.search(BAR, l)]
+    return ''.join(l + '\n' for l in lines)
+
 def is_bar(out):
     "Whether an output is nothing but the state of progress bars."
     if out.get('name') != 'stderr': return any('widget' in mime for mime in out.get('data', {}))
-    lines = [l for l in re.split(r'[\r\n]', out['text']) if l.strip()]
-    return all(re.search(r'\d+%\||it/s|s/it|\?it|: 0it|IProgress not found|as notebook_tqdm', l) for l in lines)
+    return not without_bars(out['text'])
 
 def tidy(nb):
     "Streams as one output, and no bars."
@@ -36,7 +42,9 @@ def tidy(nb):
         if cell.cell_type != 'code': continue
         cell.outputs = [o for o in cell.outputs if not is_bar(o)]
         cell.execution_count = None
-        for out in cell.outputs: out.pop('execution_count', None)
+        for out in cell.outputs:
+            out.pop('execution_count', None)
+            if out.get('name') == 'stderr' and re.search(BAR, out['text']): out['text'] = without_bars(out['text'])
 
 def execute(path, named):
     nb = nbformat.read(path, as_version=4)
@@ -48,7 +56,10 @@ def execute(path, named):
     except CellExecutionError as e: raise SystemExit(f'{path.name}: {e}')
     tidy(nb)
     nbformat.write(nb, path)
-    subprocess.run([sys.executable, '-c', f'from nbdev.clean import nbdev_clean; nbdev_clean({str(path)!r})'], cwd=root, check=True)
+    subprocess.run(
+        [sys.executable, '-c', f'from nbdev.clean import nbdev_clean; nbdev_clean({str(path)!r})'], cwd=root, check=True
+    )
+
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])

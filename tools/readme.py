@@ -20,7 +20,8 @@ def render_output(out, name):
         return ('', {}) if out.get('name') == 'stderr' else (f"```\n{text(out['text']).rstrip()}\n```", {})
     data = out.get('data', {})
     if 'text/markdown' in data: return relink(text(data['text/markdown']).strip()), {}
-    if 'image/png' in data: return f'![]({pictures}/{name}.png)', {f'{name}.png': base64.b64decode(text(data['image/png']))}
+    if 'image/png' in data:
+        return f'![]({pictures}/{name}.png)', {f'{name}.png': base64.b64decode(text(data['image/png']))}
     if 'text/html' in data: return re.sub(r'<style.*?</style>\s*', '', text(data['text/html']), flags=re.S).strip(), {}
     return (f"```\n{text(data['text/plain']).rstrip()}\n```", {}) if 'text/plain' in data else ('', {})
 
@@ -30,7 +31,8 @@ def render_cell(cell):
     if cell['cell_type'] == 'markdown':
         return relink(source), {}
     options = set(re.findall(r'^#\|\s*(.+?)\s*$', source, re.M))
-    if cell['cell_type'] != 'code' or any(re.match(r'(hide|export|default_exp|include:\s*false)', o) for o in options): return '', {}
+    if cell['cell_type'] != 'code' or any(re.match(r'(hide|export|default_exp|include:\s*false)', o) for o in options):
+        return '', {}
     code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
     parts, files = ([] if 'echo: false' in options or not code else [f'```python\n{code}\n```']), {}
     for i, out in enumerate(cell['outputs']):
@@ -47,13 +49,18 @@ def render(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--check', action='store_true', help='write nothing; exit 1 when the README is not what the notebook gives')
+    parser.add_argument(
+        '--check', action='store_true', help='write nothing; exit 1 when the README is not what the notebook gives'
+    )
     check = parser.parse_args().check
     markdown, files = render(root/'nbs'/'index.ipynb')
     wanted = {root/'README.md': markdown.encode()} | {root/pictures/name: data for name, data in files.items()}
     stale = [p for p in (root/pictures).glob('*') if p not in wanted]
     changed = [p for p, data in wanted.items() if not p.exists() or p.read_bytes() != data]
-    if check: sys.exit('out of date, run tools/readme.py: ' + ', '.join(p.name for p in changed + stale) if changed or stale else 0)
+    if check:
+        sys.exit(
+            'out of date, run tools/readme.py: ' + ', '.join(p.name for p in changed + stale) if changed or stale else 0
+        )
     for p in stale: p.unlink()
     for p in changed: p.parent.mkdir(exist_ok=True); p.write_bytes(wanted[p])
     print('README.md written' if changed or stale else 'README.md is up to date')

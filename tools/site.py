@@ -18,7 +18,8 @@ def show_source(nb):
         if cell['cell_type'] != 'code': continue
         source = ''.join(cell['source'])
         exported = re.match(r'#\|\s*export', source)
-        if not exported and 'show_doc' not in source: cell['source'] = '#| eval: false\n' + source # nbdev would run whatever stands beside an import
+        if not exported and 'show_doc' not in source:
+            cell['source'] = '#| eval: false\n' + source  # nbdev would run whatever stands beside an import
         if not exported or not re.search(r'^(def|class|@)', source, re.M): continue
         code = re.sub(r'^#\|.*\n', '', source, flags=re.M)
         options = '#| eval: false\n#| code-fold: show\n#| code-summary: "Source"\n'
@@ -53,7 +54,7 @@ def stage(work):
 def process(work):
     "nbdev's processing of every notebook in one process (libraries are imported once); returns the folder of results."
     os.chdir(work)
-    import gmail_nb.runtime, torchvision # before the notebooks: each would mend torchvision for itself, and once is all it takes
+    import gmail_nb.runtime, torchvision  # before the notebooks: each would mend torchvision for itself, and once is all it takes
     from nbdev.config import get_config
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
@@ -75,11 +76,12 @@ def page_name(stem):
 
 def rename_outputs(done):
     "Give each page the name nbdev chose for it: smalldocs does not read `output-file`."
-    numbered = re.compile(r'(?<!\w)\d+[a-zA-Z0-9]*_(\w+\.(?:ipynb|html))')
+    # an address elsewhere, such as Colab's, names the notebook as it is in the repository
+    numbered = re.compile(r'https?://[^\s"\'()<>]+|(?<!\w)\d+[a-zA-Z0-9]*_(\w+\.(?:ipynb|html))')
     pages = list(done.glob('**/*.ipynb'))
     for path in [*pages, done/'sidebar.yml']:
         text = path.read_text(encoding='utf-8')
-        path.write_text(numbered.sub(r'\1', text), encoding='utf-8')
+        path.write_text(numbered.sub(lambda m: m[1] or m[0], text), encoding='utf-8')
     for path in pages: path.rename(path.with_name(f'{page_name(path.stem)}.ipynb'))
 
 def local_katex(site):

@@ -65,6 +65,7 @@ def show_comparison(
 BENCHES = dict(generate='gmail_nb.bench.generate:bench_generation',
                align='gmail_nb.bench.align:bench_align',
                retrieval='gmail_nb.bench.retrieval:bench_retrieval',
+               llava='gmail_nb.bench.llava:bench_llava',
                gpu='gmail_nb.bench.gpu:gpu_page') # name -> module and function
 
 def run_bench(

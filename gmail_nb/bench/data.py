@@ -79,6 +79,7 @@ def transform(size:int=224):
     return transforms.Compose([transforms.Resize(size, bicubic), transforms.CenterCrop(size),
                                transforms.ToTensor(), transforms.Normalize((.5,) * 3, (.5,) * 3)])
 
+# %% ../../nbs/bench/50_data.ipynb #89b6540a
 def rate(
     batches # yields tensors (B, ...)
 ) -> float: # images for each second that a core worked in this process

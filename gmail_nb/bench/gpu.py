@@ -100,6 +100,7 @@ class Target:
     def precision(self) -> str: # 'bf16' or 'no', as training settings name it
         return 'bf16' if self.dtype == torch.bfloat16 else 'no'
 
+# %% ../../nbs/bench/40_gpu.ipynb #159c5a07
 def target(
     device:torch.device|str,
     dtype:torch.dtype=torch.bfloat16,
@@ -116,6 +117,7 @@ def count_operations(
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): work()
     return counter.get_total_flops()
 
+# %% ../../nbs/bench/40_gpu.ipynb #746979c8
 def memory_since(
     device:torch.device
 ) -> Callable: # () -> MiB: the most that was allocated on a GPU; growth of the process on a CPU
@@ -169,6 +171,7 @@ def check_equal(name:str, ours:list[float], plain:list[float], on:Target) -> Non
     worst = max(abs(a - b) / max(1., abs(b)) for a, b in zip(ours, plain, strict=True))
     assert worst < allowed, f'{name}: the two ways part, losses {ours} and {plain}'
 
+# %% ../../nbs/bench/40_gpu.ipynb #a48a0639
 def compared(
     name:str,
     ours:Reading, plain:Reading,
@@ -396,6 +399,7 @@ def see(
     with torch.no_grad(), in_precision(on.precision, on.device):
         return encoder.encode_image(pixels).float()
 
+# %% ../../nbs/bench/40_gpu.ipynb #4446250e
 def seen_once(encoder:Encoder, pixels:torch.Tensor, on:Target) -> tuple[torch.Tensor, float]:
     "The same features, on the CPU, and the seconds that they took."
     start = time.perf_counter()
@@ -572,6 +576,7 @@ def generation_page(on:Target) -> dict: # name -> (name) -> a line
         return compare_generation(name, sdxl_sized(on.device, on.dtype), on, n=4, batch_size=4, size=1024)
     return {'generate, Stable Diffusion 2': sd2, 'generate, SDXL': sdxl}
 
+# %% ../../nbs/bench/40_gpu.ipynb #2d2c40af
 def towers_page(on:Target) -> dict: # likewise
     "Alignment and tuning of ViT-B/32 and ViT-L/14."
     def align(tower, share):

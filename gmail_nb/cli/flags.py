@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPELLED', 'STATUS', 'WORDS', 'ERRORS', 'comments', 'word_or_number', 'json_object', 'reader', 'Option', 'derived',
            'options_of_settings', 'preset_or', 'options_of', 'flag_names', 'Help', 'Parser', 'how_to_read', 'said_of',
-           'help_of', 'add_flag', 'add_option', 'add_options', 'with_named', 'one_line', 'Terminated',
+           'help_of', 'add_flag', 'add_option', 'add_options', 'with_named', 'ours', 'one_line', 'Terminated',
            'stopped_by_sigterm', 'run_command', 'arguments_of', 'call_with', 'add_preset', 'preset_named', 'show_plan',
-           'Command', 'command', 'Commands']
+           'Command', 'command', 'check_typed', 'Commands']
 
 # %% ../../nbs/cli/00_flags.ipynb #cf690f1d
 import argparse
@@ -32,8 +32,10 @@ from fastcore.basics import patch
 from fastcore.docments import docments
 
 from ..files import unknown_name
+from ..settings import check_value
 
 # %% ../../nbs/cli/00_flags.ipynb #4cd2d89c
+@functools.cache # reading a source takes longer than all else that a parser needs
 def comments(
     of # a function, or a dataclass
 ) -> dict[str, str]: # '' where there is none
@@ -49,13 +51,14 @@ def word_or_number(
     "A whole number where the text is one."
     return int(text) if text.isdigit() else text
 
+# %% ../../nbs/cli/00_flags.ipynb #879e8755
 def json_object(
     text:str # such as '{"style": "noto"}'
 ) -> dict:
     "JSON of an object; `ArgumentTypeError` otherwise."
     try: found = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise argparse.ArgumentTypeError(f'{text!r} is not JSON: {e.msg}') from e
+    except (ValueError, RecursionError) as e:
+        raise argparse.ArgumentTypeError(f'{text[:60]!r} is not JSON: {getattr(e, "msg", e)}') from e
     if isinstance(found, dict): return found
     raise argparse.ArgumentTypeError(f'{text!r} is no object such as {{"style": "noto"}}')
 
@@ -144,8 +147,11 @@ def flag_names(
         same = [p for p in options if p.path[-1] == o.path[-1] and p is not o]
         return all(len(p.path) > len(o.path) for p in same)
     parts = {o.dest: o.path[-1:] if short(o) else o.path[-2:] for o in options}
-    def spelled(part): return SPELLED.get(part[0]) if len(part) == 1 else None
-    return {dest: spelled(part) or '-'.join(part).replace('_', '-') for dest, part in parts.items()}
+    files = {o.dest for o in options if o.annotation is list} # not the name of a column
+    def spelled(dest, part):
+        found = SPELLED.get(part[0]) if len(part) == 1 and dest not in files else None
+        return found or '-'.join(part).replace('_', '-')
+    return {dest: spelled(dest, part) for dest, part in parts.items()}
 
 # %% ../../nbs/cli/00_flags.ipynb #4dcb3beb
 class Help(argparse.HelpFormatter):
@@ -179,7 +185,7 @@ class Parser(argparse.ArgumentParser):
     def unknown(self, flag:str) -> ValueError:
         "What is said of a flag that there is not."
         names = {name.lstrip('-'): name for name in self._option_string_actions}
-        near = difflib.get_close_matches(flag.lstrip('-'), names, n=1, cutoff=.6) # dashes are no likeness
+        near = difflib.get_close_matches(flag.lstrip('-'), names, n=1, cutoff=.5) # dashes are no likeness
         hint = f'did you mean {names[near[0]]!r}?' if near else f'{self.prog} --help lists all'
         return ValueError(f'unknown flag {flag!r}: {hint}')
 
@@ -225,10 +231,12 @@ def add_flag(
     takes_value = how.get('action') in (None, 'append') and 'choices' not in how
     if takes_value: how['metavar'] = WORDS.get(how.get('type'), o.path[-1].upper())
     kept, own = dict(dest=o.dest, default=argparse.SUPPRESS), o.path[-1].replace('_', '-')
+    or_none = NoneType in get_args(o.annotation) and o.default is not None
+    if or_none: parser = parser.add_mutually_exclusive_group() # a value, or its --no- form
     parser.add_argument(f'--{flag}', help=help_of(o, more), **kept, **how)
     if SPELLED.get(o.path[-1]) == flag: # as it was called before
         parser.add_argument(f'--{own}', help=argparse.SUPPRESS, **kept, **how)
-    if NoneType in get_args(o.annotation) and o.default is not None:
+    if or_none:
         absent = said_of(o)[1] or f'leave {flag} to the command'
         parser.add_argument(f'--no-{flag}', help=absent, action='store_const', const=None, **kept)
 
@@ -240,7 +248,8 @@ def add_option(
 ) -> None:
     "Give the parser one argument or flag."
     if not o.required: return add_flag(parser, o, flag, more)
-    how = dict(nargs='+' if o.several else None, type=reader(o.annotation),
+    several = '*' if said_of(o)[1] else '+' # a comment that ends in '; None: ...' makes it optional
+    how = dict(nargs=several if o.several else None, type=reader(o.annotation),
                metavar=SPELLED.get(o.path[-1], o.path[-1]))
     parser.add_argument(o.dest, help=help_of(o, more), **how)
 
@@ -271,12 +280,22 @@ def with_named(
 # %% ../../nbs/cli/00_flags.ipynb #7390b70a
 ERRORS = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError, MemoryError)
 
+def ours(error:BaseException) -> bool:
+    "Whether an error is a defect of the program, and not something that cannot be done as asked."
+    if isinstance(error, ImportError) and (error.name or '').startswith('gmail_nb'): return True
+    return not isinstance(error, ERRORS)
+
+# %% ../../nbs/cli/00_flags.ipynb #aed4f635
 def one_line(
     error:BaseException
 ) -> str:
     "The message without line breaks; the kind of error where there is no message."
     said, kind = ' '.join(str(error).split()), type(error).__name__
-    if isinstance(error, ERRORS): return said or kind
+    if kind == 'OutOfMemoryError': # of torch, on a GPU
+        return ('the memory of the device is too small: take a smaller --batch-size, or, where the '
+                'command has it, --accumulation, which goes through the batch in parts '
+                f'({said[:80]})')
+    if not ours(error): return said or kind
     return f'a defect of the program ({kind}: {said}); --debug shows where, please report it'
 
 # %% ../../nbs/cli/00_flags.ipynb #5d1f6a02
@@ -303,7 +322,8 @@ def run_command(
     logging.basicConfig(format='%(message)s', level=logging.WARNING)
     try:
         with stopped_by_sigterm(): status = work() or 0
-        if runtime := sys.modules.get('gmail_nb.runtime'): runtime.leave_processes() # if it used torch
+        runtime = sys.modules.get('gmail_nb.runtime') # where torch was used
+        if runtime: runtime.leave_processes()
         return status
     except SystemExit as e: return e.code or 0 # `--help`
     except KeyboardInterrupt as e:
@@ -313,7 +333,7 @@ def run_command(
     except Exception as e:
         if debug: traceback.print_exc()
         print(f'{name}: {one_line(e)}', file=sys.stderr)
-        return 2 if isinstance(e, ERRORS) else 1
+        return 1 if ours(e) else 2
 
 # %% ../../nbs/cli/00_flags.ipynb #154ed1cf
 def arguments_of(
@@ -340,14 +360,16 @@ def call_with(work:Callable, named:dict, preset=None, fixed:dict|None=None):
 # %% ../../nbs/cli/00_flags.ipynb #faf93c51
 def add_preset(parser:Parser, presets:dict) -> None:
     "The flag `--preset`; the first of them stands unless another is named."
-    first = next(iter(presets))
+    first, named = next(iter(presets)), [n for n, p in presets.items() if not isinstance(p, str)]
     parser.add_argument('--preset', default=first, metavar='NAME',
-                        help=f'{", ".join(presets)} (default: {first}); other flags change it')
+                        help=f'{", ".join(named)} (default: {first}); other flags change it')
 
 def preset_named(name:str, presets:dict):
-    "The settings of that name. `ValueError` with near names."
+    "The settings of that name. `ValueError` with near names, or with what to do instead."
     if name not in presets: raise unknown_name('preset', name, presets)
-    return presets[name]
+    found = presets[name]
+    if isinstance(found, str): raise ValueError(f'preset {name}: {found}')
+    return found
 
 # %% ../../nbs/cli/00_flags.ipynb #9bb7c2cc
 def show_plan(
@@ -375,13 +397,14 @@ class Command:
         dry:Callable|None=None, # of the same arguments: what `--dry-run` reports
         fixed:dict|None=None,   # parameters that are given here and are no flags
         doc:str|None=None,      # describes the command in place of the docstring
+        words:dict|None=None,   # further commands, by a first word
         alone:bool=True         # whether one process at a time writes into the folder `out`
     ):
         functools.update_wrapper(self, work)
         self.work, self.presets, self.quick = work, presets, quick
         self.leave, self.more, self.name = leave, more or {}, name or work.__name__
-        self.example, self.dry, self.fixed, self.alone = example, dry, fixed or {}, alone
-        self.__doc__ = doc or work.__doc__
+        self.example, self.dry, self.fixed = example, dry, fixed or {}
+        self.alone, self.words, self.__doc__ = alone, words or {}, doc or work.__doc__
 
 def command(
     **how # of `Command`
@@ -393,13 +416,27 @@ def command(
 @patch
 def parser(self:Command) -> Parser:
     "Its arguments and flags."
-    parser = Parser(self.name, self.__doc__, self.example)
+    more = ''.join(f' `{self.name} {w}`: {c.__doc__}' for w, c in self.words.items())
+    parser = Parser(self.name, (self.__doc__ or '') + more, self.example)
     if self.dry:
         parser.add_argument('--dry-run', action='store_true', default=argparse.SUPPRESS,
-                            help='say what would be read and written, and whether it is there; do nothing')
+                            help='say what would be read and written, and whether it is there; '
+                                 'do nothing')
     if self.presets: add_preset(parser, self.presets)
     add_options(parser, options_of(self.work, self.presets, self.leave, tuple(self.fixed)), self.more)
     return parser
+
+# %% ../../nbs/cli/00_flags.ipynb #d92583e5
+def check_typed(
+    values:dict # dest -> what was typed
+) -> None:
+    "`ValueError` for a value outside of its range, and for a device that is not there."
+    for dest, value in values.items(): check_value(dest.rpartition('.')[2], value)
+    asked = [v for dest, v in values.items()
+             if dest.rpartition('.')[2] == 'device' and v not in (None, 'cpu')]
+    if not asked: return
+    from gmail_nb.train import check_device # loads torch, where a device was asked for alone
+    for device in asked: check_device(device)
 
 # %% ../../nbs/cli/00_flags.ipynb #5d1f6a04
 @patch
@@ -423,6 +460,7 @@ def run(self:Command, argv:list[str]) -> int|None:
     preset, dry = self.quick if named.get('quick') else None, named.pop('dry_run', False)
     if self.presets: preset = preset_named(named.pop('preset'), self.presets)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
+    check_typed(values)
     if not dry: return self.carry_out(values, preset)
     bound = arguments_of(self.work, values, preset, self.fixed)
     bound.apply_defaults()
@@ -432,6 +470,7 @@ def run(self:Command, argv:list[str]) -> int|None:
 @patch
 def __call__(self:Command, argv:list[str]|None=None) -> int:
     argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
+    if argv[:1] and argv[0] in self.words: return self.words[argv[0]](argv[1:])
     return run_command(self.name, lambda: self.run(argv), '--debug' in argv)
 
 # %% ../../nbs/cli/00_flags.ipynb #2ae9d758

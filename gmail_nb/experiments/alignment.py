@@ -12,7 +12,7 @@ __all__ = ['REFERENCE', 'VARIANTS', 'MEASURES', 'Variant', 'repeated', 'variant_
 import copy
 import textwrap
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from ..gap import paired_cosines, ranks
 from ..pages import save_figure, table_text
 from ..runtime import default_device, fingerprint, set_seed, stable_seed
 from ..settings import STUDY, STUDY_SEEDS, AdapterSettings, AlignSettings, DemoSettings
+from ..settings import described
 from ..stats import Interval, paired_difference, verdict
 from ..train import align
 
@@ -153,7 +154,7 @@ def kept_run(
     seed:int
 ) -> dict[str, torch.Tensor]: # from `run_variant`
     "A run from its file, or made now and kept."
-    name = fingerprint(made_from, asdict(variant), asdict(settings), seed)
+    name = fingerprint(made_from, described(variant), described(settings), seed)
     file = check_writable(folder/'variants')/f'{name}.safetensors'
     if not file.exists():
         run = run_variant(encoder, a, b, variant, settings, seed, folder/'prefix')

@@ -42,7 +42,7 @@ from .demo import Side, make_side
 from ..files import atomic_write, check_writable, progress, record, write_results
 from ..pages import save_figure, table_text
 from ..runtime import default_device, fingerprint, noise_generator, set_seed, stable_seed
-from ..settings import CaptionerSettings, CaptionExperimentSettings, DemoSettings
+from ..settings import CaptionerSettings, CaptionExperimentSettings, DemoSettings, described
 from ..stats import DRAWS, Interval, sentence
 from ..train import align
 
@@ -593,7 +593,7 @@ def variant_features(
 # %% ../../nbs/experiments/40_captioning.ipynb #7e8fafcc
 def _kept_variant(out, demo, variant):
     "Features and keys of both splits: computed, or read where an earlier call left them."
-    depends_on = json.dumps([asdict(demo), asdict(variant)])
+    depends_on = json.dumps(described([demo, variant]))
     made_from = fingerprint(embedded_encoder().fingerprint, depends_on)
     file = out/f'features_{made_from[:8]}.safetensors'
     known = file.with_suffix('.json')

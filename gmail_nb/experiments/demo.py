@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -25,6 +26,7 @@ from ..gap import (
     centroid_distance, modality_probe, paired_cosines, ranks, recall_at_k, show_cosines, show_tsne)
 from ..generate import generate, load_generated
 from ..pages import report_page, save_figure
+from ..plan import read_captions
 from ..runtime import (
     default_device, fast_bfloat16, fingerprint, machine, noise_generator, set_seed, stable_seed)
 from ..settings import DemoSettings, WorkSettings
@@ -59,12 +61,19 @@ class Side:
     pairs:object                      # of images, to look at
 
 # %% ../../nbs/experiments/10_demo.ipynb #8cd2c49d
-def draw_side(split:str, n:int, samples:int, settings:DemoSettings, out:Path):
+def draw_side(
+    split:str, n:int, samples:int, settings:DemoSettings, out:Path,
+    generator:str|Path='embedded' # a name, or the folder of a pipeline
+):
     "The pairs of n concepts: real drawings, and images generated from their captions."
     real = some_concepts(split, n, settings.seed)
     folder = out/f'generated_{split}_{n}x{samples}_{settings.seed}'
     work = WorkSettings(dtype='bfloat16' if fast_bfloat16() else None)
-    made = generate(real, 'embedded', folder, replace(settings.draw, samples=samples), work=work)
+    # sample numbers of a seed follow those of the seed before, so that each has noise of its own
+    captions, own = read_captions(real), pa.array([settings.seed] * n, pa.int32())
+    captions = captions.set_column(captions.column_names.index('index'), 'index', own)
+    draw = replace(settings.draw, samples=samples)
+    made = generate(captions, generator, folder, draw, work=work)
     return pairs(real, load_generated(made))
 
 # %% ../../nbs/experiments/10_demo.ipynb #ec5f173b
@@ -82,17 +91,20 @@ def make_side(
     n:int,                  # concepts
     samples:int,            # generated images of each
     settings:DemoSettings,
-    out:Path                # images and features are kept here
+    out:Path,               # images and features are kept here
+    generator:str|Path='embedded',
+    real:Path|None=None     # folder of the features of real images, where many runs share them
 ) -> Side:
     "Generate images for n concepts of a split, and embed both sides once."
-    joined = draw_side(split, n, samples, settings, out)
+    joined = draw_side(split, n, samples, settings, out, generator)
     items = list(progress(joined, f'decoding {split}'))               # by key, then by sample
     x_g = preprocess_images(encoder, [p['generated'] for p in items]).unflatten(0, (n, samples))
     x_g = x_g.transpose(0, 1).contiguous()                            # (S, N, 3, H, W)
     keys, first = joined.keys[::samples], items[::samples]
     x_r = preprocess_images(encoder, [p['real'] for p in first])      # (N, 3, H, W)
     def kept(side, x): # through f_r
-        path = out/'cache'/f'{split}_{side}.safetensors'
+        home = real or out if side == 'real' else out
+        path = home/'cache'/f'{split}_{side}.safetensors'
         return kept_features(encoder, x, keys, path, f'{side} {split}')
     features = kept('generated', x_g[0]), kept('real', x_r)
     return Side(keys, [p['caption'] for p in first], x_g, *features, joined)

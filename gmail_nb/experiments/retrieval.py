@@ -28,7 +28,7 @@ from ..files import atomic_write, check_writable, progress, record, write_result
 from ..pages import save_figure, table_text
 from ..retrieval import WAYS, nearest, retrieval
 from ..runtime import default_device, fingerprint, stable_seed
-from ..settings import DemoSettings, TuneSettings, same_settings
+from ..settings import DemoSettings, TuneSettings, described, same_settings
 from ..stats import DRAWS, Interval, bootstrap, paired_difference, verdict
 from ..tune import TunedText, head_inputs, last_linear, save_tuned, tune_text
 
@@ -41,6 +41,7 @@ class Shown:
     features:torch.Tensor   # (M, D), through f_r and proj_real
     features_g:torch.Tensor # (M, D), through f_g and proj_real
 
+# %% ../../nbs/experiments/20_retrieval.ipynb #fb45744e
 @dataclass
 class World:
     "Everything between the images and the text side."
@@ -125,15 +126,15 @@ def kept_world(
     settings:DemoSettings
 ) -> tuple[dict, dict]: # as `world_features`
     "Features and card from their files, or made now and kept."
-    made_from = fingerprint(encoder.fingerprint, json.dumps(asdict(settings)))
+    made_from = fingerprint(encoder.fingerprint, json.dumps(described(settings)))
     file = out/'retrieval_features.safetensors'
-    described = file.with_suffix('.json')
-    card = json.loads(described.read_text()) if described.exists() else {}
+    told = file.with_suffix('.json')
+    card = json.loads(told.read_text()) if told.exists() else {}
     if card.get('fingerprint') != made_from:
         x, card = world_features(out, settings)
         atomic_write(file, save({k: v.contiguous() for k, v in x.items()}))
         card = dict(card, fingerprint=made_from)
-        atomic_write(described, json.dumps(card))
+        atomic_write(told, json.dumps(card))
     return load_file(file), card
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #da0ce00b

@@ -6,15 +6,16 @@
 __all__ = ['Link', 'KINDS', 'BASE', 'FEW', 'MANY', 'LLAMA_BASE', 'LLAMA_GMAIL', 'SIGLIP_BASE', 'TABLE1', 'TABLE6', 'TABLE8',
            'TABLE9', 'TABLE11', 'TABLE13', 'TABLE16', 'TABLE17', 'LONG_ALIGNED', 'TABLES', 'RUNNERS', 'Drawing',
            'Aligning', 'TextTuning', 'CaptionTuning', 'needed', 'folder_name', 'chain', 'changed', 'seeded', 'TableRow',
-           'PaperTable', 'aligning', 'captioner', 'said', 'text_row', 'measured_rows', 'measured', 'needs_of',
+           'PaperTable', 'aligning', 'captioner', 'said', 'text_row', 'measured_rows', 'measured', 'unrun', 'needs_of',
            'tables_text', 'TableRun', 'exchanged', 'as_asked', 'changed_draw', 'Step', 'chosen_rows', 'row_links',
            'paper_plan', 'source_of', 'encoder_name', 'run_drawing', 'run_aligning', 'learned_images', 'run_text',
            'run_captioner', 'run_step', 'table_miniature', 'caption_values', 'measured_values', 'table_records',
-           'mean_text', 'paper_table', 'run_table', 'dry_table']
+           'mean_text', 'paper_table', 'check_runs', 'run_table', 'images_of', 'step_costs', 'dry_table']
 
 # %% ../../nbs/experiments/60_tables.ipynb #05a01121
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -26,8 +27,9 @@ from ..runs.presets import AGAINST, B16, CAPTION_SOURCES, CLIPCAP, EVAL_PRESETS,
 from ..runs.presets import LLAMACAP, LONGCLIP, RECALLS, SAME_STEPS, SIGLIP, TEXT_RECIPES
 from ..runs.presets import TUNED_STEPS, CaptionSource, TextRecipe, recipe, with_known
 from ..settings import GENERATORS, PAPER_ALIGN, AdapterSettings, AlignRunSettings
-from ..settings import CaptionerSettings, DrawSettings, SourceSettings, WorkSettings
-from ..settings import check_above, check_share
+from ..settings import CaptionerSettings, DrawSettings, Generator, ReadSettings
+from ..settings import SourceSettings, WorkSettings
+from ..settings import check_above, check_share, described
 
 # %% ../../nbs/experiments/60_tables.ipynb #42d64d2e
 @dataclass(frozen=True)
@@ -76,9 +78,10 @@ def needed(link:Link) -> list[Link]: # those directly before it
     held = (getattr(link, f.name) for f in fields(link))
     return [h for h in held if type(h) in KINDS]
 
+# %% ../../nbs/experiments/60_tables.ipynb #ae220d58
 def folder_name(link:Link) -> str:
     "A name for a link's folder: its kind, and a fingerprint of what it depends on."
-    text = json.dumps(asdict(link), sort_keys=True)
+    text = json.dumps(described(link), sort_keys=True)
     return f'{KINDS[type(link)]}-{hashlib.sha256(text.encode()).hexdigest()[:10]}'
 
 def chain(links:Iterable[Link]) -> list[Link]:
@@ -101,6 +104,7 @@ def changed(
         new[f.name] = changed(old, change) if is_dataclass(old) else change(f.name, old)
     return replace(value, **{n: v for n, v in new.items() if v != getattr(value, n)})
 
+# %% ../../nbs/experiments/60_tables.ipynb #1dc73fa5
 def seeded(link:Link, seed:int) -> Link:
     "The same chain with another seed."
     return changed(link, lambda name, value: seed if name == 'seed' else value)
@@ -113,6 +117,7 @@ class TableRow:
     last:'Link|str'                          # a link, or a model as `gmail_eval` takes it
     reported:dict[str, tuple] = field(default_factory=dict) # set -> numbers, as the metrics
 
+# %% ../../nbs/experiments/60_tables.ipynb #8e28d3ed
 @dataclass(frozen=True)
 class PaperTable:
     "A table of the paper at its own scale."
@@ -233,13 +238,24 @@ def measured(preset:str, title:str, **how) -> PaperTable:
 # %% ../../nbs/experiments/60_tables.ipynb #1dc31276
 _synclr = 'SynCLR: gmail_eval --preset paper-table4 measures it, with an aligned SynCLR of yours'
 
+_asked = 'its steps are gmail_tune llava on COCO, and gmail_eval vqa on the questions'
+_costs = 'hours, steps and memory of a run are in its log.jsonl and done.json; operations: gmail_bench gpu'
+_pairs = 'gmail_align writes it for every alignment: paired_cosine of 1,000 pairs, before and after'
+
+def unrun(title:str, why:str, embedded:str) -> PaperTable:
+    "A table that no chain of steps makes."
+    return PaperTable(title, (), (), (), 'none', embedded, why)
+
 TABLES = dict(
     table1=TABLE1, table2=measured('paper-table2', 'Zero-shot retrieval on COCO'),
     table3=measured('paper-table3', 'Zero-shot retrieval on Flickr30k'),
     table4=measured('paper-table4', 'Zero-shot classification', left_out=_synclr),
     table5=measured('paper-table5', 'Retrieval with long captions'), table6=TABLE6,
-    table7=measured('paper-table7', 'More captions'), table8=TABLE8, table9=TABLE9, table11=TABLE11,
-    table13=TABLE13, table16=TABLE16, table17=TABLE17)
+    table7=measured('paper-table7', 'More captions'), table8=TABLE8, table9=TABLE9,
+    table10=unrun('ScienceQA', _asked, 'llava'), table11=TABLE11,
+    table12=unrun('What training costs', _costs, 'alignment'), table13=TABLE13,
+    table14=unrun('Paired similarity before and after', _pairs, 'alignment'),
+    table15=unrun('MMMU', _asked, 'llava'), table16=TABLE16, table17=TABLE17)
 
 def needs_of(table:PaperTable) -> dict[str, list[str]]:
     "What has to be there: weights by their names, and sets."
@@ -269,7 +285,7 @@ class TableRun:
     "How a table of the paper is run, with --scale paper."
     root:str='.'                # folder that the sets lie below, as they are published
     models:str='.'              # folder of published weights, such as longclip-B.pt
-    seeds:int=1                 # how many chains of alignment and tuning
+    seeds:int=1                 # how many chains of alignment and tuning; they share their images
     rows:list=()                # only these rows of the table, repeatable
     encoder:list=()             # [NAME=]OTHER in place of an encoder, repeatable
     lm:list=()                  # [NAME=]OTHER in place of a language model, repeatable
@@ -281,10 +297,12 @@ class TableRun:
     validation_share:float|None=None # share kept out of every training, in place of its own
     max_new_tokens:int|None=None # longest caption in tokens, in place of the table's
     draw_steps:int|None=None    # inference steps of every generator, in place of its own
-    device:str|None=None        # where images are drawn; the fastest present if absent
+    accumulation:int|None=None  # parts of a batch of every alignment, where a GPU is too small for all
+    device:str|None=None        # for all of it; the fastest present if absent
 
     def __post_init__(self):
-        check_above(self, 'seeds', 'epochs', 'steps', 'batch_size', 'max_new_tokens', 'draw_steps')
+        check_above(self, 'seeds', 'epochs', 'steps', 'batch_size', 'max_new_tokens', 'draw_steps',
+                    'accumulation')
         check_share(self, 'validation_share')
 
 # %% ../../nbs/experiments/60_tables.ipynb #438ba893
@@ -300,7 +318,8 @@ def as_asked(link:Link, run:TableRun) -> Link:
     "A chain with the names and numbers of a run in place of the paper's."
     names = dict(encoder=run.encoder, lm=run.lm, generator=run.generator)
     numbers = dict(epochs=run.epochs, batch_size=run.batch_size, steps=run.steps,
-                   validation_share=run.validation_share, max_new_tokens=run.max_new_tokens)
+                   validation_share=run.validation_share, max_new_tokens=run.max_new_tokens,
+                   accumulation=run.accumulation)
     def change(name, value):
         if name in names: return exchanged(value, names[name])
         return value if value is None or numbers.get(name) is None else numbers[name]
@@ -390,7 +409,9 @@ def run_aligning(step:Aligning, folder:Path, run:TableRun, at:Callable) -> None:
     file, source = source_of(step.drawing.captions, run,
                              CAPTION_SOURCES[step.drawing.captions].learned)
     encoder = encoder_name(step.encoder, run, folder.parent)
-    align_sets(file, at(step.drawing), encoder, folder, step.settings, source)
+    settings = replace(step.settings, features=str(folder.parent/'features'), store='float16',
+                       run=replace(step.settings.run, device=run.device))
+    align_sets(file, at(step.drawing), encoder, folder, settings, source)
 
 # %% ../../nbs/experiments/60_tables.ipynb #6631cad3
 def learned_images(folder:Path, captions:str, run:TableRun):
@@ -414,7 +435,8 @@ def run_text(step:TextTuning, folder:Path, run:TableRun, at:Callable) -> None:
     recipe = replace(step.recipe, encoder=encoder_name(step.recipe.encoder, run, folder.parent))
     tune_from_files(folder, recipe, learned_images(at(step.drawing), captions, run),
                     at(step.aligning),
-                    file if known.real else None, 'gmail', source)
+                    file if known.real else None, 'gmail', source,
+                    device=run.device, read=ReadSettings(str(folder.parent/'features'), 'float16'))
 
 # %% ../../nbs/experiments/60_tables.ipynb #0441ac53
 def run_captioner(step:CaptionTuning, folder:Path, run:TableRun, at:Callable) -> None:
@@ -426,7 +448,7 @@ def run_captioner(step:CaptionTuning, folder:Path, run:TableRun, at:Callable) ->
     tune_captioner(file, folder, settings, generated=at(step.drawing) if step.drawing else None,
                    model=at(step.aligning) if step.aligning else None, arm=step.arm,
                    splits=(source.split, 'test'), source=replace(source, split=None),
-                   seed=step.seed)
+                   seed=step.seed, device=run.device, features=str(folder.parent/'features'), store='float16')
 
 # %% ../../nbs/experiments/60_tables.ipynb #cf86f00f
 RUNNERS = {Drawing: run_drawing, Aligning: run_aligning, TextTuning: run_text,
@@ -545,6 +567,20 @@ def paper_table(name:str, records:list[dict], data:str) -> list[list[str]]: # a 
                          *[''] * (len(table.metrics) - len(theirs))])
     return rows
 
+# %% ../../nbs/experiments/60_tables.ipynb #5a92be14
+def check_runs(
+    table:str # of `TABLES`
+) -> str: # the same
+    "`ValueError` for a table that has no rows here, or for several processes."
+    if table not in TABLES: raise unknown_name('table', table, TABLES)
+    t = TABLES[table]
+    if not t.rows: raise ValueError(f'{table} has no command of its own: {t.left_out}')
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise ValueError('a table is run by one process, which goes through its steps in order: to '
+                         'use several GPUs, run the steps that --dry-run lists, drawing with '
+                         'gmail_generate --part 0/8 and the like, training with accelerate launch')
+    return table
+
 # %% ../../nbs/experiments/60_tables.ipynb #91ffd6a5
 def run_table(
     table:str,              # of `TABLES`
@@ -554,6 +590,7 @@ def run_table(
 ) -> list[dict]: # records, also in out/TABLE/results.jsonl
     "Run what is missing of a table in order, measure it, and write it beside the paper's numbers."
     from gmail_nb.pages import table_text
+    table = check_runs(table)
     for step in paper_plan(table, out, run): run_step(step, run, say)
     out = Path(out)
     folder, records = check_writable(out/table), table_records(table, out, run)
@@ -563,6 +600,32 @@ def run_table(
     atomic_write(folder/'paper.txt', text + '\n')
     return records
 
+# %% ../../nbs/experiments/60_tables.ipynb #8dd5e147
+def images_of(
+    link:Drawing,
+    found:dict # set of captions -> (rows, dataset or None), as `look_set` gives them
+) -> int:
+    "How many images are drawn: counted where the captions are there, else as they are published."
+    ds = found.get(link.captions, (None, None))[1]
+    return CAPTION_SOURCES[link.captions].captions if ds is None else sum(map(len, ds['captions']))
+
+def step_costs(
+    link:Link, found:dict # as in `images_of`
+) -> tuple[str, int, float]: # in words, images to draw, bytes on disk
+    "What a step does and takes."
+    from gmail_nb.runs.dry_run import BYTES
+    if isinstance(link, Drawing):
+        g, images = GENERATORS.get(link.generator, Generator('', '', '')), images_of(link, found)
+        pixels = (link.draw.width or g.width or 512) * (link.draw.height or g.height or 512)
+        size = images * pixels * BYTES[link.draw.image_format or g.image_format]
+        return f'{images:,} images', images, size
+    if isinstance(link, Aligning):
+        s, images = link.settings.align, images_of(link.drawing, found)
+        return f'{s.epochs} times through at most {images:,} pairs, {s.batch_size} at once', 0, images * 2048.
+    s = link.recipe.settings if isinstance(link, TextTuning) else link.settings
+    images = images_of(link.drawing or Drawing(), found)
+    return f'{s.steps:,} steps of {s.batch_size}', 0, images * 2048.
+
 # %% ../../nbs/experiments/60_tables.ipynb #da623d4b
 def dry_table(
     table:str, out:str|Path='tables', run:TableRun=TableRun(), **rest
@@ -570,7 +633,8 @@ def dry_table(
     "What `gmail_experiment TABLE --scale paper` would do."
     from gmail_nb.runs.dry_run import RATES, Look, look_data, look_device, look_generator, look_lm
     from gmail_nb.runs.dry_run import look_model, look_out, look_set, look_time
-    t, steps, rows = TABLES[table], paper_plan(table, out, run), [look_device(run.device)]
+    t, steps = TABLES[check_runs(table)], paper_plan(table, out, run)
+    rows, needed = [look_device(run.device)], 0.
     needs = needs_of(replace(t, rows=tuple(TableRow(r.name, last) for r, _,
                                            last in row_links(t, run))))
     rows += [look_generator(g)[0] for g in needs.get('generators', ())]
@@ -582,10 +646,10 @@ def dry_table(
     rows += [r for looks, _ in found.values() for r in looks]
     if t.task != 'caption': rows += [r for d in run.data or t.data for r in look_data(d, run.root)]
     for step in steps:
-        state, note = ('there', 'done') if step.done else ('to write', '')
+        does, images, size = step_costs(step.link, found)
+        state, note = ('there', 'done') if step.done else ('to write', does)
         rows.append(Look(KINDS[type(step.link)], step.folder.name, state, note))
-        if isinstance(step.link, Drawing) and not step.done:
-            ds, rate = found[step.link.captions][1], RATES.get(step.link.generator,
-                                                               (None, 'not measured'))
-            if ds is not None: rows.append(look_time(sum(map(len, ds['captions'])), *rate))
-    return [*rows, look_out(out)]
+        if step.done: continue
+        needed += size
+        if images: rows.append(look_time(images, *RATES.get(step.link.generator, (None, 'not measured'))))
+    return [*rows, look_out(out, needed, 'images, and features of 16 bits')]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'pictures_of', 'generated_images', 'indices_by_sample', 'validation_indices', 'caption_ids', 'PairSets',
            'split_pairs', 'measured', 'pair_sets', 'gap_of', 'gap_records', 'write_pictures', 'report_alignment',
-           'check_pairs', 'new_model', 'train_pairs', 'real_features', 'align_sets', 'set_name', 'embed_set',
-           'push_aligned']
+           'check_pairs', 'new_model', 'partner_tokens', 'train_pairs', 'real_features', 'align_sets', 'set_name',
+           'embed_set', 'push_aligned']
 
 # %% ../../nbs/runs/10_align.ipynb #c00de39b
 import json
@@ -29,6 +29,7 @@ from ..files import check_writable, record, write_results
 from ..gap import GAP_PAIRS, gap_report, paired_cosines, show_cosines, show_gap
 from ..generate import load_generated
 from ..pages import save_figure
+from .embed import embed_shared, embed_together
 from .models import kind_of_folder, model_at
 from ..runtime import default_device, set_seed, stable_seed
 from ..settings import AlignRunSettings, EmbedSettings, SourceSettings
@@ -54,7 +55,10 @@ def generated_images(
     if 'caption' in ds.column_names and 'sample' in ds.column_names: return ds
     drawn = ['sample'] if 'sample' in ds.column_names else []
     def first(captions, *samples):
-        return dict(caption=[c[0] for c in captions], sample=samples[0] if samples else [0] * len(captions))
+        return dict(
+            caption=[c[0] for c in captions], sample=samples[0] if samples else [0] * len(captions)
+        )
+
     with quiet_datasets():
         words = ds.select_columns(['captions', *drawn]).map(
             first, input_columns=['captions', *drawn], batched=True, remove_columns='captions')
@@ -78,13 +82,16 @@ def indices_by_sample(
 # %% ../../nbs/runs/10_align.ipynb #34dad736
 def validation_indices(
     keys,       # a list, or a column
-    share:float # of the keys that are kept out of training
+    share:float, # of the keys that are kept out of training
+    least:int=0  # so many in any case, where they leave as many again to train on
 ) -> list[int]:
     "Indices of the keys that draw the curve and measure the gap."
-    def kept_out(k): return stable_seed('held out', k) % 10_000 < share * 10_000
     chunks = keys.chunks if isinstance(keys, pa.ChunkedArray) else [keys]
     every = (k for c in chunks for k in (c.to_pylist() if isinstance(c, pa.Array) else c))
-    return [i for i, k in enumerate(every) if kept_out(k)]
+    place = np.fromiter((stable_seed('held out', k) % 10_000 for k in every), int, len(keys))
+    found = np.flatnonzero(place < share * 10_000)
+    if share and len(found) < least <= len(keys) // 2: found = np.sort(place.argsort()[:least])
+    return found.tolist()
 
 # %% ../../nbs/runs/10_align.ipynb #2977ce20
 def caption_ids(
@@ -116,8 +123,9 @@ def split_pairs(
     train = np.delete(np.arange(n), np.asarray(kept_out, dtype=int))
     if len(kept_out) >= 2 and len(train) >= 2: return train
     raise ValueError(f'{n} pairs leave {len(train)} to train on and {len(kept_out)} to measure on: '
-                     f'at least 2 of each, so bring more pairs or change validation_share={share}')
+                     f'at least 2 of each, so bring more pairs or change --validation-share, {share} now')
 
+# %% ../../nbs/runs/10_align.ipynb #bdcf6453
 def measured(
     kept_out:list[int],
     limit:int # at most so many
@@ -136,7 +144,8 @@ def pair_sets(
     "Pairs to train on and pairs kept out. `ValueError` when there are too few."
     made_keys, numbers = column_of(made, 'key'), column_of(made, 'sample')
     samples, partners = indices_by_sample(features.key_column, made_keys, numbers)
-    kept_out = validation_indices(features.key_column.take(pa.array(partners)), settings.validation_share)
+    keys = features.key_column.take(pa.array(partners))
+    kept_out = validation_indices(keys, settings.validation_share, least=2)
     train = split_pairs(len(partners), kept_out, settings.validation_share)
     looked_at, ids = measured(kept_out, settings.validation_limit), None
     pixels = LazyPixels(made, preprocess, workers=settings.workers, processes=settings.processes)
@@ -205,7 +214,7 @@ def check_pairs(
     keys, share = column_of(real, 'key'), settings.validation_share
     partners = np.unique(match_keys(keys, column_of(made, 'key'))[1])
     for some in (partners[:10_000], partners): # of a large set, a part says enough
-        kept_out = validation_indices(keys.take(pa.array(some)), share)
+        kept_out = validation_indices(keys.take(pa.array(some)), share, least=2)
         if len(some) - 2 >= len(kept_out) >= 2: return
     split_pairs(len(partners), kept_out, share)
 
@@ -220,21 +229,41 @@ def new_model(
     return GenReal(base, settings.adapters).to(acc.device)
 
 # %% ../../nbs/runs/10_align.ipynb #5030fbb3
+def partner_tokens(
+    real:datasets.Dataset, # a captioned set
+    features:Features,     # of those that are trained on
+    model:GenReal,
+    out:Path,              # the tokens go below it
+    settings:AlignRunSettings,
+    acc:Accelerator
+): # (N, T, width) by indices, in 16 bits on disk; none where tokens are not aligned
+    "Grid tokens of the real side through `f_r`, made once by the first process."
+    if settings.align.tokens == 'none': return None
+    from gmail_nb.llava_training import embed_tokens
+    reading = EmbedSettings(workers=settings.workers, processes=settings.processes,
+                            show_progress=acc.is_main_process)
+    with acc.main_process_first(): tokens = embed_tokens(real, model, out/'real_tokens', 'real', reading)
+    at = {k: i for i, k in enumerate(tokens.keys)}
+    return tokens.select([at[k] for k in features.keys])
+
+# %% ../../nbs/runs/10_align.ipynb #517853f3
 def train_pairs(
     model:GenReal,
     sets:PairSets,
-    out:Path,        # checkpoints, the log and the frozen prefix go here
+    out:Path,         # checkpoints, the log and the frozen prefix go here
     settings:AlignRunSettings,
-    acc:Accelerator
+    acc:Accelerator,
+    real_tokens=None  # from `partner_tokens`
 ) -> list[dict]: # the history
-    "Eq. 1 over the pairs, measured on those kept out."
+    "Eq. 1 over the pairs, and their tokens where they are aligned too, measured on those kept out."
     def paired_cosine(m):
         after = encode_images(m.encode_generated, sets.test)
         return dict(paired_cosine=paired_cosines(after, sets.target).mean().item())
     late = settings.adapters.tuning == 'lora' and settings.adapters.adapted_share < 1
     run = replace(settings.run, checkpoints=str(out/'checkpoints'), log_file=str(out/'log.jsonl'))
     return align(model, sets.pixels, sets.features, settings.align, paired_cosine, ids=sets.ids,
-                 prefix=out/'prefix.x' if late else False, run=run, accelerator=acc)
+                 real_tokens=real_tokens, prefix=out/'prefix.x' if late else False, run=run,
+                 accelerator=acc)
 
 # %% ../../nbs/runs/10_align.ipynb #4c23bd6d
 def real_features(
@@ -244,10 +273,11 @@ def real_features(
     settings:AlignRunSettings,
     acc:Accelerator
 ) -> Features:
-    "The real side, embedded by the first process while the others wait."
+    "The real side, embedded by all processes together."
     reading = EmbedSettings(workers=settings.workers, processes=settings.processes,
-                            show_progress=acc.is_main_process)
-    with acc.main_process_first(): return embed(real, model, out/'real_features', 'base', reading)
+                            store=settings.store, show_progress=acc.is_main_process)
+    if settings.features: return embed_shared(real, model, settings.features, 'base', 'real', reading, acc)
+    return embed_together(real, model, out/'real_features', 'base', reading, acc)
 
 def align_sets(
     real,                        # a captioned set of real images, as `load_captioned` takes it
@@ -258,14 +288,15 @@ def align_sets(
     source:SourceSettings=SourceSettings() # how the real set is read
 ) -> GenReal:
     "Align an encoder on two sets on disk; call it again to go on where it was stopped."
-    out, acc = check_writable(out), processes(settings.run.trackers, out)
+    out, acc = check_writable(out), processes(settings.run.trackers, out, settings.run.device)
     real, made = load_captioned(real, source, training=True), generated_images(generated)
     check_pairs(made, real, settings)
     model = new_model(encoder, settings, acc)
     sets = pair_sets(made, real_features(real, model, out, settings, acc), model.encoder.preprocess, settings)
     first = acc.is_main_process
     before = encode_images(model.encode_generated, sets.test) if first else None
-    history = train_pairs(model, sets, out, settings, acc)
+    tokens = partner_tokens(real, sets.features, model, out, settings, acc)
+    history = train_pairs(model, sets, out, settings, acc, tokens)
     if first:
         after = encode_images(model.encode_generated, sets.test)
         report_alignment(model, out, history, before, after, sets.target,

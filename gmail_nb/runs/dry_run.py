@@ -148,13 +148,14 @@ def look_hub(
     revision:str|None=None, kind:str='model'
 ) -> Look:
     "A repository: in the cache, to be downloaded, or out of reach."
-    pinned = revision is None or is_commit(revision)
-    loose = '' if pinned else f'{revision!r} is not pinned to a commit'
+    pinned = bool(revision) and is_commit(revision)
+    loose = '' if pinned else f'{repr(revision) if revision else "the newest revision"} is not pinned to a commit'
     folder = cached(repo, revision, kind)
     if folder: state, note = 'there', size_text(folder_bytes(folder))
     else: state, note = hub_note(repo, revision, kind)
     return Look(what, repo, state, '; '.join(n for n in (note, loose) if n))
 
+# %% ../../nbs/runs/50_dry_run.ipynb #ff17bd02
 def on_hub(name:str) -> bool:
     "Whether a name has the form OWNER/NAME and is nothing on this disk."
     return bool(re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', name)) and not Path(name).exists()
@@ -426,6 +427,7 @@ def some_keys(folder:str|Path, source:SourceSettings=SourceSettings()) -> list[s
     tables = (pq.read_table(folder/s['shard'], columns=['key']) for s in shards)
     return [k for table in tables for k in table['key'].to_pylist()]
 
+# %% ../../nbs/runs/50_dry_run.ipynb #daccf59b
 def look_matches(real:datasets.Dataset|None, generated:str|Path) -> tuple[Look|None, int]:
     "How many generated images have a real partner."
     keys = some_keys(generated)
@@ -459,10 +461,10 @@ def dry_align(
     "What `gmail_align` would do."
     look, (real, ds) = look_model(encoder), look_set('real', captioned, source, learned=True)
     made, _ = look_generated(generated)
-    rows, s = [look_device(), look, *real, *made], settings.align
+    rows, s = [look_device(settings.run.device), look, *real, *made], settings.align
     match, pairs = look_matches(ds, generated)
     if match: rows.append(match)
-    kept_out = int(pairs * settings.validation_share)
+    kept_out = max(2 * (pairs > 3 and settings.validation_share > 0), int(pairs * settings.validation_share))
     steps = s.epochs * max(1, (pairs - kept_out) // s.batch_size)
     if pairs and (kept_out < 2 or pairs - kept_out < 2):
         rows.append(Look('pairs', '', 'refused',
@@ -522,12 +524,12 @@ def look_steps(steps:int, batch_size:int, captions:int) -> Look:
 # %% ../../nbs/runs/50_dry_run.ipynb #2b040c67
 def dry_text(
     out:str='tuned', generated=None, model=None, real=None, arm=None,
-    source:SourceSettings=SourceSettings(), recipe=None, **rest
+    source:SourceSettings=SourceSettings(), recipe=None, device=None, **rest
 ) -> list[Look]:
     "What `gmail_tune text` would do."
     look, s = look_model(recipe.encoder), recipe.settings
     rows, captions = look_sides(arm, model, generated, real, source)
-    rows = [look_device(), look, *rows, look_steps(s.steps, s.batch_size, captions)]
+    rows = [look_device(device), look, *rows, look_steps(s.steps, s.batch_size, captions)]
     meant = CAPTION_SOURCES.get(recipe.captions)
     wanted = meant and (meant.learned_captions or meant.captions)
     if wanted and captions and abs(captions / wanted - 1) > .5:
@@ -540,7 +542,7 @@ def dry_text(
 
 def dry_captioner(
     out:str='captions', real=None, generated=None, model=None, arm=None, test=None,
-    splits:tuple=('train', 'test'), source:SourceSettings=SourceSettings(), preset=None, **rest
+    splits:tuple=('train', 'test'), source:SourceSettings=SourceSettings(), preset=None, run=None, **rest
 ) -> list[Look]:
     "What `gmail_tune caption` would do."
     s, parted = preset.settings, bool(real and splits_of(real))
@@ -552,7 +554,7 @@ def dry_captioner(
     if test is not None: rows += look_set('test', test, source)[0]
     elif parted: rows += look_set('test', real, replace(source, split=splits[1]))[0]
     look = look_model(s.encoder)
-    rows = [look_device(), look, look_lm(s.lm), *rows, look_steps(s.steps, s.batch_size, captions)]
+    rows = [look_device(run and run.device), look, look_lm(s.lm), *rows, look_steps(s.steps, s.batch_size, captions)]
     work = look_work(look, s.encoder, captions, 1, out,
                      note='features of the images, the captioner')
     def alone(w): return w._replace(note=f'embedding alone: {w.note}') if w.what == 'time' else w

@@ -89,6 +89,7 @@ def write_queries(
     with atomic_path(path) as p, open(p, 'wb') as f:
         np.savez_compressed(f, **named, **{m: v.cpu().numpy() for m, v in values.items()})
 
+# %% ../../nbs/runs/40_evaluate.ipynb #c9fb5e50
 def shared_queries(
     ours:list[str], theirs:list[str] # keys
 ) -> list[tuple[int, int]]: # their indices on both sides
@@ -181,6 +182,7 @@ def possible_ks(gallery:int, arm:str, name:str, say:Callable) -> tuple:
     if lost: say(f'{arm} on {name}: no recall at {lost}, the gallery has {gallery}')
     return ks
 
+# %% ../../nbs/runs/40_evaluate.ipynb #dcdba844
 def retrieval_keys(e) -> dict[str, list[str]]: # e: from `embed_captioned`
     "The keys of the queries: an image's own, and for a caption its image's with a number."
     number = torch.arange(len(e.captions)) - torch.searchsorted(e.image_of_text, e.image_of_text)
@@ -367,6 +369,7 @@ def picture_name(
     coco = re.fullmatch(r'(?:.*/)?(?:COCO_\w+_)?(\d{12})', plain)
     return str(int(coco[1])) if coco else plain
 
+# %% ../../nbs/runs/40_evaluate.ipynb #29878453
 def compared_names(tested:EvalSet) -> list[str]:
     "What training must not have seen; nothing of the package's own sets, whose keys are concepts."
     if tested.protocol.keys == 'concepts': return []
@@ -454,6 +457,7 @@ def main_process_first():
     finally:
         if state.is_main_process: state.wait_for_everyone()
 
+# %% ../../nbs/runs/40_evaluate.ipynb #e66d7007
 def measured(
     arm:str, d:str,
     encoder:Encoder, tested:EvalSet,

@@ -11,7 +11,6 @@ __all__ = ['ROWS', 'PICTURES', 'coco_files', 'coco_rows', 'captioned_rows', 'has
            'Seer', 'load_seer', 'caption_pictures', 'caption_files']
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #f4c3c6d2
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -34,11 +33,12 @@ from ..captioning import (
     read_encoded, save_captioner, small_decoder, train_captioner, write_captions, write_encoded)
 from ..data import parquet_files
 from ..encoders import Encoder, NoText, load_encoder
-from ..features import Features, LazyPixels, embed, embedder, good_images
+from ..features import Features, LazyPixels, good_images
 from ..files import atomic_write, check_writable, record, write_results
 from .align import generated_images, set_name, validation_indices
+from .embed import embed_shared, features_place
 from .presets import check_arm
-from ..runtime import default_device, fingerprint, set_seed
+from ..runtime import default_device, set_seed
 from ..settings import (
     CaptionerSettings, CaptionRunSettings, EmbedSettings, RunSettings, SourceSettings)
 from ..sources import IMAGE_SUFFIXES, TABLE_SUFFIXES, load_captioned, read_coco
@@ -117,7 +117,7 @@ def split_rows(
 ) -> tuple: # to train on, and kept out
     "Two parts by the hash of the key. `ValueError` when one that is asked for is empty."
     keys = keys_in(rows)
-    kept_out = sorted(i for i in validation_indices(keys, share) if keys[i] not in learned)
+    kept_out = sorted(i for i in validation_indices(keys, share, least=1) if keys[i] not in learned)
     train = sorted(set(range(len(rows))) - set(kept_out))
     many = hasattr(rows, 'select') # a dataset, whose rows are not read
     def pick(of): return rows.select(of) if many else [rows[i] for i in of]
@@ -125,7 +125,7 @@ def split_rows(
     below = ' that the model below has not learned from' if learned else ''
     raise ValueError(f'{len(rows)} images leave {len(train)} to train on and {len(kept_out)} to score '
                      f'on{below}: bring more images, name a test set with --test, '
-                     f'or change validation_share={share}')
+                     f'or change --validation-share, {share} now')
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #50c5f3dc
 def caption_sets(
@@ -157,7 +157,7 @@ class Embeddings:
         encoder:Encoder,
         folder:str|Path|None=None,           # for features; one that lasts until the end if absent
         settings:EmbedSettings=EmbedSettings(),
-        acc:Accelerator|None=None            # the first process embeds, the others read
+        acc:Accelerator|None=None            # of the processes that embed together
     ):
         self.passing = None if folder else tempfile.TemporaryDirectory(prefix='features-')
         self.encoder, self.folder = encoder, Path(folder or self.passing.name)
@@ -165,19 +165,11 @@ class Embeddings:
 
     def place(self, ds, model, side:str, what:str) -> Path:
         "The folder of these images through this side."
-        made = embedder(model, side)
-        pixels = LazyPixels(ds, made.preprocess)
-        how = side, self.settings.store, self.settings.precision
-        made_from = fingerprint(made.weights, pixels.fingerprint, *how)
-        return check_writable(self.folder/f'{what}-{made_from}')
+        return check_writable(features_place(self.folder, ds, model, side, what, self.settings))
 
     def embedded(self, ds, model, side:str, what:str) -> Features:
-        "Features; by the first process alone where there are several."
-        if self.acc is None or self.acc.num_processes == 1:
-            return embed(ds, model, self.place(ds, model, side, what), side, self.settings)
-        quiet = replace(self.settings, show_progress=self.acc.is_main_process)
-        with self.acc.main_process_first():
-            return embed(ds, model, self.place(ds, model, side, what), side, quiet)
+        "Features; by all processes together where there are several."
+        return embed_shared(ds, model, self.folder, side, what, self.settings, self.acc)
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #2b2101c7
 def features_of(
@@ -429,6 +421,7 @@ def trained_projection(model:GenReal|None) -> torch.Tensor|None: # (D, D)
     weight = model.proj_real.weight.detach().float().cpu()
     return None if torch.equal(weight, torch.eye(len(weight))) else weight
 
+# %% ../../nbs/runs/30_tune_caption.ipynb #704415c4
 def encoded_below(
     out:Path,
     captioner:Captioner,
@@ -452,7 +445,7 @@ class CaptionJob:
         self.settings, self.run, self.acc = settings, run, acc
         self.encoder = load_encoder(settings.encoder).to(acc.device)
         if settings.start: check_start(settings, self.encoder.dim)
-        reading = EmbedSettings(workers=run.workers, store=run.store)
+        reading = EmbedSettings(workers=run.workers, processes=run.processes, store=run.store)
         self.eyes = Embeddings(self.encoder, run.features or out/'features', reading, acc)
         self.test = caption_test(sets, self.encoder, self.eyes) # before its tower is adapted
         self.projection, self.broken = None, {}
@@ -512,7 +505,7 @@ def tune_captioner(
     arm, run = arm or ('real' if generated is None else 'gmail'), replace(run, **named)
     check_arm(arm, model, generated, real)
     if settings.four_bit: check_four_bit(settings.lm)
-    out, acc = check_writable(out), processes(run.trackers, out)
+    out, acc = check_writable(out), processes(run.trackers, out, run.device)
     below = models_below(arm, model, settings.start)
     learned = frozenset(k for folder in below.values() for k in trained_on(folder))
     sets = caption_sets(real, test, run.splits, run.validation_share, source, learned)

@@ -17,11 +17,12 @@ from accelerate import Accelerator
 
 from ..align import GenReal
 from ..encoders import Encoder, load_encoder
-from ..features import Features, embed
+from ..features import Features
 from ..files import check_writable
 from .align import generated_images, set_name
+from .embed import embed_shared, embed_together
 from .presets import ARMS, TEXT_RECIPES, TextRecipe, check_arm
-from ..settings import EmbedSettings, SourceSettings
+from ..settings import ReadSettings, SourceSettings
 from ..sources import load_captioned
 from ..splits import check_apart, trained_on, write_trained_on
 from ..train import StopTogether, processes
@@ -65,15 +66,19 @@ class Sides:
         out:Path,
         encoder:Encoder,
         model:GenReal|None=None,            # an aligned model, for `f_g`
-        accelerator:Accelerator|None=None   # of the processes that wait while the first one embeds
-    ): self.out, self.model, self.accelerator = out, model or encoder, accelerator or processes()
+        accelerator:Accelerator|None=None,  # of the processes that embed together
+        read:ReadSettings=ReadSettings()
+    ):
+        self.out, self.model, self.read = out, model or encoder, read
+        self.accelerator = accelerator or processes()
 
     def features(self, ds, name:str, side:str='real') -> Features:
         "Features of the images that decode, in their file."
         first = self.accelerator.is_main_process
-        how = EmbedSettings(show_progress=first)
-        with self.accelerator.main_process_first():
-            found = embed(ds, self.model, self.out/'features'/name, side, how)
+        how, acc = replace(self.read.embed(), show_progress=first), self.accelerator
+        if shared := self.read.features:
+            found = embed_shared(ds, self.model, shared, side, name, how, acc)
+        else: found = embed_together(ds, self.model, self.out/'features'/name, side, how, acc)
         lost = len(ds) - len(found)
         if lost and first: print(f'{lost} of {len(ds)} images left out: they do not decode')
         return found
@@ -153,6 +158,7 @@ def keys_asked_for(generated, real) -> set[str]: # of datasets, or None
     sides = [set(ds['key']) for ds in (generated, real) if ds is not None]
     return set.intersection(*sides)
 
+# %% ../../nbs/runs/20_tune_text.ipynb #6fc9e13b
 def check_test_apart(
     keys:Iterable[str],           # that would be learned from
     model,                        # a folder of an aligned model, or None
@@ -193,7 +199,8 @@ def tune_from_files(
     *,
     test=None,                    # a captioned set that must not be learned from
     test_split:str|None=None,     # of it, where it is a Karpathy file
-    device:str|None=None          # cpu or cuda; the fastest present if absent
+    device:str|None=None,         # cpu or cuda; the fastest present if absent
+    read:ReadSettings=ReadSettings() # how images are read, and where their features lie
 ) -> TunedText:
     "Embed, tune, and save. `ValueError` for an arm that lacks its images or its model, or for a leak."
     if generated is None and real is None:
@@ -202,12 +209,13 @@ def tune_from_files(
     check_arm(arm, model, generated, real)
     out, acc = check_writable(out), processes(device=device)
     with StopTogether(acc):
-        return tune_sets(out, recipe, generated, model, real, arm, source, desc, acc, test, test_split)
+        return tune_sets(out, recipe, generated, model, real, arm, source, desc, acc, test, test_split, read)
 
 # %% ../../nbs/runs/20_tune_text.ipynb #484ed3fd
 def tune_sets(
     out:Path, recipe:TextRecipe, generated, model, real, arm:str, source:SourceSettings,
-    desc:str|None, acc:Accelerator, test, test_split:str|None # as in `tune_from_files`
+    desc:str|None, acc:Accelerator, test, test_split:str|None,
+    read:ReadSettings # as in `tune_from_files`
 ) -> TunedText:
     "The work of `tune_from_files`, in each of the processes that train together."
     drawn = None if generated is None or arm == 'real' else generated_images(generated)
@@ -217,7 +225,7 @@ def tune_sets(
         check_test_apart(keys_asked_for(drawn, captioned), model, test, how)
     encoder, s = load_encoder(recipe.encoder).to(acc.device), recipe.settings
     aligned = None if model is None else GenReal.from_pretrained(model, encoder).to(acc.device)
-    pairs = text_pairs(Sides(out, encoder, aligned, acc), arm, drawn, captioned, s.real_projection)
+    pairs = text_pairs(Sides(out, encoder, aligned, acc, read), arm, drawn, captioned, s.real_projection)
     several = acc if acc.num_processes > 1 else None
     tuned = tune_text(encoder, pairs.images, pairs.captions, s, desc=desc, accelerator=several,
                       real_features=pairs.real, checkpoint=out/'checkpoint.pt')

@@ -1,0 +1,172 @@
+"The evidence: its protocol, its chains, the records that ship and the page that they give."
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from gmail_nb.data import emoji
+from gmail_nb.encoders import load_encoder
+from gmail_nb.experiments import chain, controls, curve, demo
+from gmail_nb.experiments.chain import best_setting, chain_fingerprint, chain_settings, chosen_settings
+from gmail_nb.experiments.protocol import (
+    CHOOSING_STYLE, CLAIMS, CONTROLS, CURVES, GOOD, STATES, TESTS, Claim, Point, arm_record, by_seed, claims_table,
+    difference, found, is_validation, recalls, said_first, scores)
+from gmail_nb.files import asset, read_results
+from gmail_nb.retrieval import WAYS
+from gmail_nb.settings import DemoSettings, ProofSettings, proof_settings
+from gmail_nb.stats import paired_difference
+
+def weight(item): return 60
+
+def ranks(seed, n=40, worst=30):
+    g = torch.Generator().manual_seed(seed)
+    return {way: torch.randint(0, worst, (n,), generator=g) for way in WAYS}
+
+def made_up(arm, seeds=2, point=GOOD, worst=30, test='seen'):
+    return [arm_record(point, arm, s, test, ranks(s, worst=worst)) for s in range(seeds)]
+
+def miniature():
+    s = ProofSettings().chain
+    s = replace(s, align_captions=16, tune_captions=16, validation_captions=4, draw=replace(s.draw, samples=1),
+                align=replace(s.align, epochs=1, batch_size=8))
+    return ProofSettings(chain=s, seeds=1, steps=(2, 4), rates=(1e-3,), head_steps=3)
+
+CRUDE, HEAD = Point(1, 3.), dict(steps=3, lr=1e-3)
+
+# the protocol
+
+def test_mean_recall_is_the_mean_of_the_six_recalls():
+    r = ranks(0)
+    assert found(r).float().mean().item() / 6 == pytest.approx(np.mean(list(recalls(r).values())))
+    kept = arm_record(GOOD, 'gmail', 0, 'seen', r)
+    assert scores(kept).mean() == pytest.approx(kept['value']) and len(kept['found']) == kept['n'] == 40
+
+def test_a_claim_takes_the_seeds_that_both_arms_have():
+    records = made_up('gmail', 3) + made_up('indiscriminate', 2)
+    d, seeds = difference(records, Claim('', 'gmail', 'indiscriminate'))
+    ours, theirs = (
+        np.stack([by_seed(records, a, GOOD, 'seen')[s] for s in (0, 1)]) for a in ('gmail', 'indiscriminate')
+    )
+    assert seeds == 2 and d == paired_difference(ours, theirs)
+
+def test_a_claim_of_two_points_is_a_difference_of_differences():
+    poor = Point(1, 3.)
+    records = made_up('gmail', point=poor, worst=12) + made_up('indiscriminate', point=poor, worst=60)
+    records += made_up('gmail') + made_up('indiscriminate')
+    d, _ = difference(records, Claim('', 'gmail', 'indiscriminate', poor, less=GOOD))
+    alone, _ = difference(records, Claim('', 'gmail', 'indiscriminate', poor))
+    assert d.value == pytest.approx(alone.value) and d.low > 0 # there is none at the other point
+
+def test_failed_claims_stand_first_and_a_margin_is_a_margin():
+    records = made_up('gmail', worst=12) + made_up('base', worst=60) + made_up('real', worst=12)
+    claims = (Claim('not run', 'gmail', 'ridge'), Claim('better', 'gmail', 'base'), Claim('equal', 'gmail', 'real'),
+              Claim('not worse', 'gmail', 'real', margin=.02))
+    assert [r[:2] for r in claims_table(records, claims)[1:]] == [
+        ['equal', 'failed so far'], ['better', 'confirmed so far'], ['not worse', 'confirmed so far'], ['not run', 'not run']]
+    whole = made_up('gmail', 5, worst=12) + made_up('base', 5, worst=60)
+    assert claims_table(whole, claims[1:2])[1][1] == 'confirmed'
+    assert said_first(records, claims).endswith('- equal')
+
+def test_one_thing_varies_at_a_time():
+    for axis, points in CURVES.items():
+        fields = [tuple(asdict(p).values()) for p in points]
+        assert sum(len(set(column)) > 1 for column in zip(*fields)) == 1, axis
+    assert {c.theirs for c in CLAIMS} >= {*CONTROLS, 'indiscriminate', 'matched', 'base'}
+
+# choosing
+
+def test_choosing_reads_neither_b_nor_the_style_of_the_test(tmp_path, monkeypatch):
+    read = []
+    def watched(split=None, source=None, extra=False):
+        read.append((split, source, extra))
+        return emoji(split, source, extra)
+    for room in (chain, demo): monkeypatch.setattr(room, 'emoji', watched)
+    seen = chain.seen_drawings
+    monkeypatch.setattr(chain, 'seen_drawings', lambda part: tuple(rows[:40] for rows in seen(part))) # for time
+    chosen = chain.choose_settings(tmp_path, miniature(), (CRUDE,))
+    assert read and all(
+        extra or (split, source) in (('A', 'noto'), ('A', CHOOSING_STYLE)) for split, source, extra in read
+    )
+    kept = json.loads((tmp_path/'chosen.json').read_text())
+    assert chosen == kept['chosen'] == best_setting(kept['scores'])
+    assert chain.choose_settings(tmp_path, miniature(), (CRUDE,)) == chosen == chosen_settings(tmp_path)
+
+def test_the_blind_heads_have_seen_no_validation_family():
+    _, _, keys = chain.seen_drawings(3)
+    kept_out = {r['key'] for r in emoji('A', 'noto').remove_columns('image') if is_validation(r['family'], 3)}
+    assert kept_out and not kept_out & set(keys)
+
+def test_fewer_steps_where_two_settings_are_equal():
+    rows = [dict(steps=n, lr=lr, mean_recall=.5) for n in (200, 100) for lr in (1e-3, 3e-3)]
+    assert best_setting(rows)['steps'] == 100
+
+# chains
+
+def test_a_seed_moves_the_images_the_alignment_and_the_tuning():
+    one, two = (chain_settings(ProofSettings(), GOOD, seed, HEAD) for seed in (0, 1))
+    assert one.seed != two.seed and one.align.seed != two.align.seed and one.tune.seed != two.tune.seed
+    assert replace(one, seed=1, align=two.align, tune=two.tune) == two
+
+def test_a_chain_is_read_again_and_depends_on_its_settings(tmp_path):
+    encoder, s = load_encoder('embedded'), miniature()
+    first = chain.chain_seed(CRUDE, 0, tmp_path, HEAD, s, encoder)
+    assert {r['arm'] for r in first} == {'base', 'indiscriminate', 'gmail', 'matched', 'real', 'generated', 'aligned'}
+    assert {r['split'] for r in first if r['metric'] == 'mean_recall'} == set(TESTS.values())
+    assert all(len(r['recalls']) == 6 for r in first if r['metric'] == 'mean_recall')
+    assert chain.chain_seed(CRUDE, 0, tmp_path, HEAD, s, encoder) == first
+    more = controls.control_seed(CRUDE, 0, tmp_path, HEAD, s, encoder)
+    assert {r['arm'] for r in more} == set(CONTROLS)
+    gathered = curve.gathered(tmp_path)
+    assert len({json.dumps(r, sort_keys=True) for r in gathered}) == len(gathered)
+    assert curve.joined(gathered, gathered) == gathered
+    for arm in ('gmail', 'ridge'): assert curve.is_stored(gathered, CRUDE, 0, HEAD, arm)
+    settings = [chain_settings(s, CRUDE, 0, h) for h in (HEAD, dict(HEAD, steps=4))]
+    assert len({chain_fingerprint(encoder, c, 'embedded') for c in settings}) == 2
+
+def test_a_generator_that_was_not_trained_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='30_generator'): chain.generator_of(Point(16, 3., .3), tmp_path)
+
+def test_a_cycle_gives_nobody_its_own_partner():
+    real = torch.arange(9.)[:, None]
+    side = demo.Side(list(range(9)), [], torch.zeros(1), torch.zeros(1), real, None)
+    for seed in range(5):
+        other = controls.shuffled(side, seed).real_features
+        assert (other != real).all() and sorted(other.flatten().tolist()) == real.flatten().tolist()
+
+def test_quick_is_smaller_and_keeps_the_generator():
+    quick, full = proof_settings(quick=True), proof_settings(seeds=3)
+    assert quick.seeds == 1 and full.seeds == 3 and quick.chain.align_captions < full.chain.align_captions
+    assert quick.chain.draw.steps == full.chain.draw.steps and full.chain.adapters == DemoSettings().adapters
+
+# what ships
+
+def test_the_page_is_made_of_the_records_byte_for_byte():
+    page = asset('evidence', 'page.md').read_bytes()
+    assert controls.evidence_page(curve.stored()).encode() == page
+
+def test_the_runs_used_the_settings_that_were_chosen():
+    chosen, times = chosen_settings(), {**controls.LONGER}
+    kept = json.loads(asset('evidence', 'chosen.json').read_text())
+    assert kept['chosen'] == best_setting(kept['scores'])
+    tuned = [r for r in curve.stored() if 'tune' in r]
+    assert tuned
+    for r in tuned:
+        assert r['tune'] == dict(chosen, steps=chosen['steps'] * times.get(r['arm'], 1)), r['arm']
+
+def test_records_that_ship_are_whole():
+    records = read_results(asset('evidence', 'records.jsonl'))
+    for r in records:
+        if r['metric'] != 'mean_recall': continue
+        assert r['n'] == len(r['found']) == {'B-twemoji': 697, 'unseen-twemoji': 130}[r['split']]
+        assert scores(r).mean() == pytest.approx(r['value'], abs=1e-6)
+        assert np.mean(list(r['recalls'].values())) == pytest.approx(r['value'], abs=1e-5)
+    chains = {(r['seed'], tuple(r['point'].values())) for r in records}
+    for seed, point in chains:
+        arms = {r['arm'] for r in records if (r['seed'], tuple(r['point'].values())) == (seed, point)}
+        assert arms >= {'base', 'indiscriminate', 'gmail', 'matched', 'real'}
+
+def test_every_state_has_a_place():
+    states = [STATES.index(r[1].removesuffix(' so far')) for r in claims_table(curve.stored())[1:]]
+    assert states == sorted(states) and len(states) == len(CLAIMS)

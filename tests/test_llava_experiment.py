@@ -1,0 +1,347 @@
+"""What a LLaVA learns from generated images: the arms get the same questions in the same order, begin with the same weights, and
+go on where they were stopped; scores of choices are those by hand; and the page says what the intervals allow."""
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gmail_nb.experiments.llava as room
+from gmail_nb.caption_metrics import Score
+from gmail_nb.captioning import caption_tokenizer
+from gmail_nb.data import emoji
+from gmail_nb.experiments.llava import (
+    CLAIMS,
+    LLAVA_ARMS,
+    Lesson,
+    LlavaArms,
+    LlavaResults,
+    LlavaRun,
+    LlavaWorld,
+    agreed,
+    arm_examples,
+    arm_file,
+    base_examples,
+    choice_scores,
+    drawn_once,
+    gap_rows,
+    grid_tokens,
+    kept_tokens,
+    labelled,
+    lessons,
+    llava_records,
+    llava_runs,
+    llava_sentences,
+    llava_table,
+    open_prompts,
+    pooled,
+    preferred,
+    said_answers,
+    show_llava,
+    show_some_answers,
+    some_questions,
+    token_gaps,
+    written_names,
+)
+from gmail_nb.runtime import set_seed
+from gmail_nb.settings import DemoSettings, LlavaExperimentSettings
+from gmail_nb.vqa import Question
+
+def weight(item): return 15
+
+WORDS = ['red', 'blue', 'one', 'two', 'a cat', 'a dog', 'a red bird', 'a fish']
+
+def question(i, answer=0):
+    picture = Image.new('RGB', (16, 16), ['red', 'green', 'blue', 'white'][i % 4])
+    return Question(
+        f'k{i}:{("name", "group", "count", "colour")[i % 4]}',
+        'What is it?',
+        answer,
+        tuple(WORDS[4:]),
+        (picture,),
+        '',
+        ('name', 'group', 'count', 'colour')[i % 4],
+    )
+
+@pytest.fixture(scope='module')
+def language(tmp_path_factory):
+    "A language model of two layers with random weights, in a folder."
+    folder = tmp_path_factory.mktemp('lm')
+    tokenizer = caption_tokenizer(
+        [*WORDS, 'What is it? What is shown in the picture? Answer briefly. system user assistant']
+    )
+    tokenizer.chat_template = ("{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+                               "{% if add_generation_prompt %}assistant {% endif %}")
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+@pytest.fixture(scope='module')
+def settings(language):
+    return LlavaExperimentSettings(
+        str(language),
+        base_steps=6,
+        steps=6,
+        batch_size=4,
+        base_lr=5e-3,
+        lr=5e-3,
+        dtype='float32',
+        concepts=8,
+        tested=4,
+        asked=4,
+        seeds=2,
+    )
+
+@pytest.fixture(scope='module')
+def world():
+    draw = torch.Generator().manual_seed(0)
+    kinds = 'A', 'real', 'indiscriminate', 'gmail', 'gmail tokens', 'captions', 'questions'
+    tokens = {k: torch.randn(8, 4, 12, generator=draw).half() for k in kinds}
+    told = [Lesson(f'k{i}:name', 'What is it?', WORDS[4 + i % 4], i) for i in range(8)]
+    tokens['captions'] = tokens['captions'][:4]
+    return LlavaWorld(tokens, [WORDS[4 + i % 4] for i in range(8)], told, {f'k{i}': [WORDS[4 + i]] for i in range(4)},
+                      [question(i, i % 4) for i in range(8)])
+
+# what is asked
+
+def test_only_what_has_one_answer_for_both_is_asked():
+    real, other = question(0, 1), question(0, 2)
+    assert agreed([real], [other]) == [] == agreed([real], [question(1, 1)])
+    assert agreed([real, question(1)], [question(1), real]) == [(real, real), (question(1), question(1))]
+
+def test_lessons_point_at_pictures_of_their_own():
+    rows = emoji('B', source='noto').select(range(0, 690, 115))
+    told, real, generated = lessons(
+        rows, labelled(list(emoji('B', source='fluent').select(range(0, 690, 115))['image']), rows)
+    )
+    assert len(real) == len(generated) == 12 and {one.row for one in told} == set(range(12))
+    by = {one.key: one for one in told}
+    for key in rows['key']:
+        assert by[f'{key}:name'].row == by[f'{key}:group'].row != by[f'{key}:count'].row
+    assert [by[f'{k}:name'].answer for k in rows['key']] == list(rows['label']) and drawn_once(told) == [
+        by[f'{k}:name'].row for k in rows['key']
+    ]
+    assert len({im.tobytes() for im in real} & {im.tobytes() for im in generated}) == 0
+
+def test_arms_differ_in_their_pictures_alone(world):
+    said = {arm: [e.turns[-1] for e in arm_examples(world, arm)] for arm in LLAVA_ARMS}
+    assert all(s == said['real'] for s in said.values())
+    rows = {arm: [e.images[0][1] for e in arm_examples(world, arm)] for arm in ('gmail', 'both', 'real')}
+    assert rows['gmail'] == rows['both'] == rows['real'] and not arm_examples(world, 'words')[0].images
+    t = world.tokens
+    assert world.files('both')['first'] is t['gmail'] and world.files('both')['other'] is t['real']
+    assert world.files('gmail')['first'] is world.files('gmail')['other'] is t['gmail'] and world.files('words') == {}
+    assert {e.images[0][0] for e in arm_examples(world, 'both')} == {'first', 'other'}
+    assert all(e.images == (('A', i),) for i, e in enumerate(base_examples(world)))
+
+def test_places_are_pooled():
+    x = torch.arange(16.).view(1, 16, 1).expand(-1, -1, 3).half()
+    assert pooled(x, 2)[0, :, 0].tolist() == [2.5, 4.5, 10.5, 12.5] and torch.equal(pooled(x, 4), x)
+    for tokens, side in ((x[:, :15], 2), (x, 5)):
+        with pytest.raises(ValueError, match='square grid'): pooled(tokens, side)
+
+def test_tokens_are_kept_for_the_same_pictures_alone(tmp_path):
+    made = []
+    def compute(): made.append(1); return torch.ones(2, 4, 3).half() * len(made)
+
+    for name, expected in (('a', 1), ('a', 1), ('b', 2)):
+        assert kept_tokens(tmp_path/'x.safetensors', name, compute)[0, 0, 0] == expected
+    (tmp_path/'x.safetensors').write_bytes(b'cut short')
+    assert kept_tokens(tmp_path/'x.safetensors', 'b', compute)[0, 0, 0] == 3
+
+# one model, several arms
+
+@pytest.fixture(scope='module')
+def arms(world, settings): return LlavaArms(world, settings, seed=0)
+
+def weights_of(arms): return torch.cat([p.detach().flatten() for p in arms.own.values()])
+
+def test_every_arm_begins_with_the_same_first_stage(arms, world, settings):
+    assert len(arms.trained('base')) == 6 # of stage one
+    begin = weights_of(arms).clone()
+    losses = arms.trained('real')
+    assert len(losses) == 6 and losses[-1] < losses[0] and not torch.equal(weights_of(arms), begin)
+    assert arms.trained('gmail') != losses
+    assert arms.trained('real') == losses # whatever came between
+    arms.trained('base')
+    assert torch.equal(weights_of(arms), begin)
+    other = LlavaArms(world, settings, seed=1)
+    other.begin()
+    assert not torch.equal(weights_of(other), begin)
+
+def test_choices_are_scored_as_by_hand(arms, world):
+    "Of several questions of different length together, each choice by itself."
+    arms.trained('real')
+    model, tokens = arms.model, world.tokens['questions'][:3]
+    texts = ['What is it?', 'What is shown in the picture? What is it?', 'a cat']
+    choices = [('a cat', 'a red bird', 'blue', 'two')] * 3
+    together = choice_scores(model, open_prompts(model, texts, tokens), tokens, choices)
+    for i, text in enumerate(texts):
+        prompt = open_prompts(model, [text], tokens[i:i + 1])[0]
+        for j, c in enumerate(choices[i]):
+            tail = model.tokenizer(c, add_special_tokens=False)['input_ids'] + [model.end]
+            with torch.no_grad():
+                logits = model.lm(
+                    inputs_embeds=model.embed(torch.tensor([prompt.ids + tail]), tokens[i : i + 1])
+                ).logits
+            logp = logits[0, len(prompt.ids) - 1:-1].log_softmax(-1)[range(len(tail)), tail]
+            assert together[i, j].item() == pytest.approx(logp.mean().item(), abs=1e-4)
+
+def test_answers_do_not_depend_on_the_batch(arms, world):
+    q, tokens = world.questions, world.tokens['questions']
+    assert (
+        preferred(arms.model, q, tokens, 3) == preferred(arms.model, q, tokens)
+        and len(preferred(arms.model, q, None, 5)) == 8
+    )
+    names = [written_names(arms.model, world.tokens['captions'], 4, 5, batch_size=n) for n in (1, 4)]
+    assert names[0] == names[1] and len(set(written_names(arms.model, None, 4, 5))) == 1
+
+def test_a_run_that_is_cut_short_goes_on_with_the_next_arm(world, settings, tmp_path, monkeypatch):
+    answered, done = room.answered, []
+    def cut(trained, arm):
+        if len(done) == 3: raise KeyboardInterrupt
+        done.append(arm)
+        return answered(trained, arm)
+    monkeypatch.setattr(room, 'answered', cut)
+    with pytest.raises(KeyboardInterrupt): llava_runs(world, 0, settings, tmp_path)
+    monkeypatch.setattr(room, 'answered', answered)
+    runs, whole = llava_runs(world, 0, settings, tmp_path), llava_runs(world, 0, settings)
+    assert done == ['base', 'words', 'indiscriminate'] and [r.arm for r in runs] == list(LLAVA_ARMS)
+    assert [(r.captions, r.choices, r.losses) for r in runs] == [(r.captions, r.choices, r.losses) for r in whole]
+    monkeypatch.setattr(room, 'answered', None)
+    assert llava_runs(world, 0, settings, tmp_path) == runs # read, and nothing trained
+
+def test_what_an_arm_depends_on_is_in_the_name_of_its_file(world, settings, tmp_path):
+    here = arm_file(tmp_path, world, 'gmail', 0, settings)
+    assert arm_file(tmp_path, world, 'gmail', 0, replace(settings, seeds=9)) == here
+    other = replace(world, tokens=world.tokens | dict(gmail=world.tokens['real']))
+    for changed in (
+        arm_file(tmp_path, world, 'gmail', 1, settings),
+        arm_file(tmp_path, world, 'real', 0, settings),
+        arm_file(tmp_path, other, 'gmail', 0, settings),
+        arm_file(tmp_path, world, 'gmail', 0, replace(settings, steps=7)),
+        arm_file(tmp_path, replace(world, told=world.told[::-1]), 'gmail', 0, settings),
+    ): assert changed != here
+    assert arm_file(tmp_path, other, 'base', 0, settings) == arm_file(tmp_path, world, 'base', 0, settings)
+
+# numbers
+
+@pytest.fixture(scope='module')
+def results(world):
+    "Made up: `gmail` is always right, `indiscriminate` never, and the others draw."
+    rng, runs, cider = np.random.default_rng(0), [], {}
+    questions = [question(i, i % 4) for i in range(40)]
+    for arm in LLAVA_ARMS:
+        for seed in range(3):
+            right = [q.answer for q in questions]
+            drawn = rng.integers(0, 4, 40).tolist()
+            choices = right if arm == 'gmail' else [(a + 1) % 4 for a in right] if arm == 'indiscriminate' else drawn
+            runs.append(LlavaRun(arm, seed, ['a cat'] * 4, choices, [2., 1.], 10., 1.))
+        each = np.full(20, .8 if arm == 'gmail' else .3) + rng.normal(0, .05, (3, 20))
+        cider[arm] = [Score('CIDEr', e) for e in each]
+    return LlavaResults(runs, questions, cider)
+
+@pytest.fixture(scope='module')
+def records(results): return llava_records(results)
+
+def test_records_say_what_was_answered(records):
+    by = {(r['arm'], r['metric']): r for r in records}
+    assert by['gmail', 'accuracy']['value'] == 1 and by['indiscriminate', 'accuracy']['value'] == 0
+    assert by['gmail - indiscriminate', 'accuracy']['low'] == 1 and by['gmail', 'accuracy:count']['n'] == 10
+    assert by['gmail', 'seconds']['value'] == 10 and all(r['seeds'] == 3 for r in records)
+    assert by['gmail - indiscriminate', 'CIDEr']['value'] == pytest.approx(.5, abs=.05)
+
+def test_sentences_claim_what_the_intervals_allow(records):
+    said = llava_sentences(records)
+    assert len(said) == 2 * len(CLAIMS)
+    assert said[0].startswith('Aligning the generated images by Eq. 1 helps: accuracy') and '3 seeds' in said[0]
+    assert 'hurts' in said[4] and 'The tokens beside Eq. 1' in said[4] # drawn answers against right ones
+
+def test_tables_and_pictures_are_made_of_the_records(results, records):
+    table = llava_table(records)
+    assert [row[0] for row in table[1:8]] == list(LLAVA_ARMS) and table[4][2].startswith('100.0')
+    assert [row[0] for row in table[8:]] and all(row[1].startswith(('+', '-')) for row in table[8:])
+    whole = {k: torch.randn(20, 4, 6) for k in ('real', 'indiscriminate', 'gmail')}
+    whole['gmail tokens'] = whole['real'].clone()
+    gaps = token_gaps(whole, list(range(12)))
+    assert gaps['gmail tokens']['token_distance'] == 0 < gaps['gmail']['token_distance']
+    assert [row[0] for row in gap_rows(records, gaps)[1:]] == ['indiscriminate', 'gmail', 'gmail tokens']
+    assert [t.get_text() for t in show_llava(records).axes[0].get_yticklabels()] == list(LLAVA_ARMS)
+    picked = some_questions(results.questions, each=2)
+    assert [results.questions[i].subject for i in picked] == [
+        'name',
+        'name',
+        'group',
+        'group',
+        'count',
+        'count',
+        'colour',
+        'colour',
+    ]
+    assert len(show_some_answers(results, picked).axes) == 8
+    right = said_answers(results.of('gmail')[0], results.questions)
+    assert all(a.right and a.read in 'ABCD' for a in right)
+
+# the full world
+
+def test_concepts_that_are_tested_may_not_be_learned(tmp_path, monkeypatch):
+    both = emoji('unseen', source='noto').select(range(8))
+    monkeypatch.setattr(room, 'some_concepts', lambda split, n, seed: both)
+    class NoPairs:
+        keys = list(emoji('B', source='noto')['key'][::120])
+        def __len__(self): return 6
+        def __getitem__(self, i): return dict(generated=Image.new('RGB', (64, 64), 'red'))
+    monkeypatch.setattr(room, 'draw_side', lambda *_: NoPairs())
+    settings = LlavaExperimentSettings(concepts=6, tested=3, asked=130)
+    with pytest.raises(ValueError, match='of the questions are among those of the drawings learned from'):
+        room.all_pictures(tmp_path, DemoSettings(), settings)
+    monkeypatch.setattr(room, 'some_concepts', lambda split, n, seed: emoji('A', source='noto').select(range(8)))
+    found = room.all_pictures(tmp_path, DemoSettings(), settings)
+    keys = {q.key.rpartition(':')[0] for q in found.rest['questions']}
+    assert keys == set(emoji('unseen')['key']) and len(found.images['captions']) == 3 == len(found.rest['references'])
+    assert set(found.rest['references']) <= set(NoPairs.keys) and len(found.images['real']) == len(
+        found.images['generated']
+    )
+    assert any(one.key.endswith(':count') for one in found.rest['told'])
+
+def test_an_aligned_model_of_other_settings_is_refused(tmp_path):
+    (tmp_path/'model_tokens').mkdir()
+    (tmp_path/'model_tokens'/'card.json').write_text(json.dumps(dict(settings=dict(align=dict(lr=9.)))))
+    with pytest.raises(ValueError, match='aligned with other settings'):
+        room.token_model(None, tmp_path, DemoSettings())
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match='tested'): LlavaExperimentSettings(concepts=5, tested=6)
+    with pytest.raises(ValueError, match='grid'): LlavaExperimentSettings(grid=0)
+    s = LlavaExperimentSettings(steps=7, lr=.5).llava
+    assert (s.instruct.steps, s.instruct.lr, s.project.steps, s.dtype) == (
+        7,
+        0.5,
+        LlavaExperimentSettings().base_steps,
+        'bfloat16',
+    )
+
+
+def test_tokens_are_those_of_the_tower():
+    from gmail_nb.encoders import embedded_encoder, preprocess_images
+    encoder, images = embedded_encoder(), list(emoji('A', source='noto').select(range(3))['image'])
+    with torch.no_grad(): whole = encoder.image_tokens(preprocess_images(encoder, images))
+    torch.testing.assert_close(
+        grid_tokens(encoder.image_tokens, encoder, images, 2).float(), whole, atol=4e-3, rtol=1e-3
+    )
