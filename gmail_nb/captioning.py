@@ -9,7 +9,7 @@ __all__ = ['MAPPERS', 'LM_TUNINGS', 'MLPMapper', 'TransformerMapper', 'Prefix', 
            'EncodedCaptions', 'caption_parts', 'encode_captions', 'read_encoded', 'write_encoded', 'Sources',
            'check_captioned_features', 'CaptionLoss', 'own_share', 'has_dropout', 'training_facts', 'StepTraining',
            'CaptionTraining', 'seeded_dropout', 'put_dropout_back', 'take_steps', 'train_captioner', 'RowSampling',
-           'check_features', 'continue_from', 'generate_ids', 'caption_text', 'write_captions', 'save_captioner',
+           'check_captioner_input', 'continue_from', 'generate_ids', 'caption_text', 'write_captions', 'save_captioner',
            'captioner_settings', 'captioner_card', 'loaded_in', 'load_captioner', 'caption_statistics']
 
 # %% ../nbs/35_captioning.ipynb #08433877
@@ -756,7 +756,7 @@ class RowSampling(LogitsProcessor):
         return self.nucleus(input_ids, scores.float() / self.temperature) + noise.to(scores.device)
 
 # %% ../nbs/35_captioning.ipynb #h8cap018
-def check_features(captioner:Captioner, features:torch.Tensor) -> None:
+def check_captioner_input(captioner:Captioner, features:torch.Tensor) -> None:
     "`ValueError` when features are not (N, dim) of the captioner's own dim."
     dim, shape = captioner.settings['dim'], tuple(features.shape)
     if len(shape) == 2 and shape[1] == dim: return
@@ -796,7 +796,7 @@ def generate_ids(
 
     `ValueError` for features of another width, a window that is too short, or beams
     together with sampling."""
-    check_features(captioner, features)
+    check_captioner_input(captioner, features)
     if beams > 1 and top_p is not None: raise ValueError('choose either beams or nucleus sampling')
     captioner.check_fits(max_new_tokens)
     size = max(1, batch_size // beams)

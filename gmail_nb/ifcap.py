@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FUNCTION_WORDS', 'image_like', 'matching_noise', 'retrieve', 'entity_vocabulary', 'frequent_entities',
-           'entity_prompt', 'Fusion', 'Lookup', 'IFCap', 'joined', 'ifcap_loss', 'IFCapTraining', 'IFCapBatches',
+           'entity_prompt', 'Fusion', 'Lookup', 'IFCap', 'joined_batch', 'ifcap_loss', 'IFCapTraining', 'IFCapBatches',
            'changed_training', 'train_ifcap', 'write_after', 'ifcap_ids', 'write_ifcap', 'save_ifcap', 'load_ifcap']
 
 # %% ../nbs/36_ifcap.ipynb #cdd1b07b
@@ -23,7 +23,7 @@ from torch import nn
 
 from .caption_tokens import tokenize_caption
 from .captioning import (
-    MAPPERS, Captioner, CaptionLearner, caption_batches, caption_ids, caption_text, check_features,
+    MAPPERS, Captioner, CaptionLearner, caption_batches, caption_ids, caption_text, check_captioner_input,
     continue_from, load_captioner, prefixed_logits, save_captioner)
 from .files import atomic_write, progress
 from .runtime import noise_generator, stable_seed
@@ -171,7 +171,7 @@ def seen_entities(self:IFCap, features:torch.Tensor) -> list[list[str]]:
 
 
 # %% ../nbs/36_ifcap.ipynb #9f7ad466
-def joined(
+def joined_batch(
     prompts:list[list[int]], # tokens that are given
     ids:list[list[int]]      # tokens that are learned
 ) -> tuple[torch.Tensor, ...]: # tokens, which are real, which are learned; (B, L) each
@@ -192,7 +192,7 @@ def ifcap_loss(
 ) -> torch.Tensor:
     "Mean cross entropy per token of the captions; prefix and prompt are only read."
     device = model.device
-    tokens, real, learned = (t.to(device) for t in joined(prompts, ids))
+    tokens, real, learned = (t.to(device) for t in joined_batch(prompts, ids))
     prefix = model.prefix(features.to(device), model.bank[retrieved.to(device)])
     logits = prefixed_logits(model, prefix, tokens, real)
     return F.cross_entropy(logits[learned].float(), tokens[learned])
@@ -287,7 +287,7 @@ def ifcap_ids(
     """Retrieve, count, fuse, write.
 
     `ValueError` for features of another width, or captions longer than the window."""
-    check_features(model, features)
+    check_captioner_input(model, features)
     prompts = [model.prompt_ids(e) for e in model.seen_entities(features)]
     found = retrieve(features.to(model.bank.device), model.bank, model.lookup.k)
     model.check_fits(max(map(len, prompts)) + max_new_tokens)

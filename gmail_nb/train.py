@@ -9,7 +9,7 @@ __all__ = ['log', 'epoch_order', 'batches', 'Order', 'cosine_rate', 'alignment_p
            'choose_device', 'processes', 'check_bf16', 'run_precision', 'StopTogether', 'Weights', 'Watch', 'Progress',
            'check_whole', 'check_pairs', 'check_asked', 'check_token_pairs', 'recorded', 'bank_bytes', 'made_from',
            'Alignment', 'check_adapters', 'rng_state', 'set_rng_state', 'fits', 'differences', 'check_same_run',
-           'checkpoints_in', 'read_state', 'flat', 'Checkpoints', 'Log', 'show_row', 'align', 'show_history']
+           'checkpoints_in', 'read_state', 'flat_tensors', 'Checkpoints', 'Log', 'show_row', 'align', 'show_history']
 
 # %% ../nbs/26_train.ipynb #dc8a1a68
 import gmail_nb.runtime
@@ -888,7 +888,7 @@ def read_state(
     "What its state.json says, once its files are as they were written. `ValueError` names what is not."
     return checked_card(checkpoint, 'state.json', step=int, settings=dict)
 
-def flat(tensors:dict) -> dict: # 'kind.name': tensor, on the CPU
+def flat_tensors(tensors:dict) -> dict: # 'kind.name': tensor, on the CPU
     "Tensors of several kinds as one dict, for a file."
     return {f'{kind}.{k}': t.detach().cpu().contiguous()
             for kind, found in tensors.items() for k, t in found.items()}
@@ -931,7 +931,7 @@ def save(self:Checkpoints,
     torch.save(rng_state(acc.device), tmp/f'rng-{acc.process_index}.pt')
     acc.wait_for_everyone()
     if not acc.is_main_process: return self.folder/name
-    atomic_write(tmp/'weights.safetensors', save_tensors(flat(tensors)))
+    atomic_write(tmp/'weights.safetensors', save_tensors(flat_tensors(tensors)))
     with atomic_path(tmp/'optimizer.pt') as p: torch.save(send_to_device(optimizer, 'cpu'), p)
     atomic_write(tmp/'state.json', json.dumps(state | dict(files=file_checksums(tmp, '*'))))
     return self.publish(tmp, self.folder/name)

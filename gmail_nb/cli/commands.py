@@ -421,9 +421,9 @@ def experiment_captioning(
     settings:CaptionExperimentSettings=CaptionExperimentSettings()
 ):
     "Captioners in five arms: what generated images teach, aligned and not."
-    from gmail_nb.experiments.captioning import VARIANTS, caption_experiment
+    from gmail_nb.experiments.captioning import FEATURE_VARIANTS, caption_experiment
     from gmail_nb.settings import demo_settings
-    variants = VARIANTS if rows == 'all' else None
+    variants = FEATURE_VARIANTS if rows == 'all' else None
     caption_experiment(out, settings, demo_settings(quick, settings.seed), variants, processes)
     show_file(out, 'caption_table.txt')
 

@@ -33,7 +33,7 @@ from ..files import (
 from ..pipelines import folder_fingerprint
 from ..runtime import default_device, fingerprint, noise_generator, set_seed, stable_seed
 from ..settings import DemoSettings, ProofSettings
-from ..tune import head_inputs, last_linear, tune_text
+from ..tune import head_inputs, head_module, tune_text
 
 # %% ../../nbs/experiments/11_chain.ipynb #39b25eeb
 def chain_settings(
@@ -119,7 +119,7 @@ def tuned_ranks(
     "Tune a text head, and rank the tests with it."
     head = encoder.text.head
     if features is not None:
-        head = last_linear(tune_text(encoder, features, captions, settings.tune, inputs).text)
+        head = head_module(tune_text(encoder, features, captions, settings.tune, inputs).text)
     return {name: arm_ranks(head, t.features, t.inputs) for name, t in tests.items()}
 
 # %% ../../nbs/experiments/11_chain.ipynb #c3dacf1d

@@ -32,7 +32,7 @@ from ..runtime import (
 from ..settings import DemoSettings, WorkSettings
 from ..stats import Interval, paired_difference, sentence
 from ..train import align, show_history
-from ..tune import head_inputs, last_linear, tune_text
+from ..tune import head_inputs, head_module, tune_text
 
 # %% ../../nbs/experiments/10_demo.ipynb #031327e7
 def some_concepts(
@@ -165,7 +165,7 @@ def downstream(
     for seed in progress(range(settings.seeds), 'tuning the text side'):
         tune = replace(settings.tune, seed=stable_seed(settings.seed, seed))
         for arm, x in features.items():
-            head = last_linear(tune_text(encoder, x, captions, tune, inputs).text)
+            head = head_module(tune_text(encoder, x, captions, tune, inputs).text)
             out[arm].append(arm_ranks(head, test_features, inputs))
     return out
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KS', 'TESTS', 'GOOD', 'CHOOSING_STYLE', 'STEPS', 'GUIDANCE', 'TRAINED', 'CURVES', 'CONTROLS', 'CLAIMS', 'STATES',
-           'found', 'recalls', 'Point', 'is_validation', 'without_validation', 'Claim', 'arm_record', 'scores',
+           'found', 'six_recalls', 'Point', 'is_validation', 'without_validation', 'Claim', 'arm_record', 'scores',
            'by_seed', 'difference', 'state', 'claims_table', 'said_first']
 
 # %% ../../nbs/experiments/05_protocol.ipynb #90d69693
@@ -31,7 +31,7 @@ def found(
     "How many of its six questions each concept has answered."
     return sum((ranks[way] < k).long() for way in WAYS for k in KS)
 
-def recalls(ranks:dict[str, torch.Tensor]) -> dict[str, float]:
+def six_recalls(ranks:dict[str, torch.Tensor]) -> dict[str, float]:
     "The six recalls by name."
     return {f'{way}_recall_at_{k}': recall_at_k(ranks[way], k) for way in WAYS for k in KS}
 
@@ -120,7 +120,7 @@ def arm_record(
     "What a page needs of one arm on one test."
     hits = found(ranks)
     return record('chain', arm, 'emoji', TESTS[test], 'mean_recall', hits.float().mean().item() / 6,
-                  seed, len(hits), point=asdict(point), recalls=recalls(ranks),
+                  seed, len(hits), point=asdict(point), recalls=six_recalls(ranks),
                   found=''.join(map(str, hits.tolist())), **more)
 
 def scores(record:dict) -> np.ndarray: # (N,), 0 to 1
