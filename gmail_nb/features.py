@@ -40,7 +40,7 @@ from .align import FrozenTower, GenReal
 from .data import column_of, decode_image
 from .encoders import Encoder, load_encoder
 from .files import (atomic_path, atomic_write, check_writable, checked_card, name_some, progress,
-                            read_object, unknown_name, versions)
+                            read_object, unknown_name, versions, write_card)
 from .runtime import default_device, fingerprint
 from .settings import PRECISIONS, EmbedSettings, part_of
 
@@ -651,7 +651,7 @@ def finish_features(
     failed, content = failed_in(markers), fingerprint([m['sha256'] for m in markers])
     write_keys(parts.folder, keys, samples)
     card = dict(model=model_name(model), content=content, failed=failed, versions=versions())
-    atomic_write(parts.folder/'card.json', json.dumps(parts.settings | card))
+    write_card(parts.folder, parts.settings | card, 'keys.parquet')
     (parts.folder/'.lock').unlink(missing_ok=True)
     if failed:
         log.warning('%s: %d of %d images do not decode and have no features, such as this:\n%s',

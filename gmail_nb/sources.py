@@ -10,7 +10,6 @@ __all__ = ['IMAGE_SUFFIXES', 'log', 'TRAINING', 'TABLE_SUFFIXES', 'EXPECTED', 'k
 # %% ../nbs/06_sources.ipynb #4de0071c
 import csv
 import glob
-import hashlib
 import json
 import logging
 import re
@@ -25,7 +24,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from .files import atomic_write, name_some, unknown_name, without_checksum
+from .files import (atomic_write, file_sha256, name_some, unknown_name, without_checksum)
 from .data import (CAPTIONED, FEATURES, IN_MEMORY, as_captioned, check_captioned, check_parquet,
                            check_unique, column_of, parquet_files, quiet_datasets, read_parquet)
 from .settings import SourceSettings
@@ -470,35 +469,19 @@ def is_generated(
     files = ('shard-*-of-*.parquet', 'captions.parquet')
     return (path/'settings.json').exists() and any(f for p in files for f in path.glob(p))
 
-# %% ../nbs/06_sources.ipynb #71913e89
-def _shards(folder:Path) -> list[Path]:
-    "The shards that the manifest of a complete run names."
-    if not (folder/'manifest.json').exists():
-        raise ValueError(f'the run in {folder.name!r} is not complete: run `generate` again')
-    manifest = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
-    shards = [folder/s['shard'] for s in manifest['shards']]
-    if all(f.exists() for f in shards): return shards
-    raise ValueError(f'{folder.name!r} has lost shards since it was complete: '
-                     'run `generate` again')
-
 # %% ../nbs/06_sources.ipynb #6b7a1c11
 def read_manifest(
     folder:Path # from `generate`
 ) -> dict:
-    "What a complete run says of itself. `ValueError` when it is not complete, or the file is damaged."
+    "What a complete run says of itself. `ValueError` when it is not complete, or is damaged."
     path = folder/'manifest.json'
     if not path.exists():
         raise ValueError(f'the run in {folder.name!r} is not complete: run `generate` again')
     again, name = 'run `generate` again, which writes it anew', f'{folder.name}/{path.name}'
     try: return without_checksum(json.loads(path.read_text(encoding='utf-8')), name)
-    except json.JSONDecodeError as e: raise ValueError(f'{name} is not JSON ({e.msg}): {again}') from e
+    except json.JSONDecodeError as e:
+        raise ValueError(f'{name} is not JSON ({e.msg}): {again}') from e
     except ValueError as e: raise ValueError(f'{name} is damaged ({e}): {again}') from e
-
-def _sha256(path):
-    h = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while block := f.read(1 << 22): h.update(block)
-    return h.hexdigest()
 
 def _seen(folder): # shards that were read and found whole: name -> checksum, size, time of change
     try: found = json.loads((folder/'.seen.json').read_text())
@@ -516,7 +499,8 @@ def check_shards(
     for s in shards:
         found = (folder/s['shard']).stat()
         now[s['shard']] = [s['sha256'], found.st_size, found.st_mtime_ns]
-        if seen.get(s['shard']) == now[s['shard']] or _sha256(folder/s['shard']) == s['sha256']: continue
+        known = seen.get(s['shard']) == now[s['shard']]
+        if known or file_sha256(folder/s['shard']) == s['sha256']: continue
         raise ValueError(f"{folder.name}/{s['shard']} is not as it was written: "
                          'run `generate` again, which makes it anew')
     if now.items() <= seen.items(): return

@@ -1,5 +1,6 @@
 """Commands under faults: a process that has imported the package forks a child for each command, so that a run costs no
-imports, and the child kills itself, stops, or meets a limit at a chosen touch of its folder. `python faults.py` is that process."""
+imports, and the child kills itself, stops, or meets a limit at a chosen touch of its folder. `python faults.py` is
+that process."""
 import json
 import os
 import random
@@ -55,6 +56,11 @@ def prepare(job):
         import gmail_nb.runs.align as room
         embed = room.embed
         room.embed = lambda *a: embed(*a[:4], replace(a[4], part_rows=job['part_rows'])) if len(a) > 4 else embed(*a)
+    if 'demo' in job: # no flags either
+        import gmail_nb.settings as home
+        s = home.DemoSettings(align_captions=12, tune_captions=12, validation_captions=4, seeds=2)
+        s = replace(s, align=replace(s.align, epochs=2, batch_size=4), tune=replace(s.tune, steps=10))
+        home.demo_settings = lambda quick, seed: replace(s, seed=seed, align=replace(s.align, seed=seed))
     if 'threads' in job:
         import torch
         torch.set_num_threads(job['threads'])
@@ -96,15 +102,17 @@ def serve():
     import torch
     torch.set_num_threads(1)
     import gmail_nb.cli.commands, gmail_nb.runs.align, gmail_nb.runs.evaluate, gmail_nb.runs.generate # noqa: F401
-    import gmail_nb.runs.tune_caption, gmail_nb.runs.tune_text, gmail_nb.experiments.demo # noqa: F401
+    import gmail_nb.runs.tune_caption, gmail_nb.runs.tune_text, gmail_nb.runs.tune_llava, gmail_nb.runs.vqa # noqa: F401
+    import gmail_nb.experiments.demo # noqa: F401
     import transformers.models.gpt2.modeling_gpt2, matplotlib.pyplot # noqa: F401
     answer = os.fdopen(os.dup(1), 'w', buffering=1)
     print('ready', file=answer)
     for line in sys.stdin:
         job = json.loads(line)
         if 'poll' in job:
-            pid, status = os.waitpid(job['poll'], os.WNOHANG)
-            print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), file=answer)
+            pid, status, used = os.wait4(job['poll'], os.WNOHANG)
+            ended = [os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime]
+            print(json.dumps(ended if pid else None), file=answer)
             continue
         pid = os.fork()
         if not pid:
@@ -121,6 +129,7 @@ class Ended:
     out:str
     err:str
     seconds:float
+    cpu:float # seconds of it, its own and its processes'
 
     @property
     def said(self): # the error stream without bars and warnings
@@ -132,7 +141,8 @@ class Started:
         self.zygote, self.pid, self.log, self.began, self.status = zygote, pid, log, time.monotonic(), None
 
     def poll(self): # None while it runs
-        if self.status is None: self.status = self.zygote.ask(dict(poll=self.pid))
+        if self.status is None:
+            if (ended := self.zygote.ask(dict(poll=self.pid))) is not None: self.status, self.cpu = ended
         return self.status
 
     def wait(self, timeout=300):
@@ -144,16 +154,17 @@ class Started:
                 raise TimeoutError(Path(f'{self.log}.err').read_text()[-3000:])
             time.sleep(.01)
         out, err = (Path(f'{self.log}.{n}').read_text() for n in ('out', 'err'))
-        return Ended(status, out, err, time.monotonic() - self.began)
+        return Ended(status, out, err, time.monotonic() - self.began, self.cpu)
 
 class Zygote:
     "The process that forks. Its environment is that of the tests, its hash seed its own."
     def __init__(self, folder, **env):
         self.folder, self.n = Path(folder), 0
-        env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'TOKENIZERS_PARALLELISM': 'false',
-               'PYTHONPATH': os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')]).strip(os.pathsep)} | env
-        self.process = subprocess.Popen([sys.executable, str(HERE/'faults.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, bufsize=1, env=env)
+        path = os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')]).strip(os.pathsep)
+        env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg',
+               'TOKENIZERS_PARALLELISM': 'false', 'PYTHONPATH': path} | env
+        self.process = subprocess.Popen([sys.executable, str(HERE/'faults.py')], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True, bufsize=1, env=env)
         assert self.process.stdout.readline() == 'ready\n'
 
     def ask(self, job):
@@ -164,7 +175,8 @@ class Zygote:
         self.n += 1
         log = str(self.folder/f'log-{self.process.pid}-{self.n}')
         what = {} if 'call' in how else dict(argv=[str(a) for a in argv])
-        return Started(self, self.ask(dict(log=log, **what, **{k: str(v) if isinstance(v, Path) else v for k, v in how.items()})), log)
+        how = {k: str(v) if isinstance(v, Path) else v for k, v in how.items()}
+        return Started(self, self.ask(dict(log=log, **what, **how)), log)
 
     def run(self, *argv, **how): return self.start(*argv, **how).wait()
 
@@ -187,7 +199,8 @@ def content(path):
     "The bytes of a file; of JSON what is said, but for times."
     if path.suffix == '.json': return plain(json.loads(path.read_text()))
     if path.suffix == '.jsonl': return [plain(json.loads(l)) for l in path.read_text().splitlines()]
-    if path.suffix == '.html': return re.sub(r'<tr><td>(seconds|images_per_second)</td><td>[\d.]+', '', path.read_text())
+    if path.suffix == '.html':
+        return re.sub(r'<tr><td>(seconds|images_per_second)</td><td>[\d.]+', '', path.read_text())
     return path.read_bytes()
 
 def left(folder, but=('checkpoints',)):
@@ -209,7 +222,9 @@ def small_disk(folder, size):
     folder.mkdir()
     how = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(folder)]
     can = os.geteuid() == 0 and subprocess.run(how, capture_output=True).returncode == 0
-    try: yield (lambda *options: subprocess.run(['mount', '-o', ','.join(('remount', *options)), str(folder)], check=True)) if can else None
+    def again(*options):
+        subprocess.run(['mount', '-o', ','.join(('remount', *options)), str(folder)], check=True)
+    try: yield again if can else None
     finally:
         if can: subprocess.run(['umount', '-l', str(folder)])
 

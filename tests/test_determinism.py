@@ -1,4 +1,4 @@
-"What is equal to the last bit and what within which tolerance: each line of the page's table, and what several processes and other Pythons change."
+"Equal to the last bit, or within which tolerance: each line of the page's table, and what other Pythons change."
 import gmail_nb.runtime
 import os
 import subprocess

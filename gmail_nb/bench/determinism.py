@@ -79,15 +79,17 @@ def images(out:Path, way:Way=Way()) -> np.ndarray: # (N, H, W, 3), levels from 0
 
 def features(out:Path, way:Way=Way()) -> np.ndarray: # (N, D), unit length
     "Images through the encoder. A run that is stopped has one of its parts."
-    settings = EmbedSettings(way.batch_size, part_rows=8, processes=way.processes, show_progress=False)
+    settings = EmbedSettings(way.batch_size, part_rows=8, processes=way.processes,
+                             show_progress=False)
     parts = ['0/2', '0/1'] if way.stopped else [f'{j}/{way.jobs}' for j in range(way.jobs)]
     encoder = load_encoder('embedded')
-    for part in parts: found = embed(some_emoji(), encoder, out, settings=replace(settings, part=part))
+    for part in parts:
+        found = embed(some_emoji(), encoder, out, settings=replace(settings, part=part))
     return found[:].numpy()
 
 # %% ../../nbs/bench/70_determinism.ipynb #c8259e8d
 def alignment(out:Path, way:Way=Way()) -> np.ndarray: # (N, D), unit length
-    "Images through `f_g` after six steps of Eq. 1, in which Fluent's drawings stand in for generated ones."
+    "Images through `f_g` after six steps of Eq. 1; Fluent's drawings stand in for generated ones."
     real, drawn = some_emoji(), some_emoji('fluent')
     made = drawn.select_columns(['key', 'image']).add_column('caption', list(drawn['label']))
     made = made.add_column('sample', [0] * len(drawn))
@@ -95,7 +97,8 @@ def alignment(out:Path, way:Way=Way()) -> np.ndarray: # (N, D), unit length
     settings = AlignRunSettings(align=learn, validation_share=.25, processes=way.processes,
                                 run=RunSettings(save_every=1))
     if way.stopped:
-        with stopped_at(Alignment, 'trained_step', 4): align_sets(real, made, 'embedded', out, settings)
+        with stopped_at(Alignment, 'trained_step', 4):
+            align_sets(real, made, 'embedded', out, settings)
     model = align_sets(real, made, 'embedded', out, settings)
     pixels = preprocess_images(model.encoder, list(drawn['image']))
     return encode_images(model.encode_generated, pixels).numpy()
@@ -104,11 +107,12 @@ def text_side(out:Path, way:Way=Way()) -> np.ndarray: # every weight of the head
     "The text side after twelve steps."
     encoder, ds = load_encoder('embedded'), some_emoji()
     generator = noise_generator('determinism')
-    x = torch.nn.functional.normalize(torch.randn(len(ds), encoder.dim, generator=generator), dim=-1)
+    x = torch.randn(len(ds), encoder.dim, generator=generator)
+    x = torch.nn.functional.normalize(x, dim=-1)
     out.mkdir(parents=True, exist_ok=True)
     def tuned():
-        return tune_text(encoder, x, list(ds['label']), TuneSettings(steps=12, batch_size=8, every=3),
-                         checkpoint=out/'checkpoint.pt')
+        settings = TuneSettings(steps=12, batch_size=8, every=3)
+        return tune_text(encoder, x, list(ds['label']), settings, checkpoint=out/'checkpoint.pt')
     if way.stopped:
         with stopped_at(gmail_nb.tune, 'look', 3): tuned()
     return torch.cat([p.flatten() for p in tuned().text.parameters()]).numpy()

@@ -37,12 +37,12 @@ def locked(
     try: lock.acquire(timeout=0)
     except NotImplementedError: return None
     except Timeout:
-        raise BlockingIOError(f'{folder} is being written by {who(folder, name)}: wait until it ends, '
-                              'or choose another folder') from None
+        raise BlockingIOError(f'{folder} is being written by {who(folder, name)}: '
+                              'wait until it ends, or choose another folder') from None
     return lock
 
 def sweep(folder:Path) -> None:
-    "Remove what was being written when a run was killed or stopped. For who is alone in the folder."
+    "Remove what killed and stopped runs were writing. For who is alone in the folder."
     for stale in [*folder.rglob('.*.tmp')]:
         if stale.is_dir(): shutil.rmtree(stale, ignore_errors=True) # of a checkpoint
         else: stale.unlink(missing_ok=True)
@@ -53,7 +53,7 @@ def claimed(
     name:str='claim',  # several claims of different names may be held in one folder
     alone:bool=True    # whether the folder is all of one command, which may tidy up after others
 ):
-    "Within this context no other command writes there. `BlockingIOError` when one is at work already."
+    "Inside the block no other command writes there. `BlockingIOError` when one is at work."
     if not is_first_process(): # the first of them holds the claim for all
         yield
         return
@@ -96,7 +96,7 @@ def is_no_room(error:BaseException) -> bool:
 def room_told(
     folder:str|Path # that is written
 ):
-    "Inside the block, an error of a full disk is an `OSError` that names the folder and what to do."
+    "Inside the block, a full disk is an `OSError` that names the folder and what to do."
     try: yield
     except Exception as e:
         if not is_no_room(e) or 'no room left' in str(e): raise
