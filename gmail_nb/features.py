@@ -41,7 +41,7 @@ from .data import column_of, decode_image
 from .encoders import Encoder, load_encoder
 from .files import (atomic_path, atomic_write, check_writable, checked_card, name_some, progress,
                             read_object, unknown_name, versions, write_card)
-from .runtime import default_device, fingerprint
+from .runtime import default_device, fingerprint, to_device
 from .settings import PRECISIONS, EmbedSettings, part_of
 
 # %% ../nbs/24_features.ipynb #b7f08b8b
@@ -440,7 +440,7 @@ def embed_part(
         good, images = good_images(pixels, batch, failed)
         if good:
             with torch.autocast(side.device.type, torch.bfloat16, enabled=bf16):
-                features = side.encode(torch.stack(images).to(side.device))
+                features = side.encode(to_device(torch.stack(images), side.device))
             filled[np.subtract(good, numbers.start)] = features.float().cpu().numpy()
         step(len(batch))
     parts.put(part, filled, failed)

@@ -31,7 +31,7 @@ from .data import CAPTIONED, FEATURES, check_captioned, emoji, undecoded
 from .encoders import Encoder, encode_images, encode_texts
 from .features import LazyPixels, embed, native_precision
 from .files import atomic_path, check_writable, name_some, progress, record, unknown_name
-from .runtime import fingerprint
+from .runtime import fingerprint, to_device
 from .settings import EmbedSettings, SourceSettings
 from .sources import from_coco, from_hub, load_captioned, read_coco
 from .stats import Interval, bootstrap
@@ -61,7 +61,7 @@ def feature_rows(
     "Some rows, read from wherever they are."
     if isinstance(x, torch.Tensor):
         if isinstance(index, torch.Tensor): index = index.to(x.device)
-        return x[index].to(device).float()
+        return to_device(x[index], device).float()
     if isinstance(index, torch.Tensor): index = index.cpu().numpy()
     return torch.from_numpy(np.array(x[index], dtype=np.float32)).to(device)
 

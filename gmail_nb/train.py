@@ -47,7 +47,7 @@ from .lora import block_list
 from .losses import (
     Temperature, bank_info_nce, column_sums, loss_by_name, sigmoid_rows, symmetric_rows, token_loss)
 from .prefix import FrozenPrefix, cache_prefix, channels_last
-from .runtime import fingerprint, noise_generator, stable_seed
+from .runtime import fingerprint, noise_generator, stable_seed, to_device
 from .settings import AlignSettings, RunSettings, described
 from .weights import check_names, read_tensors as load_tensors, read_torch
 
@@ -137,12 +137,14 @@ class Bank:
 @torch.no_grad()
 def read(self:Bank, index) -> torch.Tensor: # (M, D), unit length, on the model's device
     "Some features, from where they are stored."
-    return self.model.project_real(self.real[index].to(self.model.device).float())
+    return self.model.project_real(to_device(self.real[index], self.model.device).float())
 
 @patch
 def __getitem__(self:Bank, index) -> torch.Tensor: # (M, D), unit length, on the model's device
     "Some features, from where they are nearest."
-    return self.read(index) if self.resident is None else self.resident[index]
+    if self.resident is None: return self.read(index)
+    if isinstance(index, torch.Tensor): index = to_device(index, self.resident.device)
+    return self.resident[index]
 
 # %% ../nbs/26_train.ipynb #dc55e322
 def draw_others(
@@ -334,7 +336,7 @@ def batch(self:AlignmentData, step:int, process:int=0, processes:int=1) -> Batch
     return Batch(inputs=[sample[indices[part]] for part, _ in parts],
                  targets=[places[part] for part, _ in parts],
                  shares=[share for _, share in parts], size=len(indices), bank=bank,
-                 ids=None if self.ids is None else self.ids[among].to(bank.device),
+                 ids=None if self.ids is None else to_device(self.ids[among], bank.device),
                  tokens=None if self.tokens is None else [self.tokens[indices[p]] for p, _ in parts])
 
 # %% ../nbs/26_train.ipynb #26cu9002
@@ -400,7 +402,7 @@ def columns_first(self:StepRunner, batch:Batch) -> torch.Tensor: # (size,)
     "The same before any gradient, from a pass of its own that draws the dropout of the next one."
     device, side = self.accelerator.device, self.accelerator.unwrap_model(self.side)
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        features = [side(inputs.to(device)) for inputs in batch.inputs]
+        features = [side(to_device(inputs, device)) for inputs in batch.inputs]
         if batch.tokens: features = [pooled for pooled, _ in features]
     return self.columns(batch, features)
 
@@ -413,7 +415,7 @@ def pooled_loss(self:StepRunner,
 ) -> torch.Tensor:
     "The mean loss of the rows of a part against the real features of the whole batch."
     s, tau, bank = self.settings, self.tau(), batch.bank
-    targets = batch.targets[part].to(self.accelerator.device)
+    targets = to_device(batch.targets[part], self.accelerator.device)
     by_row = dict(info_nce=bank_info_nce, sigmoid=sigmoid_rows)
     if s.loss in by_row: return by_row[s.loss](features, bank, targets, tau, batch.ids)
     if s.loss == 'symmetric' and s.accumulation * self.accelerator.num_processes > 1:
@@ -426,10 +428,10 @@ def pooled_loss(self:StepRunner,
 def loss(self:StepRunner, batch:Batch, part:int, columns:torch.Tensor|None=None) -> torch.Tensor:
     "The loss of a part: that of its embeddings, and where tokens are aligned their share."
     s, device = self.settings, self.accelerator.device
-    found = self.side(batch.inputs[part].to(device))
+    found = self.side(to_device(batch.inputs[part], device))
     if not batch.tokens: return self.pooled_loss(batch, part, found, columns)
     features, tokens = found
-    apart = token_loss(tokens, batch.tokens[part].to(device), s.tokens)
+    apart = token_loss(tokens, to_device(batch.tokens[part], device), s.tokens)
     self.apart = self.apart + apart.detach() * batch.shares[part] / batch.size
     return self.pooled_loss(batch, part, features, columns) + s.token_weight * apart
 
@@ -992,7 +994,7 @@ class Log:
     def __init__(self,
         path:str|Path|None,      # none without a place for it
         accelerator:Accelerator,
-        settings:AlignSettings,  # for the trackers
+        settings,                # a dataclass, for the trackers
         history:list[dict]       # rows that are there already
     ):
         self.accelerator, self.settings, self.history = accelerator, settings, history
@@ -1008,8 +1010,9 @@ class Log:
         return self
 
     def facts(self) -> dict: # TensorBoard takes no None
-        return {k: v if isinstance(v, (int, float, str)) else str(v)
-                for k, v in (asdict(self.settings) | dict(tau=self.settings.temperature)).items()}
+        said = asdict(self.settings)
+        if hasattr(self.settings, 'temperature'): said['tau'] = self.settings.temperature
+        return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in said.items()}
 
 # %% ../nbs/26_train.ipynb #31ebcb76
 @patch
