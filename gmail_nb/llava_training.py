@@ -530,9 +530,8 @@ def trained_card(folder:str|Path) -> tuple[dict, LlavaSettings]:
         raise FileNotFoundError(f'{file} is missing: the folder holds no trained LLaVA, or its '
                                 'writing was cut short; `gmail_tune llava` makes one')
     card = checked_card(folder)
-    if card.get('kind') != 'llava':
-        found = card.get('kind', 'something else')
-        raise ValueError(f'{Path(folder).name} holds {found!r} and no LLaVA')
+    kind = card.get('kind', 'something else')
+    if kind != 'llava': raise ValueError(f'{Path(folder).name} holds {kind!r} and no LLaVA')
     named = {f.name for f in fields(LlavaSettings)}
     said = {k: v for k, v in card['settings'].items() if k in named}
     stages = {k: StageSettings(**said[k]) for k in STAGES if k in said}
