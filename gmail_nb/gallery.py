@@ -15,6 +15,7 @@ import io
 import json
 import tempfile
 from pathlib import Path
+from urllib.parse import quote
 
 import datasets
 import matplotlib.pyplot as plt
@@ -184,7 +185,7 @@ def sheet_links(
 ) -> list[str]: # pieces of HTML
     "Links to the contact sheets that `write_sheets` has left."
     sheets = sorted((folder/'sheets').glob('*.jpg'))
-    links = [f'<a href="sheets/{p.name}">{html.escape(p.stem)}</a>' for p in sheets]
+    links = [f'<a href="sheets/{html.escape(quote(p.name))}">{html.escape(p.stem)}</a>' for p in sheets]
     return ['<h2>Sheets</h2><p>', ' '.join(links), '</p>'] if links else []
 
 # %% ../nbs/37_gallery.ipynb #4a177791

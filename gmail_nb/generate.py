@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 import torch
 from diffusers import DiffusionPipeline
 
-from .data import read_parquet
-from .files import (atomic_path, atomic_write, check_writable, progress, unknown_name, versions,
-                            with_checksum)
+from .data import read_parquet, whole_parquet
+from .files import atomic_path, atomic_write, check_writable, in_one_line, progress
+from .files import read_object, unknown_name, versions, with_checksum
 from .pipelines import load_generator, resolve_generator
 from .plan import Plan, Settings, make_settings, read_captions, settings_difference
 from .runtime import default_device, default_dtype, machine
@@ -432,12 +432,17 @@ def check_lengths(
     manifest:dict  # of a complete run
 ) -> None:
     "`ValueError` for a shard that does not read, or has other rows than the run wrote."
-    for s in manifest['shards']:
+    listed, kinds = manifest.get('shards'), dict(shard=str, rows=int)
+    if not isinstance(listed, list) or not all(
+            isinstance(s, dict) and all(isinstance(s.get(k), t) for k, t in kinds.items()) for s in listed):
+        raise ValueError(f'{folder.name}/manifest.json does not list the shards and their rows: '
+                         'run `generate` again')
+    for s in listed:
         path = folder/s['shard']
         if not path.exists(): continue # said elsewhere
         try: rows = pq.read_metadata(path).num_rows
         except (pa.ArrowException, OSError) as e:
-            raise ValueError(f'{folder.name}/{path.name} is cut or damaged ({e}): '
+            raise ValueError(f'{folder.name}/{path.name} is cut or damaged ({in_one_line(e)}): '
                              'run `generate` again, which makes it anew') from e
         if rows == s['rows']: continue
         raise ValueError(f'{folder.name}/{path.name} has {rows} rows and not {s["rows"]}: '
@@ -455,7 +460,8 @@ def finished_shards(
     shards = sorted(folder.glob('shard-*-of-*.parquet'))
     files = [p for p in shards if p.with_suffix('.json').exists()]
     if partial:
-        check_shards(folder, [json.loads(p.with_suffix('.json').read_text()) for p in files])
+        receipts = {p.name: read_object(p.with_suffix('.json')) for p in files}
+        check_shards(folder, [dict(shard=n, sha256=r.get('sha256')) for n, r in receipts.items()])
         return files
     if not (folder/'manifest.json').exists():
         raise ValueError(f'the run in {folder.name!r} is not complete: '
@@ -475,9 +481,9 @@ def with_quality(
 ) -> datasets.Dataset:
     "Add the column `quality` where it was measured; None for images drawn after that."
     if not (folder/'quality.parquet').exists(): return ds
-    try: rows = pq.read_table(folder/'quality.parquet', page_checksum_verification=True).to_pylist()
-    except (pa.ArrowException, OSError) as e:
-        raise ValueError(f'{folder.name}/quality.parquet is damaged ({e}): delete it, and measure it again') from e
+    with whole_parquet(folder/'quality.parquet'):
+        rows = pq.read_table(folder/'quality.parquet', columns=['key', 'sample', 'quality'],
+                             page_checksum_verification=True).to_pylist()
     scores = {(r['key'], r['sample']): r['quality'] for r in rows}
     measured = [scores.get(k) for k in zip(ds['key'], ds['sample'])]
     message = '%s: %d images have no quality, drawn after it was measured: measure it again'

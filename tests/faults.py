@@ -57,17 +57,18 @@ def prepare(job):
         embed = room.embed
         room.embed = lambda *a: embed(*a[:4], replace(a[4], part_rows=job['part_rows'])) if len(a) > 4 else embed(*a)
     if 'demo' in job: # no flags either
-        import gmail_nb.settings as home
-        s = home.DemoSettings(align_captions=12, tune_captions=12, validation_captions=4, seeds=2)
+        import gmail_nb.experiments.demo as room
+        s = room.DemoSettings(align_captions=12, tune_captions=12, validation_captions=4, seeds=2)
         s = replace(s, align=replace(s.align, epochs=2, batch_size=4), tune=replace(s.tune, steps=10))
-        home.demo_settings = lambda quick, seed: replace(s, seed=seed, align=replace(s.align, seed=seed))
+        room.headline_settings = lambda quick, seed, *more: replace(s, seed=seed, align=replace(s.align, seed=seed))
     if 'threads' in job:
         import torch
         torch.set_num_threads(job['threads'])
         os.environ['OMP_NUM_THREADS'] = str(job['threads'])
     def act(n, path):
         if n == job.get('touch'): os.kill(os.getpid(), job['signal'])
-        if n == job.get('hold'): # stand still until a file says go on
+        here = job['hold_at'] in path and not os.path.exists(job['held']) if 'hold_at' in job else n == job.get('hold')
+        if here: # stand still until a file says go on
             Path(job['held']).touch()
             wait_for(job['go'])
     if 'below' in job: return at_touches(job['below'], act)

@@ -9,10 +9,10 @@ import torch
 from gmail_nb.data import emoji
 from gmail_nb.encoders import load_encoder
 from gmail_nb.experiments import chain, controls, curve, demo
-from gmail_nb.experiments.chain import best_setting, chain_fingerprint, chain_settings, chosen_settings
+from gmail_nb.experiments.chain import best_setting, chain_fingerprint
 from gmail_nb.experiments.protocol import (
-    CHOOSING_STYLE, CLAIMS, CONTROLS, CURVES, GOOD, STATES, TESTS, Claim, Point, arm_record, by_seed, claims_table,
-    difference, found, is_validation, six_recalls, said_first, scores)
+    CHOOSING_STYLE, CLAIMS, CONTROLS, CURVES, GOOD, STATES, TESTS, Claim, Point, arm_record, by_seed, chain_settings,
+    chosen_settings, claims_table, difference, found, is_validation, six_recalls, said_first, scores)
 from gmail_nb.files import asset, read_results
 from gmail_nb.retrieval import WAYS
 from gmail_nb.settings import DemoSettings, ProofSettings, proof_settings

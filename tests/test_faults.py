@@ -110,7 +110,7 @@ def slow_but(*cheap, kinds=KINDS):
 LARGEST = dict(generate=30_000, report=30_000, embed=20_000, align=60_000, text=100_000, caption=200_000, llava=60_000,
                vqa=10_000, demo=60_000, eval=15_000)
 
-@slow_but(*[k for k in KINDS if k != 'generate']) # `report` generates too
+@slow_but(*[k for k in KINDS if k not in ('generate', 'vqa')]) # `report` generates too
 def test_a_run_that_meets_one_fault_after_another(world, go, tmp_path, kind):
     "Stopped, killed, and begun a second time while it runs: then it ends as one that nobody broke."
     out, held, free, touches = tmp_path/kind, tmp_path/'held', tmp_path/'free', world['touches'][kind]
@@ -168,7 +168,7 @@ def no_room(done):
     one = (done.status, len(done.said)) == (2, 1) and 'Traceback' not in done.err
     return one and 'no room left for' in done.said[0]
 
-QUICKEST = 'embed', 'text'
+QUICKEST = 'embed',
 
 @slow_but(*QUICKEST)
 def test_a_file_that_may_not_grow_stops_the_run_with_one_line(world, go, tmp_path, kind):
@@ -195,7 +195,7 @@ def test_a_full_disk_stops_the_run_with_one_line(world, go, tmp_path, kind, shar
         remount('size=200m')
         assert go(kind, out).status == 0 and not same(world, kind, out)
 
-@slow_but(*QUICKEST, 'llava')
+@slow_but('llava')
 def test_a_folder_that_cannot_be_written_is_named(go, tmp_path, kind):
     "A file in its place, for root may write everywhere else."
     (tmp_path/kind).write_text('a file')
@@ -225,12 +225,12 @@ def told_who_is_there(done, out, pid):
 
 def test_two_that_generate_share_the_shards_and_say_so(world, go, tmp_path):
     out, held, free = tmp_path/'generate', tmp_path/'held', tmp_path/'free'
-    first = go('generate', out, wait=False, hold=22, held=held, go=free) # while it writes its first shard
+    first = go('generate', out, wait=False, hold_at='.shard-00000', held=held, go=free) # while it writes the shard
     faults.wait_for(held)
     assert list(out.glob('.lock-*'))
     second = go('generate', out)
     assert second.status == 0 and 'is being made by another process and is left to it' in second.err
-    assert 'not complete' in second.err and 0 < len(list(out.glob('shard-*.parquet'))) < 3
+    assert 'not complete' in second.err and len(list(out.glob('shard-*.parquet'))) < 3
     free.touch()
     assert first.wait().status == 0 and not same(world, 'generate', out)
 
@@ -379,7 +379,7 @@ AGAIN = [('generate', 'shard-00001-of-00003.parquet'), ('generate', 'shard-00001
          ('eval', 'results.jsonl'),
          ('demo', 'cache/*.safetensors'), ('demo', 'generated_A_12x3_0/shard-00000-of-00001.parquet')]
 
-@pytest.mark.parametrize('kind, name, damage', some(AGAIN, 18))
+@pytest.mark.parametrize('kind, name, damage', some(AGAIN, 30))
 def test_a_damaged_file_is_made_anew_or_named(world, others, go, tmp_path, kind, name, damage):
     out, path = damaged_copy(world, others, tmp_path, kind, name, damage)
     damaged = path.read_bytes()

@@ -23,14 +23,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import emoji
 from ..encoders import Encoder, encode_images, load_encoder, preprocess_images
-from .chain import (
-    Test, chain_fingerprint, chain_folder, chain_seed, chain_settings, chain_sides, chain_tests,
-    chosen_settings, generator_of, kept_chain, tuned_ranks)
+from gmail_nb.experiments.chain import (
+    Test, chain_fingerprint, chain_folder, chain_seed, chain_sides, chain_tests, generator_of,
+    kept_chain, tuned_ranks)
 from .curve import (
     KEPT_GAPS, curve_table, gathered, is_stored, joined, mean_of, shown_number, stored)
 from .demo import Side, align_side, gap_records
 from .protocol import (
-    CLAIMS, CONTROLS, CURVES, GOOD, Claim, Point, arm_record, claims_table, difference, said_first)
+    CLAIMS, CONTROLS, CURVES, GOOD, Claim, Point, arm_record, chain_settings, chosen_settings,
+    claims_table, difference, said_first)
 from ..files import atomic_write, check_writable, read_results, write_results
 from ..pages import save_figure, table_markdown, table_text
 from ..runtime import default_device, noise_generator

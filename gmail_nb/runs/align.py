@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'pictures_of', 'generated_images', 'indices_by_sample', 'validation_indices', 'caption_ids', 'PairSets',
            'split_pairs', 'measured', 'pair_sets', 'gap_of', 'gap_records', 'write_pictures', 'report_alignment',
-           'check_pairs', 'new_model', 'partner_tokens', 'train_pairs', 'real_features', 'align_sets', 'set_name',
-           'embed_set', 'push_aligned']
+           'check_pairs', 'new_model', 'whole_images', 'partner_tokens', 'train_pairs', 'real_features', 'align_sets',
+           'set_name', 'embed_set', 'push_aligned']
 
 # %% ../../nbs/runs/10_align.ipynb #c00de39b
 import json
@@ -29,7 +29,7 @@ from ..files import check_writable, record, write_results
 from ..gap import GAP_PAIRS, gap_report, paired_cosines, show_cosines, show_gap
 from ..generate import load_generated
 from ..pages import save_figure
-from .embed import embed_shared, embed_together
+from .embed import embed_shared, embed_together, tell_skipped, undecodable
 from .models import kind_of_folder, model_at
 from ..runtime import default_device, set_seed, stable_seed
 from ..settings import AlignRunSettings, EmbedSettings, SourceSettings
@@ -51,7 +51,7 @@ def generated_images(
     settings:SourceSettings=SourceSettings()
 ) -> datasets.Dataset: # with `key`, `image`, `caption` and `sample`
     "Generated images with the caption that each was made from. `ValueError` when keys repeat."
-    ds = pictures_of(source, settings)
+    ds = pictures_of(source, replace(settings, decoded=0))
     if 'caption' in ds.column_names and 'sample' in ds.column_names: return ds
     drawn = ['sample'] if 'sample' in ds.column_names else []
     def first(captions, *samples):
@@ -229,6 +229,28 @@ def new_model(
     return GenReal(base, settings.adapters).to(acc.device)
 
 # %% ../../nbs/runs/10_align.ipynb #5030fbb3
+def whole_images(
+    made:datasets.Dataset, # from `generated_images`
+    generated,             # where they are from
+    model:GenReal,
+    out:Path,
+    settings:AlignRunSettings,
+    acc:Accelerator,
+    failed:list[dict],     # real images that do not decode, of
+    n:int                  # in all
+) -> datasets.Dataset:
+    "Generated images that decode. `ValueError` when too many of both sides do not."
+    own = isinstance(generated, (str, Path)) and is_generated(Path(generated)) # read when they were drawn
+    lost = []
+    if not own:
+        pixels = LazyPixels(made, model.encoder.preprocess, workers=settings.workers)
+        with acc.main_process_first(): lost = undecodable(pixels, out/'decoded.json')
+    both = [dict(side=side, key=f['key'], reason=f['reason'])
+            for side, some in (('real', failed), ('generated', lost)) for f in some]
+    tell_skipped(both, n + len(made), out, settings.most_damaged, first=acc.is_main_process)
+    gone = {f['index'] for f in lost}
+    return made.select([i for i in range(len(made)) if i not in gone]) if gone else made
+
 def partner_tokens(
     real:datasets.Dataset, # a captioned set
     features:Features,     # of those that are trained on
@@ -287,12 +309,15 @@ def align_sets(
     settings:AlignRunSettings=AlignRunSettings(),
     source:SourceSettings=SourceSettings() # how the real set is read
 ) -> GenReal:
-    "Align an encoder on two sets on disk; call it again to go on where it was stopped."
+    """Align an encoder on two sets on disk; call it again to go on where it was stopped. Images that do
+    not decode are named and counted; `ValueError` when they are more than `most_damaged`."""
     out, acc = check_writable(out), processes(settings.run.trackers, out, settings.run.device)
-    real, made = load_captioned(real, source, training=True), generated_images(generated)
+    real, made = load_captioned(real, replace(source, decoded=0), training=True), generated_images(generated)
     check_pairs(made, real, settings)
     model = new_model(encoder, settings, acc)
-    sets = pair_sets(made, real_features(real, model, out, settings, acc), model.encoder.preprocess, settings)
+    features = real_features(real, model, out, settings, acc)
+    made = whole_images(made, generated, model, out, settings, acc, features.failed, len(real))
+    sets = pair_sets(made, features, model.encoder.preprocess, settings)
     first = acc.is_main_process
     before = encode_images(model.encode_generated, sets.test) if first else None
     tokens = partner_tokens(real, sets.features, model, out, settings, acc)
@@ -320,13 +345,16 @@ def embed_set(
     settings:EmbedSettings=EmbedSettings(),
     source:SourceSettings=SourceSettings()
 ) -> Features:
-    "Features of every image, in a folder; call it again to go on where it was stopped."
+    """Features of every image, in a folder; call it again to go on where it was stopped. Images that
+    do not decode are named and counted; `ValueError` when they are more than `most_damaged`."""
     reader = str(model)
     if kind_of_folder(model) == 'tuned':
         if settings.engine == 'ray':
             raise ValueError(f'{model} is a tuned folder, which Ray workers cannot load: leave engine out')
         reader = model_at(model).to(default_device())
-    return embed(pictures_of(pictures, source), reader, out, side, settings)
+    found = embed(pictures_of(pictures, replace(source, decoded=0)), reader, out, side, settings)
+    tell_skipped(found.failed, len(found) + len(found.failed), Path(out), settings.most_damaged)
+    return found
 
 # %% ../../nbs/runs/10_align.ipynb #7365cb4c
 def push_aligned(

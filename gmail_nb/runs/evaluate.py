@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LEVELS', 'EMOJI_WORDS', 'MISSING', 'EvalRun', 'write_queries', 'shared_queries', 'opened_queries', 'read_queries',
            'query_difference', 'difference_records', 'EvalSet', 'eval_retrieval', 'possible_ks', 'retrieval_keys',
-           'retrieval_pictures', 'labelled_set', 'file_features', 'probe_splits', 'generated_training', 'start_tower',
-           'fine_tuned_classes', 'learned_classes', 'classification_pictures', 'eval_classification', 'set_fingerprint',
-           'read_set', 'picture_name', 'compared_names', 'check_leaks', 'read_sets', 'load_or_say', 'reason', 'Results',
-           'main_process_first', 'measured', 'measure_row', 'compare_rows', 'load_rows', 'evaluate_rows', 'evaluate',
-           'short_name', 'table_cell', 'table_blocks', 'row_order', 'eval_table', 'chosen_models', 'task_of', 'Tables',
-           'tables_of', 'evaluate_as_asked']
+           'retrieval_pictures', 'labelled_set', 'file_features', 'some_files', 'probe_splits', 'generated_training',
+           'start_tower', 'fine_tuned_classes', 'whole_files', 'learned_classes', 'classification_pictures',
+           'eval_classification', 'set_fingerprint', 'read_set', 'picture_name', 'compared_names', 'check_leaks',
+           'read_sets', 'load_or_say', 'reason', 'Results', 'main_process_first', 'measured', 'measure_row',
+           'compare_rows', 'load_rows', 'evaluate_rows', 'evaluate', 'short_name', 'table_cell', 'table_blocks',
+           'row_order', 'eval_table', 'chosen_models', 'task_of', 'Tables', 'tables_of', 'evaluate_as_asked']
 
 # %% ../../nbs/runs/40_evaluate.ipynb #308b3ede
 import pickle
@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ from ..retrieval import RETRIEVAL_SETS, WAYS, embed_captioned, image_identity, l
 from ..retrieval import per_query, retrieval_grid, retrieval_in_folds, retrieval_records, set_features
 from ..retrieval import show_recall
 from .claims import is_no_room
+from .embed import tell_skipped, undecodable
 from .models import eval_model, safe_name, spec_of, trained_keys
 from .presets import AGAINST, EVAL_PRESETS, OWN, TASKS, EvalPreset
 from ..runtime import default_device, fingerprint
@@ -65,6 +66,7 @@ class EvalRun:
     source:SourceSettings=SourceSettings() # how a set of one's own is read
     say:Callable=print         # told what is done and what is left out
     settings:EvalSettings=EvalSettings()
+    told:set=field(default_factory=set) # sets whose damaged images have been named
 
     def stem(self, name:str, arm:str) -> str:
         "What files of one row and set are called."
@@ -76,6 +78,14 @@ class EvalRun:
 
     @property
     def features(self) -> Path: return self.out/'features'
+
+    def left_out(self, lost:list[dict], n:int, name:str) -> list[int]: # those that are left
+        "Tell which of the n images of a set do not decode. `ValueError` when they are too many."
+        first = process_state().is_main_process and (name, len(lost)) not in self.told
+        self.told.add((name, len(lost)))
+        tell_skipped(lost, n, self.out, self.settings.embed.most_damaged, name, first)
+        gone = {f['index'] for f in lost}
+        return [i for i in range(n) if i not in gone]
 
 # %% ../../nbs/runs/40_evaluate.ipynb #8d8269d2
 def write_queries(
@@ -166,7 +176,9 @@ def eval_retrieval(
 ) -> list[dict]: # records
     "Recalls, mAP and median ranks both ways; writes all queries' values, two grids and a curve."
     ds, known, stem = tested.data, tested.protocol, run.stem(name, arm)
-    e = embed_captioned(encoder, ds, known.per_image, run.features, run.settings.embed)
+    e = embed_captioned(encoder, ds, known.per_image, run.features, run.settings.embed, lost := [])
+    left = run.left_out(lost, len(ds), name)
+    if lost: ds = ds.select(left)
     if known.folds > 1: ranks = retrieval_in_folds(e, known.folds, device=encoder.device)
     else: ranks = e.ranks(device=encoder.device)
     ks = possible_ks(min(ranks.gallery), arm, name, run.say)
@@ -218,11 +230,19 @@ def labelled_set(
 # %% ../../nbs/runs/40_evaluate.ipynb #cc620ea3
 def file_features(
     encoder:Encoder,
-    files:list, # paths, or pictures
-    run:EvalRun
-) -> torch.Tensor: # (N, D), mapped from a file below `run.features`
-    "Image features of files. `ValueError` naming one that does not decode."
-    return set_features(encoder, image_rows(files), run.features, run.settings.embed)
+    files:LabelledFiles,
+    run:EvalRun,
+    name:str # of the set
+) -> tuple[Labelled, LabelledFiles]: # (N, D), mapped from a file below `run.features`; and the files
+    "Image features of the files that decode. `ValueError` when too many do not."
+    x = set_features(encoder, image_rows(files.files), run.features, run.settings.embed, lost := [])
+    left = run.left_out(lost, len(files.files), name)
+    files = some_files(files, left) if lost else files
+    return Labelled(x, files.labels), files
+
+def some_files(files:LabelledFiles, left:list[int]) -> LabelledFiles:
+    "Some of the labelled images, in this order."
+    return LabelledFiles([files.files[i] for i in left], files.labels[left], files.classnames)
 
 # %% ../../nbs/runs/40_evaluate.ipynb #628fe3b1
 def probe_splits(
@@ -252,8 +272,9 @@ def generated_training(
     if lost := sorted({n for n in names if n not in label}):
         raise ValueError(f'{len(lost)} classes of {folder.name} are not in the set, '
                          f'such as {lost[0]!r}: keys must be CLASS/NUMBER')
-    x = set_features(encoder.generated_side, ds, run.features, run.settings.embed)
-    return Labelled(x, torch.tensor([label[n] for n in names]))
+    x = set_features(encoder.generated_side, ds, run.features, run.settings.embed, lost := [])
+    left = run.left_out(lost, len(ds), folder.name)
+    return Labelled(x, torch.tensor([label[names[i]] for i in left]))
 
 def start_tower(
     encoder:Encoder,
@@ -270,7 +291,7 @@ def start_tower(
 # %% ../../nbs/runs/40_evaluate.ipynb #6cfa10bb
 def fine_tuned_classes(
     encoder:Encoder,
-    train:LabelledFiles, test:LabelledFiles,
+    train:LabelledFiles, test:LabelledFiles, # that decode
     stem:str, # of files of this row and set
     run:EvalRun
 ) -> tuple[Predictions, str]: # and how
@@ -285,20 +306,29 @@ def fine_tuned_classes(
                      run.out/'checkpoints'/f'{stem}.pt', desc)
     return p, how
 
+def whole_files(files:LabelledFiles, encoder:Encoder, run:EvalRun, name:str) -> LabelledFiles:
+    "The files that decode, for a training that reads them again and again."
+    pixels = LazyPixels(image_rows(files.files), encoder.preprocess, workers=run.settings.embed.workers)
+    kept = check_writable(run.features)/f'decoded-{pixels.fingerprint}.json'
+    with main_process_first(): lost = undecodable(pixels, kept)
+    left = run.left_out(lost, len(files.files), name)
+    return some_files(files, left) if lost else files
+
 def learned_classes(
     encoder:Encoder, name:str, arm:str, run:EvalRun
 ) -> tuple[Predictions, LabelledFiles, str]: # predictions, the test images, and how
     "A classifier for an image tower without a text side: by a probe, or by fine-tuning."
     train, test = probe_splits(name, run.root)
     if run.how == 'fine-tune':
+        train, test = (whole_files(f, encoder, run, n) for f, n in ((train, f'{name} train'), (test, name)))
         p, how = fine_tuned_classes(encoder, train, test, run.stem(name, arm), run)
         return p, test, how
-    learn, how = None, 'linear probe'
+    seen, test = file_features(encoder, test, run, name)
     if run.train and hasattr(encoder, 'generated_side'):
         learn = generated_training(Path(run.train), encoder, test.classnames, run)
         how = 'linear probe on generated images through f_g'
-    learn = learn or Labelled(file_features(encoder, train.files, run), train.labels)
-    seen = Labelled(file_features(encoder, test.files, run), test.labels)
+    else:
+        learn, how = file_features(encoder, train, run, f'{name} train')[0], 'linear probe'
     return linear_probe(learn, seen, test.classnames, run.settings.probe, encoder.device), test, how
 
 # %% ../../nbs/runs/40_evaluate.ipynb #339c971a
@@ -321,8 +351,8 @@ def eval_classification(
     if isinstance(encoder.text, NoText): p, files, how = learned_classes(encoder, name, arm, run)
     else:
         words = zero_shot_weights(encoder, files.classnames, known.templates, known.repeats)
-        x = file_features(encoder, files.files, run)
-        p = classify(x, words.to(encoder.device), files.labels, files.classnames)
+        seen, files = file_features(encoder, files, run, name)
+        p = classify(seen.x, words.to(encoder.device), seen.labels, files.classnames)
     values = per_image(p)
     write_queries(run.queries(name, arm), dict(image=image_names(files.files)),
                   values | dict(main=values[known.metric]))
@@ -354,7 +384,7 @@ def read_set(
     if run.task == 'classification':
         data, protocol = labelled_set(name, run.root)
         return EvalSet(data, protocol, set_fingerprint(data, 'test'))
-    data, protocol = load_retrieval_set(name, run.root, run.source)
+    data, protocol = load_retrieval_set(name, run.root, replace(run.source, decoded=0))
     if name not in RETRIEVAL_SETS and protocol.split != 'all':
         run.say(f'{name}: {len(data)} images of the split {protocol.split}')
     return EvalSet(data, protocol, set_fingerprint(data, str(protocol.split)))

@@ -6,12 +6,11 @@
 __all__ = ['ROWS', 'PICTURES', 'coco_files', 'coco_rows', 'captioned_rows', 'has_splits', 'CaptionSets', 'keys_in', 'split_rows',
            'caption_sets', 'Embeddings', 'features_of', 'rows_to_learn', 'CaptionColumn', 'places', 'training_features',
            'check_start', 'started_captioner', 'new_captioner', 'CaptionTest', 'caption_test', 'score_captioner',
-           'say_left_out', 'caption_records', 'keep_captioner', 'keys_to_learn', 'models_below', 'check_test_apart',
+           'caption_records', 'keep_captioner', 'keys_to_learn', 'models_below', 'check_test_apart',
            'trained_projection', 'encoded_below', 'CaptionJob', 'finish_captioner', 'tune_captioner', 'pictures_at',
            'Seer', 'load_seer', 'caption_pictures', 'caption_files']
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #f4c3c6d2
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +35,7 @@ from ..encoders import Encoder, NoText, load_encoder
 from ..features import Features, LazyPixels, good_images
 from ..files import atomic_write, check_writable, record, write_results
 from .align import generated_images, set_name, validation_indices
-from .embed import embed_shared, features_place
+from .embed import embed_shared, features_place, tell_skipped
 from .presets import check_arm
 from ..runtime import default_device, set_seed
 from ..settings import (
@@ -347,11 +346,6 @@ def score_captioner(
     ended = [row[-1] == captioner.end for row in ids]
     return {m: s.value for m, s in scores.scores.items()} | caption_statistics(texts, ended)
 
-def say_left_out(broken:dict[str, str], total:int) -> None:
-    "Name images that do not decode on the error stream, and count them."
-    for why in broken.values(): print(f'left out: {why}', file=sys.stderr)
-    if broken: print(f'{len(broken)} of {total} images left out', file=sys.stderr)
-
 # %% ../../nbs/runs/30_tune_caption.ipynb #b3e6f1b5
 def caption_records(
     values:dict[str, float], # from `score_captioner`
@@ -461,6 +455,12 @@ class CaptionJob:
             self.sets.train, self.encoder, self.arm, aligned, generated, eyes=self.eyes)
         return x, captions
 
+    def tell_skipped(self, drawn:int) -> None:
+        "Name the images that do not decode, of all that were read and `drawn` generated ones."
+        lost = [dict(key=k, reason=why) for k, why in (self.broken | self.test.broken).items()]
+        n = len(self.sets.train or ()) + len(self.sets.test) + drawn
+        tell_skipped(lost, n, self.out, self.run.most_damaged, first=self.acc.is_main_process)
+
     def trained(self, x, captions) -> Captioner:
         "A captioner that has taken its steps; the run goes on where a checkpoint stands."
         s, seed, out = self.settings, self.run.seed, self.out
@@ -479,7 +479,6 @@ def finish_captioner(
 ) -> list[dict]: # the records, also in results.jsonl
     "Score a captioner that has learned, save it, and write its records."
     s, broken = job.settings, job.broken | job.test.broken
-    say_left_out(broken, len(job.sets.train or ()) + len(job.sets.test))
     how = s.max_new_tokens, s.beams, job.projection
     values = score_captioner(captioner, job.encoder, job.test, *how) | dict(images_left_out=len(broken))
     records = caption_records(values, job.test, job.arm, job.run.seed)
@@ -501,7 +500,8 @@ def tune_captioner(
     **named                          # fields of `run`, such as seed=1, in place of its own
 ) -> list[dict]: # the records, also in results.jsonl; none but for the first of several processes
     """Train, caption and score the test images through f_r, and save; call it again to go on.
-    Images that do not decode are named and counted. `ValueError` for a test image that is learned."""
+    Images that do not decode are named and counted. `ValueError` when they are too many, and for a
+    test image that is learned."""
     arm, run = arm or ('real' if generated is None else 'gmail'), replace(run, **named)
     check_arm(arm, model, generated, real)
     if settings.four_bit: check_four_bit(settings.lm)
@@ -512,7 +512,9 @@ def tune_captioner(
     drawn = None if generated is None else generated_images(generated)
     keys = check_test_apart(keys_in(sets.test), keys_to_learn(sets, arm, drawn), below)
     job = CaptionJob(sets, arm, out, settings, run, acc)
-    captioner = job.trained(*job.learned_from(model, drawn))
+    x, captions = job.learned_from(model, drawn)
+    job.tell_skipped(len(drawn or ()))
+    captioner = job.trained(x, captions)
     records = finish_captioner(job, captioner, keys) if acc.is_main_process else []
     acc.wait_for_everyone()
     return records
@@ -606,7 +608,7 @@ def caption_files(
     "Captions through `f_r`. `ValueError` when no image decodes."
     seer = load_seer(captioner)
     places = [images] if isinstance(images, (str, Path)) else images
-    found = datasets.concatenate_datasets([pictures_at(i, source) for i in places])
+    found = datasets.concatenate_datasets([pictures_at(i, replace(source, decoded=0)) for i in places])
     written, broken = {}, {}
     for key, caption, why in caption_pictures(found, seer, batch_size, workers, **how):
         if why is None: written[key] = caption

@@ -20,7 +20,7 @@ from ..encoders import Encoder, load_encoder
 from ..features import Features
 from ..files import check_writable
 from .align import generated_images, set_name
-from .embed import embed_shared, embed_together
+from .embed import embed_shared, embed_together, tell_skipped
 from .presets import ARMS, TEXT_RECIPES, TextRecipe, check_arm
 from ..settings import ReadSettings, SourceSettings
 from ..sources import load_captioned
@@ -79,8 +79,7 @@ class Sides:
         if shared := self.read.features:
             found = embed_shared(ds, self.model, shared, side, name, how, acc)
         else: found = embed_together(ds, self.model, self.out/'features'/name, side, how, acc)
-        lost = len(ds) - len(found)
-        if lost and first: print(f'{lost} of {len(ds)} images left out: they do not decode')
+        tell_skipped(found.failed, len(ds), self.out, how.most_damaged, name, first)
         return found
 
     def real(self, ds) -> tuple[Features, Captions]: # N each
