@@ -385,9 +385,9 @@ def whole_images(
     n:int                  # in all
 ) -> datasets.Dataset:
     "Generated images that decode. `ValueError` when too many of both sides do not."
-    own = isinstance(generated, (str, Path)) and is_generated(Path(generated)) # read when they were drawn
     lost = []
-    if not own:
+    drawn = isinstance(generated, (str, Path)) and is_generated(Path(generated))
+    if not drawn: # what `generate` draws it reads once
         pixels = LazyPixels(made, model.encoder.preprocess, workers=settings.workers)
         with acc.main_process_first(): lost = undecodable(pixels, out/'decoded.json')
     both = [dict(side=side, key=f['key'], reason=f['reason'])
@@ -474,10 +474,10 @@ def align_sets(
     settings:AlignRunSettings=AlignRunSettings(),
     source:SourceSettings=SourceSettings() # how the real set is read
 ) -> GenReal:
-    """Align an encoder on two sets on disk; call it again to go on where it was stopped. Images that do
-    not decode are named and counted; `ValueError` when they are more than `most_damaged`."""
+    "Align an encoder on two sets on disk, or go on. `ValueError` when too many images do not decode."
     out, acc = check_writable(out), processes(settings.run.trackers, out, settings.run.device)
-    real, made = load_captioned(real, replace(source, decoded=0), training=True), generated_images(generated)
+    real = load_captioned(real, replace(source, decoded=0), training=True)
+    made = generated_images(generated)
     check_pairs(made, real, settings)
     model = new_model(encoder, settings, acc)
     features = real_features(real, model, out, settings, acc)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEVELS', 'EMOJI_WORDS', 'MISSING', 'TOLD', 'EvalRun', 'write_queries', 'shared_queries', 'query_difference',
            'difference_records', 'EvalSet', 'eval_retrieval', 'possible_ks', 'retrieval_keys', 'retrieval_pictures',
-           'labelled_set', 'file_features', 'some_files', 'probe_splits', 'generated_training', 'start_tower',
-           'fine_tuned_classes', 'whole_files', 'learned_classes', 'classification_pictures', 'eval_classification',
+           'labelled_set', 'file_features', 'some_files', 'whole_files', 'probe_splits', 'generated_training',
+           'start_tower', 'fine_tuned_classes', 'learned_classes', 'classification_pictures', 'eval_classification',
            'set_fingerprint', 'read_set', 'picture_name', 'compared_names', 'check_leaks', 'read_sets', 'load_or_say',
            'reason', 'Results', 'main_process_first', 'measured', 'measure_row', 'compare_rows', 'load_rows',
            'evaluate_rows', 'evaluate', 'short_name', 'table_cell', 'table_blocks', 'row_order', 'eval_table',
@@ -226,6 +226,15 @@ def some_files(files:LabelledFiles, left:list[int]) -> LabelledFiles:
     "Some of the labelled images, in this order."
     return LabelledFiles([files.files[i] for i in left], files.labels[left], files.classnames)
 
+def whole_files(files:LabelledFiles, encoder:Encoder, run:EvalRun, name:str) -> LabelledFiles:
+    "The files that decode, for a training that reads them again and again."
+    workers = run.settings.embed.workers
+    pixels = LazyPixels(image_rows(files.files), encoder.preprocess, workers=workers)
+    kept = check_writable(run.features)/f'decoded-{pixels.fingerprint}.json'
+    with main_process_first(): lost = undecodable(pixels, kept)
+    left = run.left_out(lost, len(files.files), name)
+    return some_files(files, left) if lost else files
+
 # %% ../../nbs/runs/40_evaluate.ipynb #628fe3b1
 def probe_splits(
     name:str, root:Path|None
@@ -288,21 +297,14 @@ def fine_tuned_classes(
                      run.out/'checkpoints'/f'{stem}.pt', desc)
     return p, how
 
-def whole_files(files:LabelledFiles, encoder:Encoder, run:EvalRun, name:str) -> LabelledFiles:
-    "The files that decode, for a training that reads them again and again."
-    pixels = LazyPixels(image_rows(files.files), encoder.preprocess, workers=run.settings.embed.workers)
-    kept = check_writable(run.features)/f'decoded-{pixels.fingerprint}.json'
-    with main_process_first(): lost = undecodable(pixels, kept)
-    left = run.left_out(lost, len(files.files), name)
-    return some_files(files, left) if lost else files
-
 def learned_classes(
     encoder:Encoder, name:str, arm:str, run:EvalRun
 ) -> tuple[Predictions, LabelledFiles, str]: # predictions, the test images, and how
     "A classifier for an image tower without a text side: by a probe, or by fine-tuning."
     train, test = probe_splits(name, run.root)
     if run.how == 'fine-tune':
-        train, test = (whole_files(f, encoder, run, n) for f, n in ((train, f'{name} train'), (test, name)))
+        train = whole_files(train, encoder, run, f'{name} train')
+        test = whole_files(test, encoder, run, name)
         p, how = fine_tuned_classes(encoder, train, test, run.stem(name, arm), run)
         return p, test, how
     seen, test = file_features(encoder, test, run, name)
