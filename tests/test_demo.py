@@ -109,8 +109,9 @@ def test_records_of_an_older_demo_are_named():
 
 def test_a_run_with_other_steps_stands_among_the_chains():
     own = [dict(r, point=dict(steps=4, guidance=8., trained=1.)) if 'point' in r else r for r in stored()]
-    left, right = show_place(own).axes
-    assert '4 steps, guidance 8' in left.get_xlabel()
+    fig = show_place(own)
+    left, right = fig.axes
+    assert '4 steps, guidance 8, 697 concepts' in fig.get_suptitle()
     assert {t.get_text() for t in left.get_xticklabels()} >= {'3', '4', '16'}
     assert len(right.lines) == 2 * (len(left.lines[0].get_xdata()) + 1) + 1
 
