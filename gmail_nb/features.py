@@ -38,9 +38,9 @@ from numpy.lib.format import open_memmap
 from .align import FrozenTower, GenReal
 from .data import column_of, decode_image
 from .encoders import Encoder, load_encoder
-from .files import (atomic_path, atomic_write, check_writable, checked_card, name_some, progress,
+from .files import (atomic_path, atomic_write, check_writable, checked_card, in_one_line, name_some, progress,
                             read_object, unknown_name, versions)
-from .runtime import default_device, fingerprint
+from .runtime import default_device, fingerprint, to_device
 from .settings import PRECISIONS, EmbedSettings, part_of
 
 # %% ../nbs/24_features.ipynb #b7f08b8b
@@ -108,11 +108,19 @@ class Team:
         return self.pool
 
 # %% ../nbs/24_features.ipynb #a1c0e5d2
+def caught(make:Callable, item) -> object: # what was made, or the `ValueError` of it
+    "An error of one image does not cost the others that travel with it."
+    try: return make(item)
+    except ValueError as e: return e
+
 @patch(as_prop=True)
 def size(self:LazyPixels) -> tuple: # (3, H, W)
-    "The shape of one image. The first one is decoded to learn it."
+    "The shape of one image. The first one that decodes, of a hundred, is read to learn it."
     # no `cached_property`: before Python 3.12 it holds a lock, which cannot be sent to a Ray worker
-    self._size = self._size or tuple(self.decode_row(int(self.indices[0]), draft=False).shape)
+    if self._size is None:
+        first = (caught(lambda i: self.decode_row(int(i), draft=False), i) for i in self.indices[:100])
+        whole = next((x for x in first if isinstance(x, torch.Tensor)), None)
+        self._size = tuple((self.decode_row(int(self.indices[0]), False) if whole is None else whole).shape)
     return self._size
 
 # %% ../nbs/24_features.ipynb #a1c0e5da
@@ -128,11 +136,6 @@ def ndim(self:LazyPixels) -> int:
 
 # %% ../nbs/24_features.ipynb #de4befd2
 SOME = 8 # images that a process is handed at once
-
-def caught(make:Callable, item) -> object: # what was made, or the `ValueError` of it
-    "An error of one image does not cost the others that travel with it."
-    try: return make(item)
-    except ValueError as e: return e
 
 # %% ../nbs/24_features.ipynb #ad4598a5
 class Arriving:
@@ -436,7 +439,7 @@ def embed_part(
         good, images = good_images(pixels, batch, failed)
         if good:
             with torch.autocast(side.device.type, torch.bfloat16, enabled=bf16):
-                features = side.encode(torch.stack(images).to(side.device))
+                features = side.encode(to_device(torch.stack(images), side.device))
             filled[np.subtract(good, numbers.start)] = features.float().cpu().numpy()
         step(len(batch))
     parts.put(part, filled, failed)
@@ -533,12 +536,13 @@ def read_keys(
     if 'keys' in card: table = pa.table({k: card[k] for k in ('keys', 'samples') if card.get(k)})
     else:
         try: table = pq.read_table(folder/'keys.parquet')
-        except (OSError, pa.ArrowException) as e:
-            raise ValueError(f'{folder.name}/keys.parquet does not read back ({e}): '
+        except Exception as e: # damage shows as an error of many kinds
+            raise ValueError(f'{folder.name}/keys.parquet does not read back ({in_one_line(e)}): '
                              'run `embed` again') from e
     if len(table) != card.get('n', len(table)):
         raise ValueError(f'{folder.name} has {len(table)} keys for {card["n"]} features: '
                          'run `embed` again')
+    if not table.num_columns: raise ValueError(f'{folder.name}/keys.parquet is empty: run `embed` again')
     keys, *samples = table.columns
     return keys, samples[0].to_numpy() if samples else None
 
@@ -564,8 +568,8 @@ def mapped_array(
     path, where = folder/'features.npy', f'{folder.name}/features.npy'
     if not path.is_file(): raise FileNotFoundError(f'{where} is missing: run `embed` again')
     try: array = np.load(path, mmap_mode='c', allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
-        raise ValueError(f'{where} does not read ({e}): run `embed` again') from e
+    except Exception as e: # the header is text in Python's form, which is wrong in many ways
+        raise ValueError(f'{where} does not read ({in_one_line(e)}): run `embed` again') from e
     said = card.get('n', len(array)), card.get('dim', array.shape[-1]), card.get('store', str(array.dtype))
     if (*array.shape, str(array.dtype)) == said: return array
     raise ValueError(f'{where} is {array.shape} of {array.dtype}, its card says {said[:2]} of {said[2]}: '

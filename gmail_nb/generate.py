@@ -28,8 +28,9 @@ import pyarrow.parquet as pq
 import torch
 from diffusers import DiffusionPipeline
 
-from .data import read_parquet
-from .files import atomic_path, atomic_write, check_writable, progress, unknown_name, versions
+from .data import read_parquet, whole_parquet
+from .files import atomic_path, atomic_write, check_writable, in_one_line, progress
+from .files import read_object, unknown_name, versions
 from .pipelines import load_generator, resolve_generator
 from .plan import Plan, Settings, make_settings, read_captions, settings_difference
 from .runtime import default_device, default_dtype, machine
@@ -421,12 +422,17 @@ def check_lengths(
     manifest:dict  # of a complete run
 ) -> None:
     "`ValueError` for a shard that does not read, or has other rows than the run wrote."
-    for s in manifest['shards']:
+    listed, kinds = manifest.get('shards'), dict(shard=str, rows=int)
+    if not isinstance(listed, list) or not all(
+            isinstance(s, dict) and all(isinstance(s.get(k), t) for k, t in kinds.items()) for s in listed):
+        raise ValueError(f'{folder.name}/manifest.json does not list the shards and their rows: '
+                         'run `generate` again')
+    for s in listed:
         path = folder/s['shard']
         if not path.exists(): continue # said elsewhere
         try: rows = pq.read_metadata(path).num_rows
         except (pa.ArrowException, OSError) as e:
-            raise ValueError(f'{folder.name}/{path.name} is cut or damaged ({e}): '
+            raise ValueError(f'{folder.name}/{path.name} is cut or damaged ({in_one_line(e)}): '
                              'run `generate` again, which makes it anew') from e
         if rows == s['rows']: continue
         raise ValueError(f'{folder.name}/{path.name} has {rows} rows and not {s["rows"]}: '
@@ -447,7 +453,7 @@ def finished_shards(
     if not (folder/'manifest.json').exists():
         raise ValueError(f'the run in {folder.name!r} is not complete: '
                          'run the same gmail_generate again to finish it (in Python, partial=True reads what is there)')
-    manifest = json.loads((folder/'manifest.json').read_text())
+    manifest = read_object(folder/'manifest.json')
     check_lengths(folder, manifest)
     if [p.name for p in files] != [s['shard'] for s in manifest['shards']]:
         raise ValueError(f'{folder.name!r} has lost shards since it was complete: '
@@ -461,7 +467,8 @@ def with_quality(
 ) -> datasets.Dataset:
     "Add the column `quality` where it was measured; None for images drawn after that."
     if not (folder/'quality.parquet').exists(): return ds
-    rows = pq.read_table(folder/'quality.parquet').to_pylist()
+    with whole_parquet(folder/'quality.parquet'):
+        rows = pq.read_table(folder/'quality.parquet', columns=['key', 'sample', 'quality']).to_pylist()
     scores = {(r['key'], r['sample']): r['quality'] for r in rows}
     measured = [scores.get(k) for k in zip(ds['key'], ds['sample'])]
     message = '%s: %d images have no quality, drawn after it was measured: measure it again'

@@ -26,7 +26,7 @@ from .captioning import (
     MAPPERS, Captioner, CaptionLearner, caption_batches, caption_ids, caption_text, check_captioner_input,
     continue_from, load_captioner, prefixed_logits, save_captioner)
 from .files import atomic_write, progress
-from .runtime import noise_generator, stable_seed
+from .runtime import noise_generator, stable_seed, to_device
 from .weights import read_tensors
 
 # %% ../nbs/36_ifcap.ipynb #65896376
@@ -192,10 +192,12 @@ def ifcap_loss(
 ) -> torch.Tensor:
     "Mean cross entropy per token of the captions; prefix and prompt are only read."
     device = model.device
-    tokens, real, learned = (t.to(device) for t in joined_batch(prompts, ids))
-    prefix = model.prefix(features.to(device), model.bank[retrieved.to(device)])
-    logits = prefixed_logits(model, prefix, tokens, real)
-    return F.cross_entropy(logits[learned].float(), tokens[learned])
+    tokens, real, learned = joined_batch(prompts, ids)
+    rows, places = (to_device(i, device) for i in learned.nonzero(as_tuple=True))
+    asked = to_device(tokens[learned], device)
+    prefix = model.prefix(to_device(features, device), model.bank[to_device(retrieved, device)])
+    logits = prefixed_logits(model, prefix, to_device(tokens, device), real)
+    return F.cross_entropy(logits[rows, places].float(), asked)
 
 # %% ../nbs/36_ifcap.ipynb #4b170a15
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class IFCapBatches:
         m, x, noise = self.model, self.features[j], self.training.noise
         x = image_like(x, noise, self.g) if noise else F.normalize(x, dim=-1)
         device = m.bank.device
-        found = retrieve(x.to(device), m.bank, m.lookup.k, self.own[j].to(device))
+        found = retrieve(to_device(x, device), m.bank, m.lookup.k, to_device(self.own[j], device))
         return x, found, [self.prompt(i) for i in j.tolist()], [self.ids[i] for i in j.tolist()]
 
 
@@ -295,7 +297,7 @@ def ifcap_ids(
     for length in sorted({len(p) for p in prompts}):
         alike = torch.tensor([i for i, p in enumerate(prompts) if len(p) == length])
         for part in alike.split(batch_size):
-            prefix = model.prefix(features[part].to(model.device), model.bank[found[part]])
+            prefix = model.prefix(to_device(features[part], model.device), model.bank[found[part]])
             given = [prompts[i] for i in part]
             out |= zip(part.tolist(), write_after(model, prefix, given, max_new_tokens, beams))
     return [out[i] for i in range(len(features))]

@@ -24,8 +24,10 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .align import GenReal
+from .captioning import padding_of
 from .encoders import Encoder, HFPreprocess, NoText, check_pixels
 from .files import check_writable, checked_card, found_on_disk, progress, write_card
+from .runtime import to_device
 from .weights import load_part, load_whole
 
 # %% ../nbs/38_llava.ipynb #8dd412f9
@@ -36,7 +38,7 @@ def both_sides(
     gen_tokens:Callable     # the same of f_g
 ) -> torch.Tensor: # (B, T, width)
     "Each image through the side of its kind; gradients flow through both."
-    generated = generated.to(pixels.device)
+    generated = to_device(generated, pixels.device)
     order = torch.cat([(~generated).nonzero()[:, 0], generated.nonzero()[:, 0]])
     kinds = (~generated, real_tokens), (generated, gen_tokens)
     found = [tokens(pixels[of]) for of, tokens in kinds if bool(of.any())]
@@ -149,7 +151,7 @@ class Llava(nn.Module):
         words, here = self.words(ids), ids == self.marker_id
         if tokens is None: return words
         weight = next(self.projector.parameters())
-        seen = self.projector(tokens.to(weight.device, weight.dtype)) # (M, T, D)
+        seen = self.projector(to_device(tokens, weight.device, weight.dtype)) # (M, T, D)
         return words.masked_scatter(here[..., None], seen.flatten(0, 1).to(words.dtype))
 
 # %% ../nbs/38_llava.ipynb #0e75200b
@@ -201,11 +203,10 @@ def llava_loss(
     begins = torch.tensor([[len(p.ids) - p.answer] for p in prompts])
     rows, places = (real & (torch.arange(ids.shape[1]) >= begins)).nonzero(as_tuple=True)
     first, device = int(begins.min()), model.device # logits before it would be thrown away
-    out = model.lm(inputs_embeds=model.embed(ids.to(device), tokens), use_cache=False,
-                   attention_mask=real.long().to(device),
-                   logits_to_keep=ids.shape[1] - first + 1)
-    logits = out.logits[rows.to(device), (places - first).to(device)]               # (answers, V)
-    return F.cross_entropy(logits.float(), ids[rows, places].to(device))
+    out = model.lm(inputs_embeds=model.embed(to_device(ids, device), tokens), use_cache=False,
+                   logits_to_keep=ids.shape[1] - first + 1, **padding_of(real, model.lm, device))
+    logits = out.logits[to_device(rows, device), to_device(places - first, device)] # (answers, V)
+    return F.cross_entropy(logits.float(), to_device(ids[rows, places], device))
 
 # %% ../nbs/38_llava.ipynb #3e3efa7f
 @torch.inference_mode()
@@ -220,7 +221,7 @@ def generate_answers(
     "An answer for each prompt, without the words of the prompt."
     k = len(prefix.ids) if prefix else 0
     rest = [replace(p, ids=p.ids[k:]) for p in prompts]
-    ids, real = (t.to(model.device) for t in padded_prompts(rest, model.end, left=True))
+    ids, real = (to_device(t, model.device) for t in padded_prompts(rest, model.end, left=True))
     words, read = model.embed(ids, tokens), {}
     if k: words, real, read = prefix.before(prompts, words, real, how.get('num_beams', 1))
     fill = model.tokenizer.pad_token_id

@@ -32,9 +32,9 @@ from transformers import AutoConfig, LlavaForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from .align import FrozenTower, GenReal
-from gmail_nb.captioning import (
+from .captioning import (
     CaptionLearner, CaptionPlan, StepTraining, has_dropout, load_lm, lora_modules, own_share,
-    take_steps)
+    take_steps, tracked)
 from .data import column_of
 from .encoders import Encoder
 from gmail_nb.features import (
@@ -449,7 +449,8 @@ def train_stage(
     if not stage.steps_of(len(examples)): return []
     if adapters: adapt_language(model, settings)
     with only_trained(model, adapters), as_trained(model, settings.checkpointing):
-        job = LlavaTraining(model, examples, files, stage, settings, accelerator)
+        acc = accelerator or tracked(run)
+        job = LlavaTraining(model, examples, files, stage, settings, acc)
         take_steps(job, settings.seed, stage_run(run, name), run.desc and f'{run.desc}: {name}')
     return job.learner.losses
 

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN_WAYS',
-           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'TEXT_TUNINGS', 'STUDY', 'STUDY_SEEDS', 'QUICK_CAPTIONS',
-           'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number', 'check_value',
-           'DrawSettings', 'SourceSettings', 'WorkSettings', 'Generator', 'is_commit', 'AdapterSettings', 'described',
-           'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings', 'part_of', 'EmbedSettings',
-           'ReadSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'same_settings',
-           'CaptionerSettings', 'CaptionSettings', 'CaptionRunSettings', 'StageSettings', 'LlavaSettings',
-           'VQASettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings', 'check_small_captioner',
-           'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings']
+           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'TEXT_TUNINGS', 'STUDY', 'STUDY_SEEDS',
+           'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number',
+           'check_value', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'Generator', 'is_commit', 'AdapterSettings',
+           'described', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings', 'part_of',
+           'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings',
+           'same_settings', 'CaptionerSettings', 'CaptionSettings', 'CaptionRunSettings', 'StageSettings',
+           'LlavaSettings', 'VQASettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings',
+           'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -124,6 +124,8 @@ class SourceSettings:
     split:str|None=None         # split of a Hub set or a Karpathy file, such as train+restval
     header:bool=True            # a table names its columns first; else they are '0', '1', ...
     images:str|None=None        # folder of the pictures that a COCO file names
+    outside:bool=False          # pictures that a file names may lie outside of its folder
+    decoded:int=field(default=1000, metadata=dict(flag=False)) # images tried before the work begins
     cache_dir:str|None=None     # where large sets are cached; the library's own folder if absent
 
 # %% ../nbs/01_settings.ipynb #7f37e283
@@ -312,6 +314,8 @@ class RunSettings:
     def __post_init__(self): check_above(self, 'save_every', 'keep')
 
 # %% ../nbs/01_settings.ipynb #d88e701c
+MOST_DAMAGED = .01 # share of the images of a set that may fail to decode; one may, unless it is 0
+
 @dataclass(frozen=True)
 class AlignRunSettings:
     "What `gmail_align` depends on: two sets on disk, and all of the above."
@@ -324,6 +328,8 @@ class AlignRunSettings:
     processes:int=0              # that decode, in place of threads
     features:str|None=field(default=None, metadata=YOUNG) # folder that runs share
     store:str=field(default='float32', metadata=YOUNG) # number format on disk, or float16
+    keep_best:bool=field(default=True, metadata=YOUNG) # end with the best weights by held-out pairs, or the start
+    most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     run:RunSettings=RunSettings()
 
     def __post_init__(self):
@@ -356,7 +362,7 @@ class EmbedSettings:
     store:str='float32'         # number format on disk: float32, or float16 for half the room
     engine:str='local'          # local, or ray for many workers
     show_progress:bool=True     # a bar over images
-    most_damaged:float=.01      # share of images that may fail to decode, one in any case, unless it is 0
+    most_damaged:float=MOST_DAMAGED # share of the images that may fail to decode
 
     def __post_init__(self):
         check_known(self, 'precision', PRECISIONS)
@@ -377,6 +383,7 @@ class ReadSettings:
     store:str='float32'         # number format of features on disk; float16 takes half of it
     workers:int|None=None       # threads that decode; as many as cores if absent
     processes:int=0             # that decode, in place of threads
+    most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
 
     def __post_init__(self):
         check_known(self, 'store', ('float32', 'float16'))
@@ -385,7 +392,8 @@ class ReadSettings:
 
     def embed(self) -> EmbedSettings:
         "As `embed` takes it."
-        return EmbedSettings(workers=self.workers, processes=self.processes, store=self.store)
+        return EmbedSettings(workers=self.workers, processes=self.processes, store=self.store,
+                             most_damaged=self.most_damaged)
 
 # %% ../nbs/01_settings.ipynb #466ebbf8
 TEXT_TUNINGS = ('head', 'lora', 'last', 'full')
@@ -524,6 +532,7 @@ class CaptionSettings:
     batch_size:int|None=None    # images at a time; that of the library if absent
     max_new_tokens:int|None=None # longest caption, in tokens; that of the library if absent
     seed:int=0                  # seed of the drawing
+    most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
 
     def __post_init__(self):
         check_above(self, 'beams', 'batch_size', 'max_new_tokens', 'top_p')
@@ -548,6 +557,7 @@ class CaptionRunSettings:
     store:str='float32'         # number format of features on disk; float16 takes half of it
     workers:int|None=None       # threads that decode; as many as cores if absent
     processes:int=0             # that decode, in place of threads
+    most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     device:str|None=None        # cpu or cuda; the fastest present if absent
     save_every:int=1000         # steps between checkpoints
     trackers:tuple=()           # tensorboard, trackio or wandb; log.jsonl is written in any case
@@ -598,6 +608,7 @@ class LlavaSettings:
     precision:str='auto'        # bf16 for autocast, or no; auto: bf16 where the device has it
     max_length:int=2048         # most tokens of an example, those of its images included
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
+    validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, from ten images on
     seed:int=0                  # seed of the projector, LoRA, and the order of the examples
 
     @property
@@ -609,7 +620,7 @@ class LlavaSettings:
         check_known(self, 'dtype', ('float32', 'bfloat16', 'float16'))
         check_known(self, 'precision', PRECISIONS)
         check_above(self, 'rank', 'alpha', 'max_length')
-        check_share(self, 'warmup')
+        for name in ('warmup', 'validation_share'): check_share(self, name)
 
 # %% ../nbs/01_settings.ipynb #f09ea1df
 @dataclass(frozen=True)

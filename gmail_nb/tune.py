@@ -37,7 +37,7 @@ from .files import (
     atomic_path, atomic_write, check_writable, checked_card, progress, unknown_name, versions, write_card)
 from .lora import lora_tower
 from .losses import contrastive
-from .runtime import fingerprint, noise_generator, stable_seed
+from .runtime import fingerprint, noise_generator, stable_seed, to_device
 from .settings import TEXT_TUNINGS, AdapterSettings, TuneSettings
 from .train import (
     Order, StopTogether, check_whole, cosine_rate, in_precision, processes, run_precision)
@@ -132,7 +132,8 @@ def disturbed(
     length = x.norm(dim=1, keepdim=True)
     length = torch.where((length - 1).abs() < 1e-5, 1., length) # a unit vector but for rounding
     places, size = of or (slice(None), len(x))
-    drawn = torch.randn((size, x.shape[1]), generator=generator)[places].to(x)
+    drawn = torch.randn((size, x.shape[1]), generator=generator)[places]
+    drawn = to_device(drawn, x.device, x.dtype)
     return F.normalize(x + noise * length * drawn / x.shape[1]**.5, dim=-1) * length
 
 # %% ../nbs/27_tune.ipynb #1b2c0012
@@ -224,11 +225,11 @@ def hold(run, inputs:torch.Tensor|None) -> None: # run: a `TextRun`; inputs: (N,
 def token_batch(run, index:torch.Tensor) -> dict: # (B,) -> (B, L) each, on the device
     found = run.tokens and {k: v[index] for k, v in run.tokens.items()}
     found = found or run.encoder.tokenize(chosen(run.captions, index))
-    return {k: v.to(run.device) for k, v in found.items()}
+    return {k: to_device(v, run.device) for k, v in found.items()}
 
 def inputs_of(run, index:torch.Tensor) -> torch.Tensor: # (B,) -> (B, W), on the device
-    if run.inputs is not None: return run.inputs[index].to(run.device)
-    return head_inputs(run.encoder, chosen(run.captions, index)).to(run.device)
+    if run.inputs is not None: return to_device(run.inputs[index], run.device)
+    return to_device(head_inputs(run.encoder, chosen(run.captions, index)), run.device)
 
 # %% ../nbs/27_tune.ipynb #251a8f5c
 class TextRun:
@@ -277,10 +278,10 @@ def mapped(
     source:torch.Tensor|int # (B,), which of them each image is from; or one for all
 ) -> torch.Tensor: # (B, D), unit length
     "Images of these sources through P, real ones of a mix through their own map."
-    x = rows[source, torch.arange(rows.shape[1])].to(run.device)
+    x = to_device(rows[source, torch.arange(rows.shape[1])], run.device)
     out = run.shared(x) if run.settings.projection else x
     if run.real is None or len(rows) == 1: return out
-    real = torch.as_tensor(source == len(rows) - 1).expand(len(x))[:, None].to(x.device)
+    real = to_device(torch.as_tensor(source == len(rows) - 1).expand(len(x))[:, None], x.device)
     return torch.where(real, run.real(x), out)
 
 # %% ../nbs/27_tune.ipynb #2ebd4d5d
@@ -293,7 +294,7 @@ def contrastive_losses(
     "The contrastive loss, and that of real partners."
     loss = contrastive(images, texts, run.tau)
     if run.real is None or real is None: return loss
-    return loss + contrastive(run.real(real[0].to(run.device)), texts.detach(), run.tau)
+    return loss + contrastive(run.real(to_device(real[0], run.device)), texts.detach(), run.tau)
 
 # %% ../nbs/27_tune.ipynb #eed5be83
 def whole_batch(
@@ -458,7 +459,7 @@ def validation_loss(
 
 def mean_of_sources(run:TextRun, rows:torch.Tensor) -> torch.Tensor: # (S, B, D) -> (B, D)
     "The mean of the sources, through P."
-    images = rows.mean(0).to(run.device)
+    images = to_device(rows.mean(0), run.device)
     if len(rows) > 1: images = F.normalize(images, dim=-1)
     return run.shared(images) if run.settings.projection else images
 
@@ -569,14 +570,14 @@ class TunedText:
     @torch.inference_mode()
     def encode_text(self, tokens:dict[str, torch.Tensor]) -> torch.Tensor: # (B, D), unit length
         "Tokens through the tuned tower."
-        return F.normalize(self.text(**{k: v.to(self.device) for k, v in tokens.items()}), dim=-1)
+        return F.normalize(self.text(**{k: to_device(v, self.device) for k, v in tokens.items()}), dim=-1)
 
     @torch.inference_mode()
     def project(self, image_features, generated:bool=False) -> torch.Tensor: # (B, D), unit length
         "Features of real images, or of generated ones, through their map."
         own = not generated and self.real_projection is not None
         projection = self.real_projection if own else self.projection
-        return F.normalize(projection(image_features.to(self.device)), dim=-1)
+        return F.normalize(projection(to_device(image_features, self.device)), dim=-1)
 
     @property
     def device(self) -> torch.device: return self.projection.weight.device
