@@ -193,7 +193,7 @@ def run_sections(
     folder:Path,   # from `generate`
     manifest:dict  # of it
 ) -> list[str]:    # pieces of HTML
-    "What a run was: its counts, its settings and what failed."
+    "What a run was: its counts, what failed, and its settings."
     measured, failures = quality_encoder(folder), manifest['failures']
     rate = manifest['rows']/max(manifest['seconds'], 1e-9)
     by = f"{measured['encoder']} ({measured['fingerprint']})" if measured else None
@@ -201,12 +201,10 @@ def run_sections(
                   prompts_cut_by_the_text_encoder=manifest['truncated'], seconds=manifest['seconds'],
                   images_per_second=f'{rate:.2f}', machine=manifest['machine'],
                   quality_measured_by=by or 'nothing yet: gmail_generate --quality')
-    name = html.escape(manifest['settings']['generator'])
-    pieces = [f'<h1>Generated images: {name}</h1>', facts(counts), '<h2>Settings</h2>',
-              facts(manifest['settings'])]
-    if not failures: return pieces
+    pieces = ['<h2>The run</h2>', facts(counts)]
     rows = [[str(v) for v in f.values()] for f in failures[:100]]
-    return [*pieces, '<h2>Failures</h2>', table_html([list(failures[0]), *rows])]
+    if rows: pieces += ['<h2>Failures</h2>', table_html([list(failures[0]), *rows])]
+    return [*pieces, '<h2>Settings</h2>', facts(manifest['settings'])]
 
 # %% ../nbs/37_gallery.ipynb #a0fbd4f5
 def write_report(
@@ -214,13 +212,14 @@ def write_report(
     samples:int=128,  # images on the sheet, evenly spread
     real=None         # a captioned set of the real images: a Dataset, or what `load_captioned` takes
 ) -> Path: # report.html
-    "Write one self-contained HTML page on a folder of generated images."
+    "Write one self-contained HTML page on a folder of generated images: pictures first, settings last."
     folder = Path(folder)
     ds, manifest = load_generated(folder), json.loads((folder/'manifest.json').read_text())
-    body = run_sections(folder, manifest)
+    body = [f"<h1>Generated images: {html.escape(manifest['settings']['generator'])}</h1>"]
     if real is not None and len(ds): body += pair_sections(ds, real)
-    if 'quality' in ds.column_names and len(ds): body += quality_sections(ds)
     body += sample_sections(ds, samples) + sheet_links(folder)
+    if 'quality' in ds.column_names and len(ds): body += quality_sections(ds)
+    body += run_sections(folder, manifest)
     page = ('<!doctype html><html lang="en"><meta charset="utf-8"><title>Generated images</title>'
             f'<style>{STYLE}</style><body>{"".join(body)}</body></html>')
     return atomic_write(folder/'report.html', page)

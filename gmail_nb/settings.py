@@ -328,6 +328,7 @@ class AlignRunSettings:
     processes:int=0              # that decode, in place of threads
     features:str|None=field(default=None, metadata=YOUNG) # folder that runs share
     store:str=field(default='float32', metadata=YOUNG) # number format on disk, or float16
+    keep_best:bool=field(default=True, metadata=YOUNG) # end with the best weights by held-out pairs, or the start
     most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     run:RunSettings=RunSettings()
 
@@ -607,6 +608,7 @@ class LlavaSettings:
     precision:str='auto'        # bf16 for autocast, or no; auto: bf16 where the device has it
     max_length:int=2048         # most tokens of an example, those of its images included
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
+    validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, from ten images on
     seed:int=0                  # seed of the projector, LoRA, and the order of the examples
 
     @property
@@ -618,7 +620,7 @@ class LlavaSettings:
         check_known(self, 'dtype', ('float32', 'bfloat16', 'float16'))
         check_known(self, 'precision', PRECISIONS)
         check_above(self, 'rank', 'alpha', 'max_length')
-        check_share(self, 'warmup')
+        for name in ('warmup', 'validation_share'): check_share(self, name)
 
 # %% ../nbs/01_settings.ipynb #f09ea1df
 @dataclass(frozen=True)

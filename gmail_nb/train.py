@@ -608,11 +608,13 @@ def averaged(self:Weights):
 
 # %% ../nbs/26_train.ipynb #64148fb2
 class Watch:
-    "Early stopping: the best value so far, and whether it is time to stop."
+    "The best value so far, whether its weights are kept, and whether it is time to stop."
     def __init__(self,
-        patience:int|None # steps without a better value; it never stops if absent
+        patience:int|None, # steps without a better value; it never stops if absent
+        keeps:bool=False   # the weights of the best; patience does so in any case
     ):
-        self.patience, self.best, self.stopped = patience, (-math.inf, 0), False
+        self.patience, self.keeps = patience, keeps or bool(patience)
+        self.best, self.stopped = (-math.inf, 0), False
 
     def look(self, value:float, step:int) -> bool: # whether it is the best so far
         "Note a value that was measured after so many steps."
@@ -807,14 +809,15 @@ def measure(self:Alignment, evaluate:Callable) -> dict:
         found = broadcast_object_list([evaluate(self.model) if main else None])[0]
         if not found: return found
         better = self.watch.look(next(iter(found.values())), self.step)
-        if better and self.watch.patience: self.weights.best = self.weights.copied()
+        if better and self.watch.keeps: self.weights.best = self.weights.copied()
     return found
 
 # %% ../nbs/26_train.ipynb #26cu0010
 @patch
 def finish(self:Alignment) -> None:
-    "Leave the model ready to use, with the best weights (`patience`) or the averaged ones (`ema`)."
-    self.weights.put(self.weights.best or self.weights.average or {})
+    "Leave the model ready to use, with the best weights where they are kept, or the averaged ones (`ema`)."
+    best = self.weights.best if self.watch.keeps else None
+    self.weights.put(best or self.weights.average or {})
     if self.watch.stopped:
         log.info('no progress since step %d of %d, whose weights are kept',
                  self.watch.best[1], len(self.plan))
@@ -986,6 +989,8 @@ def resume(self:Alignment, checkpoints:Checkpoints) -> int: # the step it stands
     self.read_tensors(newest)
     self.progress.put(there)
     self.watch.put(there)
+    lost = self.watch.keeps and not self.watch.patience and self.weights.best is None
+    if lost: self.watch.best = (-math.inf, 0) # of a run that kept none: the best of what is left
     return self.step
 
 # %% ../nbs/26_train.ipynb #31ebcb75
@@ -1091,21 +1096,23 @@ def align(
     real_tokens=None,                    # (N, T, W) from `f_r`, where `settings.tokens` are aligned
     prefix:bool|str|Path=False,          # replay the frozen blocks: True, or a file to keep them in
     run:RunSettings=RunSettings(),       # checkpoints, log, trackers
+    keep_best:bool=False,                # end with the weights of the best epoch, not of the last
     accelerator:Accelerator|None=None    # see `processes`
 ) -> list[dict]: # one row a step: step, loss, lr, tau if it learns, and what `evaluate` returned
     """Train `f_g` and `proj_gen` with Eq. 1; `model.tau` is the temperature it ended with.
     With `tokens` in the settings, the grid tokens come to those of the real partners as well.
-    The dict that `evaluate` returns joins the history; its first value is what `patience` watches.
+    The dict that `evaluate` returns joins the history; by its first value `patience` and `keep_best` judge.
     `ValueError` for unpaired input, `FloatingPointError` when the loss stays no number."""
-    if settings.patience and not evaluate:
-        raise ValueError(f'patience={settings.patience} watches what `evaluate` measures: '
-                         'pass evaluate, or no patience')
+    if (settings.patience or keep_best) and not evaluate:
+        asked = f'patience={settings.patience}' if settings.patience else 'keep_best'
+        raise ValueError(f'{asked} watches what `evaluate` measures: pass evaluate, or leave it out')
     log_file = run.log_file or (Path(run.checkpoints)/'log.jsonl' if run.checkpoints else None)
     folder = Path(log_file).parent if log_file else '.'
     acc = accelerator or processes(run.trackers, folder, run.device)
     with StopTogether(acc):
         job = Alignment(model, generated_pixels, real_features, settings, ids, prefix, acc,
                         run.max_bank, real_tokens)
+        job.watch.keeps |= keep_best
         checkpoints = Checkpoints(run.checkpoints, acc, run.keep) if run.checkpoints else None
         if checkpoints: job.resume(checkpoints)
         with Log(log_file, acc, settings, job.history) as notes, job.bar(run.desc) as bar:

@@ -448,16 +448,17 @@ def show_answers(
     "A picture for each question, with the answer of every arm, green where it was right."
     import matplotlib.pyplot as plt
     nrows = -(-len(questions) // ncols)
-    height = nrows * (1.7 + .17 * len(answers))
-    fig, axes = plt.subplots(nrows, ncols, figsize=(8, height), squeeze=False)
+    heights = [1.7, .17 * len(answers)] * nrows # a picture, and the answers below it
+    fig, axes = plt.subplots(2 * nrows, ncols, figsize=(8, sum(heights)), squeeze=False,
+                             height_ratios=heights, layout='constrained')
     for ax in axes.flat: ax.axis('off')
-    for k, (ax, q) in enumerate(zip(axes.flat, questions)):
+    for k, q in enumerate(questions):
+        ax, below = axes[2 * (k // ncols):, k % ncols][:2]
         if q.images: ax.imshow(decode_image(q.images[0], q.key))
         ax.set_title(f'{q.text}\n{q.right}: {q.choices[q.answer] if q.choices else ""}', fontsize=8)
         for j, (arm, said) in enumerate(answers.items()):
             a = said[k]
-            ax.text(.5, -.1 - .15 * j, f'{arm}: {a.answer[:30]}', transform=ax.transAxes,
-                    ha='center', va='top', fontsize=8, color='tab:green' if a.right else 'tab:red')
-    fig.tight_layout()
+            below.text(.5, 1 - (j + .5) / len(answers), f'{arm}: {a.answer[:30]}', fontsize=8,
+                       ha='center', va='center', color='tab:green' if a.right else 'tab:red')
     plt.close(fig)
     return fig

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ALIGN_RUNS', 'Arm', 'LlavaArm', 'gmail_tune', 'gmail_experiment', 'COMMANDS', 'dry', 'dry_demo_run', 'gmail_demo',
-           'listed', 'gmail_generate', 'gmail_align', 'gmail_embed', 'gmail_tune_text', 'gmail_tune_caption',
-           'gmail_tune_llava', 'gmail_caption', 'gmail_chat', 'gmail_eval_vqa', 'gmail_eval', 'gmail_bench',
-           'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof', 'experiment_protocol',
-           'experiment_curve', 'experiment_controls', 'experiment_captioning', 'experiment_ifcap', 'experiment_llava',
-           'dry_table', 'experiment_table', 'table_command']
+           'listed', 'say_verdict', 'gmail_generate', 'gmail_align', 'gmail_embed', 'gmail_tune_text',
+           'gmail_tune_caption', 'gmail_tune_llava', 'gmail_caption', 'gmail_chat', 'gmail_eval_vqa', 'gmail_eval',
+           'gmail_bench', 'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof',
+           'experiment_protocol', 'experiment_curve', 'experiment_controls', 'experiment_captioning',
+           'experiment_ifcap', 'experiment_llava', 'dry_table', 'experiment_table', 'table_command']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -62,11 +62,28 @@ def gmail_demo(
     records = demo(out, headline_settings(quick, seed, crude, steps, guidance))
     print(f'\n{demo_verdict(records)}\n\n{table_text(demo_table(records))}\n')
     print(f'report: {out}/report.html  ({time.monotonic() - started:.0f} s)')
+    return dict(out=out, report=f'{out}/report.html', verdict=demo_verdict(records))
 
 # %% ../../nbs/cli/10_commands.ipynb #1212b9bd
 def listed(names) -> str:
     "Names for the help of a flag."
     return f'[{", ".join(names)}]'
+
+# %% ../../nbs/cli/10_commands.ipynb #d3e84cb8
+def say_verdict(
+    out:str,            # the folder of a run, with its page
+    model:str|None=None # the folder with the card; `out` if absent
+) -> dict: # for `--json`
+    "Print the verdict on a card, and where the page lies."
+    from pathlib import Path
+    folder, page = Path(model or out), Path(out, 'report.html')
+    found = dict(out=out) | (dict(report=str(page)) if page.exists() else {})
+    if not (folder/'card.json').exists(): return found
+    from gmail_nb.runs.judge import read_verdict # loads matplotlib
+    verdict = read_verdict(folder)
+    if verdict: print(verdict.text())
+    if page.exists(): print(f'report: {page}')
+    return found | (dict(verdict=verdict.card()) if verdict else {})
 
 # %% ../../nbs/cli/10_commands.ipynb #aab136d8
 _not_asked = 'part', 'show_progress', 'cache_dir'
@@ -97,6 +114,7 @@ def gmail_generate(
     generate_run(captioned, generator, out, draw, source, work, revision=revision, repo=repo,
                  quality=quality, report=report, real=real, push=push)
     print(f'images: {out}')
+    return dict(out=out) | (dict(report=f'{out}/report.html') if report else {})
 
 # %% ../../nbs/cli/10_commands.ipynb #709a2ce7
 ALIGN_RUNS = dict(small=AlignRunSettings(), paper=AlignRunSettings(align=PAPER_ALIGN))
@@ -118,7 +136,9 @@ def gmail_align(
     from gmail_nb.runs.align import align_sets, push_aligned
     model = align_sets(captioned, generated, encoder, out, settings, source)
     if push: push_aligned(model, push, out)
+    found = say_verdict(out)
     print(f'model: {out}')
+    return found
 
 # %% ../../nbs/cli/10_commands.ipynb #8f7969a2
 @command(leave=('cache_dir', 'which', 'show_progress', 'part_rows'), dry=dry('dry_embed'),
@@ -139,6 +159,7 @@ def gmail_embed(
         found = embed_set(captioned, out, model, side, settings, source)
     damaged = f', {len(found.failed)} images damaged' if found.failed else ''
     print(f'features: {out} ({len(found)} rows of {found.shape[1]}{damaged})')
+    return dict(out=out, rows=len(found), width=found.shape[1], damaged=len(found.failed))
 
 # %% ../../nbs/cli/10_commands.ipynb #832c7583
 Arm = Literal['gmail', 'indiscriminate', 'real', 'mix']
@@ -168,7 +189,9 @@ def gmail_tune_text(
     tuned = tune_from_files(out, recipe, generated, model, real, arm, source, test=test,
                             test_split=test_split, device=device, read=read)
     print(f'{tuned.trained:,} parameters, {len(tuned.history)} steps, the best at {tuned.best}')
+    found = say_verdict(out)
     print(f'tuned: {out} (gmail_eval --model tuned:{out} measures it)')
+    return found | dict(parameters=tuned.trained, steps=len(tuned.history), best_step=tuned.best)
 
 # %% ../../nbs/cli/10_commands.ipynb #ac1d052c
 _caption = 'gmail_tune caption --real photos --generated generated --model aligned --out captions'
@@ -191,9 +214,11 @@ def gmail_tune_caption(
     from gmail_nb.runs.tune_caption import tune_captioner
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
-    tune_captioner(real, out, preset.settings, generated=generated, model=model, arm=arm, test=test,
-                   source=source, run=run)
+    records = tune_captioner(real, out, preset.settings, generated=generated, model=model, arm=arm,
+                             test=test, source=source, run=run)
+    found = say_verdict(out, f'{out}/captioner')
     print(f'captioner: {out}/captioner, scores: {out}/results.jsonl')
+    return found | dict(scores={r['metric']: r['value'] for r in records or ()})
 
 # %% ../../nbs/cli/10_commands.ipynb #15c84f43
 LlavaArm = Literal['gmail', 'indiscriminate', 'both', 'mix', 'real']
@@ -222,7 +247,9 @@ def gmail_tune_llava(
     losses = tune_llava(out, settings, real, generated, model, arm, tokens, source, run)
     for stage, found in losses.items():
         if found: print(f'{stage}: {len(found)} steps, loss {found[0]:.3f} to {found[-1]:.3f}')
+    told = say_verdict(out)
     print(f'LLaVA: {out} (gmail_chat --model {out} talks to it, gmail_eval vqa measures it)')
+    return told | dict(steps={stage: len(found) for stage, found in losses.items()})
 
 gmail_tune = Commands(
     'gmail_tune',
@@ -249,6 +276,7 @@ def gmail_caption(
     for name, text in found.items(): print(f'{name}\t{text}')
     lost = [dict(key=name, reason=why) for name, why in broken.items()]
     tell_skipped(lost, len(found) + len(lost), None, share)
+    return dict(captions=found, left_out=broken)
 
 # %% ../../nbs/cli/10_commands.ipynb #824ef0b5
 @command(dry=dry('dry_chat', 'tune_llava'), example='gmail_chat --image photo.jpg "What is in the picture?"')
@@ -260,7 +288,7 @@ def gmail_chat(
 ):
     "Ask a LLaVA about pictures, through f_r; the answer is written while it is made."
     from gmail_nb.runs.tune_llava import chat
-    chat(image, ' '.join(question) or None, model, max_new_tokens)
+    return dict(turns=chat(image, ' '.join(question) or None, model, max_new_tokens))
 
 # %% ../../nbs/cli/10_commands.ipynb #a5d04f59
 @command(name='gmail_eval vqa', dry=dry('dry_vqa', 'vqa'),
@@ -275,8 +303,10 @@ def gmail_eval_vqa(
     from gmail_nb.runs.vqa import evaluate_vqa
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
-    print(evaluate_vqa(model, data, out, settings))
+    table = evaluate_vqa(model, data, out, settings)
+    print(table)
     print(f'results: {out}/results.jsonl, every answer: {out}/answers.jsonl, a picture: {out}/answers.png')
+    return dict(out=out, results=f'{out}/results.jsonl', table=str(table))
 
 # %% ../../nbs/cli/10_commands.ipynb #968803c1
 _known = dict(preset=EVAL_PRESETS, task=TASKS, model=MODEL_FORMS, data=SET_NAMES)
@@ -311,8 +341,12 @@ def gmail_eval(
     tables = evaluate_as_asked(preset, task, model, data, rows, out, root=root, below=models,
                                skip_existing=skip_existing, **more)
     print(tables)
-    print(f'results: {out}/results.jsonl, tables: {out}/table.txt')
-    return 2 if tables.failed else 0
+    if verdict := getattr(tables, 'verdict', None): print(f'\n{verdict.text()}\n')
+    print(f'results: {out}/results.jsonl, tables: {out}/table.txt, report: {out}/report.html')
+    failed = [dict(row=row, data=d, why=why) for (row, d), why in tables.failed.items()]
+    return dict(status=2 if failed else 0, out=out, results=f'{out}/results.jsonl', failed=failed,
+                report=f'{out}/report.html', tables=getattr(tables, 'rows', {}),
+                verdict=verdict.card() if verdict else None)
 
 # %% ../../nbs/cli/10_commands.ipynb #3f7ccced
 @command(more=dict(name=listed(BENCHES)), example='gmail_bench generate --out bench')
@@ -348,13 +382,15 @@ def experiment_retrieval(
     from gmail_nb.settings import demo_settings
     shares = dict(shares=()) if quick else {}
     retrieval_experiment(out, settings, demo_settings(quick, settings.seed), seeds, **shares)
-    show_file(out, 'retrieval_table.txt')
+    return show_file(out, 'retrieval_table.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #61034ab1
-def show_file(out:str, name:str) -> None:
+def show_file(out:str, name:str) -> dict: # for `--json`
     "Print a table that an experiment has written, and say where everything lies."
     from pathlib import Path
-    print(f'{Path(out, name).read_text(encoding="utf-8").rstrip()}\n\nresults: {out}')
+    table = Path(out, name).read_text(encoding='utf-8').rstrip()
+    print(f'{table}\n\nresults: {out}')
+    return dict(out=out, table=table)
 
 # %% ../../nbs/cli/10_commands.ipynb #97f0f772
 @command(name='gmail_experiment alignment', dry=dry('dry_demo'),
@@ -371,7 +407,7 @@ def experiment_alignment(
     pairs = demo_settings(quick, seed)
     settings = replace(pairs, align=replace(pairs.align, epochs=STUDY.align.epochs))
     alignment_experiment(out, settings, seeds=seeds)
-    show_file(out, 'alignment_table.txt')
+    return show_file(out, 'alignment_table.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #c1f0790c
 def dry_proof(**asked) -> list:
@@ -392,7 +428,7 @@ def experiment_protocol(
     if choose: choose_settings(out)
     write_page(out)
     print(f'settings of the text head, chosen on validation concepts: {chosen_settings(out)}')
-    show_file(out, 'page.md')
+    return show_file(out, 'page.md')
 
 @command(name='gmail_experiment curve', dry=dry_proof,
          example='gmail_experiment curve --quick --out curve')
@@ -405,7 +441,7 @@ def experiment_curve(
     "What aligning first adds, from a poor generator to a good one, over whole chains."
     from gmail_nb.experiments.curve import curve
     curve(out, proof_settings(quick, seeds), axes=(axis,), shipped=not quick)
-    show_file(out, 'curve.txt')
+    return show_file(out, 'curve.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #3ab44406
 @command(name='gmail_experiment controls', dry=dry_proof,
@@ -418,7 +454,7 @@ def experiment_controls(
     "Shuffled and real-real pairs, linear maps, other statistics and more steps in the place of f_g."
     from gmail_nb.experiments.controls import controls
     controls(out, proof_settings(quick, seeds), shipped=not quick)
-    show_file(out, 'controls.txt')
+    return show_file(out, 'controls.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #5d2ce686
 @command(name='gmail_experiment captioning', quick=QUICK_CAPTIONS, dry=dry('dry_demo'),
@@ -435,7 +471,7 @@ def experiment_captioning(
     from gmail_nb.settings import demo_settings
     variants = FEATURE_VARIANTS if rows == 'all' else None
     caption_experiment(out, settings, demo_settings(quick, settings.seed), variants, processes)
-    show_file(out, 'caption_table.txt')
+    return show_file(out, 'caption_table.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #b4f83764
 @command(name='gmail_experiment ifcap', quick=QUICK_IFCAP, dry=dry('dry_demo'),
@@ -449,7 +485,7 @@ def experiment_ifcap(
     from gmail_nb.experiments.ifcap import ifcap_experiment
     from gmail_nb.settings import demo_settings
     ifcap_experiment(out, settings, demo_settings(quick, settings.seed))
-    show_file(out, 'ifcap_table.txt')
+    return show_file(out, 'ifcap_table.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #1d9cb231
 @command(name='gmail_experiment llava', quick=QUICK_LLAVA, dry=dry('dry_demo'),
@@ -463,7 +499,7 @@ def experiment_llava(
     from gmail_nb.experiments.llava import llava_experiment
     from gmail_nb.settings import demo_settings
     llava_experiment(out, settings, demo_settings(quick, settings.seed))
-    show_file(out, 'llava_table.txt')
+    return show_file(out, 'llava_table.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #7fc7ae73
 def dry_table(table:str, scale:str, out:str, settings:TableRun, **rest) -> list:
@@ -489,7 +525,7 @@ def experiment_table(
     if settings != TableRun(): raise ValueError('the flags of a table go with --scale paper: add it')
     kind = TABLES[table].embedded
     print(f'on the embedded set {table} is: gmail_experiment {kind} --out {out}/{kind}')
-    return gmail_experiment.find(kind)(['--out', f'{out}/{kind}'])
+    return gmail_experiment.find(kind).run(['--out', f'{out}/{kind}'])
 
 # %% ../../nbs/cli/10_commands.ipynb #ba8ce586
 def table_command(table:str) -> Command:

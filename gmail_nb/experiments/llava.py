@@ -459,7 +459,7 @@ def llava_table(records:list[dict]) -> list[list[str]]:
 # %% ../../nbs/experiments/55_llava.ipynb #0a449bd4
 CLAIMS = (('gmail', 'indiscriminate', 'Aligning the generated images by Eq. 1'),
           ('gmail tokens', 'indiscriminate', 'Aligning their tokens too'),
-          ('gmail tokens', 'gmail', 'The tokens beside Eq. 1'),
+          ('gmail tokens', 'gmail', 'Aligning the tokens beside Eq. 1'),
           ('both', 'real', 'Adding aligned generated images to real ones'),
           ('indiscriminate', 'words', 'Seeing generated images and not words alone'))
 

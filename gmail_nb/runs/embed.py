@@ -94,9 +94,10 @@ def tell_skipped(
     if first and folder: list_skipped(lost, Path(folder), of)
     if first: say_skipped(lost, n, f'{Path(folder).name}/{SKIPPED}' if folder else None, of)
     if len(lost) <= (max(1, int(share * n)) if share else 0): return
-    raise ValueError(f'{len(lost)} of {n} images{f" of {of}" if of else ""} do not decode, more than '
-                     f'the share of {share:g} that may: mend the set, or allow more with most_damaged '
-                     f'(--most-damaged). The first: {lost[0]["reason"]}')
+    images = f'{len(lost)} of {n} images' + (f' of {of}' if of else '')
+    raise ValueError(f'{images} do not decode, more than the share of {share:g} that may: mend the '
+                     'set, or allow more with most_damaged (--most-damaged). The first: '
+                     f'{lost[0]["reason"]}')
 
 def say_skipped(
     lost:list[dict],
@@ -104,10 +105,11 @@ def say_skipped(
     file:str|None=None, # that names all of them
     of:str|None=None
 ) -> None:
-    "On the error stream: twenty of them with the reason, all where no file names them, and the count."
-    for f in lost[:20] if file else lost: print(f'left out: {f["reason"]}', file=sys.stderr)
-    if len(lost) > 20 and file: print(f'left out: {len(lost) - 20} others, named in {file}', file=sys.stderr)
-    if lost: print(f'{len(lost)} of {n} images{f" of {of}" if of else ""} left out', file=sys.stderr)
+    "On the error stream: those with their reasons, twenty where a file names all, and the count."
+    lines = [f'left out: {f["reason"]}' for f in (lost[:20] if file else lost)]
+    if len(lines) < len(lost): lines.append(f'left out: {len(lost) - 20} others, named in {file}')
+    if lost: lines.append(f'{len(lost)} of {n} images{f" of {of}" if of else ""} left out')
+    for line in lines: print(line, file=sys.stderr)
 
 # %% ../../nbs/runs/03_embed.ipynb #5aa30b06
 def undecodable(
@@ -118,7 +120,8 @@ def undecodable(
     "Read every image, and tell those that do not decode."
     kept, images = Path(kept), pixels.fingerprint
     known = read_object(kept) if kept.exists() else {}
-    if known.get('images') == images and isinstance(known.get('failed'), list): return known['failed']
+    told = known.get('failed')
+    if known.get('images') == images and isinstance(told, list): return told
     n, failed = len(pixels), []
     for start in range(0, n, batch_size):
         batch = range(start, min(start + batch_size, n))
