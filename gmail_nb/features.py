@@ -517,7 +517,8 @@ def read_card(
     if not (folder/'card.json').exists():
         raise FileNotFoundError(f'{folder.name}/card.json is missing: '
                                 'the folder holds no features, or `embed` was cut short; run it again')
-    card = checked_card(folder, weights=str, model=str, content=str, failed=list)
+    try: card = checked_card(folder, weights=str, model=str, content=str, failed=list)
+    except ValueError as e: raise ValueError(f'{e}; or run `embed` again') from e
     if not weights or card['weights'] == weights: return card
     raise ValueError(f"{folder.name} was made by {card['model']!r} with fingerprint {card['weights']}, "
                      f'not by {weights}: embed again with this model, into another folder')

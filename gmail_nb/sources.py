@@ -534,7 +534,8 @@ def read_manifest(
     if not path.exists(): raise ValueError(f'the run in {folder.name!r} is not complete: {again}')
     try: manifest = without_checksum(read_object(path), f'{folder.name}/{path.name}')
     except ValueError as e: raise ValueError(f'{e}: {again}, which writes it anew') from e
-    listed = manifest.get('shards') or [None]
+    listed = manifest.get('shards')
+    listed = listed if isinstance(listed, list) and listed else [None]
     names = [s.get('shard') if isinstance(s, dict) else None for s in listed]
     if all(isinstance(s, str) and Path(s).name == s for s in names): return manifest
     raise ValueError(f'{folder.name}/manifest.json names no shards: {again}')
