@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Found', 'LONG', 'TEXT_ARMS', 'LLAVA_ARMS', 'PARTS', 'NEEDS', 'ONCE', 'interval', 'difference', 'joined_chains',
-           'part_records', 'chain_demo', 'chain_folder', 'kept_scores', 'with_descriptions', 'recall_scores',
-           'class_scores', 'text_scores', 'share_name', 'share_scores', 'pair_scores', 'gap_scores', 'dealt',
-           'caption_found', 'caption_jobs', 'captioner_scores', 'variant_scores', 'ifcap_scores', 'llava_scores',
-           'cost_scores', 'part_name', 'part_file', 'run_part', 'miniature_report']
+           'part_records', 'chain_demo', 'chain_folder', 'kept_scores', 'described_inputs', 'described_ranks',
+           'recall_scores', 'class_scores', 'text_scores', 'share_name', 'share_scores', 'pair_scores', 'gap_scores',
+           'dealt', 'caption_found', 'caption_jobs', 'captioner_scores', 'variant_scores', 'ifcap_scores',
+           'llava_scores', 'cost_scores', 'part_name', 'part_file', 'run_part', 'miniature_report']
 
 # %% ../../nbs/experiments/66_parts.ipynb #667e80e7
 import json
@@ -28,10 +28,10 @@ from ..encoders import Encoder, embedded_encoder, encode_texts, load_encoder
 from .captioning import VARIANTS, CaptionRun, caption_runs, caption_world
 from .captioning import experiment_jobs
 from .costs import arm_costs
-from .demo import make_side
+from .demo import arm_ranks, make_side
 from .ifcap import ifcap_runs, text_world
 from .llava import caption_scores, llava_runs, llava_world, right_choices
-from .retrieval import Shown, World, retrieval_world, tune_arms
+from .retrieval import Shown, retrieval_world, tune_arms
 from ..files import asset, atomic_write, check_writable, read_results, record
 from ..files import unknown_name, write_results
 from ..gap import paired_cosines, ranks
@@ -40,7 +40,7 @@ from ..retrieval import WAYS
 from ..runtime import default_device, fingerprint
 from ..settings import DemoSettings, ReportSettings, described
 from ..stats import DRAWS, Interval, bootstrap, paired_difference
-from ..tune import TunedText
+from ..tune import TunedText, head_inputs, last_linear
 
 # %% ../../nbs/experiments/66_parts.ipynb #a496278f
 Found = dict[str, dict[tuple[str, str], object]] # arm -> (split, metric) -> (N,) or a `Score`
@@ -63,17 +63,20 @@ def joined_chains(chains:list[Found]) -> dict: # arm -> (split, metric) -> one a
 # %% ../../nbs/experiments/66_parts.ipynb #8967c1ba
 def part_records(
     part:str,
-    found:dict,                 # from `joined_chains`
-    pairs:Iterable[tuple[str, str]] # of arms, ours and theirs
+    found:dict,                      # from `joined_chains`
+    pairs:Iterable[tuple[str, str]], # of arms, ours and theirs
+    columns:Iterable[tuple[str, str]]|None=None # (split, metric) that are asked for; all if absent
 ) -> list[dict]:
     "Every arm and difference with its interval."
     seeds = max(len(s) for scores in found.values() for s in scores.values())
-    def one(arm, split, metric, v):
-        return record(part, arm, 'emoji', split, metric, v.value, 0, v.n, low=v.low, high=v.high,
-                      seeds=seeds)
-    out = [one(arm, *k, interval(s)) for arm, scores in found.items() for k, s in scores.items()]
+    frame = record(part, '', 'emoji', '', '', 0., 0, 0)  # asks for versions and commit once
+    def one(arm, k, v):
+        where = dict(arm=arm, split=k[0], metric=k[1])
+        return frame | where | dict(value=v.value, n=v.n, low=v.low, high=v.high, seeds=seeds)
+    def of(scores): return [k for k in scores if columns is None or k in columns]
+    out = [one(arm, k, interval(s[k])) for arm, s in found.items() for k in of(s)]
     for a, b in pairs:
-        out += [one(f'{a} - {b}', *k, difference(found[a][k], found[b][k])) for k in found[a]]
+        out += [one(f'{a} - {b}', k, difference(found[a][k], found[b][k])) for k in of(found[a])]
     return out
 
 # %% ../../nbs/experiments/66_parts.ipynb #16fb32df
@@ -100,17 +103,21 @@ def kept_scores(file:Path, compute:Callable[[], Found]) -> Found:
         out.setdefault(arm, {})[split, metric] = v.numpy()
     return out
 
-# %% ../../nbs/experiments/66_parts.ipynb #15ed63c2
+# %% ../../nbs/experiments/66_parts.ipynb #3d73112e
 LONG = ', described'
 
-def with_descriptions(world:World) -> World:
-    "The tests of a world, and each once more with long descriptions for captions."
-    def long(name, t):
+def described_inputs(encoder:Encoder, tests:dict[str, Shown]) -> dict: # test -> (N, W)
+    "What the text head reads of the long descriptions of test drawings: the same for every arm."
+    def of(name, t):
         ds = emoji(name.split('-')[0], source='twemoji')
         said = dict(zip(ds['key'], ds['description']))
-        return Shown(t.keys, [said[k] for k in t.keys], t.features, t.features_g)
-    more = {name + LONG: long(name, t) for name, t in world.tests.items()}
-    return replace(world, tests=world.tests | more)
+        return head_inputs(encoder, [said[k] for k in t.keys])
+    return {name: of(name, t) for name, t in tests.items()}
+
+def described_ranks(head, tests:dict[str, Shown], inputs:dict) -> dict: # test -> way -> (1, N)
+    "Ranks of drawings and their descriptions under the head of a text tower."
+    found = {n: arm_ranks(head, t.features, inputs[n]) for n, t in tests.items()}
+    return {n + LONG: {way: r[None] for way, r in ways.items()} for n, ways in found.items()}
 
 def recall_scores(runs:dict) -> dict: # runs: of an arm, test -> way -> ranks (1, N)
     "Whether each concept was found, by test and metric; `mean_recall` is the mean of the six."
@@ -150,12 +157,15 @@ def text_scores(out:Path, settings:ReportSettings, seed:int) -> Found:
     "Retrieval by names and descriptions, and classes, of every arm of a chain."
     demo = chain_demo(settings, seed)
     def compute():
-        encoder, plain = retrieval_world(out, demo)
-        world, classes = with_descriptions(plain), {}
-        classes['base'] = class_scores(encoder, None, plain.tests)
-        def keep(arm, _, tuned): classes[arm] = class_scores(encoder, tuned, plain.tests)
+        encoder, world = retrieval_world(out, demo)
+        inputs, more = described_inputs(encoder, world.tests), {}
+        def keep(arm, _, tuned):
+            head = last_linear((tuned or encoder).text)
+            more[arm] = recall_scores(described_ranks(head, world.tests, inputs))
+            more[arm] |= class_scores(encoder, tuned, world.tests)
+        keep('base', 0, None)
         hits = tune_arms(encoder, world, demo.tune, 1, TEXT_ARMS, keep=keep)
-        return {arm: recall_scores(hits[arm]) | classes[arm] for arm in TEXT_ARMS}
+        return {arm: recall_scores(hits[arm]) | more[arm] for arm in TEXT_ARMS}
     return kept_scores(out/'texts.safetensors', compute)
 
 # %% ../../nbs/experiments/66_parts.ipynb #13e157c2
@@ -255,18 +265,21 @@ NEEDS = dict(shares=('shares',), captions=('captions',), variants=('captions',),
              ifcap=('ifcap',), llava=('llava',)) # settings beside the demo's
 ONCE = ('costs',) # on the first chain alone
 
-def part_name(part:str, settings:ReportSettings, pairs:Iterable[tuple[str, str]]) -> str:
+def part_name(part:str, settings:ReportSettings, *asked) -> str:
     "The part and a fingerprint of all that it depends on. `ValueError` for an unknown part."
     if part not in PARTS: raise unknown_name('part', part, PARTS)
     s = described(settings)
-    asked = [s['demo'], *(s[n] for n in NEEDS.get(part, ())), *map(list, pairs)]
+    asked = [s['demo'], *(s[n] for n in NEEDS.get(part, ())), *asked]
     seeds = 1 if part in ONCE else settings.seeds
     weights = [folder_fingerprint(asset(n)) for n in ('encoder', 'generator')]
     return f'{part}-{fingerprint(json.dumps(asked), seeds, *weights)[:12]}'
 
-def part_file(out:str|Path, part:str, settings:ReportSettings, pairs:Iterable=()) -> Path:
-    "Where the records of a part are kept."
-    return Path(out)/'records'/f'{part_name(part, settings, pairs)}.jsonl'
+def part_file(
+    out:str|Path, part:str, settings:ReportSettings, pairs:Iterable=(), columns:Iterable|None=None
+) -> Path:
+    "Where the records of a part are kept; pairs and columns as `part_records` takes them."
+    asked = [list(map(list, pairs)), columns and sorted(map(list, columns))]
+    return Path(out)/'records'/f'{part_name(part, settings, *asked)}.jsonl'
 
 # %% ../../nbs/experiments/66_parts.ipynb #195bc123
 def run_part(
@@ -274,11 +287,12 @@ def run_part(
     out:str|Path,              # chains and records are kept here
     settings:ReportSettings=ReportSettings(),
     pairs:Iterable[tuple[str, str]]=(), # of arms whose difference is asked for
+    columns:Iterable[tuple[str, str]]|None=None, # (split, metric); all if absent
     say:Callable[[str], None]=print
 ) -> list[dict]: # records
     "Every chain of a part, or what was kept of the same; the last record is the seconds it took."
     pairs = list(pairs)
-    file = part_file(out, part, settings, pairs)
+    file = part_file(out, part, settings, pairs, columns)
     if file.exists(): return read_results(file)
     seeds, started = 1 if part in ONCE else settings.seeds, time.time()
     check_writable(file.parent)
@@ -286,7 +300,7 @@ def run_part(
     for seed in range(seeds):
         say(f'{part}: chain {seed + 1} of {seeds}')
         chains.append(PARTS[part](chain_folder(out, settings, seed), settings, seed))
-    records = part_records(part, joined_chains(chains), pairs)
+    records = part_records(part, joined_chains(chains), pairs, columns)
     seconds = time.time() - started
     records.append(record(part, 'run', 'emoji', 'all', 'run_seconds', seconds, 0, seeds))
     write_results(file, records)
