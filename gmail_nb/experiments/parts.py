@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Found', 'LONG', 'TEXT_ARMS', 'LLAVA_ARMS', 'PARTS', 'NEEDS', 'ONCE', 'interval', 'difference', 'joined_chains',
-           'part_records', 'chain_demo', 'chain_folder', 'kept_scores', 'described_inputs', 'described_ranks',
-           'recall_scores', 'class_scores', 'text_scores', 'share_name', 'share_scores', 'pair_scores', 'gap_scores',
-           'dealt', 'caption_found', 'caption_jobs', 'captioner_scores', 'variant_scores', 'ifcap_scores',
-           'llava_scores', 'cost_scores', 'part_name', 'part_file', 'run_part', 'miniature_report']
+           'part_records', 'chain_demo', 'weights', 'chain_folder', 'kept_scores', 'described_inputs',
+           'described_ranks', 'recall_scores', 'class_scores', 'text_scores', 'share_name', 'share_scores',
+           'pair_scores', 'gap_scores', 'dealt', 'caption_found', 'caption_jobs', 'captioner_scores', 'variant_scores',
+           'ifcap_scores', 'llava_scores', 'cost_scores', 'part_name', 'part_file', 'Clock', 'run_part',
+           'miniature_report']
 
-# %% ../../nbs/experiments/66_parts.ipynb #667e80e7
+# %% ../../nbs/experiments/66_parts.ipynb #2e03ca28
+import functools
 import json
 import os
 import time
@@ -86,9 +88,14 @@ def chain_demo(settings:ReportSettings, seed:int) -> DemoSettings:
     return replace(d, seed=seed, seeds=1, align=replace(d.align, seed=seed),
                    tune=replace(d.tune, seed=seed))
 
+@functools.cache
+def weights() -> str:
+    "A fingerprint of the encoder and the generator that ship with the package."
+    return fingerprint(*(folder_fingerprint(asset(n)) for n in ('encoder', 'generator')))
+
 def chain_folder(out:Path, settings:ReportSettings, seed:int) -> Path:
     "Made if absent."
-    name = fingerprint(json.dumps(described(chain_demo(settings, seed))))[:8]
+    name = fingerprint(json.dumps(described(chain_demo(settings, seed))), weights())[:8]
     return check_writable(Path(out)/'chains'/f'{seed}-{name}')
 
 def kept_scores(file:Path, compute:Callable[[], Found]) -> Found:
@@ -271,8 +278,7 @@ def part_name(part:str, settings:ReportSettings, *asked) -> str:
     s = described(settings)
     asked = [s['demo'], *(s[n] for n in NEEDS.get(part, ())), *asked]
     seeds = 1 if part in ONCE else settings.seeds
-    weights = [folder_fingerprint(asset(n)) for n in ('encoder', 'generator')]
-    return f'{part}-{fingerprint(json.dumps(asked), seeds, *weights)[:12]}'
+    return f'{part}-{fingerprint(json.dumps(asked), seeds, weights())[:12]}'
 
 def part_file(
     out:str|Path, part:str, settings:ReportSettings, pairs:Iterable=(), columns:Iterable|None=None
@@ -281,7 +287,14 @@ def part_file(
     asked = [list(map(list, pairs)), columns and sorted(map(list, columns))]
     return Path(out)/'records'/f'{part_name(part, settings, *asked)}.jsonl'
 
-# %% ../../nbs/experiments/66_parts.ipynb #195bc123
+# %% ../../nbs/experiments/66_parts.ipynb #cc3b4f34
+class Clock:
+    "Seconds on the wall, and seconds of cores, of this process and of those that it started."
+    def __init__(self): self.wall, self.cores = time.time(), sum(os.times()[:4])
+
+    def seconds(self) -> tuple[float, float]: # wall, cores
+        return time.time() - self.wall, sum(os.times()[:4]) - self.cores
+
 def run_part(
     part:str,                  # of `PARTS`
     out:str|Path,              # chains and records are kept here
@@ -294,17 +307,17 @@ def run_part(
     pairs = list(pairs)
     file = part_file(out, part, settings, pairs, columns)
     if file.exists(): return read_results(file)
-    seeds, started = 1 if part in ONCE else settings.seeds, time.time()
+    seeds, clock = 1 if part in ONCE else settings.seeds, Clock()
     check_writable(file.parent)
     chains = []
     for seed in range(seeds):
         say(f'{part}: chain {seed + 1} of {seeds}')
         chains.append(PARTS[part](chain_folder(out, settings, seed), settings, seed))
     records = part_records(part, joined_chains(chains), pairs, columns)
-    seconds = time.time() - started
-    records.append(record(part, 'run', 'emoji', 'all', 'run_seconds', seconds, 0, seeds))
+    wall, cores = clock.seconds()
+    records.append(record(part, 'run', 'emoji', 'all', 'run_seconds', wall, 0, seeds, cores=cores))
     write_results(file, records)
-    say(f'{part}: {seconds:.0f} s')
+    say(f'{part}: {wall:.0f} s, {cores:.0f} s of one core')
     return records
 
 # %% ../../nbs/experiments/66_parts.ipynb #81b61030

@@ -14,7 +14,7 @@ __all__ = ['MORE', 'RECALLS', 'SCORES', 'CAPTION_TABLES', 'MORE_CAPTION_TABLES',
            'intro_text', 'write_report', 'report', 'report_snippet', 'dry_parts', 'dry_chains', 'dry_tables',
            'dry_report']
 
-# %% ../../nbs/experiments/70_report.ipynb #050303c2
+# %% ../../nbs/experiments/70_report.ipynb #0457f782
 import html
 import json
 from collections.abc import Callable, Iterable
@@ -45,7 +45,7 @@ from ..runtime import machine
 from ..settings import ReportSettings, report_settings
 from ..stats import Interval
 
-# %% ../../nbs/experiments/70_report.ipynb #cbe604d5
+# %% ../../nbs/experiments/70_report.ipynb #0aba941e
 def _of(metrics, **rows): return {n: dict(zip(metrics, v)) for n, v in rows.items()}
 
 _table1 = _of(MANY, **{
@@ -69,7 +69,7 @@ _table15 = _of(('accuracy',), **{'LLaVA': (44.7,), 'LLaVA + GMAIL': (48.3,)})
 MORE = dict(table1=_table1, table4=_table4, table9=_table9, table10=_of(('accuracy',), **_answers),
             table12=_table12, table14=_table14, table15=_table15)
 
-# %% ../../nbs/experiments/70_report.ipynb #b1346df7
+# %% ../../nbs/experiments/70_report.ipynb #a41d41a2
 RECALLS = tuple(f'{way}_recall_at_{k}' for way in ('image_to_text', 'text_to_image')
                 for k in (1, 5, 10))
 
@@ -84,7 +84,7 @@ def reported(table:str) -> dict[str, dict[str, float]]: # row -> metric -> numbe
         if len(six) == 6: numbers['mean_recall'] = float(np.mean(six))
     return out | MORE.get(table, {})
 
-# %% ../../nbs/experiments/70_report.ipynb #779a9276
+# %% ../../nbs/experiments/70_report.ipynb #43a33fe1
 class Column(NamedTuple):
     "A metric of ours, and the paper's that it stands beside."
     heading:str
@@ -115,7 +115,7 @@ class Counterpart:
     def row(self, name:str) -> Row: return next(r for r in self.rows if r.name == name)
     def arms(self, claim:tuple) -> tuple: return tuple(self.row(n).arm for n in claim)
 
-# %% ../../nbs/experiments/70_report.ipynb #52630621
+# %% ../../nbs/experiments/70_report.ipynb #1e459681
 def recall_columns(split:str, ks:Iterable[int]=(1, 5, 10)) -> tuple[Column, ...]:
     "The mean of the six recalls first, then some of them."
     short = {way: name for way, name in zip(('image_to_text', 'text_to_image'), ('I2T', 'T2I'))}
@@ -130,7 +130,7 @@ SCORES = caption_columns('CIDEr', 'BLEU-4', 'ROUGE-L', 'WMD')
 _short = caption_columns('CIDEr', 'BLEU-4')
 _mine = '+ generated, no alignment'
 
-# %% ../../nbs/experiments/70_report.ipynb #5d5f296f
+# %% ../../nbs/experiments/70_report.ipynb #eeefb678
 _learned = ('The tests are drawings of B in a style that nobody trained on. The base knows real '
             'drawings of A alone; an arm goes on with names of B. ')
 _names = ('Much of a difference is that the names of B are learned at all: Table 6 has the '
@@ -163,7 +163,7 @@ CAPTION_TABLES = dict(
          Row('real, both projections', why='captioners here read the tower without projections')),
         (('generated, aligned', 'nothing'), ('generated, aligned', 'generated, no alignment'))))
 
-# %% ../../nbs/experiments/70_report.ipynb #568ae9e1
+# %% ../../nbs/experiments/70_report.ipynb #cc260e39
 _same = 'All arms here take the same steps, so these are the captioners of Table 9.'
 _siglip = "SigLIP is the embedded tower with heads that were trained by SigLIP's loss."
 _flux = ('FLUX is our generator with other steps and guidance, asked for the style of other '
@@ -191,7 +191,7 @@ MORE_CAPTION_TABLES = dict(
          Row('GMAIL', 'variants', 'gmail, second generator')),
         (('GMAIL', 'no alignment'),)))
 
-# %% ../../nbs/experiments/70_report.ipynb #d0ddba08
+# %% ../../nbs/experiments/70_report.ipynb #d22447c9
 _no_long = 'there is no second text tower here that reads longer texts'
 _fine = 'a tower without text that is tuned on each set: gmail_eval --how fine-tune does it'
 _long = Row('Long-CLIP', why=_no_long), Row('Long-CLIP + GMAIL', why='as above')
@@ -205,7 +205,7 @@ _first = 'group', 'B-twemoji' # the paper's accuracy stands beside this one
 _classes = tuple(Column(f'{c}s, {name}', c, split, 'main' if (c, split) == _first else None)
                  for split, name in _splits for c in ('group', 'subgroup'))
 
-# %% ../../nbs/experiments/70_report.ipynb #bb088e3d
+# %% ../../nbs/experiments/70_report.ipynb #50c61cde
 TEXT_TABLES = dict(
     table2=Counterpart('Zero-shot retrieval', 'COCO is tested on images of the kind that was '
         f'learned from; here the tests are drawings of B {_drawn}', recall_columns('B-twemoji'),
@@ -228,7 +228,7 @@ TEXT_TABLES = dict(
          Row('+ all, no alignment', 'shares', share_name('indiscriminate', 1.))),
         (('CC12M captions', 'COCO captions'), ('CC12M captions', '+ all, no alignment'))))
 
-# %% ../../nbs/experiments/70_report.ipynb #a9beb631
+# %% ../../nbs/experiments/70_report.ipynb #5d8e7d4f
 _asked = (Column('accuracy', 'accuracy', 'unseen-twemoji', 'accuracy'),)
 _cost = (Column('seconds (hours)', 'seconds', 'B', 'hours', 1, 0),
          Column('steps', 'steps', 'B', 'steps', 1, 0),
@@ -242,7 +242,7 @@ _settled = ("The tuning of a text side on real images, on a mix, and GMAIL's: th
             'images of B through f_g, and the tuning. The paper counts hours, and we seconds; '
             'settled is the step at which 95% of the change of the loss is done.')
 
-# %% ../../nbs/experiments/70_report.ipynb #c1e296d0
+# %% ../../nbs/experiments/70_report.ipynb #379936e6
 OTHER_TABLES = dict(
     table10=Counterpart('ScienceQA', 'Questions about drawings of unseen concepts: name, group, '
         'count and colour, four choices each; SmolLM2 on the embedded tower.', _asked,
@@ -263,7 +263,7 @@ OTHER_TABLES = dict(
         'questions of Table 10 are about drawings.', _asked,
         (Row('LLaVA', why='no counterpart'), Row('LLaVA + GMAIL', why='no counterpart'))))
 
-# %% ../../nbs/experiments/70_report.ipynb #1be9ab1d
+# %% ../../nbs/experiments/70_report.ipynb #8353f5f2
 FIGURE_TABLES = dict(
     figure2=Counterpart('Real images and what was generated from their captions', 'A drawing of B '
         'above images that our generator drew from its name, with the settings of the chain.',
@@ -286,7 +286,7 @@ def chosen_names(
         if n not in EMBEDDED: raise unknown_name('table or figure', n, EMBEDDED)
     return list(dict.fromkeys(names))
 
-# %% ../../nbs/experiments/70_report.ipynb #81e6b7fd
+# %% ../../nbs/experiments/70_report.ipynb #c7ac5d56
 def parts_of(names:Iterable[str]) -> list[str]:
     "The parts that tables need, each once."
     return list(dict.fromkeys(r.part for n in names for r in EMBEDDED[n].rows if r.part))
@@ -300,7 +300,7 @@ def asked_of(part:str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]: #
         pairs |= {c.arms(claim): 0 for claim in c.claims if c.row(claim[0]).part == part}
     return list(pairs), list(columns)
 
-# %% ../../nbs/experiments/70_report.ipynb #54883841
+# %% ../../nbs/experiments/70_report.ipynb #90ca4b62
 @dataclass
 class Parts:
     "Records of parts by name, and why others could not be run."
@@ -330,7 +330,7 @@ def run_parts(
             say(f'{part}: not run, {first_line(e)}')
     return found
 
-# %% ../../nbs/experiments/70_report.ipynb #9e8c0600
+# %% ../../nbs/experiments/70_report.ipynb #3c5f3b74
 def of_record(r:dict) -> Interval: return Interval(r['value'], r['low'], r['high'], r['n'])
 
 def chains_text(n:int) -> str: return f'embedded, {n} chain' + 's'[:n > 1]
@@ -342,13 +342,11 @@ def our_cells(r:dict|None, column:Column, sign:str='') -> str:
     if found.low == found.high: return f'{column.scale * found.value:{sign},.{column.digits}f}'
     return found.text(column.scale, sign, column.digits)
 
-def their_cell(value:float|None, column:Column, sign:str='') -> str:
-    "A number of the paper."
-    if value is None: return ''
-    digits = 2 if column.scale == 1 and column.digits == 3 else column.digits
-    return f'{value:{sign},.{min(digits, 2)}f}'
+def their_cell(value:float|None, sign:str='') -> str:
+    "A number of the paper, in hundredths where it has them."
+    return '' if value is None else f'{round(value, 2):{sign},g}'
 
-# %% ../../nbs/experiments/70_report.ipynb #44ba4c13
+# %% ../../nbs/experiments/70_report.ipynb #154664f8
 def table_rows(
     name:str,    # of `EMBEDDED`
     found:Parts
@@ -359,7 +357,7 @@ def table_rows(
     for row in c.rows:
         numbers = theirs.get(row.name, {})
         if numbers:
-            cells = [their_cell(numbers.get(k.theirs), k) for k in c.columns]
+            cells = [their_cell(numbers.get(k.theirs)) for k in c.columns]
             rows.append([row.name, 'paper', *cells])
         label = row.name if not numbers else ''
         records = [found.find(row, k) for k in c.columns]
@@ -372,7 +370,7 @@ def table_rows(
             rows.append([label, f'none: {why}', *[''] * len(c.columns)])
     return rows
 
-# %% ../../nbs/experiments/70_report.ipynb #d51d4ef9
+# %% ../../nbs/experiments/70_report.ipynb #32198290
 @dataclass
 class Checked:
     "A claim of the paper, and what became of it here."
@@ -395,11 +393,11 @@ def checked_claims(name:str, found:Parts) -> list[Checked]:
         r = found.find(ours, k, other)
         d, seeds = (of_record(r), r['seeds']) if r else (None, 0)
         said = ' beats '.join(n.removeprefix('+ ') for n in claim)
-        out.append(Checked(name, said, k.heading, their_cell(gain, k, '+'), d, our_cells(r, k, '+'),
+        out.append(Checked(name, said, k.heading, their_cell(gain, '+'), d, our_cells(r, k, '+'),
                            seeds, state(Claim(said, *c.arms(claim)), d, seeds)))
     return out
 
-# %% ../../nbs/experiments/70_report.ipynb #a887443d
+# %% ../../nbs/experiments/70_report.ipynb #3f79bceb
 def shown_samples(out:Path, settings:ReportSettings) -> dict[str, object]: # caption -> figure
     "Real drawings over what was generated from their captions."
     demo, n = chain_demo(settings, 0), settings.shown
@@ -420,7 +418,7 @@ def shown_gap(out:Path, settings:ReportSettings) -> dict[str, object]:
 
 FIGURES = dict(shown_samples=shown_samples, shown_gap=shown_gap)
 
-# %% ../../nbs/experiments/70_report.ipynb #369c7dbb
+# %% ../../nbs/experiments/70_report.ipynb #d31438c9
 @dataclass
 class Shown:
     "A table or a figure of the paper, with what stands beside it."
@@ -455,7 +453,7 @@ def kept_shown(shown:Shown, out:Path) -> Shown: # the same
     write_results(folder/'records.jsonl', shown.records)
     return shown
 
-# %% ../../nbs/experiments/70_report.ipynb #06ba1c56
+# %% ../../nbs/experiments/70_report.ipynb #81e3e4be
 def embedded_shown(
     name:str, out:str|Path, settings:ReportSettings=ReportSettings(), say:Callable=print
 ) -> Shown:
@@ -490,7 +488,7 @@ def paper_shown(
     shown = Shown(name, title, 'paper', stands, tables, [], {}, records, absent)
     return kept_shown(shown, out)
 
-# %% ../../nbs/experiments/70_report.ipynb #cacd63e5
+# %% ../../nbs/experiments/70_report.ipynb #ccd8fc93
 class PaperCall:
     "A table or figure of the paper, to be called."
     def __init__(self, name:str):
@@ -524,7 +522,7 @@ CALLS = {call.name: call for call in (
     table_1, table_2, table_3, table_4, table_5, table_6, table_7, table_8, table_9, table_10,
     table_11, table_12, table_13, table_14, table_15, table_16, table_17, figure_2, figure_3)}
 
-# %% ../../nbs/experiments/70_report.ipynb #0f5f7d30
+# %% ../../nbs/experiments/70_report.ipynb #e6e4ccb7
 def all_claims(shown:Iterable[Shown]) -> list[Checked]:
     "Of all tables, those that failed first."
     claims = [c for s in shown for c in s.claims]
@@ -541,7 +539,7 @@ def counted(claims:Iterable[Checked]) -> str:
     states = [c.state.removesuffix(' so far') for c in claims]
     return ', '.join(f'{s}: {states.count(s)}' for s in STATES)
 
-# %% ../../nbs/experiments/70_report.ipynb #4f86ea44
+# %% ../../nbs/experiments/70_report.ipynb #22c20f78
 def shown_html(s:Shown) -> str:
     "A section of the page."
     e = html.escape
@@ -569,7 +567,7 @@ def evidence_html(out:Path) -> str:
     return '\n'.join([*parts, f'<h3>Controls</h3><img alt="controls" src="{uri}">',
                       table_html(control_table(records))])
 
-# %% ../../nbs/experiments/70_report.ipynb #df9f220e
+# %% ../../nbs/experiments/70_report.ipynb #44e6dc1b
 WIDE = 'div.wide{overflow-x:auto}' + STYLE.replace('max-width:60rem', 'max-width:76rem')
 
 def page_html(
@@ -603,7 +601,7 @@ def report_json(shown:list[Shown], intro:str, settings) -> str:
                 shown={s.name: one(s) for s in shown})
     return json.dumps(said, indent=1, ensure_ascii=False)
 
-# %% ../../nbs/experiments/70_report.ipynb #e83ccab9
+# %% ../../nbs/experiments/70_report.ipynb #c5713f78
 def intro_text(scale:str, settings) -> str:
     "What was run, and where."
     chains = f'{settings.seeds} whole chain' + 's'[:settings.seeds > 1]
@@ -642,7 +640,7 @@ def report_snippet(out:str|Path='report') -> str: # markdown
     "The table of claims that a report has written, for a README."
     return (Path(out)/'report.md').read_text(encoding='utf-8')
 
-# %% ../../nbs/experiments/70_report.ipynb #5520e742
+# %% ../../nbs/experiments/70_report.ipynb #1c9370be
 def dry_parts(names:list[str], out:str, settings:ReportSettings) -> list[Look]:
     "The parts of these tables: those that are there with the seconds they took."
     def one(part):
@@ -651,8 +649,9 @@ def dry_parts(names:list[str], out:str, settings:ReportSettings) -> list[Look]:
         chains = 1 if part in ONCE else settings.seeds
         if not file.exists():
             return Look(part, f'records/{file.name}', 'to write', f'chains: {chains}; for {used}')
-        took = next(r['value'] for r in read_results(file) if r['metric'] == 'run_seconds')
-        return Look(part, f'records/{file.name}', 'there', f'took {time_text(took)}; for {used}')
+        took = next(r for r in read_results(file) if r['metric'] == 'run_seconds')
+        note = f'took {time_text(took["value"])}, {time_text(took["cores"])} of one core; for {used}'
+        return Look(part, f'records/{file.name}', 'there', note)
     return [one(p) for p in parts_of(names)]
 
 def dry_chains(out:str, settings:ReportSettings) -> list[Look]:
@@ -665,7 +664,7 @@ def dry_chains(out:str, settings:ReportSettings) -> list[Look]:
     note = f'{time_text(seconds)} at a rate of {where}'
     return [Look('images', f'{images:,} drawings', 'estimate', note)]
 
-# %% ../../nbs/experiments/70_report.ipynb #b556466e
+# %% ../../nbs/experiments/70_report.ipynb #6d250489
 def dry_tables(names:list[str], out:str, run:TableRun) -> list[Look]:
     "The steps of tables at the paper's scale; each table's own dry run says what they need."
     def one(name):
