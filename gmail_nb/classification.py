@@ -38,7 +38,8 @@ from .encoders import Encoder, encode_images, encode_texts
 from .features import native_precision
 from .files import atomic_path, progress, record, unknown_name
 from .retrieval import check_features, feature_rows
-from .runtime import fingerprint, module_fingerprint, noise_generator, stable_seed
+from .runtime import (fingerprint, module_fingerprint, noise_generator, stable_seed,
+                              to_device)
 from .settings import FineTuneSettings, ProbeSettings
 from .sources import IMAGE_SUFFIXES
 from .stats import Interval, bootstrap, class_mean
@@ -814,9 +815,9 @@ def one_step(run:FineTuning, index:torch.Tensor) -> None: # of a whole batch
     s, own = run.settings, run.own(index)
     torch.manual_seed(stable_seed('fine-tune', s.seed, len(run.losses), run.state.process_index))
     run.model.train()
-    pixels = run.train.x[own].to(run.device)
+    pixels = to_device(run.train.x[own], run.device)
     with in_precision(run.precision, run.device): logits = run.model(pixels)
-    y = run.train.labels[own].to(run.device)
+    y = to_device(run.train.labels[own], run.device)
     loss = F.cross_entropy(logits.float(), y, reduction='sum') / len(index)
     run.optimizer.zero_grad()
     loss.backward()
@@ -898,7 +899,7 @@ def predict(
     mine = torch.arange(state.process_index, len(pixels), state.num_processes).split(batch_size)
     for i, index in enumerate(mine):
         if hasattr(pixels, 'prefetch'): pixels.prefetch(torch.cat(mine[i:i + 2]))
-        x = pixels[index].to(run.device)
+        x = to_device(pixels[index], run.device)
         with in_precision(run.precision, run.device): logits = run.model(x)
         best |= zip(index.tolist(), logits.float().topk(k, 1).indices.tolist())
     if state.num_processes > 1:

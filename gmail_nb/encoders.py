@@ -27,7 +27,7 @@ from torch import nn
 
 from .files import (asset, atomic_write, found_on_disk, plain_weights, progress, unknown_name,
                             without_hub)
-from .runtime import fingerprint, module_fingerprint
+from .runtime import fingerprint, module_fingerprint, to_device
 from .weights import check_finite, load_part, load_whole, read_tensors, read_torch
 
 # %% ../nbs/20_encoders.ipynb #6e6e4462
@@ -74,13 +74,13 @@ class Encoder(nn.Module):
         return self.tokenizer(list(texts))
 
     def ready(self, pixels:torch.Tensor) -> torch.Tensor: # where and as the image tower's weights are
-        return check_pixels(pixels).to(self.device, self.dtype)
+        return to_device(check_pixels(pixels), self.device, self.dtype)
 
     def encode_image(self, pixels:torch.Tensor) -> torch.Tensor: # (B, dim), unit length
         return F.normalize(self.visual(self.ready(pixels)), dim=-1)
 
     def encode_text(self, tokens:dict[str, torch.Tensor]) -> torch.Tensor: # (B, dim), unit length
-        return F.normalize(self.text(**{k: v.to(self.device) for k, v in tokens.items()}), dim=-1)
+        return F.normalize(self.text(**{k: to_device(v, self.device) for k, v in tokens.items()}), dim=-1)
 
     def image_tokens(self, pixels:torch.Tensor) -> torch.Tensor: # (B, T, width)
         return self.visual.tokens(self.ready(pixels))
@@ -546,7 +546,7 @@ def encode_texts(
     with torch.inference_mode():
         for i in progress(starts, desc) if desc else starts:
             tokens = encoder.tokenize([texts[j] for j in order[i:i + batch_size]])
-            tokens = {k: v.to(encoder.device) for k, v in tokens.items()}
+            tokens = {k: to_device(v, encoder.device) for k, v in tokens.items()}
             features.append((encode(**tokens) if keywords else encode(tokens)).float().cpu())
     return torch.cat(features)[torch.tensor(order).argsort()]
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['atomic_path', 'atomic_write', 'check_writable', 'file_sha256', 'file_checksums', 'check_files', 'write_card',
            'read_object', 'checked_card', 'on_disk', 'found_on_disk', 'without_hub', 'check_no_code', 'why_refused',
-           'plain_weights', 'unknown_name', 'name_some', 'asset', 'progress', 'versions', 'commit', 'record',
-           'write_results', 'read_results']
+           'plain_weights', 'unknown_name', 'name_some', 'in_one_line', 'asset', 'progress', 'versions', 'commit',
+           'record', 'write_results', 'read_results']
 
 # %% ../nbs/00_files.ipynb #d0e6f071
 import datetime
@@ -251,6 +251,15 @@ def name_some(
     items = [i[:77] + '...' if isinstance(i, str) and len(i) > 80 else i for i in items]
     more = f' and {len(items) - n} more' if len(items) > n else ''
     return ', '.join(map(repr, items[:n])) + more
+
+# %% ../nbs/00_files.ipynb #5aa30c01
+def in_one_line(
+    error:BaseException,
+    most:int=200 # characters
+) -> str:
+    "What an error says, in one line; its kind where it says nothing."
+    said = ' '.join(str(error).split()) or type(error).__name__
+    return said if len(said) <= most else said[:most - 3] + '...'
 
 # %% ../nbs/00_files.ipynb #bf8c21be
 def asset(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['both_sides', 'VisualTokens', 'new_projector', 'turns_of', 'parts_of', 'chat_text', 'spread_markers', 'Llava',
-           'Prompt', 'encode_prompt', 'padded', 'llava_loss', 'generate_answers', 'Prefix', 'common_start',
-           'read_prefix', 'encode_all', 'answer_all', 'LlavaTower', 'check_processor', 'from_llava', 'load_llava',
+           'Prompt', 'encode_prompt', 'padded_prompts', 'llava_loss', 'generate_answers', 'SharedWords', 'common_start',
+           'read_shared_words', 'encode_all', 'answer_all', 'LlavaTower', 'check_processor', 'from_llava', 'load_llava',
            'plain_name', 'plain_state', 'merged_state', 'language_part', 'lora_layers', 'merged_language', 'save_llava']
 
 # %% ../nbs/38_llava.ipynb #2de907d3
@@ -24,8 +24,10 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .align import GenReal
+from .captioning import padding_of
 from .encoders import Encoder, HFPreprocess, NoText, check_pixels
 from .files import check_writable, checked_card, found_on_disk, progress, write_card
+from .runtime import to_device
 from .weights import load_part, load_whole
 
 # %% ../nbs/38_llava.ipynb #8dd412f9
@@ -36,7 +38,7 @@ def both_sides(
     gen_tokens:Callable     # the same of f_g
 ) -> torch.Tensor: # (B, T, width)
     "Each image through the side of its kind; gradients flow through both."
-    generated = generated.to(pixels.device)
+    generated = to_device(generated, pixels.device)
     order = torch.cat([(~generated).nonzero()[:, 0], generated.nonzero()[:, 0]])
     kinds = (~generated, real_tokens), (generated, gen_tokens)
     found = [tokens(pixels[of]) for of, tokens in kinds if bool(of.any())]
@@ -149,7 +151,7 @@ class Llava(nn.Module):
         words, here = self.words(ids), ids == self.marker_id
         if tokens is None: return words
         weight = next(self.projector.parameters())
-        seen = self.projector(tokens.to(weight.device, weight.dtype)) # (M, T, D)
+        seen = self.projector(to_device(tokens, weight.device, weight.dtype)) # (M, T, D)
         return words.masked_scatter(here[..., None], seen.flatten(0, 1).to(words.dtype))
 
 # %% ../nbs/38_llava.ipynb #0e75200b
@@ -177,7 +179,7 @@ def encode_prompt(
     return Prompt(ids + answer, len(answer), images)
 
 # %% ../nbs/38_llava.ipynb #6cb856af
-def padded(
+def padded_prompts(
     prompts:list[Prompt],
     fill:int,        # a token number
     left:bool=False
@@ -197,15 +199,14 @@ def llava_loss(
     tokens:torch.Tensor|None # (M, T, width), of all images in the order of the prompts
 ) -> torch.Tensor:
     "Mean cross entropy of the answers' tokens, their ends included."
-    ids, real = padded(prompts, model.end) # on the CPU: counting on a GPU would make it wait
+    ids, real = padded_prompts(prompts, model.end) # on the CPU: counting on a GPU would make it wait
     begins = torch.tensor([[len(p.ids) - p.answer] for p in prompts])
     rows, places = (real & (torch.arange(ids.shape[1]) >= begins)).nonzero(as_tuple=True)
     first, device = int(begins.min()), model.device # logits before it would be thrown away
-    out = model.lm(inputs_embeds=model.embed(ids.to(device), tokens), use_cache=False,
-                   attention_mask=real.long().to(device),
-                   logits_to_keep=ids.shape[1] - first + 1)
-    logits = out.logits[rows.to(device), (places - first).to(device)]               # (answers, V)
-    return F.cross_entropy(logits.float(), ids[rows, places].to(device))
+    out = model.lm(inputs_embeds=model.embed(to_device(ids, device), tokens), use_cache=False,
+                   logits_to_keep=ids.shape[1] - first + 1, **padding_of(real, model.lm, device))
+    logits = out.logits[to_device(rows, device), to_device(places - first, device)] # (answers, V)
+    return F.cross_entropy(logits.float(), to_device(ids[rows, places], device))
 
 # %% ../nbs/38_llava.ipynb #3e3efa7f
 @torch.inference_mode()
@@ -214,13 +215,13 @@ def generate_answers(
     prompts:list[Prompt],         # from `encode_prompt`, without an answer
     tokens:torch.Tensor|None,     # (M, T, width), of all images in the order of the prompts
     max_new_tokens:int=32,
-    prefix=None,                  # from `read_prefix`: what all prompts begin with, read before
+    prefix=None,                  # from `read_shared_words`: what all prompts begin with, read before
     **how                         # of transformers' `generate`, such as num_beams or streamer
 ) -> list[str]:
     "An answer for each prompt, without the words of the prompt."
     k = len(prefix.ids) if prefix else 0
     rest = [replace(p, ids=p.ids[k:]) for p in prompts]
-    ids, real = (t.to(model.device) for t in padded(rest, model.end, left=True))
+    ids, real = (to_device(t, model.device) for t in padded_prompts(rest, model.end, left=True))
     words, read = model.embed(ids, tokens), {}
     if k: words, real, read = prefix.before(prompts, words, real, how.get('num_beams', 1))
     fill = model.tokenizer.pad_token_id
@@ -232,7 +233,7 @@ def generate_answers(
 
 # %% ../nbs/38_llava.ipynb #6d7219b3
 @dataclass
-class Prefix:
+class SharedWords:
     "Words that prompts begin with, as a language model has read them."
     ids:list[int]
     cache:object   # keys and values, of one row
@@ -256,12 +257,12 @@ def common_start(prompts:list[Prompt], marker:int) -> list[int]: # token numbers
     return found
 
 @torch.inference_mode()
-def read_prefix(model:Llava, prompts:list[Prompt]) -> Prefix|None: # None: they begin differently
+def read_shared_words(model:Llava, prompts:list[Prompt]) -> SharedWords|None: # None: they begin differently
     "What the prompts have in common at their beginning, read once."
     ids = common_start(prompts, model.marker_id)
     if not ids: return None
     words = model.words(torch.tensor([ids], device=model.device))
-    return Prefix(ids, model.lm(inputs_embeds=words, use_cache=True).past_key_values)
+    return SharedWords(ids, model.lm(inputs_embeds=words, use_cache=True).past_key_values)
 
 # %% ../nbs/38_llava.ipynb #5f618fc5
 def encode_all(
@@ -286,7 +287,7 @@ def answer_all(
 ) -> list[str]:
     "An answer to each conversation."
     prompts, found = encode_all(model, asked, look), []
-    start = read_prefix(model, prompts) if len(prompts) > 1 else None
+    start = read_shared_words(model, prompts) if len(prompts) > 1 else None
     firsts = range(0, len(asked), batch_size)
     for i in progress(firsts, desc) if desc else firsts:
         images = [image for _, some in asked[i:i + batch_size] for image in some]

@@ -31,7 +31,7 @@ from .data import CAPTIONED, FEATURES, check_captioned, emoji, undecoded
 from .encoders import Encoder, encode_images, encode_texts
 from .features import LazyPixels, embed, native_precision
 from .files import atomic_path, check_writable, name_some, progress, record, unknown_name
-from .runtime import fingerprint
+from .runtime import fingerprint, to_device
 from .settings import EmbedSettings, SourceSettings
 from .sources import from_coco, from_hub, load_captioned, read_coco
 from .stats import Interval, bootstrap
@@ -61,7 +61,7 @@ def feature_rows(
     "Some rows, read from wherever they are."
     if isinstance(x, torch.Tensor):
         if isinstance(index, torch.Tensor): index = index.to(x.device)
-        return x[index].to(device).float()
+        return to_device(x[index], device).float()
     if isinstance(index, torch.Tensor): index = index.cpu().numpy()
     return torch.from_numpy(np.array(x[index], dtype=np.float32)).to(device)
 
@@ -393,7 +393,8 @@ def set_features(
     encoder:Encoder,
     ds:datasets.Dataset,      # with `key` and `image`
     cache:str|Path|None=None, # a folder below which features are kept; in memory alone if absent
-    settings:EmbedSettings=EmbedSettings()
+    settings:EmbedSettings=EmbedSettings(),
+    lost:list|None=None       # with a cache, images that do not decode go there and are left out
 ) -> torch.Tensor: # (N, D), unit length; with a cache, mapped from its file
     "Features of every image of a set. `ValueError` naming images that do not decode."
     if cache is None:
@@ -401,7 +402,8 @@ def set_features(
         return encode_images(encoder.encode_image, pixels, batch_size=settings.batch_size)
     folder = Path(cache)/f'images-{features_made_from(encoder, ds, settings)}'
     found = embed(ds, encoder, folder, settings=settings)
-    if not found.failed: return found.features
+    if lost is not None: lost.extend(found.failed)
+    if lost is not None or not found.failed: return found.features
     raise ValueError(f'{len(found.failed)} of {len(ds)} images do not decode: '
                      f'{name_some([f["key"] for f in found.failed])} ({found.failed[0]["reason"]})')
 
@@ -447,14 +449,17 @@ def embed_captioned(
     ds:datasets.Dataset,          # a captioned set
     per_image:int|None=None,      # captions an image at most; COCO's protocol takes 5 of 6 or 7
     cache:str|Path|None=None,     # a folder below which features are kept; in memory alone if absent
-    settings:EmbedSettings=EmbedSettings()
+    settings:EmbedSettings=EmbedSettings(),
+    lost:list|None=None           # as in `set_features`
 ) -> Embedded:
     "Embed a captioned set, or read the features of an earlier call with the same weights and files."
+    features = set_features(encoder, ds, cache, settings, lost)
+    gone = {f['index'] for f in lost or ()}
+    if gone: ds = ds.select([i for i in range(len(ds)) if i not in gone])
     keys, captions = list(ds['key']), [c[:per_image] for c in ds['captions']]
     at = owners(keys, [k for k, cs in zip(keys, captions) for _ in cs])
     texts = [c for cs in captions for c in cs]
-    return Embedded(keys, set_features(encoder, ds, cache, settings),
-                    embed_texts(encoder, texts, cache, settings.store), at, texts)
+    return Embedded(keys, features, embed_texts(encoder, texts, cache, settings.store), at, texts)
 
 # %% ../nbs/30_retrieval.ipynb #585aa822
 @torch.inference_mode()

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN_WAYS',
-           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'TEXT_TUNINGS', 'STUDY', 'STUDY_SEEDS', 'QUICK_CAPTIONS',
-           'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number', 'check_value',
-           'DrawSettings', 'SourceSettings', 'WorkSettings', 'Generator', 'is_commit', 'AdapterSettings', 'described',
-           'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings', 'part_of', 'EmbedSettings',
-           'ReadSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'same_settings',
-           'CaptionerSettings', 'CaptionSettings', 'CaptionRunSettings', 'StageSettings', 'LlavaSettings',
-           'VQASettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings', 'check_small_captioner',
-           'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings', 'ReportSettings', 'report_settings']
+           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'TEXT_TUNINGS', 'STUDY', 'STUDY_SEEDS',
+           'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number',
+           'check_value', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'Generator', 'is_commit', 'AdapterSettings',
+           'described', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings', 'part_of',
+           'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings',
+           'same_settings', 'CaptionerSettings', 'CaptionSettings', 'CaptionRunSettings', 'StageSettings',
+           'LlavaSettings', 'VQASettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings',
+           'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings',
+           'ReportSettings', 'report_settings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -124,6 +125,8 @@ class SourceSettings:
     split:str|None=None         # split of a Hub set or a Karpathy file, such as train+restval
     header:bool=True            # a table names its columns first; else they are '0', '1', ...
     images:str|None=None        # folder of the pictures that a COCO file names
+    outside:bool=False          # pictures that a file names may lie outside of its folder
+    decoded:int=field(default=1000, metadata=dict(flag=False)) # images tried before the work begins
     cache_dir:str|None=None     # where large sets are cached; the library's own folder if absent
 
 # %% ../nbs/01_settings.ipynb #7f37e283
@@ -312,6 +315,8 @@ class RunSettings:
     def __post_init__(self): check_above(self, 'save_every', 'keep')
 
 # %% ../nbs/01_settings.ipynb #d88e701c
+MOST_DAMAGED = .01 # share of the images of a set that may fail to decode; one may, unless it is 0
+
 @dataclass(frozen=True)
 class AlignRunSettings:
     "What `gmail_align` depends on: two sets on disk, and all of the above."
@@ -324,6 +329,8 @@ class AlignRunSettings:
     processes:int=0              # that decode, in place of threads
     features:str|None=field(default=None, metadata=YOUNG) # folder that runs share
     store:str=field(default='float32', metadata=YOUNG) # number format on disk, or float16
+    keep_best:bool=field(default=True, metadata=YOUNG) # end with the best weights by held-out pairs, or the start
+    most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     run:RunSettings=RunSettings()
 
     def __post_init__(self):
@@ -356,7 +363,7 @@ class EmbedSettings:
     store:str='float32'         # number format on disk: float32, or float16 for half the room
     engine:str='local'          # local, or ray for many workers
     show_progress:bool=True     # a bar over images
-    most_damaged:float=.01      # share of images that may fail to decode, one in any case, unless it is 0
+    most_damaged:float=MOST_DAMAGED # share of the images that may fail to decode
 
     def __post_init__(self):
         check_known(self, 'precision', PRECISIONS)
@@ -377,6 +384,7 @@ class ReadSettings:
     store:str='float32'         # number format of features on disk; float16 takes half of it
     workers:int|None=None       # threads that decode; as many as cores if absent
     processes:int=0             # that decode, in place of threads
+    most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
 
     def __post_init__(self):
         check_known(self, 'store', ('float32', 'float16'))
@@ -385,7 +393,8 @@ class ReadSettings:
 
     def embed(self) -> EmbedSettings:
         "As `embed` takes it."
-        return EmbedSettings(workers=self.workers, processes=self.processes, store=self.store)
+        return EmbedSettings(workers=self.workers, processes=self.processes, store=self.store,
+                             most_damaged=self.most_damaged)
 
 # %% ../nbs/01_settings.ipynb #466ebbf8
 TEXT_TUNINGS = ('head', 'lora', 'last', 'full')
@@ -524,6 +533,7 @@ class CaptionSettings:
     batch_size:int|None=None    # images at a time; that of the library if absent
     max_new_tokens:int|None=None # longest caption, in tokens; that of the library if absent
     seed:int=0                  # seed of the drawing
+    most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
 
     def __post_init__(self):
         check_above(self, 'beams', 'batch_size', 'max_new_tokens', 'top_p')
@@ -548,6 +558,7 @@ class CaptionRunSettings:
     store:str='float32'         # number format of features on disk; float16 takes half of it
     workers:int|None=None       # threads that decode; as many as cores if absent
     processes:int=0             # that decode, in place of threads
+    most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     device:str|None=None        # cpu or cuda; the fastest present if absent
     save_every:int=1000         # steps between checkpoints
     trackers:tuple=()           # tensorboard, trackio or wandb; log.jsonl is written in any case
@@ -598,6 +609,7 @@ class LlavaSettings:
     precision:str='auto'        # bf16 for autocast, or no; auto: bf16 where the device has it
     max_length:int=2048         # most tokens of an example, those of its images included
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
+    validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, from ten images on
     seed:int=0                  # seed of the projector, LoRA, and the order of the examples
 
     @property
@@ -609,7 +621,7 @@ class LlavaSettings:
         check_known(self, 'dtype', ('float32', 'bfloat16', 'float16'))
         check_known(self, 'precision', PRECISIONS)
         check_above(self, 'rank', 'alpha', 'max_length')
-        check_share(self, 'warmup')
+        for name in ('warmup', 'validation_share'): check_share(self, name)
 
 # %% ../nbs/01_settings.ipynb #f09ea1df
 @dataclass(frozen=True)
@@ -633,7 +645,7 @@ _demo_tune = TuneSettings(projection=False, validation_share=0., patience=None)
 
 @dataclass(frozen=True)
 class DemoSettings:
-    "What a demo run depends on."
+    "What a run on the embedded set depends on; by default, as the comparisons draw."
     align_captions:int=772      # concepts of A that get generated images
     tune_captions:int=697       # concepts of B that get one each
     validation_captions:int=48  # concepts of A kept out of the alignment to draw its curve
@@ -651,7 +663,7 @@ def demo_settings(
     quick:bool=False, # a smaller run, for a first look
     seed:int=0        # of noise, adapters and data order
 ) -> DemoSettings:
-    "The settings of `gmail_demo`, with or without `--quick`."
+    "The settings that the comparisons share, and `gmail_demo --crude`; with or without `--quick`."
     s = DemoSettings(seed=seed, align=replace(_demo_align, seed=seed))
     if not quick: return s
     return replace(s, align_captions=256, tune_captions=192, validation_captions=16, seeds=3,

@@ -151,9 +151,10 @@ def sentence(
     difference:Interval,
     unit:str=' points',
     scale:float=100,       # what the numbers are multiplied by
-    over:str='items'       # what was drawn, such as 'concepts'
+    over:str='items',      # what was drawn, such as 'concepts'
+    digits:int=1           # after the point
 ) -> str:
     "The one sentence that an interval allows."
-    v, low, high = (f'{scale * x:+.1f}' for x in difference[:3])
+    v, low, high = (f'{scale * x:+.{digits}f}' for x in difference[:3])
     return (f'{what} {verdict(difference)}: {measure} differs by {v}{unit} '
             f'(95% interval {low} to {high}, {difference.n} {over}).')

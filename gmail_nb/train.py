@@ -9,7 +9,7 @@ __all__ = ['log', 'epoch_order', 'batches', 'Order', 'cosine_rate', 'alignment_p
            'choose_device', 'processes', 'check_bf16', 'run_precision', 'StopTogether', 'Weights', 'Watch', 'Progress',
            'check_whole', 'check_pairs', 'check_asked', 'check_token_pairs', 'recorded', 'bank_bytes', 'made_from',
            'Alignment', 'check_adapters', 'rng_state', 'set_rng_state', 'fits', 'differences', 'check_same_run',
-           'checkpoints_in', 'read_state', 'flat', 'Checkpoints', 'Log', 'show_row', 'align', 'show_history']
+           'checkpoints_in', 'read_state', 'flat_tensors', 'Checkpoints', 'Log', 'show_row', 'align', 'show_history']
 
 # %% ../nbs/26_train.ipynb #dc8a1a68
 import gmail_nb.runtime
@@ -47,7 +47,7 @@ from .lora import block_list
 from .losses import (
     Temperature, bank_info_nce, column_sums, loss_by_name, sigmoid_rows, symmetric_rows, token_loss)
 from .prefix import FrozenPrefix, cache_prefix, channels_last
-from .runtime import fingerprint, noise_generator, stable_seed
+from .runtime import fingerprint, noise_generator, stable_seed, to_device
 from .settings import AlignSettings, RunSettings, described
 from .weights import check_names, read_tensors as load_tensors, read_torch
 
@@ -137,12 +137,14 @@ class Bank:
 @torch.no_grad()
 def read(self:Bank, index) -> torch.Tensor: # (M, D), unit length, on the model's device
     "Some features, from where they are stored."
-    return self.model.project_real(self.real[index].to(self.model.device).float())
+    return self.model.project_real(to_device(self.real[index], self.model.device).float())
 
 @patch
 def __getitem__(self:Bank, index) -> torch.Tensor: # (M, D), unit length, on the model's device
     "Some features, from where they are nearest."
-    return self.read(index) if self.resident is None else self.resident[index]
+    if self.resident is None: return self.read(index)
+    if isinstance(index, torch.Tensor): index = to_device(index, self.resident.device)
+    return self.resident[index]
 
 # %% ../nbs/26_train.ipynb #dc55e322
 def draw_others(
@@ -334,7 +336,7 @@ def batch(self:AlignmentData, step:int, process:int=0, processes:int=1) -> Batch
     return Batch(inputs=[sample[indices[part]] for part, _ in parts],
                  targets=[places[part] for part, _ in parts],
                  shares=[share for _, share in parts], size=len(indices), bank=bank,
-                 ids=None if self.ids is None else self.ids[among].to(bank.device),
+                 ids=None if self.ids is None else to_device(self.ids[among], bank.device),
                  tokens=None if self.tokens is None else [self.tokens[indices[p]] for p, _ in parts])
 
 # %% ../nbs/26_train.ipynb #26cu9002
@@ -400,7 +402,7 @@ def columns_first(self:StepRunner, batch:Batch) -> torch.Tensor: # (size,)
     "The same before any gradient, from a pass of its own that draws the dropout of the next one."
     device, side = self.accelerator.device, self.accelerator.unwrap_model(self.side)
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        features = [side(inputs.to(device)) for inputs in batch.inputs]
+        features = [side(to_device(inputs, device)) for inputs in batch.inputs]
         if batch.tokens: features = [pooled for pooled, _ in features]
     return self.columns(batch, features)
 
@@ -413,7 +415,7 @@ def pooled_loss(self:StepRunner,
 ) -> torch.Tensor:
     "The mean loss of the rows of a part against the real features of the whole batch."
     s, tau, bank = self.settings, self.tau(), batch.bank
-    targets = batch.targets[part].to(self.accelerator.device)
+    targets = to_device(batch.targets[part], self.accelerator.device)
     by_row = dict(info_nce=bank_info_nce, sigmoid=sigmoid_rows)
     if s.loss in by_row: return by_row[s.loss](features, bank, targets, tau, batch.ids)
     if s.loss == 'symmetric' and s.accumulation * self.accelerator.num_processes > 1:
@@ -426,10 +428,10 @@ def pooled_loss(self:StepRunner,
 def loss(self:StepRunner, batch:Batch, part:int, columns:torch.Tensor|None=None) -> torch.Tensor:
     "The loss of a part: that of its embeddings, and where tokens are aligned their share."
     s, device = self.settings, self.accelerator.device
-    found = self.side(batch.inputs[part].to(device))
+    found = self.side(to_device(batch.inputs[part], device))
     if not batch.tokens: return self.pooled_loss(batch, part, found, columns)
     features, tokens = found
-    apart = token_loss(tokens, batch.tokens[part].to(device), s.tokens)
+    apart = token_loss(tokens, to_device(batch.tokens[part], device), s.tokens)
     self.apart = self.apart + apart.detach() * batch.shares[part] / batch.size
     return self.pooled_loss(batch, part, features, columns) + s.token_weight * apart
 
@@ -606,11 +608,13 @@ def averaged(self:Weights):
 
 # %% ../nbs/26_train.ipynb #64148fb2
 class Watch:
-    "Early stopping: the best value so far, and whether it is time to stop."
+    "The best value so far, whether its weights are kept, and whether it is time to stop."
     def __init__(self,
-        patience:int|None # steps without a better value; it never stops if absent
+        patience:int|None, # steps without a better value; it never stops if absent
+        keeps:bool=False   # the weights of the best; patience does so in any case
     ):
-        self.patience, self.best, self.stopped = patience, (-math.inf, 0), False
+        self.patience, self.keeps = patience, keeps or bool(patience)
+        self.best, self.stopped = (-math.inf, 0), False
 
     def look(self, value:float, step:int) -> bool: # whether it is the best so far
         "Note a value that was measured after so many steps."
@@ -805,14 +809,15 @@ def measure(self:Alignment, evaluate:Callable) -> dict:
         found = broadcast_object_list([evaluate(self.model) if main else None])[0]
         if not found: return found
         better = self.watch.look(next(iter(found.values())), self.step)
-        if better and self.watch.patience: self.weights.best = self.weights.copied()
+        if better and self.watch.keeps: self.weights.best = self.weights.copied()
     return found
 
 # %% ../nbs/26_train.ipynb #26cu0010
 @patch
 def finish(self:Alignment) -> None:
-    "Leave the model ready to use, with the best weights (`patience`) or the averaged ones (`ema`)."
-    self.weights.put(self.weights.best or self.weights.average or {})
+    "Leave the model ready to use, with the best weights where they are kept, or the averaged ones (`ema`)."
+    best = self.weights.best if self.watch.keeps else None
+    self.weights.put(best or self.weights.average or {})
     if self.watch.stopped:
         log.info('no progress since step %d of %d, whose weights are kept',
                  self.watch.best[1], len(self.plan))
@@ -888,7 +893,7 @@ def read_state(
     "What its state.json says, once its files are as they were written. `ValueError` names what is not."
     return checked_card(checkpoint, 'state.json', step=int, settings=dict)
 
-def flat(tensors:dict) -> dict: # 'kind.name': tensor, on the CPU
+def flat_tensors(tensors:dict) -> dict: # 'kind.name': tensor, on the CPU
     "Tensors of several kinds as one dict, for a file."
     return {f'{kind}.{k}': t.detach().cpu().contiguous()
             for kind, found in tensors.items() for k, t in found.items()}
@@ -931,7 +936,7 @@ def save(self:Checkpoints,
     torch.save(rng_state(acc.device), tmp/f'rng-{acc.process_index}.pt')
     acc.wait_for_everyone()
     if not acc.is_main_process: return self.folder/name
-    atomic_write(tmp/'weights.safetensors', save_tensors(flat(tensors)))
+    atomic_write(tmp/'weights.safetensors', save_tensors(flat_tensors(tensors)))
     with atomic_path(tmp/'optimizer.pt') as p: torch.save(send_to_device(optimizer, 'cpu'), p)
     atomic_write(tmp/'state.json', json.dumps(state | dict(files=file_checksums(tmp, '*'))))
     return self.publish(tmp, self.folder/name)
@@ -984,6 +989,8 @@ def resume(self:Alignment, checkpoints:Checkpoints) -> int: # the step it stands
     self.read_tensors(newest)
     self.progress.put(there)
     self.watch.put(there)
+    lost = self.watch.keeps and not self.watch.patience and self.weights.best is None
+    if lost: self.watch.best = (-math.inf, 0) # of a run that kept none: the best of what is left
     return self.step
 
 # %% ../nbs/26_train.ipynb #31ebcb75
@@ -992,7 +999,7 @@ class Log:
     def __init__(self,
         path:str|Path|None,      # none without a place for it
         accelerator:Accelerator,
-        settings:AlignSettings,  # for the trackers
+        settings,                # a dataclass, for the trackers
         history:list[dict]       # rows that are there already
     ):
         self.accelerator, self.settings, self.history = accelerator, settings, history
@@ -1008,8 +1015,9 @@ class Log:
         return self
 
     def facts(self) -> dict: # TensorBoard takes no None
-        return {k: v if isinstance(v, (int, float, str)) else str(v)
-                for k, v in (asdict(self.settings) | dict(tau=self.settings.temperature)).items()}
+        said = asdict(self.settings)
+        if hasattr(self.settings, 'temperature'): said['tau'] = self.settings.temperature
+        return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in said.items()}
 
 # %% ../nbs/26_train.ipynb #31ebcb76
 @patch
@@ -1088,21 +1096,23 @@ def align(
     real_tokens=None,                    # (N, T, W) from `f_r`, where `settings.tokens` are aligned
     prefix:bool|str|Path=False,          # replay the frozen blocks: True, or a file to keep them in
     run:RunSettings=RunSettings(),       # checkpoints, log, trackers
+    keep_best:bool=False,                # end with the weights of the best epoch, not of the last
     accelerator:Accelerator|None=None    # see `processes`
 ) -> list[dict]: # one row a step: step, loss, lr, tau if it learns, and what `evaluate` returned
     """Train `f_g` and `proj_gen` with Eq. 1; `model.tau` is the temperature it ended with.
     With `tokens` in the settings, the grid tokens come to those of the real partners as well.
-    The dict that `evaluate` returns joins the history; its first value is what `patience` watches.
+    The dict that `evaluate` returns joins the history; by its first value `patience` and `keep_best` judge.
     `ValueError` for unpaired input, `FloatingPointError` when the loss stays no number."""
-    if settings.patience and not evaluate:
-        raise ValueError(f'patience={settings.patience} watches what `evaluate` measures: '
-                         'pass evaluate, or no patience')
+    if (settings.patience or keep_best) and not evaluate:
+        asked = f'patience={settings.patience}' if settings.patience else 'keep_best'
+        raise ValueError(f'{asked} watches what `evaluate` measures: pass evaluate, or leave it out')
     log_file = run.log_file or (Path(run.checkpoints)/'log.jsonl' if run.checkpoints else None)
     folder = Path(log_file).parent if log_file else '.'
     acc = accelerator or processes(run.trackers, folder, run.device)
     with StopTogether(acc):
         job = Alignment(model, generated_pixels, real_features, settings, ids, prefix, acc,
                         run.max_bank, real_tokens)
+        job.watch.keeps |= keep_best
         checkpoints = Checkpoints(run.checkpoints, acc, run.keep) if run.checkpoints else None
         if checkpoints: job.resume(checkpoints)
         with Log(log_file, acc, settings, job.history) as notes, job.bar(run.desc) as bar:

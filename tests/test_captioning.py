@@ -6,6 +6,7 @@ from importlib import metadata
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 
 from gmail_nb.captioning import (
     Captioner,
@@ -402,3 +403,13 @@ def test_the_folder_above_a_captioner_will_do_and_another_models_will_not(learne
     (tmp_path/'aligned'/'card.json').write_text(json.dumps(dict(base='embedded')))
     with pytest.raises(ValueError, match='something else than a captioner'): captioner_card(tmp_path/'aligned')
     with pytest.raises(FileNotFoundError, match='--captioner'): captioner_card(tmp_path/'nowhere')
+
+def test_a_tracker_is_told_the_settings_and_every_step(tokenizer, features, names, tmp_path):
+    class Notes(GeneralTracker):
+        name, requires_logging_directory, tracker = 'notes', False, None
+        def store_init_configuration(self, values): self.settings, self.rows = values, []
+        def log(self, values, step=None, **_): self.rows.append((step, values))
+    notes = Notes()
+    run = RunSettings(trackers=(notes,), log_file=str(tmp_path/'log.jsonl'))
+    train_captioner(next(iter(again_and_again(tokenizer))), features, names, steps=3, batch_size=16, desc=None, run=run)
+    assert [step for step, _ in notes.rows] == [1, 2, 3] and notes.settings['steps'] == 3

@@ -16,10 +16,10 @@ from gmail_nb.data import emoji
 from gmail_nb.encoders import load_encoder, preprocess_images
 from gmail_nb.llava import (
     Llava, VisualTokens, answer_all, encode_prompt, from_llava, generate_answers, llava_loss, lora_layers,
-    new_projector, read_prefix, save_llava, turns_of)
+    new_projector, read_shared_words, save_llava, turns_of)
 from gmail_nb.llava_training import (
     Example, CaptionExamples, LiveTokens, LlavaTraining, adapt_language, embed_tokens, encode_example, example, in_half,
-    load_tokens, load_trained, new_llava, only_trained, save_trained, tokens_of, train_llava, train_stage)
+    load_tokens, load_trained, new_llava, only_trained, save_trained, mixed_tokens, train_llava, train_stage)
 from gmail_nb.runtime import set_seed
 from gmail_nb.settings import AdapterSettings, EmbedSettings, LlavaSettings, RunSettings, StageSettings
 from gmail_nb.vqa import Question, ask_questions
@@ -164,9 +164,9 @@ def test_a_caption_for_each_example_and_every_kind_in_its_place():
     assert [(e.turns[-1]['content'], e.images) for e in told] == [
         ('a', (('generated', 0),)), ('b', (('generated', 0),)), ('c', (('generated', 1),))]
     files = llava_once.files
-    found = tokens_of([('real', 3), ('generated', 5), ('real', 0)], files)
+    found = mixed_tokens([('real', 3), ('generated', 5), ('real', 0)], files)
     assert torch.equal(found, torch.stack([files['real'][3], files['generated'][5], files['real'][0]]).float())
-    assert tokens_of([], files) is None
+    assert mixed_tokens([], files) is None
 
 def test_both_kinds_in_a_batch_equal_batches_of_their_own():
     model, files = small(), llava_once.files
@@ -177,8 +177,8 @@ def test_both_kinds_in_a_batch_equal_batches_of_their_own():
     ]
     coded = [encode_example(model, e, 4) for e in told]
     with torch.no_grad():
-        whole = llava_loss(model, coded, tokens_of([i for e in told for i in e.images], files))
-        parts = [llava_loss(model, [c], tokens_of(list(e.images), files)) * c.answer for c, e in zip(coded, told)]
+        whole = llava_loss(model, coded, mixed_tokens([i for e in told for i in e.images], files))
+        parts = [llava_loss(model, [c], mixed_tokens(list(e.images), files)) * c.answer for c, e in zip(coded, told)]
     torch.testing.assert_close(whole, sum(parts) / sum(c.answer for c in coded), atol=1e-5, rtol=1e-5)
 
 def test_what_all_prompts_begin_with_is_read_once():
@@ -191,7 +191,7 @@ def test_what_all_prompts_begin_with_is_read_once():
     )
     images = [[('real', 0)], [('generated', 1)], [], [('real', 2), ('real', 3)]]
     asked = [(turns_of(w), some) for w, some in zip(words, images)]
-    look = lambda some: tokens_of(some, files)
+    look = lambda some: mixed_tokens(some, files)
     alone = [generate_answers(model, [encode_prompt(model, t, len(some), 4)], look(some), 6)[0] for t, some in asked]
     assert answer_all(model, asked, look, 3, 6) == alone
     assert answer_all(model, asked[:3], look, 2, 6, num_beams=2) == [
@@ -199,9 +199,9 @@ def test_what_all_prompts_begin_with_is_read_once():
         for t, some in asked[:3]
     ]
     prompts = [encode_prompt(model, t, len(some), 4) for t, some in asked]
-    assert len(read_prefix(model, prompts).ids) > 2
+    assert len(read_shared_words(model, prompts).ids) > 2
     with pytest.raises(ValueError, match='begins with other words'):
-        generate_answers(model, [encode_prompt(model, turns_of('is it ?'), 0, 4)], None, 3, read_prefix(model, prompts))
+        generate_answers(model, [encode_prompt(model, turns_of('is it ?'), 0, 4)], None, 3, read_shared_words(model, prompts))
 
 def test_a_published_llava_goes_all_the_way_and_back(published, pictures, tmp_path):
     "Align, tune on both kinds, caption, answer, save; plain transformers and plain peft give the same logits."

@@ -1,7 +1,11 @@
 "The notebooks run, are committed as executed, and give the modules that stand beside them."
 import filecmp
+import json
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from house import cells_of, files_below, flags_of, names, path_of, read_notebook, root, run
@@ -19,26 +23,30 @@ def copy_project(to):
     shutil.copytree(root/'gmail_nb', to/'gmail_nb', ignore=leave)
     return to
 
-RUN = """
-import sys
-from pathlib import Path
-from nbdev.config import get_config
-from nbdev.test import test_nb
-sys.exit(not test_nb(Path(sys.argv[1]).resolve(), skip_flags=get_config().tst_flags.split())[0])
-"""
+@pytest.fixture(scope='session')
+def server(tmp_path_factory):
+    "A process that has loaded the heavy libraries, and runs each notebook in a fork of itself."
+    env = {**os.environ, 'HF_HOME': str(tmp_path_factory.mktemp('hf'))}
+    command = [sys.executable, str(Path(__file__).with_name('notebook_server.py'))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
+        yield process
+        process.stdin.close()
 
 # Their pages carry a whole run, by commands that other tests run too: half a minute to two minutes each, with `-m slow`.
 LONG = ('tutorials/10_your_pictures', 'tutorials/20_new_encoder', 'tutorials/30_new_generator',
         'tutorials/40_paper_scale', 'tutorials/50_many_machines')
 
 @pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in names])
-def test_notebook_runs(name, tmp_path):
+def test_notebook_runs(name, tmp_path, server):
     "Every cell runs, but for those flagged slow, cuda or hub; nothing is left behind in the folder of the notebooks."
     folder = tmp_path/'nbs'
     shutil.copy(root/'settings.ini', tmp_path/'settings.ini')
     shutil.copytree(root/'nbs', folder, ignore=shutil.ignore_patterns('.*', '_*'))
     before, notebook = files_below(folder), folder/f'{name}.ipynb'
-    run(sys.executable, '-c', RUN, notebook, cwd=notebook.parent, HF_HOME=str(tmp_path/'hf'))
+    job = dict(notebook=str(notebook.resolve()), folder=str(notebook.parent), log=str(tmp_path/'log.txt'))
+    print(json.dumps(job), file=server.stdin, flush=True)
+    status = server.stdout.readline().strip()
+    assert status == '0', f'{name} ended with {status or "its server"}:\n{(tmp_path/"log.txt").read_text()[-6000:]}'
     assert files_below(folder) == before, f'{name} leaves {files_below(folder) - before} behind'
 
 def test_export_leaves_no_difference(tmp_path):

@@ -124,7 +124,7 @@ def test_images_that_do_not_decode_are_left_out_with_their_captions(files, capsy
     cut = cut.cast_column('image', datasets.Image())
     sides = Sides(files['folder']/'cut', load_encoder('embedded'))
     found = text_pairs(sides, 'real', real=cut)
-    assert '1 of 6 images left out' in capsys.readouterr().out
+    assert '1 of 6 images of real left out' in capsys.readouterr().err
     assert (
         found.captions.keys() == {real[i]['key'] for i in (0, 1, 3, 4, 5)}
         and found.images.read(slice(None)).isfinite().all()

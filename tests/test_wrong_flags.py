@@ -92,10 +92,8 @@ def test_defaults_are_values_that_may_be_meant(name, c, stubbed):
     (gmail_embed, ['--engine', 'ray', '--processes', '2'], 'choose one'),
     (gmail_tune.commands['text'], ['--patience', '3', '--no-patience'], 'not allowed with'),
     (gmail_tune.commands['caption'], ['--four-bit', '--tuning', 'full'], '4 bit'),
-    (gmail_tune.commands['caption'], ['--splits', 'train'], 'name one to train on and one to test on'),
-    (gmail_generate, ['--part', '3/3'], 'part')])
+    (gmail_tune.commands['caption'], ['--splits', 'train'], 'name one to train on and one to test on')])
 def test_two_that_exclude_each_other_are_told(c, argv, said, stubbed, capsys):
-    if '--part' in argv: pytest.skip('read by the work itself')
     assert said in one_line_and_nothing_written(capsys, c, *argv)
 
 @pytest.mark.parametrize('device', ['cuda', 'cuda:7', 'tpu', 'cuda:x', 'CPU'])

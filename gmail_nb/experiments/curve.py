@@ -18,9 +18,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ..encoders import load_encoder
-from .chain import chain_seed, chosen_settings
-from .protocol import (
-    CLAIMS, CURVES, GOOD, TESTS, Claim, Point, by_seed, claims_table, difference, said_first)
+from .chain import chain_seed
+from gmail_nb.experiments.protocol import (
+    CLAIMS, CURVES, GOOD, TESTS, Claim, Point, by_seed, chosen_settings, claims_table, difference,
+    said_first)
 from ..files import asset, atomic_write, check_writable, read_results, write_results
 from ..pages import save_figure, table_text
 from ..runtime import default_device

@@ -37,11 +37,11 @@ from ..captioning import load_lm
 from ..data import decode_image, emoji
 from ..encoders import Encoder, encode_images, load_encoder, preprocess_images
 from .demo import draw_side, make_side, some_concepts
-from .retrieval import aligned_model
+from .retrieval import demo_aligned
 from ..files import atomic_write, check_writable, progress, record, write_results
 from ..gap import show_token_gap, token_cosines, token_gap_report
-from ..llava import Llava, encode_prompt, generate_answers, new_projector, padded
-from ..llava import read_prefix, turns_of
+from ..llava import Llava, encode_prompt, generate_answers, new_projector, padded_prompts
+from ..llava import read_shared_words, turns_of
 from ..llava_training import Example, adapt_language, example, fit_projector, train_stage
 from ..pages import save_figure, table_text
 from ..runtime import default_device, fingerprint, noise_generator, set_seed, stable_seed
@@ -224,7 +224,7 @@ def continued(
     times:int
 ): # log probabilities of the next token (B * times, 1, V), mask and cache, each row repeated
     "Prompts that were read, ready for several continuations of each."
-    ids, real = (t.to(model.device) for t in padded(prompts, model.end, left=True))
+    ids, real = (t.to(model.device) for t in padded_prompts(prompts, model.end, left=True))
     out = model.lm(inputs_embeds=model.embed(ids, tokens), attention_mask=real.long(),
                    use_cache=True, logits_to_keep=1)
     out.past_key_values.batch_repeat_interleave(times)
@@ -273,7 +273,7 @@ def written_names(
 ) -> list[str]:
     "What the model calls the pictures, greedily."
     prompts = open_prompts(model, ['What is shown in the picture?'] * n, tokens)
-    prefix, out = read_prefix(model, prompts[:1] * 2), []
+    prefix, out = read_shared_words(model, prompts[:1] * 2), []
     for i in range(0, n, batch_size):
         some = None if tokens is None else tokens[i:i + batch_size]
         out += generate_answers(model, prompts[i:i + batch_size], some, longest, prefix)
@@ -459,7 +459,7 @@ def llava_table(records:list[dict]) -> list[list[str]]:
 # %% ../../nbs/experiments/55_llava.ipynb #0a449bd4
 CLAIMS = (('gmail', 'indiscriminate', 'Aligning the generated images by Eq. 1'),
           ('gmail tokens', 'indiscriminate', 'Aligning their tokens too'),
-          ('gmail tokens', 'gmail', 'The tokens beside Eq. 1'),
+          ('gmail tokens', 'gmail', 'Aligning the tokens beside Eq. 1'),
           ('both', 'real', 'Adding aligned generated images to real ones'),
           ('indiscriminate', 'words', 'Seeing generated images and not words alone'))
 
@@ -585,7 +585,7 @@ def all_tokens(
     "Every picture through the towers that read it."
     def load(): return load_encoder('embedded').to(default_device())
     check_writable(out/'llava')
-    models = dict(indiscriminate=None, gmail=aligned_model(load(), out, demo))
+    models = dict(indiscriminate=None, gmail=demo_aligned(load(), out, demo))
     models['gmail tokens'] = token_model(load(), out, demo)
     encoder = load()
     def kept(kind, images, model=None):

@@ -410,6 +410,7 @@ def run_aligning(step:Aligning, folder:Path, run:TableRun, at:Callable) -> None:
                              CAPTION_SOURCES[step.drawing.captions].learned)
     encoder = encoder_name(step.encoder, run, folder.parent)
     settings = replace(step.settings, features=str(folder.parent/'features'), store='float16',
+                       keep_best=False, # the paper takes the last weights
                        run=replace(step.settings.run, device=run.device))
     align_sets(file, at(step.drawing), encoder, folder, settings, source)
 

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['log', 'pictures_of', 'generated_images', 'indices_by_sample', 'validation_indices', 'caption_ids', 'PairSets',
-           'split_pairs', 'measured', 'pair_sets', 'gap_of', 'gap_records', 'write_pictures', 'report_alignment',
-           'check_pairs', 'new_model', 'partner_tokens', 'train_pairs', 'real_features', 'align_sets', 'set_name',
-           'embed_set', 'push_aligned']
+           'split_pairs', 'measured', 'pair_sets', 'gap_of', 'gap_records', 'write_pictures', 'first_hits',
+           'alignment_measures', 'what_to_try', 'which_kept', 'judge_alignment', 'best_step', 'keep_start',
+           'pairs_kept_out', 'write_pair_pictures', 'report_alignment', 'check_pairs', 'new_model', 'whole_images',
+           'partner_tokens', 'train_pairs', 'real_features', 'train_and_judge', 'align_sets', 'set_name', 'embed_set',
+           'push_aligned']
 
 # %% ../../nbs/runs/10_align.ipynb #c00de39b
 import json
@@ -20,22 +22,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 
 from ..align import GenReal
-from ..data import column_of, quiet_datasets
+from ..data import Pairs, column_of, quiet_datasets
 from ..encoders import encode_images, load_encoder
 from ..features import Features, LazyPixels, as_column, embed, match_keys
 from ..files import check_writable, record, write_results
-from ..gap import GAP_PAIRS, gap_report, paired_cosines, show_cosines, show_gap
+from ..gap import (
+    GAP_PAIRS, gap_report, paired_cosines, ranks, show_cosines, show_gap, some_pairs)
 from ..generate import load_generated
-from ..pages import save_figure
-from .embed import embed_shared, embed_together
+from ..pages import ResultTable, save_figure
+from .embed import embed_shared, embed_together, tell_skipped, undecodable
+from .judge import FEWEST, Measure, Verdict, judged, show_judged, spread, write_page
 from .models import kind_of_folder, model_at
 from ..runtime import default_device, set_seed, stable_seed
-from ..settings import AlignRunSettings, EmbedSettings, SourceSettings
+from ..settings import AlignRunSettings, EmbedSettings, SourceSettings, described
 from ..sources import is_generated, load_captioned
 from ..splits import write_trained_on
-from ..train import align, processes, show_history
+from ..train import align, alignment_parameters, processes, show_history
 
 # %% ../../nbs/runs/10_align.ipynb #3816b778
 def pictures_of(
@@ -51,7 +56,7 @@ def generated_images(
     settings:SourceSettings=SourceSettings()
 ) -> datasets.Dataset: # with `key`, `image`, `caption` and `sample`
     "Generated images with the caption that each was made from. `ValueError` when keys repeat."
-    ds = pictures_of(source, settings)
+    ds = pictures_of(source, replace(settings, decoded=0))
     if 'caption' in ds.column_names and 'sample' in ds.column_names: return ds
     drawn = ['sample'] if 'sample' in ds.column_names else []
     def first(captions, *samples):
@@ -112,6 +117,13 @@ class PairSets:
     ids:torch.Tensor|None     # (N,) of their captions, where equal ones go together
     test:LazyPixels           # (M, 3, H, W) kept out
     target:torch.Tensor       # (M, D) of their real partners
+    keys:list[str]|None=None  # M, of the pairs kept out
+    rows:np.ndarray|None=None # (M,), their rows in the generated set
+
+    def halves(self) -> tuple[np.ndarray, np.ndarray]:
+        "Those kept out that choose the weights, and those that judge them: the same where they are few."
+        every = np.arange(len(self.target))
+        return (every[::2], every[1::2]) if len(every) >= 2 * FEWEST else (every, every)
 
 # %% ../../nbs/runs/10_align.ipynb #95f748a6
 def split_pairs(
@@ -153,7 +165,8 @@ def pair_sets(
         ids = caption_ids(column_of(made, 'caption').take(pa.array(samples[0][train])))
     target = features[torch.from_numpy(partners[looked_at])]
     return PairSets([pixels.select(s[train]) for s in samples], features.select(partners[train]), ids,
-                    pixels.select(samples[0][looked_at]), target.float())
+                    pixels.select(samples[0][looked_at]), target.float(),
+                    keys.take(pa.array(looked_at)).to_pylist(), samples[0][looked_at])
 
 # %% ../../nbs/runs/10_align.ipynb #3214a14c
 def gap_of(
@@ -181,27 +194,159 @@ def write_pictures(
     out:Path,
     history:list[dict], # from `align`
     before:torch.Tensor, after:torch.Tensor, target:torch.Tensor # (M, D) each
-) -> None:
+) -> dict[str, str]: # caption -> data URI
     "loss.png, cosines.png, and gap.png where there are ten pairs."
-    save_figure(show_history(history), out/'loss.png')
-    cosines = paired_cosines(before, target), paired_cosines(after, target)
-    save_figure(show_cosines(*cosines), out/'cosines.png')
-    if len(target) >= 10: save_figure(show_gap((before, target), (after, target)), out/'gap.png')
+    cosines, found = (paired_cosines(before, target), paired_cosines(after, target)), {}
+    title = 'Cosine of the held-out pairs, before and after'
+    figures = {title: (show_cosines(*cosines), 'cosines')}
+    if len(target) >= 10:
+        gap = show_gap((before, target), (after, target))
+        figures['Generated and real images, before and after'] = gap, 'gap'
+    figures['The loss by step, and the cosine of held-out pairs'] = show_history(history), 'loss'
+    return {title: save_figure(fig, out/f'{name}.png') for title, (fig, name) in figures.items()}
+
+# %% ../../nbs/runs/10_align.ipynb #4b13f651
+def first_hits(queries:torch.Tensor, gallery:torch.Tensor) -> np.ndarray: # (N,)
+    "Whether the right answer comes first, for each query."
+    return (ranks(queries, gallery) < 1).float().numpy()
+
+def alignment_measures(
+    before:torch.Tensor, tried:torch.Tensor, target:torch.Tensor # (N, D), of the pairs that judge
+) -> list[Measure]:
+    "The cosine of each pair, and whether its generated image finds it."
+    some = some_pairs(len(target))
+    b, t, r = before[some], tried[some], target[some]
+    cosines = (paired_cosines(x, r).numpy() for x in (t, b))
+    return [Measure('the cosine of held-out pairs', *cosines, unit='', scale=1, digits=3),
+            Measure('generated-to-real R@1 on them', first_hits(t, r), first_hits(b, r))]
+
+# %% ../../nbs/runs/10_align.ipynb #6ba86589
+def what_to_try(
+    n:int,               # pairs trained on
+    judging:int,         # pairs that judge
+    history:list[dict],  # from `align`
+    share:float,         # kept out
+    said:str='hurts'     # the word of the verdict
+) -> list[str]:
+    "What may help where held-out pairs came no closer, or cannot tell."
+    if judging < FEWEST:
+        most = 2 * FEWEST
+        return [f'a larger --validation-share than {share}, so that at least {most} pairs are kept out']
+    first, last = history[0]['loss'], history[-1]['loss']
+    learned = f'; the loss fell from {first:.2f} to {last:.2f}'
+    if said == 'hurts': learned += ', so these were learned by heart'
+    return [f'more pairs: {n} were trained on' + (learned if last < first else ''),
+            'better pictures: worst.png shows the pairs that lie farthest apart, and gmail_generate '
+            '--quality measures how well images show their captions']
+
+# %% ../../nbs/runs/10_align.ipynb #8a1fdecc
+def which_kept(
+    kept:int,                # a step, 0 for the start
+    history:list[dict],
+    sets:PairSets,
+    settings:AlignRunSettings
+) -> str:
+    "Which weights the model has, and who chose them."
+    n = len(history)
+    if not settings.keep_best: return f'The model has the weights of the end, after {n} steps.'
+    chooses, judges = sets.halves()
+    others = 'other ' if len(chooses) < len(sets.target) else ''
+    by = f'the cosine of {len(chooses)} {others}held-out pairs'
+    if not others: by += ', the same that judge it'
+    if kept: return f'The model has the weights of step {kept} of {len(history)}, the best by {by}.'
+    return f'The model is the encoder as it came: no epoch was better by {by}.'
+
+# %% ../../nbs/runs/10_align.ipynb #1cf2178f
+def judge_alignment(
+    sets:PairSets,
+    before:torch.Tensor, tried:torch.Tensor, # (M, D), at the start, and by the best epoch
+    history:list[dict],
+    settings:AlignRunSettings,
+    kept:int # the step whose weights the model has; 0: the start
+) -> Verdict:
+    "Whether held-out pairs came closer to their partners than without any tuning."
+    i = sets.halves()[1] if settings.keep_best else np.arange(len(sets.target))
+    found = judged('Aligning', alignment_measures(before[i], tried[i], sets.target[i]))
+    n, known = len(sets.features), which_kept(kept, history, sets, settings)
+    share, tries = settings.validation_share, []
+    if found.said != 'helps': tries = what_to_try(n, len(i), history, share, found.said)
+    return replace(found, sentences=(*found.sentences, known), tries=tuple(tries),
+                   facts=dict(kept_step=kept, trained_on=n, judged_by=len(i)))
+
+# %% ../../nbs/runs/10_align.ipynb #e6d01e8b
+def best_step(history:list[dict], settings:AlignRunSettings) -> int:
+    "The step whose weights `align` ended with."
+    watched = settings.keep_best or settings.align.patience
+    seen = [h for h in history if 'paired_cosine' in h] if watched else []
+    return max(seen, key=lambda h: h['paired_cosine'])['step'] if seen else len(history)
+
+def keep_start(
+    model:GenReal,
+    start:list[torch.Tensor], # what `alignment_parameters` were before
+    sets:PairSets,
+    before:torch.Tensor, tried:torch.Tensor, # (M, D); of the first process
+    settings:AlignRunSettings,
+    first:bool # whether this is the first process, which decides for all
+) -> bool:
+    "Put the start back where no epoch was better by the pairs that choose."
+    better = True
+    if settings.keep_best and first:
+        i = sets.halves()[0]
+        cosine = [paired_cosines(x[i], sets.target[i]).mean() for x in (before, tried)]
+        better = bool(cosine[1] > cosine[0])
+    if broadcast_object_list([better])[0]: return False
+    with torch.no_grad():
+        for p, old in zip(alignment_parameters(model), start): p.copy_(old)
+    model.tau = settings.align.temperature
+    return True
+
+# %% ../../nbs/runs/10_align.ipynb #6e8af862
+def pairs_kept_out(
+    real:datasets.Dataset, # a captioned set
+    made:datasets.Dataset, # from `generated_images`
+    sets:PairSets
+) -> Pairs:
+    "The pairs that were kept out, as images."
+    at = pc.index_in(pa.array(sets.keys), column_of(real, 'key').combine_chunks().cast(pa.string()))
+    return Pairs(real, made, at.to_numpy(), sets.rows)
+
+def write_pair_pictures(
+    out:Path,
+    pairs:Pairs,          # those kept out
+    cosines:torch.Tensor  # (M,), of each
+) -> dict[str, str]: # caption -> data URI
+    "pairs.png: some of them; worst.png: those that lie farthest apart."
+    lowest = cosines.argsort()[:8].tolist()
+    some = 'Pairs that were kept out: real images, and what was drawn from their captions'
+    shown = {'pairs': (some, spread(len(pairs))),
+             'worst': ('The held-out pairs that lie farthest apart after aligning', lowest)}
+    return {title: save_figure(show_judged(pairs, cosines, which), out/f'{name}.png', dpi=80)
+            for name, (title, which) in shown.items()}
 
 # %% ../../nbs/runs/10_align.ipynb #b251651b
 def report_alignment(
     model:GenReal, out:Path, history:list[dict],
     before:torch.Tensor, after:torch.Tensor, target:torch.Tensor, # (M, D) each: pairs kept out
     data:str, n:int,   # name of the generated set, and pairs trained on
-    settings:AlignRunSettings
+    settings:AlignRunSettings,
+    verdict:Verdict|None=None,
+    pairs:Pairs|None=None,           # those kept out, for pictures of them
+    tried:torch.Tensor|None=None     # (M, D), by the best epoch, where the start was kept
 ) -> list[dict]: # records
-    "Write the model with its card, results.jsonl, and pictures."
+    "Write the model with its card, results.jsonl, pictures, and the page."
     records = gap_records(before, after, target, data, settings.align.seed)
     write_results(out/'results.jsonl', records)
     results = {f"{r['metric']} ({r['arm']})": r['value'] for r in records}
+    said = {} if verdict is None else dict(verdict=verdict.card())
     model.save_pretrained(out, settings=asdict(settings), tau=model.tau,
-                          data=f'{n} pairs with {data}', results=results)
-    write_pictures(out, history, before, after, target)
+                          data=f'{n} pairs with {data}', results=results, **said)
+    moved = after if tried is None else tried
+    cosines = paired_cosines(moved, target)
+    pictures = write_pair_pictures(out, pairs, cosines) if pairs else {}
+    pictures |= write_pictures(out, history, before, moved, target)
+    table = 'The gap on held-out pairs: without tuning, and by this model'
+    tables = {table: ResultTable(records).rows()}
+    write_page(out, f'Aligned: {out.name}', pictures, verdict, tables, described(settings))
     return records
 
 # %% ../../nbs/runs/10_align.ipynb #1b916989
@@ -229,6 +374,28 @@ def new_model(
     return GenReal(base, settings.adapters).to(acc.device)
 
 # %% ../../nbs/runs/10_align.ipynb #5030fbb3
+def whole_images(
+    made:datasets.Dataset, # from `generated_images`
+    generated,             # where they are from
+    model:GenReal,
+    out:Path,
+    settings:AlignRunSettings,
+    acc:Accelerator,
+    failed:list[dict],     # real images that do not decode, of
+    n:int                  # in all
+) -> datasets.Dataset:
+    "Generated images that decode. `ValueError` when too many of both sides do not."
+    lost = []
+    drawn = isinstance(generated, (str, Path)) and is_generated(Path(generated))
+    if not drawn: # what `generate` draws it reads once
+        pixels = LazyPixels(made, model.encoder.preprocess, workers=settings.workers)
+        with acc.main_process_first(): lost = undecodable(pixels, out/'decoded.json')
+    both = [dict(side=side, key=f['key'], reason=f['reason'])
+            for side, some in (('real', failed), ('generated', lost)) for f in some]
+    tell_skipped(both, n + len(made), out, settings.most_damaged, first=acc.is_main_process)
+    gone = {f['index'] for f in lost}
+    return made.select([i for i in range(len(made)) if i not in gone]) if gone else made
+
 def partner_tokens(
     real:datasets.Dataset, # a captioned set
     features:Features,     # of those that are trained on
@@ -256,14 +423,17 @@ def train_pairs(
     real_tokens=None  # from `partner_tokens`
 ) -> list[dict]: # the history
     "Eq. 1 over the pairs, and their tokens where they are aligned too, measured on those kept out."
+    half = settings.keep_best and len(sets.halves()[0]) < len(sets.target)
+    chooses = sets.halves()[0] if half else slice(None)
+    pixels, target = sets.test.select(chooses) if half else sets.test, sets.target[chooses]
     def paired_cosine(m):
-        after = encode_images(m.encode_generated, sets.test)
-        return dict(paired_cosine=paired_cosines(after, sets.target).mean().item())
+        after = encode_images(m.encode_generated, pixels)
+        return dict(paired_cosine=paired_cosines(after, target).mean().item())
     late = settings.adapters.tuning == 'lora' and settings.adapters.adapted_share < 1
     run = replace(settings.run, checkpoints=str(out/'checkpoints'), log_file=str(out/'log.jsonl'))
     return align(model, sets.pixels, sets.features, settings.align, paired_cosine, ids=sets.ids,
                  real_tokens=real_tokens, prefix=out/'prefix.x' if late else False, run=run,
-                 accelerator=acc)
+                 keep_best=settings.keep_best, accelerator=acc)
 
 # %% ../../nbs/runs/10_align.ipynb #4c23bd6d
 def real_features(
@@ -279,28 +449,47 @@ def real_features(
     if settings.features: return embed_shared(real, model, settings.features, 'base', 'real', reading, acc)
     return embed_together(real, model, out/'real_features', 'base', reading, acc)
 
+# %% ../../nbs/runs/10_align.ipynb #fcd4ee7f
+def train_and_judge(
+    model:GenReal, sets:PairSets, out:Path, settings:AlignRunSettings, acc:Accelerator, tokens
+) -> tuple: # history, verdict, and features (M, D) before, after, and by the best epoch
+    "Train, keep the best weights, and say what came out; the first process measures."
+    first = acc.is_main_process
+    def seen(): return encode_images(model.encode_generated, sets.test) if first else None
+    before, start = seen(), [p.detach().clone() for p in alignment_parameters(model)]
+    history = train_pairs(model, sets, out, settings, acc, tokens)
+    tried = seen()
+    back = keep_start(model, start, sets, before, tried, settings, first)
+    if not first: return history, None, None, None, None
+    kept = 0 if back else best_step(history, settings)
+    verdict = judge_alignment(sets, before, tried, history, settings, kept)
+    return history, verdict, before, before if back else tried, tried
+
+# %% ../../nbs/runs/10_align.ipynb #be62adf8
 def align_sets(
     real,                        # a captioned set of real images, as `load_captioned` takes it
     generated,                   # a folder of `generate`, or a captioned set of the same keys
     encoder:str='embedded',      # a name for `load_encoder`
-    out:str|Path='aligned',      # the model, its card, curves and checkpoints
+    out:str|Path='aligned',      # the model, its card, its page, curves and checkpoints
     settings:AlignRunSettings=AlignRunSettings(),
     source:SourceSettings=SourceSettings() # how the real set is read
 ) -> GenReal:
-    "Align an encoder on two sets on disk; call it again to go on where it was stopped."
+    "Align an encoder on two sets on disk, or go on. `ValueError` when too many images do not decode."
     out, acc = check_writable(out), processes(settings.run.trackers, out, settings.run.device)
-    real, made = load_captioned(real, source, training=True), generated_images(generated)
+    real = load_captioned(real, replace(source, decoded=0), training=True)
+    made = generated_images(generated)
     check_pairs(made, real, settings)
     model = new_model(encoder, settings, acc)
-    sets = pair_sets(made, real_features(real, model, out, settings, acc), model.encoder.preprocess, settings)
-    first = acc.is_main_process
-    before = encode_images(model.encode_generated, sets.test) if first else None
+    features = real_features(real, model, out, settings, acc)
+    made = whole_images(made, generated, model, out, settings, acc, features.failed, len(real))
+    sets = pair_sets(made, features, model.encoder.preprocess, settings)
     tokens = partner_tokens(real, sets.features, model, out, settings, acc)
-    history = train_pairs(model, sets, out, settings, acc, tokens)
-    if first:
-        after = encode_images(model.encode_generated, sets.test)
-        report_alignment(model, out, history, before, after, sets.target,
-                         set_name(generated), len(sets.features), settings)
+    found = train_and_judge(model, sets, out, settings, acc, tokens)
+    history, verdict, before, after, tried = found
+    if acc.is_main_process:
+        report_alignment(model, out, history, before, after, sets.target, set_name(generated),
+                         len(sets.features), settings, verdict,
+                         pairs_kept_out(real, made, sets), tried)
         write_trained_on(out, sets.features.keys)
     acc.wait_for_everyone()
     return model
@@ -320,13 +509,16 @@ def embed_set(
     settings:EmbedSettings=EmbedSettings(),
     source:SourceSettings=SourceSettings()
 ) -> Features:
-    "Features of every image, in a folder; call it again to go on where it was stopped."
+    """Features of every image, in a folder; call it again to go on where it was stopped. Images that
+    do not decode are named and counted; `ValueError` when they are more than `most_damaged`."""
     reader = str(model)
     if kind_of_folder(model) == 'tuned':
         if settings.engine == 'ray':
             raise ValueError(f'{model} is a tuned folder, which Ray workers cannot load: leave engine out')
         reader = model_at(model).to(default_device())
-    return embed(pictures_of(pictures, source), reader, out, side, settings)
+    found = embed(pictures_of(pictures, replace(source, decoded=0)), reader, out, side, settings)
+    tell_skipped(found.failed, len(found) + len(found.failed), Path(out), settings.most_damaged)
+    return found
 
 # %% ../../nbs/runs/10_align.ipynb #7365cb4c
 def push_aligned(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..encoders import load_encoder
-from ..gallery import push_to_hub, score_quality, write_report, write_sheets
+from ..gallery import push_images, score_quality, write_report, write_sheets
 from ..generate import generate, number_format
 from ..pipelines import quiet_loading
 from ..runtime import default_device
@@ -83,7 +83,7 @@ def generate_run(
     out = generate(captions, generator, out, draw, source, work, revision, repo=repo)
     if (out/'manifest.json').exists():
         look_at(out, encoder, report, shown)
-        if push: print('pushed:', push_to_hub(out, push))
+        if push: print('pushed:', push_images(out, push))
     elif encoder or report or push:
         print('the run is not complete: no quality, report or push yet')
     return out

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ROWS', 'PICTURES', 'coco_files', 'coco_rows', 'captioned_rows', 'has_splits', 'CaptionSets', 'keys_in', 'split_rows',
            'caption_sets', 'Embeddings', 'features_of', 'rows_to_learn', 'CaptionColumn', 'places', 'training_features',
-           'check_start', 'started_captioner', 'new_captioner', 'CaptionTest', 'caption_test', 'score_captioner',
-           'say_left_out', 'caption_records', 'keep_captioner', 'keys_to_learn', 'models_below', 'check_test_apart',
-           'trained_projection', 'encoded_below', 'CaptionJob', 'finish_captioner', 'tune_captioner', 'pictures_at',
-           'Seer', 'load_seer', 'caption_pictures', 'caption_files']
+           'check_start', 'started_captioner', 'new_captioner', 'CaptionTest', 'caption_test', 'captions_for',
+           'score_captioner', 'judge_captions', 'caption_pictures_of', 'caption_records', 'keep_captioner',
+           'keys_to_learn', 'models_below', 'check_test_apart', 'trained_projection', 'encoded_below', 'CaptionJob',
+           'captions_before', 'finish_captioner', 'tune_captioner', 'pictures_at', 'Seer', 'load_seer',
+           'caption_pictures', 'caption_files']
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #f4c3c6d2
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,21 +26,23 @@ from datasets import Image as DatasetImage
 from safetensors.torch import load_file, save
 
 from ..align import GenReal, model_folder
-from ..caption_metrics import score_captions
+from ..caption_metrics import cider, score_captions, tokenized
 from ..captioning import (
     Captioner, EncodedCaptions, Sources, caption_statistics, caption_text, caption_tokenizer,
     captioner_card, captioner_settings, check_four_bit, generate_ids, load_captioner, load_lm,
     read_encoded, save_captioner, small_decoder, train_captioner, write_captions, write_encoded)
-from ..data import parquet_files
+from ..data import decode_image, parquet_files, show_images
 from ..encoders import Encoder, NoText, load_encoder
 from ..features import Features, LazyPixels, good_images
 from ..files import atomic_write, check_writable, record, write_results
 from .align import generated_images, set_name, validation_indices
-from .embed import embed_shared, features_place
+from ..pages import ResultTable, save_figure
+from .embed import embed_shared, features_place, tell_skipped
+from .judge import Measure, Verdict, judged, show_differences, spread, write_page
 from .presets import check_arm
 from ..runtime import default_device, set_seed
 from ..settings import (
-    CaptionerSettings, CaptionRunSettings, EmbedSettings, RunSettings, SourceSettings)
+    CaptionerSettings, CaptionRunSettings, EmbedSettings, RunSettings, SourceSettings, described)
 from ..sources import IMAGE_SUFFIXES, TABLE_SUFFIXES, load_captioned, read_coco
 from ..splits import check_apart, trained_on, write_trained_on
 from ..train import differences, processes
@@ -328,29 +330,71 @@ def caption_test(
     return CaptionTest(x.keys, x, said, sets.name, sets.split, eyes.broken)
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #00166600
-def score_captioner(
-    captioner:Captioner, encoder:Encoder,
+def captions_for(
+    captioner:Captioner,
     test:CaptionTest,
     max_new_tokens:int, # of a caption
     beams:int=1,        # 1 is greedy
     projection:torch.Tensor|None=None # (D, D), from `trained_projection`
-) -> dict[str, float]: # by the name of the measure
-    "Caption the test images, print the scores, and return them with statistics of the captions."
+) -> tuple[list[str], list[bool]]: # of each test image: its caption, and whether it came to an end
+    "Caption the test images through `f_r`."
     x = test.features[:].float()
     seen = x if projection is None else F.normalize(x @ projection.T, dim=-1)
     ids = generate_ids(captioner, seen, beams=beams, max_new_tokens=max_new_tokens)
-    texts, sees = caption_text(captioner, ids), {}
+    return caption_text(captioner, ids), [row[-1] == captioner.end for row in ids]
+
+def score_captioner(
+    captioner:Captioner, encoder:Encoder,
+    test:CaptionTest,
+    max_new_tokens:int, # as above
+    beams:int=1,
+    projection:torch.Tensor|None=None,
+    written:tuple|None=None # from `captions_for`, where they are there already
+) -> dict[str, float]: # by the name of the measure
+    "Caption the test images, print the scores, and return them with statistics of the captions."
+    texts, ended = written or captions_for(captioner, test, max_new_tokens, beams, projection)
+    x, sees = test.features[:].float(), {}
     if not isinstance(encoder.text, NoText): sees = dict(image_features=x, encoder=encoder)
     written = {k: t or '.' for k, t in zip(test.keys, texts)}
     scores = score_captions(written, test.references, **sees)
     print(scores)
-    ended = [row[-1] == captioner.end for row in ids]
     return {m: s.value for m, s in scores.scores.items()} | caption_statistics(texts, ended)
 
-def say_left_out(broken:dict[str, str], total:int) -> None:
-    "Name images that do not decode on the error stream, and count them."
-    for why in broken.values(): print(f'left out: {why}', file=sys.stderr)
-    if broken: print(f'{len(broken)} of {total} images left out', file=sys.stderr)
+# %% ../../nbs/runs/30_tune_caption.ipynb #b91451d9
+def judge_captions(
+    texts:list[str], # of the test images
+    test:CaptionTest,
+    before:list[str]|None, # by the captioner that it started from; none where there was none
+    learned:int            # images learned from
+) -> Verdict:
+    "CIDEr beside that of the captioner before, or of the same captions dealt to other images."
+    n = len(texts)
+    others = before or [*texts[n // 2:], *texts[:n // 2]]
+    what = 'Tuning' if before else 'Looking at the image'
+    than = 'the captioner that it started from' if before else 'the same captions dealt to other images'
+    each = []
+    for said in (texts, others):
+        words = tokenized({k: t or '.' for k, t in zip(test.keys, said)}, test.references)
+        each.append(cider(*words).each)
+    measure = Measure(f'CIDEr against {than}', *each, unit='', scale=1, digits=3)
+    found, tries = judged(what, [measure], 'images'), ()
+    if found.said == 'untold': tries = ('a larger --validation-share, or a set of its own with --test',)
+    elif found.said != 'helps': tries = (f'more images: {learned} were learned from', 'more --steps')
+    return replace(found, tries=tries, facts=dict(learned_from=learned, cider=float(np.mean(each[0]))))
+
+def caption_pictures_of(
+    out:Path, test:CaptionTest, pictures, texts:list[str], verdict:Verdict
+) -> dict[str, str]: # caption -> data URI
+    "written.png: captions under their images; worst.png: those with the lowest CIDEr; difference.png."
+    words = tokenized({k: t or '.' for k, t in zip(test.keys, texts)}, test.references)
+    at, score, figures = places(test.features), cider(*words).each, {}
+    for name, title, which in (
+        ('written', 'Captions that it writes for held-out images', spread(len(texts))),
+        ('worst', 'Those with the lowest CIDEr', np.argsort(score, kind='stable')[:8].tolist())):
+        images = [decode_image(pictures[int(at[i])]['image'], test.keys[i]) for i in which]
+        figures[title] = name, show_images(images, [texts[i] for i in which], ncols=4, size=1.9)
+    if verdict.measures: figures['The difference'] = 'difference', show_differences(verdict.measures, 1)
+    return {t: save_figure(fig, out/f'{name}.png', dpi=80) for t, (name, fig) in figures.items()}
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #b3e6f1b5
 def caption_records(
@@ -368,7 +412,8 @@ def keep_captioner(
     settings:CaptionerSettings,
     arm:str,
     keys:list[str],      # of all images that it has learned from
-    projection:torch.Tensor|None=None # as in `score_captioner`
+    projection:torch.Tensor|None=None, # as in `score_captioner`
+    **facts              # more for the card
 ) -> None:
     "Save a captioner with what it was trained behind and what it was trained on."
     check_writable(folder)
@@ -378,7 +423,7 @@ def keep_captioner(
         weight = save(dict(weight=projection.contiguous()))
         atomic_write(folder/'projection.safetensors', weight)
     save_captioner(captioner, folder, encoder=settings.encoder, arm=arm,
-                   encoder_fingerprint=encoder.fingerprint, preset=asdict(settings))
+                   encoder_fingerprint=encoder.fingerprint, preset=asdict(settings), **facts)
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #bdccc8d9
 def keys_to_learn(
@@ -461,6 +506,12 @@ class CaptionJob:
             self.sets.train, self.encoder, self.arm, aligned, generated, eyes=self.eyes)
         return x, captions
 
+    def tell_skipped(self, drawn:int) -> None:
+        "Name the images that do not decode, of all that were read and `drawn` generated ones."
+        lost = [dict(key=k, reason=why) for k, why in (self.broken | self.test.broken).items()]
+        n = len(self.sets.train or ()) + len(self.sets.test) + drawn
+        tell_skipped(lost, n, self.out, self.run.most_damaged, first=self.acc.is_main_process)
+
     def trained(self, x, captions) -> Captioner:
         "A captioner that has taken its steps; the run goes on where a checkpoint stands."
         s, seed, out = self.settings, self.run.seed, self.out
@@ -472,6 +523,13 @@ class CaptionJob:
         return captioner
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #ea48afb6
+def captions_before(job:CaptionJob) -> list[str]|None:
+    "What the captioner that a run started from writes for the test images; none without one."
+    s = job.settings
+    if not s.start: return None
+    before = load_captioner(s.start, dtype=s.dtype).to(job.acc.device)
+    return captions_for(before, job.test, s.max_new_tokens, s.beams, job.projection)[0]
+
 def finish_captioner(
     job:CaptionJob,
     captioner:Captioner,
@@ -479,12 +537,19 @@ def finish_captioner(
 ) -> list[dict]: # the records, also in results.jsonl
     "Score a captioner that has learned, save it, and write its records."
     s, broken = job.settings, job.broken | job.test.broken
-    say_left_out(broken, len(job.sets.train or ()) + len(job.sets.test))
     how = s.max_new_tokens, s.beams, job.projection
-    values = score_captioner(captioner, job.encoder, job.test, *how) | dict(images_left_out=len(broken))
+    written = captions_for(captioner, job.test, *how)
+    values = score_captioner(captioner, job.encoder, job.test, *how, written=written)
+    values |= dict(images_left_out=len(broken))
     records = caption_records(values, job.test, job.arm, job.run.seed)
-    keep_captioner(captioner, job.encoder, job.out/'captioner', s, job.arm, keys, job.projection)
+    verdict = judge_captions(written[0], job.test, captions_before(job), len(set(keys)))
+    keep_captioner(captioner, job.encoder, job.out/'captioner', s, job.arm, keys, job.projection,
+                   verdict=verdict.card())
     write_results(job.out/'results.jsonl', records)
+    pictures = caption_pictures_of(job.out, job.test, job.sets.test, written[0], verdict)
+    about = dict(arm=job.arm, captioner=described(s), run=described(job.run))
+    tables = {'Scores': ResultTable(records).rows()}
+    write_page(job.out, f'Captioner: {job.out.name}', pictures, verdict, tables, about)
     return records
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #7f2258a2
@@ -501,7 +566,8 @@ def tune_captioner(
     **named                          # fields of `run`, such as seed=1, in place of its own
 ) -> list[dict]: # the records, also in results.jsonl; none but for the first of several processes
     """Train, caption and score the test images through f_r, and save; call it again to go on.
-    Images that do not decode are named and counted. `ValueError` for a test image that is learned."""
+    Images that do not decode are named and counted. `ValueError` when they are too many, and for a
+    test image that is learned."""
     arm, run = arm or ('real' if generated is None else 'gmail'), replace(run, **named)
     check_arm(arm, model, generated, real)
     if settings.four_bit: check_four_bit(settings.lm)
@@ -512,7 +578,9 @@ def tune_captioner(
     drawn = None if generated is None else generated_images(generated)
     keys = check_test_apart(keys_in(sets.test), keys_to_learn(sets, arm, drawn), below)
     job = CaptionJob(sets, arm, out, settings, run, acc)
-    captioner = job.trained(*job.learned_from(model, drawn))
+    x, captions = job.learned_from(model, drawn)
+    job.tell_skipped(len(drawn or ()))
+    captioner = job.trained(x, captions)
     records = finish_captioner(job, captioner, keys) if acc.is_main_process else []
     acc.wait_for_everyone()
     return records
@@ -606,7 +674,7 @@ def caption_files(
     "Captions through `f_r`. `ValueError` when no image decodes."
     seer = load_seer(captioner)
     places = [images] if isinstance(images, (str, Path)) else images
-    found = datasets.concatenate_datasets([pictures_at(i, source) for i in places])
+    found = datasets.concatenate_datasets([pictures_at(i, replace(source, decoded=0)) for i in places])
     written, broken = {}, {}
     for key, caption, why in caption_pictures(found, seer, batch_size, workers, **how):
         if why is None: written[key] = caption
