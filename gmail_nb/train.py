@@ -42,7 +42,7 @@ from torch import nn
 from .align import GenReal
 from .features import Features, native_precision
 from .files import (atomic_path, atomic_write, check_writable, checked_card, file_checksums,
-                            progress)
+                            progress, with_checksum)
 from .lora import block_list
 from .losses import (
     Temperature, bank_info_nce, column_sums, loss_by_name, sigmoid_rows, symmetric_rows, token_loss)
@@ -938,7 +938,7 @@ def save(self:Checkpoints,
     if not acc.is_main_process: return self.folder/name
     atomic_write(tmp/'weights.safetensors', save_tensors(flat_tensors(tensors)))
     with atomic_path(tmp/'optimizer.pt') as p: torch.save(send_to_device(optimizer, 'cpu'), p)
-    atomic_write(tmp/'state.json', json.dumps(state | dict(files=file_checksums(tmp, '*'))))
+    atomic_write(tmp/'state.json', json.dumps(with_checksum(state | dict(files=file_checksums(tmp, '*')))))
     return self.publish(tmp, self.folder/name)
 
 # %% ../nbs/26_train.ipynb #6c41b5f3

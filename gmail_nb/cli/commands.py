@@ -58,11 +58,11 @@ def gmail_demo(
     from gmail_nb.experiments.demo import demo, demo_table, demo_verdict, headline_settings
     from gmail_nb.pages import table_text
     from gmail_nb.runtime import use_all_cores
-    started = time.time()
+    started = time.monotonic()
     use_all_cores()
     records = demo(out, headline_settings(quick, seed, crude, steps, guidance))
     print(f'\n{demo_verdict(records)}\n\n{table_text(demo_table(records))}\n')
-    print(f'report: {out}/report.html  ({time.time() - started:.0f} s)')
+    print(f'report: {out}/report.html  ({time.monotonic() - started:.0f} s)')
     return dict(out=out, report=f'{out}/report.html', verdict=demo_verdict(records))
 
 # %% ../../nbs/cli/10_commands.ipynb #1212b9bd
@@ -91,7 +91,7 @@ _not_asked = 'part', 'show_progress', 'cache_dir'
 _draw = ('gmail_generate dataset_coco.json --which all --generator stable-diffusion-2 --out generated')
 
 @command(leave=_not_asked, more=dict(generator=listed(GENERATORS)), dry=dry('dry_generate'),
-         example=_draw)
+         example=_draw, alone=False) # processes share the shards
 def gmail_generate(
     captioned:str,            # a captioned set, with or without images
     generator:str='embedded', # a generator by name, a pipeline folder, or a Hub id
@@ -143,7 +143,7 @@ def gmail_align(
 
 # %% ../../nbs/cli/10_commands.ipynb #8f7969a2
 @command(leave=('cache_dir', 'which', 'show_progress', 'part_rows'), dry=dry('dry_embed'),
-         example='gmail_embed photos --model aligned --out features')
+         example='gmail_embed photos --model aligned --out features', alone=False)
 def gmail_embed(
     captioned:str,          # a captioned set, or a folder of gmail_generate
     model:str='embedded',   # a folder of gmail_align, or an encoder by name
@@ -154,7 +154,10 @@ def gmail_embed(
 ):
     "Write the features of every image into a folder. Run the same command again to go on."
     from gmail_nb.runs.align import embed_set
-    found = embed_set(captioned, out, model, side, settings, source)
+    from gmail_nb.runs.claims import claimed
+    name = f'part-{settings.part.replace("/", "-of-")}' # other parts are of other jobs
+    with claimed(out, name, alone=settings.part == EmbedSettings.part):
+        found = embed_set(captioned, out, model, side, settings, source)
     damaged = f', {len(found.failed)} images damaged' if found.failed else ''
     print(f'features: {out} ({len(found)} rows of {found.shape[1]}{damaged})')
     return dict(out=out, rows=len(found), width=found.shape[1], damaged=len(found.failed))

@@ -6,9 +6,9 @@
 __all__ = ['SPELLED', 'STATUS', 'WORDS', 'ERRORS', 'PLAN', 'SHELLS', 'comments', 'word_or_number', 'json_object', 'reader',
            'Option', 'derived', 'options_of_settings', 'preset_or', 'options_of', 'flag_names', 'Help', 'Parser',
            'how_to_read', 'said_of', 'help_of', 'add_flag', 'add_option', 'add_options', 'with_named', 'ours',
-           'one_line', 'outcome', 'run_command', 'arguments_of', 'call_with', 'add_preset', 'preset_named', 'show_plan',
-           'shell_name', 'complete_words', 'complete_flags', 'completion', 'functions_of', 'Completion', 'Command',
-           'command', 'takes_json', 'check_typed', 'Commands']
+           'one_line', 'Terminated', 'stopped_by_sigterm', 'outcome', 'run_command', 'arguments_of', 'call_with',
+           'add_preset', 'preset_named', 'show_plan', 'shell_name', 'complete_words', 'complete_flags', 'completion',
+           'functions_of', 'Completion', 'Command', 'command', 'takes_json', 'check_typed', 'Commands']
 
 # %% ../../nbs/cli/00_flags.ipynb #cf690f1d
 import argparse
@@ -20,10 +20,13 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from types import NoneType
 from typing import Literal, NamedTuple, get_args, get_origin
@@ -162,7 +165,7 @@ class Help(argparse.HelpFormatter):
     def _fill_text(self, text:str, width:int, indent:str) -> str:
         return '\n'.join(line for part in text.splitlines() for line in self._split_lines(part, width))
 
-STATUS = 'exit status: 0 done, 1 a defect of the program, 2 not possible as asked, 130 stopped'
+STATUS = 'exit status: 0 done, 1 a defect of the program, 2 not possible as asked, 130 or 143 stopped'
 
 class Parser(argparse.ArgumentParser):
     "A parser whose errors are a `ValueError` with near names."
@@ -298,21 +301,36 @@ def one_line(
     if not ours(error): return said or kind
     return f'a defect of the program ({kind}: {said}); --debug shows where, please report it'
 
+# %% ../../nbs/cli/00_flags.ipynb #5d1f6a02
+class Terminated(KeyboardInterrupt):
+    "SIGTERM, in the form of Ctrl-C."
+
+@contextmanager
+def stopped_by_sigterm():
+    "Inside the block, SIGTERM is raised as `Terminated`."
+    def stop(*_): raise Terminated
+    if threading.current_thread() is not threading.main_thread(): before = None
+    else: before = signal.signal(signal.SIGTERM, stop) or signal.SIG_DFL
+    try: yield
+    finally:
+        if before is not None: signal.signal(signal.SIGTERM, before)
+
 # %% ../../nbs/cli/00_flags.ipynb #e0917251
 def outcome(
     name:str, work:Callable[[], int|dict|None], debug:bool=False # as in `run_command`
 ) -> tuple[int, dict]: # exit status, as `STATUS` says, and what was found
     "Run a command; its errors are one line on the error stream."
     try:
-        found = work() or {}
+        with stopped_by_sigterm(): found = work() or {}
         runtime = sys.modules.get('gmail_nb.runtime') # where torch was used
         if runtime: runtime.leave_processes()
         if not isinstance(found, dict): return found, {}
         return found.get('status', 0), {k: v for k, v in found.items() if k != 'status'}
     except SystemExit as e: return e.code or 0, {} # `--help`
-    except KeyboardInterrupt:
-        print(f'\n{name}: stopped; most commands go on when they are run again', file=sys.stderr)
-        return 130, dict(error='stopped')
+    except KeyboardInterrupt as e:
+        how, status = ('stopped by SIGTERM', 143) if isinstance(e, Terminated) else ('stopped', 130)
+        print(f'\n{name}: {how}; run the same command again to go on', file=sys.stderr)
+        return status, dict(error=how)
     except Exception as e:
         if debug: traceback.print_exc()
         print(f'{name}: {one_line(e)}', file=sys.stderr)
@@ -465,13 +483,14 @@ class Command:
         dry:Callable|None=None, # of the same arguments: what `--dry-run` reports
         fixed:dict|None=None,   # parameters that are given here and are no flags
         doc:str|None=None,      # describes the command in place of the docstring
-        words:dict|None=None    # further commands, by a first word
+        words:dict|None=None,   # further commands, by a first word
+        alone:bool=True         # whether one process at a time writes into the folder `out`
     ):
         functools.update_wrapper(self, work)
         self.work, self.presets, self.quick = work, presets, quick
         self.leave, self.more, self.name = leave, more or {}, name or work.__name__
         self.example, self.dry, self.fixed = example, dry, fixed or {}
-        self.words, self.__doc__ = words or {}, doc or work.__doc__
+        self.alone, self.words, self.__doc__ = alone, words or {}, doc or work.__doc__
 
 def command(
     **how # of `Command`
@@ -515,6 +534,20 @@ def check_typed(
     from gmail_nb.train import check_device # loads torch, where a device was asked for alone
     for device in asked: check_device(device)
 
+# %% ../../nbs/cli/00_flags.ipynb #5d1f6a04
+@patch
+def carry_out(self:Command,
+    values:dict, # dest -> value
+    preset=None  # settings in place of the function's own
+) -> int|dict|None:
+    "Call the function. The folder it writes is claimed, and a full disk is told as one."
+    bound = arguments_of(self.work, values, preset, self.fixed)
+    bound.apply_defaults()
+    if not (folder := bound.arguments.get('out')): return self.work(*bound.args, **bound.kwargs)
+    from gmail_nb.runs.claims import claimed, room_told
+    with room_told(folder), claimed(folder) if self.alone else nullcontext():
+        return self.work(*bound.args, **bound.kwargs)
+
 # %% ../../nbs/cli/00_flags.ipynb #e9dab67d
 @patch
 def run(self:Command, argv:list[str]) -> int|dict|None:
@@ -525,7 +558,7 @@ def run(self:Command, argv:list[str]) -> int|dict|None:
     if self.presets: preset = preset_named(named.pop('preset'), self.presets)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
     check_typed(values)
-    if not dry: return call_with(self.work, values, preset, self.fixed)
+    if not dry: return self.carry_out(values, preset)
     bound = arguments_of(self.work, values, preset, self.fixed)
     bound.apply_defaults()
     rows = self.dry(**bound.arguments)

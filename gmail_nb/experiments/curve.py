@@ -191,15 +191,16 @@ def show_curve(
 def show_gap_closed(records:list[dict], axes:Iterable[str]=CURVES) -> Figure:
     "What aligning adds against the gap, an arrow a point."
     fig, ax = plt.subplots(figsize=(7.5, 3.8), dpi=100)
-    for p in curve_points(axes):
-        d, _ = benefit(records, p)
-        if d is None: continue
+    added = {p: 100 * d.value for p in curve_points(axes) if (d := benefit(records, p)[0])}
+    for p, y in added.items():
         before, after = (100 * mean_of(records, when, p, KEPT_GAPS[1], 'B')
                          for when in ('generated', 'aligned'))
-        y, arrow = 100 * d.value, dict(arrowstyle='->', color='tab:blue', lw=1.8)
+        arrow = dict(arrowstyle='->', color='tab:blue', lw=1.8)
         ax.annotate('', (after, y), (before, y), arrowprops=arrow)
         ax.plot(before, y, 'o', color='tab:orange', ms=6)
-        ax.annotate(p.name, (before, y), (0, 6), textcoords='offset points', fontsize=8)
+        below = any(0 < other - y < 1 for other in added.values()) # another name stands above
+        ax.annotate(p.name, (before, y), (0, -13 if below else 6), textcoords='offset points',
+                    fontsize=8)
         ax.plot(after, y, alpha=0) # room for the head
     ax.axhline(0, color='black', lw=.8)
     ax.set_xlabel('generated images of B whose partner is the nearest real drawing, %', fontsize=10)

@@ -342,9 +342,9 @@ def show_place(
     for ax in axes:
         ax.set_xscale('log', base=2)
         ax.set_xticks(ticks, map(str, ticks))
-        ax.set_xlabel(f'steps of the generator (star: this run, {point_of(own).name}, '
-                      f'{n} concepts)', fontsize=9)
+        ax.set_xlabel('steps of the generator', fontsize=10)
         ax.spines[['top', 'right']].set_visible(False)
+    fig.suptitle(f'star: this run, {point_of(own).name}, {n} concepts', fontsize=10)
     fig.tight_layout()
     plt.close(fig)
     return fig

@@ -463,10 +463,10 @@ def run_step(step:Step, run:TableRun, say:Callable=print) -> float: # seconds
         return json.loads((step.folder/'done.json').read_text())['seconds']
     say(f'{name}: begins')
     check_writable(step.folder)
-    started = time.time()
+    started = time.monotonic()
     def at(link): return step.folder.parent/folder_name(link)
     RUNNERS[type(step.link)](step.link, step.folder, run, at)
-    seconds = round(time.time() - started, 1)
+    seconds = round(time.monotonic() - started, 1)
     facts = dict(kind=KINDS[type(step.link)], settings=asdict(step.link), seconds=seconds)
     made = json.dumps(facts, indent=1)
     atomic_write(step.folder/'done.json', made)
