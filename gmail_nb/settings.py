@@ -783,7 +783,8 @@ QUICK_LLAVA = LlavaExperimentSettings(base_steps=40, steps=30, concepts=60, test
 class ReportSettings:
     "What the tables and figures on the embedded set depend on."
     seeds:int=1                 # whole chains: images, alignment, order and weights of their own
-    demo:DemoSettings=DemoSettings(seeds=1) # of generation and alignment, and of the text side
+    demo:DemoSettings=ProofSettings().chain # of generation and alignment: the generator's own
+    chosen:bool=True            # the text head as chosen on validation concepts, not as in demo
     captions:CaptionExperimentSettings=CaptionExperimentSettings(seeds=1, extra_seeds=1)
     ifcap:IFCapSettings=IFCapSettings(seeds=1)
     llava:LlavaExperimentSettings=LlavaExperimentSettings(seeds=1)
@@ -799,6 +800,6 @@ def report_settings(
 ) -> ReportSettings:
     "The settings of `gmail_report`, with or without `--quick`."
     if not quick: return ReportSettings(seeds)
-    return ReportSettings(1, replace(demo_settings(True), seeds=1),
-                          replace(QUICK_CAPTIONS, seeds=1, extra_seeds=1), QUICK_IFCAP,
+    captions = replace(QUICK_CAPTIONS, seeds=1, extra_seeds=1)
+    return ReportSettings(1, proof_settings(quick=True).chain, True, captions, QUICK_IFCAP,
                           QUICK_LLAVA, shown=4)

@@ -13,9 +13,10 @@ from gmail_nb.experiments.parts import (
 from gmail_nb.experiments.report import (
     EMBEDDED, Parts, Shown, all_claims, asked_of, checked_claims, chosen_names, claim_rows, counted, dry_parts,
     dry_report, page_html, parts_of, report_snippet, reported, table_rows)
+from gmail_nb.experiments.protocol import GOOD, chain_settings, chosen_settings
 from gmail_nb.experiments.tables import TABLES, TableRun
 from gmail_nb.files import read_results
-from gmail_nb.settings import ReportSettings, report_settings
+from gmail_nb.settings import ProofSettings, ReportSettings, report_settings
 
 def weight(item): return 30
 
@@ -175,6 +176,11 @@ def test_scores_of_items_are_kept(tmp_path):
     found = {'gmail, 0.5': {('B-twemoji, described', 'mean_recall'): np.array([0., .5])}}
     for _ in range(2): kept = kept_scores(tmp_path/'x.safetensors', lambda: found)
     assert kept['gmail, 0.5']['B-twemoji, described', 'mean_recall'].tolist() == [0, .5]
+
+def test_a_chain_of_the_report_is_a_chain_of_the_protocol():
+    wanted = chain_settings(ProofSettings(), GOOD, 2, chosen_settings())
+    assert chain_demo(report_settings(), 2) == wanted
+    assert chain_demo(miniature_report(), 2).tune.steps == 5
 
 def test_arms_are_dealt_to_processes():
     assert [j[1] for j in dealt(('w', list('abcde'), 0), 2)] == [list('abc'), list('de')]

@@ -27,12 +27,13 @@ from safetensors.torch import load_file, save
 from ..caption_metrics import Score, WordVectors, score_difference, score_interval
 from ..data import emoji
 from ..encoders import Encoder, embedded_encoder, encode_texts, load_encoder
-from .captioning import VARIANTS, CaptionRun, caption_runs, caption_world
+from .captioning import FEATURE_VARIANTS, CaptionRun, caption_runs, caption_world
 from .captioning import experiment_jobs
 from .costs import arm_costs
 from .demo import arm_ranks, make_side
 from .ifcap import ifcap_runs, text_world
 from .llava import caption_scores, llava_runs, llava_world, right_choices
+from .protocol import Point, chain_settings, chosen_settings
 from .retrieval import Shown, retrieval_world, tune_arms
 from ..files import asset, atomic_write, check_writable, read_results, record
 from ..files import unknown_name, write_results
@@ -40,9 +41,9 @@ from ..gap import paired_cosines, ranks
 from ..pipelines import folder_fingerprint
 from ..retrieval import WAYS
 from ..runtime import default_device, fingerprint
-from ..settings import DemoSettings, ReportSettings, described
+from ..settings import DemoSettings, ProofSettings, ReportSettings, described
 from ..stats import DRAWS, Interval, bootstrap, paired_difference
-from ..tune import TunedText, head_inputs, last_linear
+from ..tune import TunedText, head_inputs, head_module
 
 # %% ../../nbs/experiments/66_parts.ipynb #a496278f
 Found = dict[str, dict[tuple[str, str], object]] # arm -> (split, metric) -> (N,) or a `Score`
@@ -83,10 +84,11 @@ def part_records(
 
 # %% ../../nbs/experiments/66_parts.ipynb #16fb32df
 def chain_demo(settings:ReportSettings, seed:int) -> DemoSettings:
-    "The settings of generation, alignment and text side of one chain."
+    "The settings of generation, alignment and text side of one chain, as the protocol has them."
     d = settings.demo
-    return replace(d, seed=seed, seeds=1, align=replace(d.align, seed=seed),
-                   tune=replace(d.tune, seed=seed))
+    chosen = chosen_settings() if settings.chosen else dict(steps=d.tune.steps, lr=d.tune.lr)
+    point = Point(d.draw.steps, d.draw.guidance)
+    return replace(chain_settings(ProofSettings(chain=d), point, seed, chosen), seeds=1)
 
 @functools.cache
 def weights() -> str:
@@ -167,7 +169,7 @@ def text_scores(out:Path, settings:ReportSettings, seed:int) -> Found:
         encoder, world = retrieval_world(out, demo)
         inputs, more = described_inputs(encoder, world.tests), {}
         def keep(arm, _, tuned):
-            head = last_linear((tuned or encoder).text)
+            head = head_module((tuned or encoder).text)
             more[arm] = recall_scores(described_ranks(head, world.tests, inputs))
             more[arm] |= class_scores(encoder, tuned, world.tests)
         keep('base', 0, None)
@@ -231,7 +233,7 @@ def captioner_scores(out:Path, settings:ReportSettings, seed:int) -> Found:
 # %% ../../nbs/experiments/66_parts.ipynb #7376e3fd
 def variant_scores(out:Path, settings:ReportSettings, seed:int) -> Found:
     "Other ranks, another generator and other heads, beside the plain GMAIL arm."
-    main, *others = caption_jobs(out, settings, seed, VARIANTS)
+    main, *others = caption_jobs(out, settings, seed, FEATURE_VARIANTS)
     arms = ['gmail', *(a for a in main[1] if ', ' in a)]
     cores = os.cpu_count() or 1
     jobs = [*dealt((main[0], arms, *main[2:]), min(cores, 2)), *others]
@@ -276,7 +278,8 @@ def part_name(part:str, settings:ReportSettings, *asked) -> str:
     "The part and a fingerprint of all that it depends on. `ValueError` for an unknown part."
     if part not in PARTS: raise unknown_name('part', part, PARTS)
     s = described(settings)
-    asked = [s['demo'], *(s[n] for n in NEEDS.get(part, ())), *asked]
+    chains = described(chain_demo(settings, 0)) # which holds what was chosen
+    asked = [chains, *(s[n] for n in NEEDS.get(part, ())), *asked]
     seeds = 1 if part in ONCE else settings.seeds
     return f'{part}-{fingerprint(json.dumps(asked), seeds, weights())[:12]}'
 
@@ -327,4 +330,4 @@ def miniature_report() -> ReportSettings:
     demo = replace(d, align_captions=16, tune_captions=8, validation_captions=4, seeds=1,
                    draw=replace(d.draw, samples=1, steps=1), tune=replace(d.tune, steps=5),
                    align=replace(d.align, epochs=1, batch_size=8))
-    return ReportSettings(demo=demo, shares=(1/2,), shown=2, samples=2)
+    return ReportSettings(demo=demo, chosen=False, shares=(1/2,), shown=2, samples=2)

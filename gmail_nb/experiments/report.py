@@ -25,14 +25,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data import show_pairs
-from .chain import chosen_settings
 from .controls import control_table, show_controls
 from .curve import AXES, benefit, curve_table, show_curve, stored
 from .demo import draw_side
 from .parts import ONCE, chain_demo, chain_folder, part_file, run_part
 from .parts import share_name
-from .protocol import CURVES, STATES, TESTS, Claim, claims_table, said_first
-from .protocol import state
+from .protocol import CURVES, STATES, TESTS, Claim, chosen_settings
+from .protocol import claims_table, said_first, state
 from .retrieval import retrieval_world
 from .tables import MANY, TABLES, TableRun, check_runs, paper_plan, paper_table
 from .tables import run_table
