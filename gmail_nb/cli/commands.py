@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ALIGN_RUNS', 'Arm', 'LlavaArm', 'gmail_tune', 'gmail_experiment', 'COMMANDS', 'dry', 'dry_demo_run', 'gmail_demo',
-           'listed', 'say_verdict', 'gmail_generate', 'gmail_align', 'gmail_embed', 'gmail_tune_text',
+           'in_brackets', 'say_verdict', 'gmail_generate', 'gmail_align', 'gmail_embed', 'gmail_tune_text',
            'gmail_tune_caption', 'gmail_tune_llava', 'gmail_caption', 'gmail_chat', 'gmail_eval_vqa', 'gmail_eval',
            'gmail_bench', 'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof',
            'experiment_protocol', 'experiment_curve', 'experiment_controls', 'experiment_captioning',
-           'experiment_ifcap', 'experiment_llava', 'dry_table', 'experiment_table', 'table_command', 'dry_report',
-           'gmail_report']
+           'experiment_ifcap', 'experiment_llava', 'dry_experiment_table', 'experiment_table', 'table_command',
+           'dry_report', 'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -66,7 +66,7 @@ def gmail_demo(
     return dict(out=out, report=f'{out}/report.html', verdict=demo_verdict(records))
 
 # %% ../../nbs/cli/10_commands.ipynb #1212b9bd
-def listed(names) -> str:
+def in_brackets(names) -> str:
     "Names for the help of a flag."
     return f'[{", ".join(names)}]'
 
@@ -90,7 +90,7 @@ def say_verdict(
 _not_asked = 'part', 'show_progress', 'cache_dir'
 _draw = ('gmail_generate dataset_coco.json --which all --generator stable-diffusion-2 --out generated')
 
-@command(leave=_not_asked, more=dict(generator=listed(GENERATORS)), dry=dry('dry_generate'),
+@command(leave=_not_asked, more=dict(generator=in_brackets(GENERATORS)), dry=dry('dry_generate'),
          example=_draw, alone=False) # processes share the shards
 def gmail_generate(
     captioned:str,            # a captioned set, with or without images
@@ -314,7 +314,7 @@ _known = dict(preset=EVAL_PRESETS, task=TASKS, model=MODEL_FORMS, data=SET_NAMES
 
 _eval = 'gmail_eval --preset paper-table2 --root sets --models models --out eval'
 
-@command(leave=('cache_dir', 'which', 'engine'), more={k: listed(v) for k, v in _known.items()},
+@command(leave=('cache_dir', 'which', 'engine'), more={k: in_brackets(v) for k, v in _known.items()},
          dry=dry('dry_eval'), example=_eval, words=dict(vqa=gmail_eval_vqa))
 def gmail_eval(
     preset:str|None=None,  # a table of the paper
@@ -352,7 +352,7 @@ def gmail_eval(
                 verdict=verdict.card() if verdict else None)
 
 # %% ../../nbs/cli/10_commands.ipynb #3f7ccced
-@command(more=dict(name=listed(BENCHES)), example='gmail_bench generate --out bench')
+@command(more=dict(name=in_brackets(BENCHES)), example='gmail_bench generate --out bench')
 def gmail_bench(
     name:str,            # which benchmark
     json:bool=False,     # print a JSON list
@@ -427,9 +427,9 @@ def experiment_protocol(
     "The claims of the evidence, those that failed first; and the choice of settings."
     from gmail_nb.experiments.chain import choose_settings
     from gmail_nb.experiments.protocol import chosen_settings
-    from gmail_nb.experiments.controls import write_page
+    from gmail_nb.experiments.controls import write_controls_page
     if choose: choose_settings(out)
-    write_page(out)
+    write_controls_page(out)
     print(f'settings of the text head, chosen on validation concepts: {chosen_settings(out)}')
     return show_file(out, 'page.md')
 
@@ -505,7 +505,7 @@ def experiment_llava(
     return show_file(out, 'llava_table.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #7fc7ae73
-def dry_table(table:str, scale:str, out:str, settings:TableRun, **rest) -> list:
+def dry_experiment_table(table:str, scale:str, out:str, settings:TableRun, **rest) -> list:
     "What a table would do, at either scale."
     import gmail_nb.experiments.tables as tables
     from gmail_nb.runs.dry_run import dry_demo
@@ -534,7 +534,7 @@ def experiment_table(
 def table_command(table:str) -> Command:
     "The command of one table."
     name, title = f'gmail_experiment {table}', TABLES[table].title
-    return Command(experiment_table, name=name, fixed=dict(table=table), dry=dry_table,
+    return Command(experiment_table, name=name, fixed=dict(table=table), dry=dry_experiment_table,
                    example=f'{name} --scale paper --root sets --dry-run',
                    doc=f'Table {table.removeprefix("table")} of the paper: {title}.')
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'KEPT_GAPS', 'SHOWN_ARMS', 'COLORS', 'LABELS', 'AXES', 'curve_points', 'chains', 'slim', 'record_key',
-           'gathered', 'stored', 'mean_of', 'benefit', 'shown_number', 'curve_row', 'curve_table', 'spread',
+           'gathered', 'stored', 'mean_of', 'benefit', 'shown_number', 'curve_row', 'curve_table', 'spread_apart',
            'draw_arms', 'draw_benefit', 'show_curve', 'show_gap_closed', 'is_stored', 'joined', 'curve_text', 'curve',
            'write_curve', 'dry_curve']
 
@@ -122,7 +122,7 @@ AXES = dict(steps=('inference steps of the generator', lambda p: p.steps),
             guidance=('guidance of the generator', lambda p: p.guidance),
             training=("share of the generator's training", lambda p: p.trained))
 
-def spread(heights:list[float], apart:float) -> list[float]:
+def spread_apart(heights:list[float], apart:float) -> list[float]:
     "Heights of labels that lie near these and at least so far apart."
     out = np.array(heights, dtype=float)
     for _ in range(200):
@@ -137,7 +137,7 @@ def draw_arms(
 ) -> None:
     "A line an arm over the points, named at its end."
     ends = [100 * mean_of(records, a, points[-1]) for a in COLORS]
-    labels = dict(zip(COLORS, spread(ends, .06 * (max(ends) - min(ends)))))
+    labels = dict(zip(COLORS, spread_apart(ends, .06 * (max(ends) - min(ends)))))
     for arm, color in COLORS.items():
         y = [100 * mean_of(records, arm, p) for p in points]
         flat = arm in ('base', 'real')

@@ -9,7 +9,7 @@ __all__ = ['LEVELS', 'EMOJI_WORDS', 'MISSING', 'TOLD', 'EvalRun', 'write_queries
            'probe_splits', 'generated_training', 'start_tower', 'fine_tuned_classes', 'learned_classes',
            'classification_pictures', 'eval_classification', 'set_fingerprint', 'read_set', 'picture_name',
            'compared_names', 'check_leaks', 'read_sets', 'load_or_say', 'reason', 'Results', 'main_process_first',
-           'measured', 'measure_row', 'compare_rows', 'load_rows', 'evaluate_rows', 'evaluate', 'short_name',
+           'measured_task', 'measure_row', 'compare_rows', 'load_rows', 'evaluate_rows', 'evaluate', 'short_name',
            'table_cell', 'table_blocks', 'row_order', 'eval_table', 'differences_told', 'told', 'eval_verdict',
            'eval_pictures', 'chosen_models', 'task_of', 'Tables', 'tables_of', 'write_eval_page', 'evaluate_as_asked']
 
@@ -492,7 +492,7 @@ def main_process_first():
         if state.is_main_process: state.wait_for_everyone()
 
 # %% ../../nbs/runs/40_evaluate.ipynb #e66d7007
-def measured(
+def measured_task(
     arm:str, d:str,
     encoder:Encoder, tested:EvalSet,
     run:EvalRun, same:dict # fields that say what the records are made from
@@ -520,7 +520,7 @@ def measure_row(
             if run.skip_existing and results.has(arm, d, same):
                 run.say(f'{arm} on {d}: already there')
             else:
-                new = measured(arm, d, encoder, tested, run, same)
+                new = measured_task(arm, d, encoder, tested, run, same)
                 results.put(arm, d, new)
                 run.say(f"{arm} on {d}: {new[0]['n']} queries")
         except Exception as e:
