@@ -824,6 +824,7 @@ def finish(self:Alignment) -> None:
     if self.progress.bad:
         log.warning('%d of %d steps had a loss that is no number and changed nothing',
                     self.progress.bad, self.step)
+    self.model.kept_step = self.watch.best[1] if best else self.step
     self.model.tau = self.runner.tau_value()
     self.model.eval()
 
@@ -1099,7 +1100,7 @@ def align(
     keep_best:bool=False,                # end with the weights of the best epoch, not of the last
     accelerator:Accelerator|None=None    # see `processes`
 ) -> list[dict]: # one row a step: step, loss, lr, tau if it learns, and what `evaluate` returned
-    """Train `f_g` and `proj_gen` with Eq. 1; `model.tau` is the temperature it ended with.
+    """Train `f_g` and `proj_gen` with Eq. 1; `model.tau` and `model.kept_step` are those it ended with.
     With `tokens` in the settings, the grid tokens come to those of the real partners as well.
     The dict that `evaluate` returns joins the history; by its first value `patience` and `keep_best` judge.
     `ValueError` for unpaired input, `FloatingPointError` when the loss stays no number."""

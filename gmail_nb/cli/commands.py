@@ -8,7 +8,8 @@ __all__ = ['ALIGN_RUNS', 'Arm', 'LlavaArm', 'gmail_tune', 'gmail_experiment', 'C
            'gmail_tune_caption', 'gmail_tune_llava', 'gmail_caption', 'gmail_chat', 'gmail_eval_vqa', 'gmail_eval',
            'gmail_bench', 'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof',
            'experiment_protocol', 'experiment_curve', 'experiment_controls', 'experiment_captioning',
-           'experiment_ifcap', 'experiment_llava', 'dry_table', 'experiment_table', 'table_command']
+           'experiment_ifcap', 'experiment_llava', 'dry_table', 'experiment_table', 'table_command', 'dry_report',
+           'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -341,8 +342,10 @@ def gmail_eval(
     tables = evaluate_as_asked(preset, task, model, data, rows, out, root=root, below=models,
                                skip_existing=skip_existing, **more)
     print(tables)
-    if verdict := getattr(tables, 'verdict', None): print(f'\n{verdict.text()}\n')
     print(f'results: {out}/results.jsonl, tables: {out}/table.txt, report: {out}/report.html')
+    verdict = getattr(tables, 'verdict', None)
+    lines = verdict.text().splitlines() if verdict else []
+    print(*lines[:6], *(f'and {n} more differences on the page' for n in [len(lines) - 6] if n > 0), sep='\n')
     failed = [dict(row=row, data=d, why=why) for (row, d), why in tables.failed.items()]
     return dict(status=2 if failed else 0, out=out, results=f'{out}/results.jsonl', failed=failed,
                 report=f'{out}/report.html', tables=getattr(tables, 'rows', {}),
@@ -547,11 +550,39 @@ gmail_experiment = Commands(
     captioning=experiment_captioning, ifcap=experiment_ifcap, llava=experiment_llava,
     **{table: table_command(table) for table in TABLES})
 
+# %% ../../nbs/cli/10_commands.ipynb #c2f0a1b2
+def dry_report(**asked) -> list:
+    "What the report would do."
+    import gmail_nb.experiments.report as room
+    return room.dry_report(**asked)
+
+@command(leave=('rows', 'data'), dry=dry_report,
+         example='gmail_report --scale embedded --quick --only table2,figure3 --out report')
+def gmail_report(
+    scale:Literal['embedded', 'paper']='embedded', # the embedded set, or the paper's own sets
+    only:str|None=None,  # tables and figures with commas between, such as table2,figure3
+    out:str='report',    # report.html, report.json and report.md, and all that was made for them
+    quick:bool=False,    # on the embedded set: one small chain, for a first look
+    settings:TableRun=TableRun()
+):
+    "Every table and figure of the paper with ours beside it, on one page. Run it again to go on."
+    from gmail_nb.experiments.report import all_claims, counted, report
+    from gmail_nb.runtime import use_all_cores
+    from gmail_nb.settings import report_settings
+    if scale == 'embedded' and settings != TableRun(seeds=settings.seeds):
+        raise ValueError('the flags of a table go with --scale paper: add it')
+    if scale == 'paper' and quick: raise ValueError('--quick is of the embedded set: leave it out')
+    use_all_cores()
+    asked = settings if scale == 'paper' else report_settings(quick, settings.seeds)
+    shown = report(out, scale, only, asked)
+    print(f'\nclaims: {counted(all_claims(shown))}\nreport: {out}/report.html')
+
 # %% ../../nbs/cli/10_commands.ipynb #047bde26
 COMMANDS = Commands(
     'python -m gmail_nb.cli.commands', 'Generative modality alignment, from a shell.',
     word='command',
     demo=gmail_demo, generate=gmail_generate, align=gmail_align, embed=gmail_embed, tune=gmail_tune,
-    caption=gmail_caption, chat=gmail_chat, eval=gmail_eval, bench=gmail_bench, experiment=gmail_experiment)
+    caption=gmail_caption, chat=gmail_chat, eval=gmail_eval, bench=gmail_bench, experiment=gmail_experiment,
+    report=gmail_report)
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(COMMANDS()) # not in a notebook

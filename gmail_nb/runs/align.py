@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['log', 'pictures_of', 'generated_images', 'indices_by_sample', 'validation_indices', 'caption_ids', 'PairSets',
            'split_pairs', 'measured', 'pair_sets', 'gap_of', 'gap_records', 'write_pictures', 'first_hits',
-           'alignment_measures', 'what_to_try', 'which_kept', 'judge_alignment', 'best_step', 'keep_start',
-           'pairs_kept_out', 'write_pair_pictures', 'report_alignment', 'check_pairs', 'new_model', 'whole_images',
-           'partner_tokens', 'train_pairs', 'real_features', 'train_and_judge', 'align_sets', 'set_name', 'embed_set',
-           'push_aligned']
+           'alignment_measures', 'what_to_try', 'which_kept', 'judge_alignment', 'keep_start', 'pairs_kept_out',
+           'write_pair_pictures', 'report_alignment', 'check_pairs', 'new_model', 'whole_images', 'partner_tokens',
+           'train_pairs', 'real_features', 'train_and_judge', 'align_sets', 'set_name', 'embed_set', 'push_aligned']
 
 # %% ../../nbs/runs/10_align.ipynb #c00de39b
 import json
@@ -274,12 +273,6 @@ def judge_alignment(
                    facts=dict(kept_step=kept, trained_on=n, judged_by=len(i)))
 
 # %% ../../nbs/runs/10_align.ipynb #e6d01e8b
-def best_step(history:list[dict], settings:AlignRunSettings) -> int:
-    "The step whose weights `align` ended with."
-    watched = settings.keep_best or settings.align.patience
-    seen = [h for h in history if 'paired_cosine' in h] if watched else []
-    return max(seen, key=lambda h: h['paired_cosine'])['step'] if seen else len(history)
-
 def keep_start(
     model:GenReal,
     start:list[torch.Tensor], # what `alignment_parameters` were before
@@ -461,7 +454,7 @@ def train_and_judge(
     tried = seen()
     back = keep_start(model, start, sets, before, tried, settings, first)
     if not first: return history, None, None, None, None
-    kept = 0 if back else best_step(history, settings)
+    kept = 0 if back else getattr(model, 'kept_step', len(history))
     verdict = judge_alignment(sets, before, tried, history, settings, kept)
     return history, verdict, before, before if back else tried, tried
 
