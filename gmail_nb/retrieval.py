@@ -35,7 +35,7 @@ from .files import (atomic_path, check_writable, checked_card, name_some, progre
 from .runtime import fingerprint, to_device
 from .settings import EmbedSettings, SourceSettings
 from .sources import from_coco, from_hub, load_captioned, read_coco
-from .stats import Interval, bootstrap
+from .stats import DRAWS, Interval, bootstrap
 
 # %% ../nbs/30_retrieval.ipynb #352a8157
 @dataclass
@@ -329,7 +329,7 @@ def per_query(
 
 # %% ../nbs/30_retrieval.ipynb #8effd2fc
 def retrieval_scores(
-    ranks:Ranks, ks:tuple=(1, 5, 10), draws:int=1000
+    ranks:Ranks, ks:tuple=(1, 5, 10), draws:int=DRAWS
 ) -> dict[str, Interval]: # metric -> value and its 95% interval
     "Recall at k, mean average precision and median rank, both ways; captions of an image drawn together."
     out = {}

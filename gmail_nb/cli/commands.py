@@ -25,7 +25,7 @@ from ..runs.presets import TEXT_RECIPES, CaptionerPreset, TextRecipe
 from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, AlignRunSettings
 from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSettings, DemoSettings
 from ..settings import DrawSettings, EmbedSettings, EvalSettings, IFCapSettings, SourceSettings
-from ..settings import QUICK_LLAVA, LlavaExperimentSettings, LlavaSettings, ProofSettings
+from ..settings import QUICK_LLAVA, STUDY_SEEDS, LlavaExperimentSettings, LlavaSettings, ProofSettings
 from ..settings import ReadSettings, RunSettings, TuneSettings, VQASettings, WorkSettings, proof_settings
 
 # %% ../../nbs/cli/10_commands.ipynb #db6e719d
@@ -377,7 +377,7 @@ def gmail_bench(
 def experiment_retrieval(
     out:str='retrieval', # results, figures and the tuned model of the GMAIL arm
     quick:bool=False,    # fewer concepts, and no curve over shares of the captions
-    seeds:int=5,         # how many of the text side, for each arm
+    seeds:int=DemoSettings().seeds, # how many of the text side, for each arm
     settings:TuneSettings=DemoSettings().tune
 ):
     "Five arms of a text side and how they scale: text-to-image and image-to-text retrieval."
@@ -401,7 +401,7 @@ def show_file(out:str, name:str) -> dict: # for `--json`
 def experiment_alignment(
     out:str='alignment', # results of every variant
     quick:bool=False,    # fewer concepts and epochs
-    seeds:int=3,         # how many of each variant
+    seeds:int=STUDY_SEEDS, # how many of each variant
     seed:int=0           # seed of noise and data order of the demo's pairs
 ):
     "Losses, ranks, negatives and other choices of the alignment, each with every seed."

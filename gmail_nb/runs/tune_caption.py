@@ -33,7 +33,7 @@ from ..captioning import (
     read_encoded, save_captioner, small_decoder, train_captioner, write_captions, write_encoded)
 from ..data import decode_image, parquet_files, show_images
 from ..encoders import Encoder, NoText, load_encoder
-from ..features import Features, LazyPixels, good_images
+from ..features import Features, LazyPixels, cores, good_images
 from ..files import atomic_write, check_writable, record, write_results
 from .align import generated_images, set_name, validation_indices
 from ..pages import ResultTable, save_figure
@@ -646,11 +646,11 @@ def caption_pictures(
     pictures:datasets.Dataset, # key, image
     seer:Seer,
     batch_size:int=64,
-    workers:int=2,             # threads that decode
+    workers:int|None=None,     # threads that decode; one a core if absent
     **how                      # of `generate_ids`, such as beams, top_p, seed, max_new_tokens
 ) -> Iterator[tuple[str, str|None, str|None]]: # key, caption, and why there is none
     "Captions as they are written, in order; a damaged picture has a reason in its place."
-    pixels, captioned = LazyPixels(pictures, seer.encoder.preprocess, workers=workers), 0
+    pixels, captioned = LazyPixels(pictures, seer.encoder.preprocess, workers=workers or cores()), 0
     how['batch_size'] = batch_size
     for start in range(0, len(pixels), batch_size):
         batch, failed = range(start, min(start + batch_size, len(pixels))), []
@@ -667,7 +667,7 @@ def caption_files(
     images,                    # picture files, folders of pictures, captioned sets; one or a list
     captioner:str|Path='captions', # of `tune_captioner`, or its folder `captioner`
     batch_size:int=64,
-    workers:int=2,             # threads that decode
+    workers:int|None=None,     # threads that decode; one a core if absent
     source:SourceSettings=SourceSettings(), # how sets are read
     **how                      # of `generate_ids`, such as beams, top_p, seed, max_new_tokens
 ) -> tuple[dict[str, str], dict[str, str]]: # name -> caption; name -> why it was left out
