@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PART_BYTES', 'DESCRIBE', 'STAGES', 'PROJECTOR', 'GridTokens', 'token_weights', 'token_side', 'in_half',
            'token_settings', 'embed_tokens', 'grid_of', 'load_tokens', 'LiveTokens', 'Example', 'example',
-           'encode_example', 'CaptionExamples', 'check_same_grid', 'check_images', 'mixed_tokens', 'linear_names',
-           'adapt_language', 'only_trained', 'fit_projector', 'LlavaLoss', 'LlavaTraining', 'examples_fingerprint',
-           'language_facts', 'as_trained', 'checkpointing_of', 'stage_run', 'train_stage', 'train_llava',
-           'adapter_place', 'adapter_state', 'projector_state', 'adapter_config', 'save_trained', 'trained_card',
-           'is_llava', 'new_llava', 'put_adapter', 'load_trained']
+           'without_last', 'encode_example', 'CaptionExamples', 'check_same_grid', 'check_images', 'mixed_tokens',
+           'linear_names', 'adapt_language', 'only_trained', 'fit_projector', 'LlavaLoss', 'LlavaTraining',
+           'examples_fingerprint', 'language_facts', 'as_trained', 'checkpointing_of', 'stage_run', 'train_stage',
+           'train_llava', 'adapter_place', 'adapter_state', 'projector_state', 'adapter_config', 'save_trained',
+           'trained_card', 'is_llava', 'new_llava', 'put_adapter', 'load_trained']
 
 # %% ../nbs/40_llava_training.ipynb #753552e7
 import gmail_nb.runtime
@@ -189,19 +189,26 @@ def example(
     "One question and its answer."
     return Example(tuple(turns_of(question, answer)), images)
 
+def without_last(one:Example) -> Example:
+    "The conversation without its last question and answer."
+    ends = [i for i, t in enumerate(one.turns[:-1]) if t['role'] == 'assistant']
+    turns = one.turns[:ends[-1] + 1]
+    return Example(turns, one.images[:sum(t['content'].count('<image>') for t in turns)])
+
 def encode_example(
     model:Llava,
     one:Example,
     tokens:int,             # of each image
-    longest:int=2048        # an answer is cut there; a question that is longer is refused
+    longest:int=2048        # cut there; where no room is left for the last answer, without its question
 ) -> Prompt:
-    "Token numbers. `ValueError` as `encode_prompt`, and where no room is left for the answer."
+    "Token numbers. `ValueError` as `encode_prompt`, and where no room is left for the first answer."
     said = [t | dict(content=t['content'].replace('<image>', model.marker)) for t in one.turns]
     p = encode_prompt(model, said, len(one.images), tokens)
     asked, over = len(p.ids) - p.answer, len(p.ids) - longest
     if not p.answer: raise ValueError(f'the last turn is no answer to learn: {one.turns[-1]}')
     if over <= 0: return p
     if asked < longest: return replace(p, ids=p.ids[:longest], answer=p.answer - over)
+    if p.earlier: return encode_example(model, without_last(one), tokens, longest)
     raise ValueError(f'a question of {asked} tokens leaves no room for its answer: '
                      f'max_length is {longest}')
 
@@ -377,7 +384,7 @@ def advance(self:LlavaTraining) -> dict: # the row of the log
     batch = self.plan.batch(self.step).tolist()
     prompts = [self.prompt(i) for i in batch]
     place = self.acc.process_index, self.acc.num_processes
-    own, share = own_share([p.answer for p in prompts], *place)
+    own, share = own_share([len(p.learned) for p in prompts], *place)
     images = [image for i in own for image in self.examples[batch[i]].images]
     loss = self.loss([prompts[i] for i in own], mixed_tokens(images, self.files))
     self.learner.step(loss * share)
