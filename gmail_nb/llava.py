@@ -26,7 +26,8 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .align import GenReal
 from .captioning import padding_of
-from .encoders import Encoder, check_pixels, check_processor, tower_encoder
+from .encoders import (
+    Encoder, check_pixels, check_processor, fill_tower, tower_encoder, weight_files)
 from .files import check_writable, checked_card, found_on_disk, progress, write_card
 from .runtime import to_device
 from .weights import load_part, load_whole
@@ -359,7 +360,8 @@ def load_llava(
     "A published LLaVA. `ValueError` when its processor is another model's."
     if found_on_disk(name) and (Path(name)/'checksums.json').exists(): checked_card(name, 'checksums.json')
     model = load_whole(LlavaForConditionalGeneration, name, revision=revision, dtype=dtype)
-    model.model.vision_tower.float()
+    tower = model.model.vision_tower.float()
+    if dtype != torch.float32: fill_tower(tower, weight_files(name, revision), Path(name).name)
     pictures = load_part(AutoProcessor, name, revision=revision)
     return from_llava(model.eval(), pictures, f'llava:{name}' + (f'@{revision}' if revision else ''))
 

@@ -220,7 +220,7 @@ MMMU_COLUMNS = datasets.Features(
 
 def small_scienceqa() -> datasets.Dataset:
     "Six questions in ScienceQA's columns: four with a picture, of three subjects."
-    wolf, tree, sun = (_drawing(n) for n in ('wolf', 'evergreen tree', 'sun'))
+    wolf, tree, sun = (_drawing(n) for n in ('wolf', 'evergreen tree', 'sun with face'))
     natural, language, social = ('natural science', 'language science', 'social science')
     rows = [(wolf, 'Which animal is this?', ['a fox', 'a wolf', 'a bear'], 1, natural, 'It lives in packs.'),
             (tree, 'Does this keep its leaves in winter?', ['yes', 'no'], 0, natural, ''),
@@ -239,7 +239,7 @@ def _drawing(label:str) -> Image.Image: # of the emoji set
 # %% ../nbs/39_vqa.ipynb #42efb850
 def small_mmmu() -> datasets.Dataset:
     "Five questions in MMMU's columns: several pictures, a picture among the choices, and two open ones."
-    wolf, tree, sun = (_drawing(n) for n in ('wolf', 'evergreen tree', 'sun'))
+    wolf, tree, sun = (_drawing(n) for n in ('wolf', 'evergreen tree', 'sun with face'))
     rows = [('Biology_1', '<image 1> Which animal is this?', "['fox', 'wolf', 'bear']", 'B', [wolf]),
             ('Biology_2', 'Which of <image 1> and <image 2> makes food from light?',
              "['the first', 'the second', 'both', 'neither']", 'B', [wolf, tree]),
