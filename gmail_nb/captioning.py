@@ -456,13 +456,13 @@ def read_encoded(
     "The numbers, mapped. `ValueError` for a folder that is not whole."
     folder = Path(folder)
     try:
-        card = json.loads((folder/'card.json').read_text(encoding='utf-8'))
+        card = checked_card(folder)
         tokens = np.memmap(folder/'tokens.int32', np.int32, 'r')
         lengths, counts = (np.load(folder/name) for name in ('lengths.npy', 'counts.npy'))
     except (OSError, ValueError) as e:
         raise ValueError(f'{folder.name} holds no whole captions ({e}): write them again') from e
     there = dict(tokens=len(tokens), captions=len(lengths), images=len(counts))
-    if there == card and lengths.sum() == len(tokens) and counts.sum() == len(lengths):
+    if there == {k: card.get(k) for k in there} and lengths.sum() == len(tokens) and counts.sum() == len(lengths):
         return EncodedCaptions(tokens, _from_zero(lengths), _from_zero(counts))
     raise ValueError(f'{folder.name} holds {there}, its card says {card}: write them again')
 
@@ -485,7 +485,7 @@ def write_encoded(
     np.save(folder/'lengths.npy', lengths)
     np.save(folder/'counts.npy', counts)
     card = dict(tokens=int(lengths.sum()), captions=len(lengths), images=len(counts))
-    atomic_write(folder/'card.json', json.dumps(card))
+    write_card(folder, card, 'tokens.int32', 'lengths.npy', 'counts.npy')
     return read_encoded(folder)
 
 # %% ../nbs/35_captioning.ipynb #19784700

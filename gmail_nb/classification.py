@@ -42,7 +42,7 @@ from .runtime import (fingerprint, module_fingerprint, noise_generator, stable_s
                               to_device)
 from .settings import FineTuneSettings, ProbeSettings
 from .sources import IMAGE_SUFFIXES
-from .stats import Interval, bootstrap, class_mean
+from .stats import DRAWS, Interval, bootstrap, class_mean
 from .train import batches, cosine_rate, in_precision
 from .weights import read_torch
 
@@ -134,7 +134,7 @@ def per_image(p:Predictions) -> dict[str, torch.Tensor]: # metric -> (N,)
     return out | dict(mean_per_class=right[:, 0] * weight)
 
 # %% ../nbs/31_classification.ipynb #1c310002
-def classification_scores(p:Predictions, draws:int=1000) -> dict[str, Interval]:
+def classification_scores(p:Predictions, draws:int=DRAWS) -> dict[str, Interval]:
     "top-1, top-5 where there are more than five classes, and the mean over classes."
     out = {m: bootstrap(v, draws=draws) for m, v in per_image(p).items() if m != 'mean_per_class'}
     return out | dict(mean_per_class=class_mean(p.right, p.labels, draws))

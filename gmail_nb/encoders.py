@@ -649,6 +649,7 @@ def read_cache(
         with safe_open(path, 'pt') as f: features = f.get_tensor('features')
     except (OSError, KeyError, TypeError, ValueError, SafetensorError):
         return None # whatever does not read back is made again
+    if card.get('content') not in (None, fingerprint(features)): return None # damaged since
     return features if keys is None or len(features) == len(keys) else None
 
 # %% ../nbs/20_encoders.ipynb #20b0000f
@@ -658,7 +659,7 @@ def write_cache(path:str|Path, features:torch.Tensor, made_from:str, keys=None) 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix('.json').unlink(missing_ok=True)
     atomic_write(path, save({'features': features.contiguous()}))
-    card = dict(fingerprint=made_from, dim=features.shape[1])
+    card = dict(fingerprint=made_from, dim=features.shape[1], content=fingerprint(features))
     if keys is not None: card['keys'] = list(keys)
     atomic_write(path.with_suffix('.json'), json.dumps(card))
 

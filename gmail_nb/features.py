@@ -18,6 +18,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -39,7 +40,7 @@ from .align import FrozenTower, GenReal
 from .data import column_of, decode_image
 from .encoders import Encoder, load_encoder
 from .files import (atomic_path, atomic_write, check_writable, checked_card, in_one_line, name_some, progress,
-                            read_object, unknown_name, versions)
+                            read_object, unknown_name, versions, write_card)
 from .runtime import default_device, fingerprint, to_device
 from .settings import PRECISIONS, EmbedSettings, part_of
 
@@ -157,6 +158,7 @@ def begin(pixels:LazyPixels) -> None:
     "What a process does first."
     global _pixels
     _pixels = pixels
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the process that it works for
     torch.set_num_threads(1)
 
 # %% ../nbs/24_features.ipynb #e4431122
@@ -246,7 +248,9 @@ def check_same(
     settings:dict # n, dim, store, and what the features depend on
 ) -> None:
     "`ValueError` that shows the difference when the folder belongs to other settings."
-    there = json.loads((folder/'settings.json').read_text())
+    try: there = dict(json.loads((folder/'settings.json').read_text()))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'{folder.name}/settings.json does not read ({e}): remove the folder') from e
     differ = [f'{k} is {there.get(k)!r} there and {v!r} here' for k, v in settings.items()
               if there.get(k) != v and k != 'batch_size'] # features do not depend on their batch
     if differ:
@@ -286,7 +290,7 @@ def open_features(
         if known.exists(): check_same(folder, settings)
         if not known.exists() or not path.exists(): begin_folder(folder, settings)
     try: array = np.load(path, mmap_mode='r')
-    except ValueError as e:
+    except (ValueError, EOFError, OSError) as e:
         raise ValueError(f'{path.name} in {folder.name} is cut short ({e}): '
                          'remove the folder') from e
     if array.shape == shape: return array
@@ -513,7 +517,8 @@ def read_card(
     if not (folder/'card.json').exists():
         raise FileNotFoundError(f'{folder.name}/card.json is missing: '
                                 'the folder holds no features, or `embed` was cut short; run it again')
-    card = checked_card(folder, weights=str, model=str, content=str, failed=list)
+    try: card = checked_card(folder, weights=str, model=str, content=str, failed=list)
+    except ValueError as e: raise ValueError(f'{e}; or run `embed` again') from e
     if not weights or card['weights'] == weights: return card
     raise ValueError(f"{folder.name} was made by {card['model']!r} with fingerprint {card['weights']}, "
                      f'not by {weights}: embed again with this model, into another folder')
@@ -651,7 +656,7 @@ def finish_features(
     failed, content = failed_in(markers), fingerprint([m['sha256'] for m in markers])
     write_keys(parts.folder, keys, samples)
     card = dict(model=model_name(model), content=content, failed=failed, versions=versions())
-    atomic_write(parts.folder/'card.json', json.dumps(parts.settings | card))
+    write_card(parts.folder, parts.settings | card, 'keys.parquet')
     (parts.folder/'.lock').unlink(missing_ok=True)
     if failed:
         log.warning('%s: %d of %d images do not decode and have no features, such as this:\n%s',

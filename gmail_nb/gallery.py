@@ -107,7 +107,7 @@ def score_quality(
     made_by = dict(encoder=str(name), fingerprint=str(getattr(loaded, 'fingerprint', '')))
     table = pa.table(dict(key=ds['key'][:], sample=ds['sample'][:], quality=scores))
     with atomic_path(folder/'quality.parquet') as tmp:
-        pq.write_table(table.replace_schema_metadata(made_by), tmp)
+        pq.write_table(table.replace_schema_metadata(made_by), tmp, write_page_checksum=True)
     return folder/'quality.parquet'
 
 # %% ../nbs/37_gallery.ipynb #5787642f

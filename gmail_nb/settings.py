@@ -11,7 +11,8 @@ __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS',
            'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings',
            'same_settings', 'CaptionerSettings', 'CaptionSettings', 'CaptionRunSettings', 'StageSettings',
            'LlavaSettings', 'VQASettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings',
-           'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings']
+           'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings',
+           'ReportSettings', 'report_settings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -777,3 +778,29 @@ QUICK_CAPTIONS = CaptionExperimentSettings(base_steps=300, tune_steps=400, seeds
 QUICK_IFCAP = IFCapSettings(base_steps=200, tune_steps=200, seeds=1)
 QUICK_LLAVA = LlavaExperimentSettings(base_steps=40, steps=30, concepts=60, tested=30,
                                       asked=30, seeds=1)
+
+# %% ../nbs/01_settings.ipynb #a7c51e03
+@dataclass(frozen=True)
+class ReportSettings:
+    "What the tables and figures on the embedded set depend on."
+    seeds:int=1                 # whole chains: images, alignment, order and weights of their own
+    demo:DemoSettings=ProofSettings().chain # of generation and alignment: the generator's own
+    chosen:bool=True            # the text head as chosen on validation concepts, not as in demo
+    captions:CaptionExperimentSettings=CaptionExperimentSettings(seeds=1, extra_seeds=1)
+    ifcap:IFCapSettings=IFCapSettings(seeds=1)
+    llava:LlavaExperimentSettings=LlavaExperimentSettings(seeds=1)
+    shares:tuple=(1/4, 1/2)     # of the captions of B, beside all of them
+    shown:int=6                 # concepts that are drawn for Figure 2
+    samples:int=5               # generated images of each
+
+    def __post_init__(self): check_above(self, 'seeds', 'shown', 'samples')
+
+def report_settings(
+    quick:bool=False, # one small chain
+    seeds:int=1       # whole chains of a run that is not quick
+) -> ReportSettings:
+    "The settings of `gmail_report`, with or without `--quick`."
+    if not quick: return ReportSettings(seeds)
+    captions = replace(QUICK_CAPTIONS, seeds=1, extra_seeds=1)
+    return ReportSettings(1, proof_settings(quick=True).chain, True, captions, QUICK_IFCAP,
+                          QUICK_LLAVA, shown=4)

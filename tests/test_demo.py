@@ -109,8 +109,9 @@ def test_records_of_an_older_demo_are_named():
 
 def test_a_run_with_other_steps_stands_among_the_chains():
     own = [dict(r, point=dict(steps=4, guidance=8., trained=1.)) if 'point' in r else r for r in stored()]
-    left, right = show_place(own).axes
-    assert '4 steps, guidance 8' in left.get_xlabel()
+    fig = show_place(own)
+    left, right = fig.axes
+    assert '4 steps, guidance 8, 697 concepts' in fig.get_suptitle()
     assert {t.get_text() for t in left.get_xticklabels()} >= {'3', '4', '16'}
     assert len(right.lines) == 2 * (len(left.lines[0].get_xdata()) + 1) + 1
 
@@ -122,10 +123,11 @@ def test_a_look_beforehand_counts_the_drawings():
 
 @pytest.mark.slow
 def test_the_crude_run_gives_the_numbers_of_before(tmp_path):
+    "To the last digit but for the aligned arm, whose sums fall in another order where threads or processor differ."
     def numbers(records): return {(r['arm'], r['split'], r['metric'], r['seed']): r['value'] for r in records}
-    old, new = (numbers(r) for r in (read_results(asset('demo', 'crude.jsonl')),
-                                     demo(tmp_path, headline_settings(crude=True))))
-    assert {k: new[k] for k in old} == old
+    new = numbers(demo(tmp_path, headline_settings(crude=True)))
+    old = numbers(read_results(asset('demo', 'crude.jsonl')))
+    assert all(new[k] == v if 'gmail' not in k[0] else abs(new[k] - v) < .01 for k, v in old.items())
 
 def test_every_interval_is_drawn_as_often_as_the_demo_draws():
     for function in (resample, bootstrap, paired_difference, class_mean):

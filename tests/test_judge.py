@@ -16,7 +16,7 @@ from gmail_nb.cli.commands import COMMANDS, gmail_align, gmail_eval, gmail_tune
 from gmail_nb.cli.flags import Command, Commands, completion, run_command
 from gmail_nb.data import emoji
 from gmail_nb.files import read_results
-from gmail_nb.runs.align import align_sets, best_step
+from gmail_nb.runs.align import align_sets
 from gmail_nb.runs.judge import FEWEST, SAID, Measure, Verdict, judged, read_verdict
 from gmail_nb.settings import AdapterSettings, AlignRunSettings, AlignSettings
 
@@ -68,7 +68,15 @@ def test_the_pairs_that_judge_did_not_choose(good):
     rows = [json.loads(l) for l in (good/'log.jsonl').read_text().splitlines()]
     verdict, held = read_verdict(good), {r['n'] for r in read_results(good/'results.jsonl')}
     assert held.pop() - verdict.facts['judged_by'] in (verdict.facts['judged_by'], verdict.facts['judged_by'] + 1)
-    assert verdict.facts['kept_step'] in (0, best_step(rows, SETTINGS))
+    best = max((r for r in rows if 'paired_cosine' in r), key=lambda r: r['paired_cosine'])
+    assert verdict.facts['kept_step'] in (0, best['step'])
+
+def test_a_run_of_before_that_is_over_says_which_weights_it_has(home):
+    "Begun without the best weights, it goes on with them and has those of its end."
+    last = aligned(home, 'drawn', 'before', keep_best=False)
+    again = aligned(home, 'drawn', 'before')
+    assert read_verdict(home/'before').facts['kept_step'] in (0, 4)
+    if read_verdict(home/'before').facts['kept_step']: assert torch.equal(last.proj_gen.weight, again.proj_gen.weight)
 
 def test_pairs_learned_by_heart_leave_the_encoder_as_it_came(home):
     "Shuffled pairs teach nothing that holds for others: the start is kept, and the worst pairs are shown."

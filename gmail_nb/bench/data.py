@@ -32,7 +32,7 @@ from ..align import GenReal
 from .comparison import comparison
 from ..encoders import Encoder, NoText
 from ..features import LazyPixels, cores, embed
-from ..runs.align import check_pairs, generated_images, pair_sets
+from ..runs.align import check_common_keys, generated_images, pair_sets
 from ..settings import (AdapterSettings, AlignRunSettings, AlignSettings, EmbedSettings,
                                SourceSettings)
 from ..sources import load_captioned
@@ -218,7 +218,7 @@ def stages(
     features = timed('embed', lambda: embed(ds, encoder, home/'features', settings=quiet))
     timed('embed, when it is done', lambda: embed(ds, encoder, home/'features', settings=quiet))
     made = timed('generated_images', lambda: generated_images(file, how))
-    timed('check_pairs', lambda: check_pairs(made, ds, run))
+    timed('check_pairs', lambda: check_common_keys(made, ds, run))
     sets = timed('pair_sets', lambda: pair_sets(made, features, encoder.preprocess, run))
     model = GenReal(encoder, AdapterSettings(tuning='projections'))
     job = timed('align: its start',

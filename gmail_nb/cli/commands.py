@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ALIGN_RUNS', 'Arm', 'LlavaArm', 'gmail_tune', 'gmail_experiment', 'COMMANDS', 'dry', 'dry_demo_run', 'gmail_demo',
-           'listed', 'say_verdict', 'gmail_generate', 'gmail_align', 'gmail_embed', 'gmail_tune_text',
+           'in_brackets', 'say_verdict', 'gmail_generate', 'gmail_align', 'gmail_embed', 'gmail_tune_text',
            'gmail_tune_caption', 'gmail_tune_llava', 'gmail_caption', 'gmail_chat', 'gmail_eval_vqa', 'gmail_eval',
            'gmail_bench', 'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof',
            'experiment_protocol', 'experiment_curve', 'experiment_controls', 'experiment_captioning',
-           'experiment_ifcap', 'experiment_llava', 'dry_table', 'experiment_table', 'table_command']
+           'experiment_ifcap', 'experiment_llava', 'dry_experiment_table', 'experiment_table', 'table_command',
+           'dry_report', 'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -24,7 +25,7 @@ from ..runs.presets import TEXT_RECIPES, CaptionerPreset, TextRecipe
 from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, AlignRunSettings
 from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSettings, DemoSettings
 from ..settings import DrawSettings, EmbedSettings, EvalSettings, IFCapSettings, SourceSettings
-from ..settings import QUICK_LLAVA, LlavaExperimentSettings, LlavaSettings, ProofSettings
+from ..settings import QUICK_LLAVA, STUDY_SEEDS, LlavaExperimentSettings, LlavaSettings, ProofSettings
 from ..settings import ReadSettings, RunSettings, TuneSettings, VQASettings, WorkSettings, proof_settings
 
 # %% ../../nbs/cli/10_commands.ipynb #db6e719d
@@ -57,15 +58,15 @@ def gmail_demo(
     from gmail_nb.experiments.demo import demo, demo_table, demo_verdict, headline_settings
     from gmail_nb.pages import table_text
     from gmail_nb.runtime import use_all_cores
-    started = time.time()
+    started = time.monotonic()
     use_all_cores()
     records = demo(out, headline_settings(quick, seed, crude, steps, guidance))
     print(f'\n{demo_verdict(records)}\n\n{table_text(demo_table(records))}\n')
-    print(f'report: {out}/report.html  ({time.time() - started:.0f} s)')
+    print(f'report: {out}/report.html  ({time.monotonic() - started:.0f} s)')
     return dict(out=out, report=f'{out}/report.html', verdict=demo_verdict(records))
 
 # %% ../../nbs/cli/10_commands.ipynb #1212b9bd
-def listed(names) -> str:
+def in_brackets(names) -> str:
     "Names for the help of a flag."
     return f'[{", ".join(names)}]'
 
@@ -89,8 +90,8 @@ def say_verdict(
 _not_asked = 'part', 'show_progress', 'cache_dir'
 _draw = ('gmail_generate dataset_coco.json --which all --generator stable-diffusion-2 --out generated')
 
-@command(leave=_not_asked, more=dict(generator=listed(GENERATORS)), dry=dry('dry_generate'),
-         example=_draw)
+@command(leave=_not_asked, more=dict(generator=in_brackets(GENERATORS)), dry=dry('dry_generate'),
+         example=_draw, alone=False) # processes share the shards
 def gmail_generate(
     captioned:str,            # a captioned set, with or without images
     generator:str='embedded', # a generator by name, a pipeline folder, or a Hub id
@@ -142,7 +143,7 @@ def gmail_align(
 
 # %% ../../nbs/cli/10_commands.ipynb #8f7969a2
 @command(leave=('cache_dir', 'which', 'show_progress', 'part_rows'), dry=dry('dry_embed'),
-         example='gmail_embed photos --model aligned --out features')
+         example='gmail_embed photos --model aligned --out features', alone=False)
 def gmail_embed(
     captioned:str,          # a captioned set, or a folder of gmail_generate
     model:str='embedded',   # a folder of gmail_align, or an encoder by name
@@ -153,7 +154,10 @@ def gmail_embed(
 ):
     "Write the features of every image into a folder. Run the same command again to go on."
     from gmail_nb.runs.align import embed_set
-    found = embed_set(captioned, out, model, side, settings, source)
+    from gmail_nb.runs.claims import claimed
+    name = f'part-{settings.part.replace("/", "-of-")}' # other parts are of other jobs
+    with claimed(out, name, alone=settings.part == EmbedSettings.part):
+        found = embed_set(captioned, out, model, side, settings, source)
     damaged = f', {len(found.failed)} images damaged' if found.failed else ''
     print(f'features: {out} ({len(found)} rows of {found.shape[1]}{damaged})')
     return dict(out=out, rows=len(found), width=found.shape[1], damaged=len(found.failed))
@@ -316,7 +320,7 @@ _known = dict(preset=EVAL_PRESETS, task=TASKS, model=MODEL_FORMS, data=SET_NAMES
 
 _eval = 'gmail_eval --preset paper-table2 --root sets --models models --out eval'
 
-@command(leave=('cache_dir', 'which', 'engine'), more={k: listed(v) for k, v in _known.items()},
+@command(leave=('cache_dir', 'which', 'engine'), more={k: in_brackets(v) for k, v in _known.items()},
          dry=dry('dry_eval'), example=_eval, words=dict(vqa=gmail_eval_vqa))
 def gmail_eval(
     preset:str|None=None,  # a table of the paper
@@ -344,15 +348,17 @@ def gmail_eval(
     tables = evaluate_as_asked(preset, task, model, data, rows, out, root=root, below=models,
                                skip_existing=skip_existing, **more)
     print(tables)
-    if verdict := getattr(tables, 'verdict', None): print(f'\n{verdict.text()}\n')
     print(f'results: {out}/results.jsonl, tables: {out}/table.txt, report: {out}/report.html')
+    verdict = getattr(tables, 'verdict', None)
+    lines = verdict.text().splitlines() if verdict else []
+    print(*lines[:6], *(f'and {n} more differences on the page' for n in [len(lines) - 6] if n > 0), sep='\n')
     failed = [dict(row=row, data=d, why=why) for (row, d), why in tables.failed.items()]
     return dict(status=2 if failed else 0, out=out, results=f'{out}/results.jsonl', failed=failed,
                 report=f'{out}/report.html', tables=getattr(tables, 'rows', {}),
                 verdict=verdict.card() if verdict else None)
 
 # %% ../../nbs/cli/10_commands.ipynb #3f7ccced
-@command(more=dict(name=listed(BENCHES)), example='gmail_bench generate --out bench')
+@command(more=dict(name=in_brackets(BENCHES)), example='gmail_bench generate --out bench')
 def gmail_bench(
     name:str,            # which benchmark
     json:bool=False,     # print a JSON list
@@ -377,7 +383,7 @@ def gmail_bench(
 def experiment_retrieval(
     out:str='retrieval', # results, figures and the tuned model of the GMAIL arm
     quick:bool=False,    # fewer concepts, and no curve over shares of the captions
-    seeds:int=5,         # how many of the text side, for each arm
+    seeds:int=DemoSettings().seeds, # how many of the text side, for each arm
     settings:TuneSettings=DemoSettings().tune
 ):
     "Five arms of a text side and how they scale: text-to-image and image-to-text retrieval."
@@ -401,7 +407,7 @@ def show_file(out:str, name:str) -> dict: # for `--json`
 def experiment_alignment(
     out:str='alignment', # results of every variant
     quick:bool=False,    # fewer concepts and epochs
-    seeds:int=3,         # how many of each variant
+    seeds:int=STUDY_SEEDS, # how many of each variant
     seed:int=0           # seed of noise and data order of the demo's pairs
 ):
     "Losses, ranks, negatives and other choices of the alignment, each with every seed."
@@ -427,9 +433,9 @@ def experiment_protocol(
     "The claims of the evidence, those that failed first; and the choice of settings."
     from gmail_nb.experiments.chain import choose_settings
     from gmail_nb.experiments.protocol import chosen_settings
-    from gmail_nb.experiments.controls import write_page
+    from gmail_nb.experiments.controls import write_controls_page
     if choose: choose_settings(out)
-    write_page(out)
+    write_controls_page(out)
     print(f'settings of the text head, chosen on validation concepts: {chosen_settings(out)}')
     return show_file(out, 'page.md')
 
@@ -505,7 +511,7 @@ def experiment_llava(
     return show_file(out, 'llava_table.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #7fc7ae73
-def dry_table(table:str, scale:str, out:str, settings:TableRun, **rest) -> list:
+def dry_experiment_table(table:str, scale:str, out:str, settings:TableRun, **rest) -> list:
     "What a table would do, at either scale."
     import gmail_nb.experiments.tables as tables
     from gmail_nb.runs.dry_run import dry_demo
@@ -534,7 +540,7 @@ def experiment_table(
 def table_command(table:str) -> Command:
     "The command of one table."
     name, title = f'gmail_experiment {table}', TABLES[table].title
-    return Command(experiment_table, name=name, fixed=dict(table=table), dry=dry_table,
+    return Command(experiment_table, name=name, fixed=dict(table=table), dry=dry_experiment_table,
                    example=f'{name} --scale paper --root sets --dry-run',
                    doc=f'Table {table.removeprefix("table")} of the paper: {title}.')
 
@@ -550,11 +556,39 @@ gmail_experiment = Commands(
     captioning=experiment_captioning, ifcap=experiment_ifcap, llava=experiment_llava,
     **{table: table_command(table) for table in TABLES})
 
+# %% ../../nbs/cli/10_commands.ipynb #c2f0a1b2
+def dry_report(**asked) -> list:
+    "What the report would do."
+    import gmail_nb.experiments.report as room
+    return room.dry_report(**asked)
+
+@command(leave=('rows', 'data'), dry=dry_report,
+         example='gmail_report --scale embedded --quick --only table2,figure3 --out report')
+def gmail_report(
+    scale:Literal['embedded', 'paper']='embedded', # the embedded set, or the paper's own sets
+    only:str|None=None,  # tables and figures with commas between, such as table2,figure3
+    out:str='report',    # report.html, report.json and report.md, and all that was made for them
+    quick:bool=False,    # on the embedded set: one small chain, for a first look
+    settings:TableRun=TableRun()
+):
+    "Every table and figure of the paper with ours beside it, on one page. Run it again to go on."
+    from gmail_nb.experiments.report import all_claims, counted, report
+    from gmail_nb.runtime import use_all_cores
+    from gmail_nb.settings import report_settings
+    if scale == 'embedded' and settings != TableRun(seeds=settings.seeds):
+        raise ValueError('the flags of a table go with --scale paper: add it')
+    if scale == 'paper' and quick: raise ValueError('--quick is of the embedded set: leave it out')
+    use_all_cores()
+    asked = settings if scale == 'paper' else report_settings(quick, settings.seeds)
+    shown = report(out, scale, only, asked)
+    print(f'\nclaims: {counted(all_claims(shown))}\nreport: {out}/report.html')
+
 # %% ../../nbs/cli/10_commands.ipynb #047bde26
 COMMANDS = Commands(
     'python -m gmail_nb.cli.commands', 'Generative modality alignment, from a shell.',
     word='command',
     demo=gmail_demo, generate=gmail_generate, align=gmail_align, embed=gmail_embed, tune=gmail_tune,
-    caption=gmail_caption, chat=gmail_chat, eval=gmail_eval, bench=gmail_bench, experiment=gmail_experiment)
+    caption=gmail_caption, chat=gmail_chat, eval=gmail_eval, bench=gmail_bench, experiment=gmail_experiment,
+    report=gmail_report)
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(COMMANDS()) # not in a notebook

@@ -24,7 +24,7 @@ from ..data import emoji
 from ..encoders import (
     Encoder, embedded_encoder, encode_images, encode_texts, load_encoder, preprocess_images)
 from .demo import (
-    Side, align_side, arm_ranks, demo_tests, gap_records, kept_features, make_side)
+    Side, align_side, arm_ranks, demo_tests, demo_gap_records, kept_features, make_side)
 from gmail_nb.experiments.protocol import (
     CHOOSING_STYLE, GOOD, Point, arm_record, chain_settings, found, is_validation,
     without_validation)
@@ -127,7 +127,7 @@ def chain_records(
         how = {} if features is None else dict(tune=tune)
         out += [arm_record(point, arm, seed, t, r, **how) for t, r in ranks.items()]
     for when in ('generated', 'aligned'):
-        gaps = gap_records('chain', when, x[f'b_{when}'], x['b_real'], seed)
+        gaps = demo_gap_records('chain', when, x[f'b_{when}'], x['b_real'], seed)
         out += [g | dict(point=asdict(point)) for g in gaps]
     return out
 

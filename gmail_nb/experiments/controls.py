@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LONGER', 'shuffled_pairs', 'two_styles', 'aligned_on', 'unit', 'mean_shift', 'procrustes', 'ridge', 'random_map',
            'batch_statistics', 'control_features', 'control_records', 'control_seed', 'against', 'finished_controls',
-           'control_row', 'control_table', 'show_controls', 'controls_text', 'controls', 'evidence_page', 'write_page']
+           'control_row', 'control_table', 'show_controls', 'controls_text', 'controls', 'evidence_page',
+           'write_controls_page']
 
 # %% ../../nbs/experiments/14_controls.ipynb #3410b5dc
 import copy
@@ -28,7 +29,7 @@ from gmail_nb.experiments.chain import (
     kept_chain, tuned_ranks)
 from .curve import (
     KEPT_GAPS, curve_table, gathered, is_stored, joined, mean_of, shown_number, stored)
-from .demo import Side, align_side, gap_records
+from .demo import Side, align_side, demo_gap_records
 from .protocol import (
     CLAIMS, CONTROLS, CURVES, GOOD, Claim, Point, arm_record, chain_settings, chosen_settings,
     claims_table, difference, said_first)
@@ -140,7 +141,7 @@ def control_records(
         ranks = tuned_ranks(encoder, features, b.captions, s, tests, inputs)
         how = dict(tune=dict(steps=tune.steps, lr=tune.lr))
         out += [arm_record(point, name, seed, t, r, **how) for t, r in ranks.items()]
-    gaps = [g for name, v in made.items() for g in gap_records('chain', name, v, x['b_real'], seed)]
+    gaps = [g for name, v in made.items() for g in demo_gap_records('chain', name, v, x['b_real'], seed)]
     return out + [g | dict(point=asdict(point)) for g in gaps]
 
 # %% ../../nbs/experiments/14_controls.ipynb #210737eb
@@ -263,7 +264,7 @@ def evidence_page(records:list[dict]) -> str: # markdown
     return '\n\n'.join([*parts, '## Controls', table_markdown(control_table(records))]) + '\n'
 
 # %% ../../nbs/experiments/14_controls.ipynb #fa677c28
-def write_page(
+def write_controls_page(
     out:str|Path # of a run, with or without records of its own
 ) -> Path:
     "page.md from what ships, and from what this run has added to it."

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'KS', 'ARMS', 'ROWS', 'PRIMARY', 'PLACE', 'headline_settings', 'some_concepts', 'Side', 'draw_side',
-           'kept_features', 'make_side', 'align_side', 'gap_records', 'arm_ranks', 'downstream', 'recall_records',
-           'difference_records', 'point_of', 'score_records', 'table_cell', 'demo_table', 'demo_claims',
-           'said_of_claim', 'demo_verdict', 'place_arms', 'place_benefit', 'show_place', 'demo_test_features',
-           'demo_tests', 'demo_arms', 'write_demo_report', 'demo_records', 'demo', 'dry_headline']
+           'kept_features', 'make_side', 'align_side', 'demo_gap_records', 'arm_ranks', 'downstream', 'recall_records',
+           'arm_differences', 'point_of', 'score_records', 'demo_cell', 'demo_table', 'demo_claims', 'said_of_claim',
+           'demo_verdict', 'place_arms', 'place_benefit', 'show_place', 'demo_test_features', 'demo_tests', 'demo_arms',
+           'write_demo_report', 'demo_records', 'demo', 'dry_headline']
 
 # %% ../../nbs/experiments/10_demo.ipynb #3a69d7cc
 from dataclasses import asdict, dataclass, replace
@@ -148,7 +148,7 @@ def align_side(encoder:Encoder, side:Side, settings:DemoSettings) -> tuple[GenRe
     return model, align(model, pixels, features, settings.align, evaluate, prefix=True)
 
 # %% ../../nbs/experiments/10_demo.ipynb #a102410e
-def gap_records(
+def demo_gap_records(
     name:str, arm:str,            # of the experiment
     generated:torch.Tensor, real:torch.Tensor, # (N, D) each
     seed:int
@@ -209,7 +209,7 @@ def recall_records(name:str, hits:dict, n:int, first:int=0) -> list[dict]: # fir
     return [one(*f, k) for f in found for k in KS]
 
 # %% ../../nbs/experiments/10_demo.ipynb #4be7bbff
-def difference_records(name:str, hits:dict, n:int) -> list[dict]:
+def arm_differences(name:str, hits:dict, n:int) -> list[dict]:
     "Paired differences of GMAIL and the indiscriminate arm in each recall, over queries and heads."
     def found(arm, way, k): return torch.stack([run[way] for run in hits[arm]]) < k
     def one(way, k):
@@ -242,7 +242,7 @@ def score_records(hits:dict, settings:DemoSettings) -> list[dict]:
 # %% ../../nbs/experiments/10_demo.ipynb #1c61f972
 ARMS = ('base', 'indiscriminate', 'gmail', 'matched', 'real')
 
-def table_cell(found:list[dict]) -> str:
+def demo_cell(found:list[dict]) -> str:
     "The mean over seeds of one metric and arm, or a difference with its interval."
     if not found: return ''
     first, value = found[0], np.mean([r['value'] for r in found])
@@ -263,7 +263,7 @@ def demo_table(
     for r in records: values.setdefault((r['metric'], r['split'], r['arm']), []).append(r)
     metrics = dict.fromkeys(key[:2] for key in values)
     rows = [*(m for m in ROWS if m in metrics), *(m for m in metrics if m not in ROWS)]
-    def cells(m): return [table_cell(values.get((*m, a))) for a in (*ARMS, pair)]
+    def cells(m): return [demo_cell(values.get((*m, a))) for a in (*ARMS, pair)]
     heading = ['metric (recalls and accuracy in %)', *ARMS, 'gmail - indiscriminate [95%]']
     return [heading] + [[ROWS.get(m, m[0]), *cells(m)] for m in rows]
 
@@ -342,9 +342,9 @@ def show_place(
     for ax in axes:
         ax.set_xscale('log', base=2)
         ax.set_xticks(ticks, map(str, ticks))
-        ax.set_xlabel(f'steps of the generator (star: this run, {point_of(own).name}, '
-                      f'{n} concepts)', fontsize=9)
+        ax.set_xlabel('steps of the generator', fontsize=10)
         ax.spines[['top', 'right']].set_visible(False)
+    fig.suptitle(f'star: this run, {point_of(own).name}, {n} concepts', fontsize=10)
     fig.tight_layout()
     plt.close(fig)
     return fig
@@ -406,9 +406,9 @@ def demo_records(
 ) -> list[dict]:
     "The primary metric, the gap before and after the alignment, recalls, and paired differences."
     s, n, seen = settings, len(real), hits['seen']
-    gaps = [gap_records('demo', arm, x, real, s.seed) for arm, x in sides.items()]
+    gaps = [demo_gap_records('demo', arm, x, real, s.seed) for arm, x in sides.items()]
     recalls = recall_records('demo', seen, n, s.seed if s.seeds == 1 else 0)
-    return score_records(hits, s) + sum(gaps, []) + recalls + difference_records('demo', seen, n)
+    return score_records(hits, s) + sum(gaps, []) + recalls + arm_differences('demo', seen, n)
 
 # %% ../../nbs/experiments/10_demo.ipynb #f5342c19
 def demo(

@@ -6,7 +6,6 @@
 __all__ = ['CHEAP', 'part_of', 'look_at', 'shown_source', 'generate_run']
 
 # %% ../../nbs/runs/05_generate.ipynb #6beb5680
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from ..pipelines import quiet_loading
 from ..runtime import default_device
 from ..settings import DrawSettings, SourceSettings, WorkSettings
 from ..plan import training_split
-from ..sources import load_captioned
+from ..sources import load_captioned, read_manifest
 
 # %% ../../nbs/runs/05_generate.ipynb #61a18f70
 def part_of(
@@ -39,7 +38,7 @@ def look_at(
     real=None     # what `load_captioned` gives
 ) -> None:
     "Measure quality and write the page, as asked. A page of few images gets a quality unasked."
-    rows = json.loads((out/'manifest.json').read_text())['rows']
+    rows = read_manifest(out)['rows']
     unscored = not (out/'quality.parquet').exists()
     if encoder is None and report and 0 < rows <= CHEAP and unscored: encoder = 'embedded'
     if encoder is not None and rows: score_quality(out, encoder)
