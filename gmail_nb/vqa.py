@@ -91,8 +91,8 @@ def as_texts(text, key:str) -> tuple: # of texts
 def not_kept_back(said, key:str) -> bool: # True
     "`ValueError` for what stands where an answer is not published, or is missing."
     if said is not None and said == said and str(said).strip().lower() not in ('', '?', 'nan'): return True
-    raise ValueError(f'question {key!r} has no right answer but {said!r}: the answers of a test split are often '
-                     'kept back; ask another split')
+    raise ValueError(f'question {key!r} has no right answer, {said!r} stands in its place: the answers of a test '
+                     'split are often kept back, so ask another split')
 
 # %% ../nbs/39_vqa.ipynb #fc33b8af
 def mmmu_question(row:dict, key:str) -> Question:
@@ -230,7 +230,10 @@ def small_scienceqa() -> datasets.Dataset:
             (sun, 'When is this highest?', ['at noon', 'at night'], 0, social, '')]
     names = 'image', 'question', 'choices', 'answer', 'subject', 'hint'
     empty = dict.fromkeys(_notes, '') | dict(task='closed choice', grade='grade4')
-    return datasets.Dataset.from_list([empty | dict(zip(names, r)) for r in rows], features=SCIENCEQA_COLUMNS)
+    return _columns_of([empty | dict(zip(names, r)) for r in rows], SCIENCEQA_COLUMNS)
+
+def _columns_of(rows, columns): # in the order of the Hub
+    return datasets.Dataset.from_list([{n: r[n] for n in columns} for r in rows], features=columns)
 
 def _drawing(label:str) -> Image.Image: # of the emoji set
     found = emoji('B', 'noto')
@@ -252,7 +255,7 @@ def small_mmmu() -> datasets.Dataset:
         return dict(id=f'validation_{name}', question=question, options=options, answer=answer, explanation='',
                     img_type="['Icons and Symbols']", topic_difficulty='Easy', question_type=kind,
                     subfield='Drawings', **seen)
-    return datasets.Dataset.from_list([row(*r) for r in rows], features=MMMU_COLUMNS)
+    return _columns_of([row(*r) for r in rows], MMMU_COLUMNS)
 
 # %% ../nbs/39_vqa.ipynb #7b54ed5f
 DIRECTLY = "Answer with the option's letter from the given choices directly."

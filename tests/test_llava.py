@@ -17,7 +17,7 @@ from transformers import (
     CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration,
     LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessor, SiglipVisionConfig)
 
-WORDS = '<pad> <s> </s> <unk> <image> USER: ASSISTANT: what is this ? a the cat dog in picture red it blue one two yes no'.split()
+WORDS = '<pad> <s> </s> <unk> <image> USER: ASSISTANT: what is this ? a the cat dog in picture red it blue one two yes no A B (A) (B) Question: Options:'.split()
 TEXTS = "{% for m in messages %}{{ m['role'].upper() + ': ' + m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 PARTS = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] + ' ' }}"

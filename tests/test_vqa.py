@@ -35,7 +35,7 @@ def test_options_are_read_as_data():
     row = dict(question='?', options='__import__("os").getcwd()', answer='A', image_1=None)
     with pytest.raises(ValueError, match='are no list'): mmmu_question(row, 'q')
 
-@pytest.mark.parametrize('answer', ['', 'Z', 'AB', ' '])
+@pytest.mark.parametrize('answer', ['Z', 'AB', 'a'])
 def test_a_letter_outside_the_choices(answer):
     row = dict(question='?', options="['x', 'y']", answer=answer, image_1=None)
     with pytest.raises(ValueError, match='none of its 2 choices'): mmmu_question(row, 'q')
