@@ -154,6 +154,20 @@ def test_a_question_about_several_pictures(capsys, home):
     said = chat([home/'a.png'], 'what is this ?', home/'real', 5, stream=io.StringIO())
     assert said[0]['content'] == '<image>\nwhat is this ?' and said[1]['role'] == 'assistant'
 
+def test_generated_pictures_go_through_the_aligned_tower(capsys, home):
+    if not (home/'gmail'/'card.json').exists():
+        tune(capsys, home, 'gmail', '--generated', home/'drawn.parquet', '--model', home/'aligned')
+    picture = emoji('unseen', 'noto')[0]['image'].convert('RGB')
+    real, drawn = (load_talker(home/'gmail', torch.device('cpu'), g).look([picture]) for g in (False, True))
+    aligned = GenReal.from_pretrained(home/'aligned')
+    with torch.no_grad(): torch.testing.assert_close(drawn, aligned.generated_tokens(aligned.encoder.preprocess(picture)[None]))
+    assert not torch.allclose(real, drawn)
+    picture.save(home/'g.png')
+    ask = 'what ?', '--image', home/'g.png', '--max-new-tokens', 2, '--device', 'cpu', '--generated', '--model'
+    assert answer(capsys, gmail_chat, *ask, home/'gmail')[0] == 0
+    status, _, err = answer(capsys, gmail_chat, *ask, home/'real')
+    assert status == 2 and 'tuned without an aligned model' in err
+
 def test_several_turns_are_one_conversation(home):
     talker, aloud = load_talker(home/'real'), io.StringIO()
     talk = Talk(talker, [emoji('unseen', 'noto')[0]['image'].convert('RGB')], 4, aloud)

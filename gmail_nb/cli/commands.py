@@ -291,11 +291,13 @@ def gmail_chat(
     *question:str,           # what is asked; None: questions are read, one a line
     image:list=(),           # a picture file; repeatable
     model:str='llava',       # a folder of gmail_tune llava, or a published LLaVA
-    max_new_tokens:int=128   # longest answer, in tokens
+    max_new_tokens:int=128,  # longest answer, in tokens
+    generated:bool=False,    # the pictures come from a generator: through f_g, and not f_r
+    device:str|None=None     # cpu or cuda; the fastest present if absent
 ):
-    "Ask a LLaVA about pictures, through f_r; the answer is written while it is made."
+    "Ask a LLaVA about pictures; the answer is written while it is made."
     from gmail_nb.runs.tune_llava import chat
-    return dict(turns=chat(image, ' '.join(question) or None, model, max_new_tokens))
+    return dict(turns=chat(image, ' '.join(question) or None, model, max_new_tokens, generated=generated, device=device))
 
 # %% ../../nbs/cli/10_commands.ipynb #a5d04f59
 @command(name='gmail_eval vqa', dry=dry('dry_vqa', 'vqa'),

@@ -6,8 +6,8 @@
 __all__ = ['LLAVA_ARMS', 'JUDGED', 'check_llava_arm', 'set_tokens', 'Learned', 'arm_sets', 'learn_from', 'keys_of',
            'half_of_each', 'held_out', 'likelihoods', 'judge_llava', 'show_losses', 'llava_pictures', 'vision_of',
            'started', 'decode_blank', 'keep_llava', 'say_broken', 'write_llava_page', 'Instructed', 'instructed',
-           'check_plain', 'Taught', 'taught', 'train_and_judge', 'tune_llava', 'Talker', 'load_talker', 'Aloud', 'Talk',
-           'chat', 'typed', 'look_told', 'dry_llava', 'look_llava', 'dry_chat']
+           'check_plain', 'Taught', 'taught', 'train_and_judge', 'tune_llava', 'Talker', 'aligned_tower', 'load_talker',
+           'Aloud', 'Talk', 'chat', 'typed', 'look_told', 'dry_llava', 'look_llava', 'dry_chat']
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #f00c8d48
 import gmail_nb.runtime
@@ -414,22 +414,32 @@ class Talker:
     model:Llava
     see:VisualTokens
     keys:list[str]  # of the images that it has learned from
+    generated:bool=False # its pictures come from a generator, and go through f_g
 
-    def look(self, pictures:list) -> torch.Tensor: # (M, T, width), through f_r
-        encoder = self.see.encoder
+    def look(self, pictures:list) -> torch.Tensor: # (M, T, width)
+        encoder, kinds = self.see.encoder, torch.full((len(pictures),), self.generated)
         with torch.inference_mode():
-            return self.see(preprocess_images(encoder, pictures).to(encoder.device))
+            return self.see(preprocess_images(encoder, pictures).to(encoder.device), kinds)
+
+def aligned_tower(name, card:dict, encoder:Encoder) -> GenReal:
+    "The aligned model behind which a folder was tuned. `ValueError` where there was none."
+    if card.get('aligned'): return GenReal.from_pretrained(card['aligned'], encoder)
+    raise ValueError(f'{Path(name).name} was tuned without an aligned model, so it has no f_g for generated '
+                     'pictures: leave --generated out, or tune with --model')
 
 def load_talker(
     name:str|Path,            # a folder of `tune_llava`, or a Hub id or folder of a published LLaVA
-    device:torch.device|None=None # the fastest present if absent
+    device:torch.device|None=None, # the fastest present if absent
+    generated:bool=False      # of pictures from a generator
 ) -> Talker:
     "`FileNotFoundError` or `ValueError` where the name is of neither."
     device = device or default_device()
     if (Path(name)/'card.json').exists() or not _has_config(name):
         model, tower, card = load_trained(name)
         encoder = tower or load_encoder(card['encoder'])
-        return Talker(model.to(device), VisualTokens(encoder.to(device)), trained_on(name))
+        eyes = aligned_tower(name, card, encoder) if generated else encoder
+        return Talker(model.to(device), VisualTokens(eyes.to(device)), trained_on(name), generated)
+    if generated: raise ValueError(f'{name} has one tower for all pictures: leave --generated out')
     if not is_llava(str(name)):
         raise ValueError(f'{name} is a language model without eyes: name a folder of '
                          'gmail_tune llava, or a published LLaVA')
@@ -475,11 +485,14 @@ def chat(
     model:str|Path='llava',  # as `load_talker`
     max_new_tokens:int=128,
     lines=None,              # questions, one a line; standard input if absent
-    stream=None              # where answers are written; standard output if absent
+    stream=None,             # where answers are written; standard output if absent
+    generated:bool=False,    # the pictures come from a generator, and go through f_g
+    device:str|None=None     # cpu or cuda; the fastest present if absent
 ) -> list[dict]: # the conversation
     "Ask about pictures. `ValueError` for a picture that does not decode."
     pictures = [decode_image(Path(p).read_bytes(), str(p)).convert('RGB') for p in images]
-    talk = Talk(load_talker(model), pictures, max_new_tokens, stream or sys.stdout)
+    talker = load_talker(model, torch.device(device) if device else None, generated)
+    talk = Talk(talker, pictures, max_new_tokens, stream or sys.stdout)
     asked = [question] if question else typed(lines or sys.stdin)
     for q in asked: talk.ask(q)
     return talk.turns
