@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PART_BYTES', 'DESCRIBE', 'STAGES', 'PROJECTOR', 'GridTokens', 'token_weights', 'token_side', 'in_half',
            'token_settings', 'embed_tokens', 'grid_of', 'load_tokens', 'LiveTokens', 'Example', 'example',
-           'encode_example', 'CaptionExamples', 'check_same_grid', 'check_images', 'mixed_tokens', 'linear_names',
-           'adapt_language', 'only_trained', 'fit_projector', 'LlavaLoss', 'LlavaTraining', 'examples_fingerprint',
-           'language_facts', 'as_trained', 'checkpointing_of', 'stage_run', 'train_stage', 'train_llava',
-           'adapter_place', 'adapter_state', 'projector_state', 'adapter_config', 'save_trained', 'trained_card',
-           'is_llava', 'new_llava', 'put_adapter', 'load_trained']
+           'without_last', 'encode_example', 'CaptionExamples', 'check_same_grid', 'check_images', 'mixed_tokens',
+           'linear_names', 'adapt_language', 'only_trained', 'fit_projector', 'LlavaLoss', 'LlavaTraining',
+           'examples_fingerprint', 'language_facts', 'as_trained', 'checkpointing_of', 'stage_run', 'train_stage',
+           'train_llava', 'adapter_place', 'adapter_state', 'projector_state', 'adapter_config', 'save_trained',
+           'trained_card', 'is_llava', 'new_llava', 'put_adapter', 'load_trained']
 
 # %% ../nbs/40_llava_training.ipynb #753552e7
 import gmail_nb.runtime
@@ -40,8 +40,7 @@ from .encoders import Encoder
 from gmail_nb.features import (
     Embedder, Features, LazyPixels, Parts, fill, finish_features, folder_settings, load_features,
     loaded)
-from .files import (atomic_write, check_writable, checked_card, name_some, unknown_name, versions,
-                            write_card)
+from .files import atomic_write, check_writable, name_some, unknown_name, versions
 from .llava import (
     Llava, Prompt, chat_text, encode_prompt, language_part, llava_loss, load_llava, lora_layers,
     new_projector, turns_of)
@@ -190,19 +189,26 @@ def example(
     "One question and its answer."
     return Example(tuple(turns_of(question, answer)), images)
 
+def without_last(one:Example) -> Example:
+    "The conversation without its last question and answer."
+    ends = [i for i, t in enumerate(one.turns[:-1]) if t['role'] == 'assistant']
+    turns = one.turns[:ends[-1] + 1]
+    return Example(turns, one.images[:sum(t['content'].count('<image>') for t in turns)])
+
 def encode_example(
     model:Llava,
     one:Example,
     tokens:int,             # of each image
-    longest:int=2048        # an answer is cut there; a question that is longer is refused
+    longest:int=2048        # cut there; where no room is left for the last answer, without its question
 ) -> Prompt:
-    "Token numbers. `ValueError` as `encode_prompt`, and where no room is left for the answer."
+    "Token numbers. `ValueError` as `encode_prompt`, and where no room is left for the first answer."
     said = [t | dict(content=t['content'].replace('<image>', model.marker)) for t in one.turns]
     p = encode_prompt(model, said, len(one.images), tokens)
     asked, over = len(p.ids) - p.answer, len(p.ids) - longest
     if not p.answer: raise ValueError(f'the last turn is no answer to learn: {one.turns[-1]}')
     if over <= 0: return p
     if asked < longest: return replace(p, ids=p.ids[:longest], answer=p.answer - over)
+    if p.earlier: return encode_example(model, without_last(one), tokens, longest)
     raise ValueError(f'a question of {asked} tokens leaves no room for its answer: '
                      f'max_length is {longest}')
 
@@ -378,7 +384,7 @@ def advance(self:LlavaTraining) -> dict: # the row of the log
     batch = self.plan.batch(self.step).tolist()
     prompts = [self.prompt(i) for i in batch]
     place = self.acc.process_index, self.acc.num_processes
-    own, share = own_share([p.answer for p in prompts], *place)
+    own, share = own_share([len(p.learned) for p in prompts], *place)
     images = [image for i in own for image in self.examples[batch[i]].images]
     loss = self.loss([prompts[i] for i in own], mixed_tokens(images, self.files))
     self.learner.step(loss * share)
@@ -520,7 +526,7 @@ def save_trained(
         atomic_write(place/'adapter_model.safetensors', whole)
         adapter_config(model, settings.language_model).save_pretrained(str(place))
     card = dict(kind='llava', format=1, settings=asdict(settings), lora=bool(state), **facts)
-    write_card(folder, card | dict(versions=versions()), 'projector.safetensors', 'adapter/*')
+    atomic_write(folder/'card.json', json.dumps(card | dict(versions=versions()), indent=1))
     return folder
 
 def trained_card(folder:str|Path) -> tuple[dict, LlavaSettings]:
@@ -529,9 +535,10 @@ def trained_card(folder:str|Path) -> tuple[dict, LlavaSettings]:
     if not file.exists():
         raise FileNotFoundError(f'{file} is missing: the folder holds no trained LLaVA, or its '
                                 'writing was cut short; `gmail_tune llava` makes one')
-    card = checked_card(folder)
-    kind = card.get('kind', 'something else')
-    if kind != 'llava': raise ValueError(f'{Path(folder).name} holds {kind!r} and no LLaVA')
+    card = json.loads(file.read_text(encoding='utf-8'))
+    if card.get('kind') != 'llava':
+        found = card.get('kind', 'something else')
+        raise ValueError(f'{Path(folder).name} holds {found!r} and no LLaVA')
     named = {f.name for f in fields(LlavaSettings)}
     said = {k: v for k, v in card['settings'].items() if k in named}
     stages = {k: StageSettings(**said[k]) for k in STAGES if k in said}

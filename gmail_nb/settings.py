@@ -597,7 +597,7 @@ class LlavaSettings:
     "What training a LLaVA depends on, besides the data."
     language_model:str='smollm2' # smollm2, or a Hub id or folder of a language model or of a LLaVA
     revision:str|None=None      # revision of the language model on the Hub
-    encoder:str='embedded'      # image tower by name; a LLaVA and an aligned model bring their own
+    encoder:str='embedded'      # image tower by name, llava:ID too; a LLaVA and an aligned model bring their own
     project:StageSettings=StageSettings() # one: the projector alone, on captions
     instruct:StageSettings=_instruct # two: the projector and LoRA in the language model
     rank:int=16                 # rank of LoRA's matrices in the language model
@@ -627,11 +627,12 @@ class LlavaSettings:
 @dataclass(frozen=True)
 class VQASettings:
     "How questions about pictures are asked."
-    split:str='test'            # split of a set on the Hub
-    subject:str|None=None       # configuration of a set on the Hub, such as a subject of MMMU
+    split:str|None=None         # of a folder or a Hub id; there test of ScienceQA, validation of MMMU if absent
+    subject:str|None=None       # a subject of MMMU, such as Art_Theory; all if absent
     kind:str|None=None          # prompts and scoring: scienceqa or mmmu; that of the set if absent
     images_only:bool=False      # only questions with an image, as ScienceQA-IMG
     limit:int|None=None         # at most so many questions
+    guess:bool=False            # of MMMU: draw a choice where none can be read, as its own script does
     blind:bool=False            # ask again without the images, to see what can be guessed
     batch_size:int=16           # questions at a time
     max_new_tokens:int=16       # longest answer, in tokens

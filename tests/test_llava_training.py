@@ -20,8 +20,10 @@ from gmail_nb.llava import (
 from gmail_nb.llava_training import (
     Example, CaptionExamples, LiveTokens, LlavaTraining, adapt_language, embed_tokens, encode_example, example, in_half,
     load_tokens, load_trained, new_llava, only_trained, save_trained, mixed_tokens, train_llava, train_stage)
+from gmail_nb.runs.instructions import question_turns
 from gmail_nb.runtime import set_seed
-from gmail_nb.settings import AdapterSettings, EmbedSettings, LlavaSettings, RunSettings, StageSettings
+from gmail_nb.settings import AdapterSettings, AlignSettings, EmbedSettings, LlavaSettings, RunSettings, StageSettings
+from gmail_nb.train import align
 from gmail_nb.vqa import Question, ask_questions
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -206,35 +208,44 @@ def test_what_all_prompts_begin_with_is_read_once():
 def test_a_published_llava_goes_all_the_way_and_back(published, pictures, tmp_path):
     "Align, tune on both kinds, caption, answer, save; plain transformers and plain peft give the same logits."
     model, processor = published
+    with torch.no_grad(): # random words are as long as trained ones, or nothing could be learned above them
+        for words in (model.get_input_embeddings().weight, model.get_output_embeddings().weight): words.mul_(20)
     model.save_pretrained(tmp_path/'published')
     processor.save_pretrained(tmp_path/'published')
     llava, tower = from_llava(model, processor)
     aligned = GenReal(tower, AdapterSettings(rank=2))
-    trained_like(aligned)
     trainable = {n for n, p in llava.named_parameters() if p.requires_grad}
-    ds = emoji('B', 'noto').select(range(4))
+    ds, drawn = (emoji('B', s).select(range(4)) for s in ('noto', 'fluent'))
+    assert ds['key'] == drawn['key'] # pairs
+    partners = aligned.real_features(preprocess_images(tower, pictures)).detach()
+    x_g = preprocess_images(tower, [im.convert('RGB') for im in drawn['image']])
+    how = AlignSettings(epochs=30, batch_size=4, lr=2e-2, precision='no')
+    losses = [row['loss'] for row in align(aligned, x_g, partners, how, run=RunSettings(desc=None))]
+    assert losses[-1] < losses[0] - .1 and torch.equal(aligned.real_features(preprocess_images(tower, pictures)), partners)
     quiet = EmbedSettings(show_progress=False)
-    files = {s: embed_tokens(ds, aligned, tmp_path/s, s, quiet) for s in ('real', 'generated')}
+    files = dict(real=embed_tokens(ds, aligned, tmp_path/'real', 'real', quiet),
+                 generated=embed_tokens(drawn, aligned, tmp_path/'generated', 'generated', quiet))
+    moved = embed_tokens(drawn, aligned, tmp_path/'unaligned', 'real', quiet)
+    assert not torch.allclose(moved[[0]], files['generated'][[0]]) # f_g and f_r differ by what was learned
     tower_before = VisualTokens(aligned)(preprocess_images(tower, pictures), torch.tensor([True, False, True, False]))
-    told = [
-        example('<image> what is this ?', w, (('real', 'generated')[i % 2], i))
-        for i, w in enumerate(('a cat', 'the dog', 'red', 'blue'))
-    ]
-    settings = replace(quick, language_model=str(tmp_path/'published'))
+    names = 'a cat', 'the dog', 'red', 'blue'
+    told = [example('<image> what is this ?', w, (('real', 'generated')[i % 2], i)) for i, w in enumerate(names)]
+    quiz = [Question(f'q{i}', 'is it red ?', i % 2, ('yes', 'no'), (pictures[i],)) for i in range(4)]
+    told += [Example(question_turns(q, 0)[0], (('real', i),)) for i, q in enumerate(quiz)]
+    long = StageSettings(steps=60, batch_size=8, lr=1e-2)
+    settings = replace(quick, language_model=str(tmp_path/'published'), project=long, instruct=long, rank=8)
     history = train_llava(llava, told, files, settings)
-    assert history['instruct'][-1] < history['project'][0]
+    assert history['instruct'][-1] < .3 < history['project'][0]
     assert trainable <= {n.replace('.base_layer', '') for n, p in llava.named_parameters() if p.requires_grad} | {
         n for n in trainable if 'language_model' in n} # f_g can be aligned further
     tower_after = VisualTokens(aligned)(preprocess_images(tower, pictures), torch.tensor([True, False, True, False]))
     assert torch.equal(tower_before, tower_after)
-    ask = lambda m: generate_answers(
-        m, [encode_prompt(m, turns_of('<image> what is this ?'), 1, 16)], files['real'][[0]].float(), 6
-    )
+    seen = mixed_tokens([e.images[0] for e in told[:4]], files)
+    ask = lambda m: generate_answers(m, [encode_prompt(m, turns_of('<image> what is this ?'), 1, 16)] * 4, seen, 6)
     said = ask(llava)
-    run = ask_questions(
-        llava, VisualTokens(aligned), [Question('q', 'what is this ?', 1, ('cat', 'dog'), (pictures[0],))]
-    )
-    assert run[0].key == 'q'
+    assert said == list(names) # real ones through f_r and generated ones through f_g, in one batch
+    run = ask_questions(llava, VisualTokens(aligned), quiz)
+    assert [a.read for a in run] == ['A', 'B', 'A', 'B'] and all(a.right for a in run)
     asked = processor(images=pictures[:1], text='<image> what is this ?', return_tensors='pt')
     with torch.no_grad():
         ours = model(inputs_embeds=llava.embed(asked['input_ids'], tower.image_tokens(asked['pixel_values']))).logits
@@ -261,6 +272,15 @@ def test_an_adapter_of_a_language_model_loads_by_plain_peft(tmp_path):
     torch.testing.assert_close(adapted(ids).logits, model.lm(ids).logits)
     back = load_trained(tmp_path/'trained', (small(), None))[0]
     assert all(torch.equal(p, learned(back)[n]) for n, p in learned(model).items())
+
+def test_a_conversation_without_room_loses_its_last_question():
+    model, files = small(), llava_once.files
+    talk = Example((*turns_of('<image> what is this ?', 'a cat'), *turns_of('is it <image> ?', 'no')), (('real', 0), ('real', 1)))
+    whole, first = encode_example(model, talk, 4), encode_example(model, example('<image> what is this ?', 'a cat', ('real', 0)), 4)
+    assert model.tokenizer.decode([whole.ids[i] for i in whole.learned]) == 'a cat no </s>' and whole.images == 2
+    cut = encode_example(model, talk, 4, len(first.ids))
+    assert cut == first and cut.images == 1
+    assert len(train_stage(model, [talk, example('what ?', 'blue')], files, 'instruct', quick)) == 6
 
 def test_frozen_weights_in_sixteen_bits_train_float32_ones():
     model = small()

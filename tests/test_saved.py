@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from test_llava import processor_of, published
+from test_llava import processor_of, tiny_llava
 from torch import nn
 
 from gmail_nb.align import GenReal
@@ -81,7 +81,7 @@ def saved(tmp_path_factory):
     checkpoint_in(root/'checkpoints')
     embed(emoji('B', source='noto').select(range(10)), encoder, root/'features',
           settings=EmbedSettings(part_rows=4, show_progress=False))
-    model, processor = published.__wrapped__()
+    model, processor = tiny_llava()
     save_llava(from_llava(model, processor)[0], root/'llava')
     return root
 

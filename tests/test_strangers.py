@@ -12,7 +12,7 @@ import pytest
 import torch
 from miniature import make_clip, make_gpt2, make_open_clip
 from safetensors.torch import save_file
-from test_llava import processor_of, published
+from test_llava import processor_of, tiny_llava
 from test_saved import LOADERS, Tower, aligned, saved, tiny
 
 from gmail_nb.align import GenReal
@@ -38,7 +38,7 @@ def models(tmp_path_factory):
         (root/name).mkdir()
         make(root/name)
     tiny_stable_diffusion(root/'pipeline')
-    model, processor = published.__wrapped__()
+    model, processor = tiny_llava()
     model.save_pretrained(root/'llava')
     processor.save_pretrained(root/'llava')
     return root

@@ -126,7 +126,7 @@ _align = 'gmail_align photos generated --encoder open_clip:ViT-L-14/openai --out
 def gmail_align(
     captioned:str,          # a captioned set of real images
     generated:str,          # a folder of gmail_generate, drawn from the captions of the same keys
-    encoder:str='embedded', # embedded, open_clip:NAME/PRETRAINED, hf:ID or timm:NAME/FILE
+    encoder:str='embedded', # embedded, open_clip:NAME/PRETRAINED, hf:ID, timm:NAME/FILE or llava:ID
     out:str='aligned',      # the model, its card, curves and checkpoints
     push:str|None=None,     # OWNER/NAME: push the model to the Hub
     source:SourceSettings=SourceSettings(),
@@ -237,18 +237,24 @@ def gmail_tune_llava(
     model:str|None=None,         # a folder of gmail_align, whose f_g sees the generated images
     arm:LlavaArm|None=None,      # what to learn from; gmail with --generated, otherwise real
     tokens:str|None=None,        # folder of tokens that several runs share; below out if absent
+    instructions:str|None=None,  # of stage two: LLaVA's JSON, ScienceQA (a folder or Hub id), or emoji-questions
+    instruction_images:str|None=None, # folder of the JSON's pictures; its own if absent
+    plain:str|None=None,         # a folder: also save a plain LLaVA, where the language model is one
+    plain_side:Literal['real', 'generated']='real', # its vision tower: f_r, or f_g
     source:SourceSettings=SourceSettings(),
     settings:LlavaSettings=LlavaSettings(),
     run:RunSettings=RunSettings()
 ):
-    "A LLaVA: a projector, then LoRA in a language model too. Run it again to go on."
+    "A LLaVA: a projector on captions, then LoRA in a language model too. Run it again to go on."
     from gmail_nb.runs.tune_llava import tune_llava
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
-    losses = tune_llava(out, settings, real, generated, model, arm, tokens, source, run)
+    losses = tune_llava(out, settings, real, generated, model, arm, tokens, source, run,
+                        instructions, instruction_images, plain, plain_side)
     for stage, found in losses.items():
         if found: print(f'{stage}: {len(found)} steps, loss {found[0]:.3f} to {found[-1]:.3f}')
     told = say_verdict(out)
+    if plain: print(f'plain LLaVA: {plain}')
     print(f'LLaVA: {out} (gmail_chat --model {out} talks to it, gmail_eval vqa measures it)')
     return told | dict(steps={stage: len(found) for stage, found in losses.items()})
 
@@ -285,11 +291,13 @@ def gmail_chat(
     *question:str,           # what is asked; None: questions are read, one a line
     image:list=(),           # a picture file; repeatable
     model:str='llava',       # a folder of gmail_tune llava, or a published LLaVA
-    max_new_tokens:int=128   # longest answer, in tokens
+    max_new_tokens:int=128,  # longest answer, in tokens
+    generated:bool=False,    # the pictures come from a generator: through f_g, and not f_r
+    device:str|None=None     # cpu or cuda; the fastest present if absent
 ):
-    "Ask a LLaVA about pictures, through f_r; the answer is written while it is made."
+    "Ask a LLaVA about pictures; the answer is written while it is made."
     from gmail_nb.runs.tune_llava import chat
-    return dict(turns=chat(image, ' '.join(question) or None, model, max_new_tokens))
+    return dict(turns=chat(image, ' '.join(question) or None, model, max_new_tokens, generated=generated, device=device))
 
 # %% ../../nbs/cli/10_commands.ipynb #a5d04f59
 @command(name='gmail_eval vqa', dry=dry('dry_vqa', 'vqa'),
