@@ -168,8 +168,9 @@ class Help(argparse.HelpFormatter):
 STATUS = 'exit status: 0 done, 1 a defect of the program, 2 not possible as asked, 130 or 143 stopped'
 
 # what other programs call it -> our flag
-OTHER_WORDS = {'learning-rate': 'lr', 'temperature': 'tau', 'output': 'out', 'num-inference-steps': 'steps',
-               'guidance-scale': 'guidance', 'num-epochs': 'epochs', 'lora-rank': 'rank', 'dataset': 'data'}
+OTHER_WORDS = {'learning-rate': 'lr', 'temperature': 'tau', 'output': 'out', 'dataset': 'data',
+               'num-inference-steps': 'steps', 'guidance-scale': 'guidance',
+               'num-epochs': 'epochs', 'lora-rank': 'rank'}
 
 class Parser(argparse.ArgumentParser):
     "A parser whose errors are a `ValueError` with near names."
