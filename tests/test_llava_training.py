@@ -233,9 +233,9 @@ def test_a_published_llava_goes_all_the_way_and_back(published, pictures, tmp_pa
     quiz = [Question(f'q{i}', 'is it red ?', i % 2, ('yes', 'no'), (pictures[i],)) for i in range(4)]
     told += [Example(question_turns(q, 0)[0], (('real', i),)) for i, q in enumerate(quiz)]
     long = StageSettings(steps=60, batch_size=8, lr=1e-2)
-    settings = replace(quick, language_model=str(tmp_path/'published'), project=long, instruct=long, rank=8)
+    settings = replace(quick, language_model=str(tmp_path/'published'), project=long, instruct=replace(long, steps=140), rank=8)
     history = train_llava(llava, told, files, settings)
-    assert history['instruct'][-1] < .3 < history['project'][0]
+    assert history['instruct'][-1] < .1 < history['project'][0]
     assert trainable <= {n.replace('.base_layer', '') for n, p in llava.named_parameters() if p.requires_grad} | {
         n for n in trainable if 'language_model' in n} # f_g can be aligned further
     tower_after = VisualTokens(aligned)(preprocess_images(tower, pictures), torch.tensor([True, False, True, False]))
