@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from safetensors.torch import save
 from torch import nn
 
@@ -24,6 +25,7 @@ from .encoders import Encoder, count, load_encoder
 from .files import (atomic_write, check_writable, checked_card, found_on_disk, read_object,
                             unknown_name, versions, without_hub, write_card)
 from .lora import join_qkv, keep_base_weights, lora_tower, train_beside_weights
+from .pages import table_html
 from .settings import TUNINGS, AdapterSettings
 from .weights import check_names, read_tensors
 
@@ -284,7 +286,8 @@ def model_card(
 ): # a `huggingface_hub.ModelCard`
     "A model card for the Hub, from the facts in the card."
     from huggingface_hub import ModelCard
-    left_out = ('format', 'results', 'trained', 'versions', 'files')
+    left_out = ('format', 'results', 'trained', 'versions', 'files', 'verdict')
+    said = ' '.join((card.get('verdict') or {}).get('sentences', ()))
     facts = '\n'.join(f'- {k}: `{json.dumps(v)}`' for k, v in card.items() if k not in left_out)
     trained, share = card['trained']
     base = card['base'].partition(':')[2] or card['base']
@@ -292,7 +295,7 @@ def model_card(
     return ModelCard(_card.format(
         data=_card_data(card).to_yaml(), name=repo.split('/')[-1], repo=repo, base=base,
         tuning=card['tuning'], trained=trained, share=share, facts=facts, versions=versions,
-        results=_results(card.get('results', {}))))
+        results=f"{said}\n\n{_results(card.get('results', {}))}".strip()))
 
 # %% ../nbs/23_align.ipynb #23a00011
 def model_folder(
@@ -367,3 +370,17 @@ def aligned_model(
     model = cls(encoder, adapters, folder/'adapter' if adapters.tuning == 'lora' else None)
     read_weights(model, folder)
     return model.eval()
+
+# %% ../nbs/23_align.ipynb #5b833a28
+@patch
+def summary(self:GenReal) -> dict[str, str]:
+    "What the model is, in a few lines."
+    trained, share = card_of(self)['trained']
+    how = self.tuning
+    if how == 'lora': how += f" of rank {self.f_g.peft_config['default'].r}"
+    return dict(base=self.encoder.name, f_g=f'{how}: {trained:,} parameters, {share:.1%} of the image tower',
+                embeddings=f'{self.encoder.dim} numbers, unit length', device=str(self.device))
+
+@patch
+def _repr_html_(self:GenReal) -> str:
+    return f"<b>GenReal</b>{table_html([['', ''], *map(list, self.summary().items())])}"

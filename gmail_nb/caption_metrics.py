@@ -25,7 +25,7 @@ from scipy.optimize import linprog
 
 from .caption_tokens import tokenize_caption
 from .encoders import Encoder, encode_texts, minilm_folder
-from .stats import Interval, resample
+from .stats import DRAWS, Interval, resample
 
 # %% ../nbs/34_caption_metrics.ipynb #afd89748
 def _some(keys, n=3):
@@ -414,7 +414,7 @@ def score_captions(
 # %% ../nbs/34_caption_metrics.ipynb #dbcf8f04
 def score_interval(
     score:Score|list[Score], # one score, or one for each seed on the same captions
-    draws:int=1000,
+    draws:int=DRAWS,
     seed:int=0
 ) -> Interval:
     "The score (the mean over seeds) and its 95% interval, over captions and seeds."
@@ -426,7 +426,7 @@ def score_interval(
 def score_difference(
     ours:Score|list[Score],   # one score, or one for each seed
     theirs:Score|list[Score], # of the other captioner: same metric, captions and seeds
-    draws:int=1000,
+    draws:int=DRAWS,
     seed:int=0
 ) -> Interval:
     "The mean difference and its 95% interval. `ValueError` when the two cannot be paired."

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['MAPPERS', 'LM_TUNINGS', 'MLPMapper', 'TransformerMapper', 'Prefix', 'caption_tokenizer', 'small_decoder',
-           'check_four_bit', 'load_lm', 'lora_modules', 'lora_lm', 'Captioner', 'caption_ids', 'prefixed_logits',
-           'padded', 'caption_loss', 'CaptionPlan', 'caption_batches', 'noisy_features', 'CaptionLearner',
-           'EncodedCaptions', 'caption_parts', 'encode_captions', 'read_encoded', 'write_encoded', 'Sources',
-           'check_captioned_features', 'CaptionLoss', 'own_share', 'has_dropout', 'training_facts', 'StepTraining',
-           'CaptionTraining', 'seeded_dropout', 'put_dropout_back', 'take_steps', 'train_captioner', 'RowSampling',
-           'check_features', 'continue_from', 'generate_ids', 'caption_text', 'write_captions', 'save_captioner',
-           'captioner_settings', 'captioner_card', 'loaded_in', 'load_captioner', 'caption_statistics']
+           'check_four_bit', 'load_lm', 'lora_modules', 'lora_lm', 'Captioner', 'caption_ids', 'padding_of',
+           'prefixed_logits', 'padded', 'caption_loss', 'CaptionPlan', 'caption_batches', 'noisy_features',
+           'CaptionLearner', 'EncodedCaptions', 'caption_parts', 'encode_captions', 'read_encoded', 'write_encoded',
+           'Sources', 'check_captioned_features', 'CaptionLoss', 'own_share', 'has_dropout', 'training_facts',
+           'StepTraining', 'CaptionTraining', 'seeded_dropout', 'put_dropout_back', 'tracked', 'take_steps',
+           'train_captioner', 'RowSampling', 'check_captioner_input', 'continue_from', 'generate_ids', 'caption_text',
+           'write_captions', 'save_captioner', 'captioner_settings', 'captioner_card', 'loaded_in', 'load_captioner',
+           'caption_statistics']
 
 # %% ../nbs/35_captioning.ipynb #08433877
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -33,7 +35,7 @@ from .encoders import count, minilm_folder
 from .features import Features, native_precision
 from .files import (atomic_write, check_writable, checked_card, progress, unknown_name, versions,
                             write_card)
-from .runtime import fingerprint, noise_generator, stable_seed
+from .runtime import fingerprint, noise_generator, stable_seed, to_device
 from .settings import CaptionerSettings, RunSettings
 from .train import (
     Checkpoints, Log, check_same_run, checkpoints_in, cosine_rate, epoch_order, in_precision,
@@ -275,18 +277,34 @@ def caption_ids(
     captioner.check_fits(max(map(len, ids)))
     return ids
 
+# %% ../nbs/35_captioning.ipynb #d1c0b001
+def padding_of(
+    real:torch.Tensor,    # (B, L), False behind the end of a row; best on the CPU, see below
+    lm:nn.Module,         # causal
+    device:torch.device
+) -> dict: # of `lm(...)`: nothing without padding
+    "What a language model of transformers is told of padding, decided without asking the device."
+    if real.all(): return {}
+    real = to_device(real, device)
+    placed = 'position_ids' in inspect.signature(lm.forward).parameters
+    if lm.config._attn_implementation != 'sdpa' or not placed: return dict(attention_mask=real.long())
+    place = torch.arange(real.shape[1], device=device)
+    seen = (place[:, None] >= place) & real[:, None, None]              # (B, 1, L, L)
+    return dict(attention_mask=seen, position_ids=place[None])
+
 # %% ../nbs/35_captioning.ipynb #4d7628b6
 def prefixed_logits(
     captioner:Captioner,
     prefix:torch.Tensor,  # (B, K, width)
     tokens:torch.Tensor,  # (B, L)
-    real:torch.Tensor     # (B, L), False behind the end of a row
+    real:torch.Tensor     # (B, L), False behind the end of a row; best on the CPU
 ) -> torch.Tensor: # (B, L, V), what the language model expects in place of each token
     "Logits of every token from the prefix and the tokens before it."
-    words = captioner.lm.get_input_embeddings()(tokens)
-    seen = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
-    out = captioner.lm(inputs_embeds=torch.cat([prefix.to(words.dtype), words], 1),
-                       attention_mask=torch.cat([seen, real.long()], 1))
+    lm, device = captioner.lm, prefix.device
+    words = lm.get_input_embeddings()(tokens)
+    seen = torch.ones(prefix.shape[:2], dtype=torch.bool, device=real.device)
+    out = lm(inputs_embeds=torch.cat([prefix.to(words.dtype), words], 1), use_cache=False,
+             **padding_of(torch.cat([seen, real], 1), lm, device))
     return out.logits[:, prefix.shape[1] - 1:-1]
 
 # %% ../nbs/35_captioning.ipynb #4d7628b6b
@@ -308,10 +326,10 @@ def caption_loss(
     "Mean cross entropy per token, the end included."
     (tokens, real), device = padded(ids), captioner.device
     rows, places = real.nonzero(as_tuple=True) # on the CPU: counting on a GPU would make it wait
-    prefix = captioner.prefix(features.to(device))
-    logits = prefixed_logits(captioner, prefix, tokens.to(device), real.to(device))
-    learned = logits[rows.to(device), places.to(device)]                      # (T, V)
-    return F.cross_entropy(learned.float(), tokens[rows, places].to(device))
+    prefix = captioner.prefix(to_device(features, device))
+    logits = prefixed_logits(captioner, prefix, to_device(tokens, device), real)
+    learned = logits[to_device(rows, device), to_device(places, device)]          # (T, V)
+    return F.cross_entropy(learned.float(), to_device(tokens[rows, places], device))
 
 # %% ../nbs/35_captioning.ipynb #h8cap012
 class CaptionPlan:
@@ -438,13 +456,13 @@ def read_encoded(
     "The numbers, mapped. `ValueError` for a folder that is not whole."
     folder = Path(folder)
     try:
-        card = json.loads((folder/'card.json').read_text(encoding='utf-8'))
+        card = checked_card(folder)
         tokens = np.memmap(folder/'tokens.int32', np.int32, 'r')
         lengths, counts = (np.load(folder/name) for name in ('lengths.npy', 'counts.npy'))
     except (OSError, ValueError) as e:
         raise ValueError(f'{folder.name} holds no whole captions ({e}): write them again') from e
     there = dict(tokens=len(tokens), captions=len(lengths), images=len(counts))
-    if there == card and lengths.sum() == len(tokens) and counts.sum() == len(lengths):
+    if there == {k: card.get(k) for k in there} and lengths.sum() == len(tokens) and counts.sum() == len(lengths):
         return EncodedCaptions(tokens, _from_zero(lengths), _from_zero(counts))
     raise ValueError(f'{folder.name} holds {there}, its card says {card}: write them again')
 
@@ -467,7 +485,7 @@ def write_encoded(
     np.save(folder/'lengths.npy', lengths)
     np.save(folder/'counts.npy', counts)
     card = dict(tokens=int(lengths.sum()), captions=len(lengths), images=len(counts))
-    atomic_write(folder/'card.json', json.dumps(card))
+    write_card(folder, card, 'tokens.int32', 'lengths.npy', 'counts.npy')
     return read_encoded(folder)
 
 # %% ../nbs/35_captioning.ipynb #19784700
@@ -701,6 +719,10 @@ def drive(self:StepTraining, run:RunSettings, notes:Log, bar) -> None:
         if checkpoints and (last or self.step % run.save_every == 0): self.save(checkpoints)
 
 # %% ../nbs/35_captioning.ipynb #0ab385ce
+def tracked(run:RunSettings) -> Accelerator:
+    "This process, with the trackers that are asked for."
+    return processes(run.trackers, run.checkpoints or Path(run.log_file or '.').parent)
+
 def take_steps(
     job:StepTraining,
     seed:int,             # of dropout
@@ -738,7 +760,8 @@ def train_captioner(
     `ValueError` for unpaired input, `FloatingPointError` when the loss is no number."""
     named = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, noise=noise)
     settings = replace(settings, **{k: v for k, v in named.items() if v is not None})
-    job = CaptionTraining(captioner, features, captions, settings, seed, accelerator)
+    acc = accelerator or tracked(run)
+    job = CaptionTraining(captioner, features, captions, settings, seed, acc)
     take_steps(job, seed, run, desc)
     captioner.eval()
     return job.learner.losses
@@ -753,10 +776,10 @@ class RowSampling(LogitsProcessor):
     def __call__(self, input_ids, scores):
         uniform = [torch.rand(scores.shape[-1], generator=g) for g in self.generators]
         noise = -torch.log(-torch.log(torch.stack(uniform).clamp(1e-20, 1 - 1e-7)))
-        return self.nucleus(input_ids, scores.float() / self.temperature) + noise.to(scores.device)
+        return self.nucleus(input_ids, scores.float() / self.temperature) + to_device(noise, scores.device)
 
 # %% ../nbs/35_captioning.ipynb #h8cap018
-def check_features(captioner:Captioner, features:torch.Tensor) -> None:
+def check_captioner_input(captioner:Captioner, features:torch.Tensor) -> None:
     "`ValueError` when features are not (N, dim) of the captioner's own dim."
     dim, shape = captioner.settings['dim'], tuple(features.shape)
     if len(shape) == 2 and shape[1] == dim: return
@@ -796,13 +819,13 @@ def generate_ids(
 
     `ValueError` for features of another width, a window that is too short, or beams
     together with sampling."""
-    check_features(captioner, features)
+    check_captioner_input(captioner, features)
     if beams > 1 and top_p is not None: raise ValueError('choose either beams or nucleus sampling')
     captioner.check_fits(max_new_tokens)
     size = max(1, batch_size // beams)
     out, starts = [], range(0, len(features), size)
     for i in progress(starts, desc) if desc else starts:
-        x = features[i:i + size].to(captioner.device).float()
+        x = to_device(features[i:i + size], captioner.device).float()
         prefix = captioner.prefix(x).to(captioner.lm.dtype)
         rows = range(first + i, first + i + len(prefix))
         extra = [RowSampling(rows, top_p, temperature, seed)] if top_p is not None else []

@@ -38,10 +38,11 @@ from .encoders import Encoder, encode_images, encode_texts
 from .features import native_precision
 from .files import atomic_path, progress, record, unknown_name
 from .retrieval import check_features, feature_rows
-from .runtime import fingerprint, module_fingerprint, noise_generator, stable_seed
+from .runtime import (fingerprint, module_fingerprint, noise_generator, stable_seed,
+                              to_device)
 from .settings import FineTuneSettings, ProbeSettings
 from .sources import IMAGE_SUFFIXES
-from .stats import Interval, bootstrap, class_mean
+from .stats import DRAWS, Interval, bootstrap, class_mean
 from .train import batches, cosine_rate, in_precision
 from .weights import read_torch
 
@@ -133,7 +134,7 @@ def per_image(p:Predictions) -> dict[str, torch.Tensor]: # metric -> (N,)
     return out | dict(mean_per_class=right[:, 0] * weight)
 
 # %% ../nbs/31_classification.ipynb #1c310002
-def classification_scores(p:Predictions, draws:int=1000) -> dict[str, Interval]:
+def classification_scores(p:Predictions, draws:int=DRAWS) -> dict[str, Interval]:
     "top-1, top-5 where there are more than five classes, and the mean over classes."
     out = {m: bootstrap(v, draws=draws) for m, v in per_image(p).items() if m != 'mean_per_class'}
     return out | dict(mean_per_class=class_mean(p.right, p.labels, draws))
@@ -814,9 +815,9 @@ def one_step(run:FineTuning, index:torch.Tensor) -> None: # of a whole batch
     s, own = run.settings, run.own(index)
     torch.manual_seed(stable_seed('fine-tune', s.seed, len(run.losses), run.state.process_index))
     run.model.train()
-    pixels = run.train.x[own].to(run.device)
+    pixels = to_device(run.train.x[own], run.device)
     with in_precision(run.precision, run.device): logits = run.model(pixels)
-    y = run.train.labels[own].to(run.device)
+    y = to_device(run.train.labels[own], run.device)
     loss = F.cross_entropy(logits.float(), y, reduction='sum') / len(index)
     run.optimizer.zero_grad()
     loss.backward()
@@ -898,7 +899,7 @@ def predict(
     mine = torch.arange(state.process_index, len(pixels), state.num_processes).split(batch_size)
     for i, index in enumerate(mine):
         if hasattr(pixels, 'prefetch'): pixels.prefetch(torch.cat(mine[i:i + 2]))
-        x = pixels[index].to(run.device)
+        x = to_device(pixels[index], run.device)
         with in_precision(run.precision, run.device): logits = run.model(x)
         best |= zip(index.tolist(), logits.float().topk(k, 1).indices.tolist())
     if state.num_processes > 1:

@@ -6,7 +6,7 @@
 __all__ = ['CAPTIONED', 'FEATURES', 'SOURCES', 'SPLITS', 'FORMATS', 'MAX_PIXELS', 'IN_MEMORY', 'emoji', 'show_images',
            'decode_image', 'check_columns', 'column_of', 'repeated', 'check_unique', 'undecoded', 'check_captioned',
            'quiet_datasets', 'as_captioned', 'whole_parquet', 'check_parquet', 'read_parquet', 'parquet_files', 'Pairs',
-           'pairs', 'show_pairs']
+           'pairs', 'show_pairs', 'png_of', 'show_captioned']
 
 # %% ../nbs/05_data.ipynb #4de0071c
 import contextlib
@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fastcore.basics import patch
 from .files import asset, in_one_line, name_some, unknown_name
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -520,3 +521,26 @@ def show_pairs(
     names = ['real'] + ['generated']*(depth - 1)
     for ax, name in zip(axes[:, 0], names): ax.set_ylabel(name, fontsize=8)
     return _finished(fig)
+
+# %% ../nbs/05_data.ipynb #77c049d6
+def png_of(fig:Figure) -> bytes:
+    "A figure as a notebook stores it."
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format='png')
+    return buffer.getvalue()
+
+@patch
+def _repr_png_(self:Pairs) -> bytes|None: # none where there is no pair
+    return png_of(show_pairs(self)) if len(self) else None
+
+def show_captioned(
+    ds:datasets.Dataset, # a captioned or a generated set
+    n:int=12,            # images, evenly spread over the rows
+    ncols:int=6, size:float=1.3 # as in `show_images`
+) -> Figure:
+    "Images of a set with their first captions; `ValueError` for a set without rows."
+    if len(ds): ds = ds.select(np.unique(np.linspace(0, len(ds) - 1, min(n, len(ds))).astype(int)))
+    texts = ds['captions' if 'captions' in ds.column_names else 'caption']
+    said = [c[0] if isinstance(c, list) else c for c in texts]
+    images = [decode_image(r['image'], k) for r, k in zip(undecoded(ds), ds['key'])]
+    return show_images(images, said, ncols, size)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GAP_PAIRS', 'check_paired', 'paired_cosines', 'ranks', 'recall_at_k', 'modality_scores', 'modality_probe',
            'centroid_distance', 'alignment', 'uniformity', 'some_pairs', 'recalls', 'gap_report', 'show_cosines',
-           'project_2d', 'draw_pairs', 'show_gap', 'show_tsne', 'check_token_pairs', 'token_cosines', 'token_distances',
-           'token_centroids', 'side_by_side', 'token_gap_report', 'token_grid', 'show_token_gap']
+           'project_2d', 'draw_pairs', 'show_gap', 'show_tsne', 'check_paired_tokens', 'token_cosines',
+           'token_distances', 'token_centroids', 'side_by_side', 'token_gap_report', 'token_grid', 'show_token_gap']
 
 # %% ../nbs/28_gap.ipynb #04a133f4
 import matplotlib.pyplot as plt
@@ -253,7 +253,7 @@ def show_tsne(before, after, seed:int=0, limit:int=400) -> Figure:
     return show_gap(before, after, 'tsne', seed, limit)
 
 # %% ../nbs/28_gap.ipynb #5ed3c6da
-def check_token_pairs(
+def check_paired_tokens(
     a:torch.Tensor, # (N, T, W)
     b:torch.Tensor  # (N, T, W), row i belongs to row i of `a`
 ) -> None:
@@ -269,7 +269,7 @@ def token_cosines(
     real_tokens:torch.Tensor       # (N, T, W)
 ) -> torch.Tensor: # (N, T), in [-1, 1]
     "The cosine of the tokens at the same place of every pair."
-    check_token_pairs(generated_tokens, real_tokens)
+    check_paired_tokens(generated_tokens, real_tokens)
     return F.cosine_similarity(generated_tokens, real_tokens, dim=-1)
 
 # %% ../nbs/28_gap.ipynb #be85ded8
@@ -278,7 +278,7 @@ def token_distances(
     real_tokens:torch.Tensor       # (N, T, W)
 ) -> torch.Tensor: # (N, T)
     "Squared distance of the same places, as a share of the squared length of the real image's tokens."
-    check_token_pairs(generated_tokens, real_tokens)
+    check_paired_tokens(generated_tokens, real_tokens)
     apart = (generated_tokens - real_tokens).square().sum(-1)
     return apart / real_tokens.square().sum(-1).mean(1, keepdim=True).clamp(min=1e-12)
 
@@ -288,7 +288,7 @@ def token_centroids(
     real_tokens:torch.Tensor       # (N, T, W)
 ) -> torch.Tensor: # (T,), in [0, 2]
     "At every place, the distance of the two means over images of unit tokens."
-    check_token_pairs(generated_tokens, real_tokens)
+    check_paired_tokens(generated_tokens, real_tokens)
     means = [F.normalize(x, dim=-1).mean(0) for x in (generated_tokens, real_tokens)]
     return (means[0] - means[1]).norm(dim=-1)
 
@@ -307,7 +307,7 @@ def token_gap_report(
     seed:int=0                     # of the draw
 ) -> dict[str, float]: # by name
     "The gap of the tokens in numbers, and retrieval of partners by them in both directions."
-    check_token_pairs(generated_tokens, real_tokens)
+    check_paired_tokens(generated_tokens, real_tokens)
     some = some_pairs(len(real_tokens), limit, seed)
     g, r = generated_tokens[some].float(), real_tokens[some].float()
     found = dict(cosine=token_cosines(g, r), distance=token_distances(g, r),

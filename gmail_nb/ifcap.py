@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FUNCTION_WORDS', 'image_like', 'matching_noise', 'retrieve', 'entity_vocabulary', 'frequent_entities',
-           'entity_prompt', 'Fusion', 'Lookup', 'IFCap', 'joined', 'ifcap_loss', 'IFCapTraining', 'IFCapBatches',
+           'entity_prompt', 'Fusion', 'Lookup', 'IFCap', 'joined_batch', 'ifcap_loss', 'IFCapTraining', 'IFCapBatches',
            'changed_training', 'train_ifcap', 'write_after', 'ifcap_ids', 'write_ifcap', 'save_ifcap', 'load_ifcap']
 
 # %% ../nbs/36_ifcap.ipynb #cdd1b07b
@@ -23,10 +23,10 @@ from torch import nn
 
 from .caption_tokens import tokenize_caption
 from .captioning import (
-    MAPPERS, Captioner, CaptionLearner, caption_batches, caption_ids, caption_text, check_features,
+    MAPPERS, Captioner, CaptionLearner, caption_batches, caption_ids, caption_text, check_captioner_input,
     continue_from, load_captioner, prefixed_logits, save_captioner)
 from .files import atomic_write, progress
-from .runtime import noise_generator, stable_seed
+from .runtime import noise_generator, stable_seed, to_device
 from .weights import read_tensors
 
 # %% ../nbs/36_ifcap.ipynb #65896376
@@ -171,7 +171,7 @@ def seen_entities(self:IFCap, features:torch.Tensor) -> list[list[str]]:
 
 
 # %% ../nbs/36_ifcap.ipynb #9f7ad466
-def joined(
+def joined_batch(
     prompts:list[list[int]], # tokens that are given
     ids:list[list[int]]      # tokens that are learned
 ) -> tuple[torch.Tensor, ...]: # tokens, which are real, which are learned; (B, L) each
@@ -192,10 +192,12 @@ def ifcap_loss(
 ) -> torch.Tensor:
     "Mean cross entropy per token of the captions; prefix and prompt are only read."
     device = model.device
-    tokens, real, learned = (t.to(device) for t in joined(prompts, ids))
-    prefix = model.prefix(features.to(device), model.bank[retrieved.to(device)])
-    logits = prefixed_logits(model, prefix, tokens, real)
-    return F.cross_entropy(logits[learned].float(), tokens[learned])
+    tokens, real, learned = joined_batch(prompts, ids)
+    rows, places = (to_device(i, device) for i in learned.nonzero(as_tuple=True))
+    asked = to_device(tokens[learned], device)
+    prefix = model.prefix(to_device(features, device), model.bank[to_device(retrieved, device)])
+    logits = prefixed_logits(model, prefix, to_device(tokens, device), real)
+    return F.cross_entropy(logits[rows, places].float(), asked)
 
 # %% ../nbs/36_ifcap.ipynb #4b170a15
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class IFCapBatches:
         m, x, noise = self.model, self.features[j], self.training.noise
         x = image_like(x, noise, self.g) if noise else F.normalize(x, dim=-1)
         device = m.bank.device
-        found = retrieve(x.to(device), m.bank, m.lookup.k, self.own[j].to(device))
+        found = retrieve(to_device(x, device), m.bank, m.lookup.k, to_device(self.own[j], device))
         return x, found, [self.prompt(i) for i in j.tolist()], [self.ids[i] for i in j.tolist()]
 
 
@@ -287,7 +289,7 @@ def ifcap_ids(
     """Retrieve, count, fuse, write.
 
     `ValueError` for features of another width, or captions longer than the window."""
-    check_features(model, features)
+    check_captioner_input(model, features)
     prompts = [model.prompt_ids(e) for e in model.seen_entities(features)]
     found = retrieve(features.to(model.bank.device), model.bank, model.lookup.k)
     model.check_fits(max(map(len, prompts)) + max_new_tokens)
@@ -295,7 +297,7 @@ def ifcap_ids(
     for length in sorted({len(p) for p in prompts}):
         alike = torch.tensor([i for i, p in enumerate(prompts) if len(p) == length])
         for part in alike.split(batch_size):
-            prefix = model.prefix(features[part].to(model.device), model.bank[found[part]])
+            prefix = model.prefix(to_device(features[part], model.device), model.bank[found[part]])
             given = [prompts[i] for i in part]
             out |= zip(part.tolist(), write_after(model, prefix, given, max_new_tokens, beams))
     return [out[i] for i in range(len(features))]

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['both_sides', 'VisualTokens', 'new_projector', 'turns_of', 'parts_of', 'chat_text', 'spread_markers', 'Llava',
-           'Prompt', 'encode_prompt', 'padded', 'llava_loss', 'generate_answers', 'Prefix', 'common_start',
-           'read_prefix', 'encode_all', 'answer_all', 'LlavaTower', 'check_processor', 'from_llava', 'load_llava',
-           'plain_name', 'plain_state', 'merged_state', 'language_part', 'lora_layers', 'merged_language', 'save_llava']
+           'Prompt', 'tokenized', 'encode_prompt', 'earlier_answers', 'with_spans', 'padded_prompts', 'llava_loss',
+           'generate_answers', 'SharedWords', 'common_start', 'read_shared_words', 'encode_all', 'answer_all',
+           'from_llava', 'load_llava', 'plain_name', 'plain_state', 'merged_state', 'language_part', 'lora_layers',
+           'merged_language', 'save_llava']
 
 # %% ../nbs/38_llava.ipynb #2de907d3
 import gmail_nb.runtime
@@ -24,8 +25,11 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .align import GenReal
-from .encoders import Encoder, HFPreprocess, NoText, check_pixels
+from .captioning import padding_of
+from .encoders import (
+    Encoder, check_pixels, check_processor, fill_tower, tower_encoder, weight_files)
 from .files import check_writable, checked_card, found_on_disk, progress, write_card
+from .runtime import to_device
 from .weights import load_part, load_whole
 
 # %% ../nbs/38_llava.ipynb #8dd412f9
@@ -36,7 +40,7 @@ def both_sides(
     gen_tokens:Callable     # the same of f_g
 ) -> torch.Tensor: # (B, T, width)
     "Each image through the side of its kind; gradients flow through both."
-    generated = generated.to(pixels.device)
+    generated = to_device(generated, pixels.device)
     order = torch.cat([(~generated).nonzero()[:, 0], generated.nonzero()[:, 0]])
     kinds = (~generated, real_tokens), (generated, gen_tokens)
     found = [tokens(pixels[of]) for of, tokens in kinds if bool(of.any())]
@@ -149,7 +153,7 @@ class Llava(nn.Module):
         words, here = self.words(ids), ids == self.marker_id
         if tokens is None: return words
         weight = next(self.projector.parameters())
-        seen = self.projector(tokens.to(weight.device, weight.dtype)) # (M, T, D)
+        seen = self.projector(to_device(tokens, weight.device, weight.dtype)) # (M, T, D)
         return words.masked_scatter(here[..., None], seen.flatten(0, 1).to(words.dtype))
 
 # %% ../nbs/38_llava.ipynb #0e75200b
@@ -159,6 +163,17 @@ class Prompt:
     ids:list[int]
     answer:int      # how many of the last numbers are the answer, its end included; 0 to generate
     images:int      # how many images stand in it
+    earlier:tuple=() # where answers before the last one begin and end in the numbers, ends included
+
+    @property
+    def learned(self) -> list[int]: # places of the numbers that a training learns
+        begins = len(self.ids) - self.answer
+        return [i for a, b in self.earlier for i in range(a, b)] + list(range(begins, len(self.ids)))
+
+def tokenized(tokenizer, text:str, **how): # how: of the tokenizer
+    "The text's numbers; the one that begins a text comes once, if the template has written it already."
+    twice = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not twice, **how)
 
 def encode_prompt(
     model:Llava,
@@ -166,18 +181,50 @@ def encode_prompt(
     images:int,          # that belong to them
     tokens:int           # of each image
 ) -> Prompt:
-    "Numbers of the words and of the answer. `ValueError` as `spread_markers` and `chat_text`."
+    "Numbers of the words and of the answers. `ValueError` as `spread_markers` and `chat_text`."
     answered = turns[-1]['role'] == 'assistant'
-    text = chat_text(model.chat, turns[:-1] if answered else turns, model.marker)
-    text, tok = spread_markers(text, images, tokens, model.marker), model.tokenizer
-    twice = bool(tok.bos_token) and text.startswith(tok.bos_token)
-    ids = tok(text, add_special_tokens=not twice)['input_ids']
-    if not answered: return Prompt(ids, 0, images)
+    asked, tok = turns[:-1] if answered else turns, model.tokenizer
+    def spread(text): return text.replace(model.marker, model.marker * tokens)
+    text = spread_markers(chat_text(model.chat, asked, model.marker), images, tokens, model.marker)
+    if not answered: return Prompt(tokenized(tok, text)['input_ids'], 0, images)
+    spans = [tuple(len(spread(part)) for part in ends) for ends in earlier_answers(model, asked)]
+    ids, earlier = with_spans(tok, text, spans) if spans else (tokenized(tok, text)['input_ids'], ())
     answer = tok(turns[-1]['content'], add_special_tokens=False)['input_ids'] + [model.end]
-    return Prompt(ids + answer, len(answer), images)
+    return Prompt(ids + answer, len(answer), images, earlier)
+
+# %% ../nbs/38_llava.ipynb #c849eba1
+def earlier_answers(model:Llava, asked:list[dict]) -> list[tuple[str, str]]: # text before, and through it
+    "The text up to where each earlier answer begins, and up to its end. `ValueError` where it is not found."
+    text, end, found = chat_text(model.chat, asked, model.marker), model.tokenizer.eos_token or '', []
+    for i, turn in enumerate(asked):
+        if turn['role'] != 'assistant': continue
+        before, said = chat_text(model.chat, asked[:i], model.marker), turn['content'].strip()
+        at = text.find(said, len(before))
+        if not text.startswith(before) or at < 0 or text[len(before):at].strip():
+            raise ValueError(f'the chat template leaves out or changes the answer {said[:40]!r}: '
+                             'split the conversation into single questions')
+        through = at + len(said)
+        rest = text[through:]
+        if end and rest.lstrip().startswith(end): through = len(text) - len(rest.lstrip()) + len(end)
+        found.append((text[:at], text[:through]))
+    return found
+
+def with_spans(
+    tokenizer, text:str,
+    spans:list[tuple[int, int]] # of characters
+) -> tuple[list[int], tuple]:   # numbers, and the spans of numbers
+    "Token numbers, and which of them the spans are. `ValueError` for a tokenizer that cannot tell."
+    if not tokenizer.is_fast:
+        raise ValueError(f'{type(tokenizer).__name__} does not say where its tokens are in a text: take '
+                         'the fast tokenizer, or split conversations into single questions')
+    coded, found = tokenized(tokenizer, text, return_offsets_mapping=True), []
+    for a, b in spans:
+        here = [i for i, (x, y) in enumerate(coded['offset_mapping']) if x < y and x < b and y > a]
+        found.append((here[0], here[-1] + 1) if here else (0, 0))
+    return coded['input_ids'], tuple(found)
 
 # %% ../nbs/38_llava.ipynb #6cb856af
-def padded(
+def padded_prompts(
     prompts:list[Prompt],
     fill:int,        # a token number
     left:bool=False
@@ -197,15 +244,13 @@ def llava_loss(
     tokens:torch.Tensor|None # (M, T, width), of all images in the order of the prompts
 ) -> torch.Tensor:
     "Mean cross entropy of the answers' tokens, their ends included."
-    ids, real = padded(prompts, model.end) # on the CPU: counting on a GPU would make it wait
-    begins = torch.tensor([[len(p.ids) - p.answer] for p in prompts])
-    rows, places = (real & (torch.arange(ids.shape[1]) >= begins)).nonzero(as_tuple=True)
-    first, device = int(begins.min()), model.device # logits before it would be thrown away
-    out = model.lm(inputs_embeds=model.embed(ids.to(device), tokens), use_cache=False,
-                   attention_mask=real.long().to(device),
-                   logits_to_keep=ids.shape[1] - first + 1)
-    logits = out.logits[rows.to(device), (places - first).to(device)]               # (answers, V)
-    return F.cross_entropy(logits.float(), ids[rows, places].to(device))
+    ids, real = padded_prompts(prompts, model.end) # on the CPU: counting on a GPU would make it wait
+    rows, places = (torch.tensor(i) for i in zip(*((r, i) for r, p in enumerate(prompts) for i in p.learned)))
+    first, device = int(places.min()), model.device # logits before it would be thrown away
+    out = model.lm(inputs_embeds=model.embed(to_device(ids, device), tokens), use_cache=False,
+                   logits_to_keep=ids.shape[1] - first + 1, **padding_of(real, model.lm, device))
+    logits = out.logits[to_device(rows, device), to_device(places - first, device)] # (answers, V)
+    return F.cross_entropy(logits.float(), to_device(ids[rows, places], device))
 
 # %% ../nbs/38_llava.ipynb #3e3efa7f
 @torch.inference_mode()
@@ -214,13 +259,13 @@ def generate_answers(
     prompts:list[Prompt],         # from `encode_prompt`, without an answer
     tokens:torch.Tensor|None,     # (M, T, width), of all images in the order of the prompts
     max_new_tokens:int=32,
-    prefix=None,                  # from `read_prefix`: what all prompts begin with, read before
+    prefix=None,                  # from `read_shared_words`: what all prompts begin with, read before
     **how                         # of transformers' `generate`, such as num_beams or streamer
 ) -> list[str]:
     "An answer for each prompt, without the words of the prompt."
     k = len(prefix.ids) if prefix else 0
     rest = [replace(p, ids=p.ids[k:]) for p in prompts]
-    ids, real = (t.to(model.device) for t in padded(rest, model.end, left=True))
+    ids, real = (to_device(t, model.device) for t in padded_prompts(rest, model.end, left=True))
     words, read = model.embed(ids, tokens), {}
     if k: words, real, read = prefix.before(prompts, words, real, how.get('num_beams', 1))
     fill = model.tokenizer.pad_token_id
@@ -232,7 +277,7 @@ def generate_answers(
 
 # %% ../nbs/38_llava.ipynb #6d7219b3
 @dataclass
-class Prefix:
+class SharedWords:
     "Words that prompts begin with, as a language model has read them."
     ids:list[int]
     cache:object   # keys and values, of one row
@@ -256,12 +301,12 @@ def common_start(prompts:list[Prompt], marker:int) -> list[int]: # token numbers
     return found
 
 @torch.inference_mode()
-def read_prefix(model:Llava, prompts:list[Prompt]) -> Prefix|None: # None: they begin differently
+def read_shared_words(model:Llava, prompts:list[Prompt]) -> SharedWords|None: # None: they begin differently
     "What the prompts have in common at their beginning, read once."
     ids = common_start(prompts, model.marker_id)
     if not ids: return None
     words = model.words(torch.tensor([ids], device=model.device))
-    return Prefix(ids, model.lm(inputs_embeds=words, use_cache=True).past_key_values)
+    return SharedWords(ids, model.lm(inputs_embeds=words, use_cache=True).past_key_values)
 
 # %% ../nbs/38_llava.ipynb #5f618fc5
 def encode_all(
@@ -286,7 +331,7 @@ def answer_all(
 ) -> list[str]:
     "An answer to each conversation."
     prompts, found = encode_all(model, asked, look), []
-    start = read_prefix(model, prompts) if len(prompts) > 1 else None
+    start = read_shared_words(model, prompts) if len(prompts) > 1 else None
     firsts = range(0, len(asked), batch_size)
     for i in progress(firsts, desc) if desc else firsts:
         images = [image for _, some in asked[i:i + batch_size] for image in some]
@@ -294,43 +339,15 @@ def answer_all(
         found += generate_answers(model, prompts[i:i + batch_size], seen, max_new_tokens, start, **how)
     return found
 
-# %% ../nbs/38_llava.ipynb #8e257f6c
-class LlavaTower(nn.Module):
-    "The vision tower of a LLaVA of transformers, with the tokens that its projector reads."
-    def __init__(self, model:LlavaForConditionalGeneration):
-        super().__init__()
-        self.vision_model = model.model.vision_tower
-        self.layer = model.config.vision_feature_layer
-        self.skip = int(model.config.vision_feature_select_strategy == 'default')
-
-    def forward(self, pixels): # (B, dim)
-        return self.vision_model(pixel_values=pixels).pooler_output
-
-    def tokens(self, pixels): # (B, T, width)
-        states = self.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states
-        layers = [self.layer] if isinstance(self.layer, int) else self.layer
-        return torch.cat([states[i][:, self.skip:] for i in layers], -1)
-
-def check_processor(processor, config) -> None:
-    "`ValueError` when the pictures that the processor makes are not those the tower was made for."
-    made = processor.image_processor
-    size = getattr(made, 'crop_size', None) or made.size
-    side, wanted = size.get('height', size.get('shortest_edge')), config.vision_config.image_size
-    if side == wanted: return
-    raise ValueError(f'the processor makes pictures of {side} pixels a side, the tower reads '
-                     f'{wanted}: take the processor that belongs to this model')
-
 # %% ../nbs/38_llava.ipynb #3326e92c
 def from_llava(
     model:LlavaForConditionalGeneration,
     processor,           # its LlavaProcessor
-    name:str='llava'
+    name:str='llava'     # of the encoder; `llava:` and the model's name load it again
 ) -> tuple[Llava, Encoder]: # what reads and writes, and its vision tower
     "A LLaVA of transformers as our two parts, which share its weights."
     check_processor(processor, model.config)
-    tower = LlavaTower(model)
-    dim = model.config.vision_config.hidden_size
-    encoder = Encoder(name, tower, NoText(), HFPreprocess(processor.image_processor), NoText(), dim)
+    encoder = tower_encoder(name, model.model.vision_tower, model.config, processor)
     projector = model.model.multi_modal_projector
     return Llava(model, processor, projector, processor.image_token), encoder
 
@@ -338,12 +355,15 @@ def from_llava(
 def load_llava(
     name:str,                     # a Hub id, or a folder in the same layout
     revision:str|None=None,
-    dtype:torch.dtype=torch.float32
+    dtype:torch.dtype=torch.float32 # of the language model; the tower is in 32 bits, as it is aligned
 ) -> tuple[Llava, Encoder]:
     "A published LLaVA. `ValueError` when its processor is another model's."
     if found_on_disk(name) and (Path(name)/'checksums.json').exists(): checked_card(name, 'checksums.json')
     model = load_whole(LlavaForConditionalGeneration, name, revision=revision, dtype=dtype)
-    return from_llava(model.eval(), load_part(AutoProcessor, name, revision=revision), name)
+    tower = model.model.vision_tower.float()
+    if dtype != torch.float32: fill_tower(tower, weight_files(name, revision), Path(name).name)
+    pictures = load_part(AutoProcessor, name, revision=revision)
+    return from_llava(model.eval(), pictures, f'llava:{name}' + (f'@{revision}' if revision else ''))
 
 # %% ../nbs/38_llava.ipynb #cdbca13a
 def plain_name(name:str) -> str: # without what peft put between a module and its weights
@@ -401,6 +421,7 @@ def save_llava(
         own = {k.removeprefix('vision_model.'): v for k, v in merged_state(aligned.f_g).items()}
         state |= {f'model.vision_tower.{k}': v.cpu().contiguous() for k, v in own.items()}
     with torch.device('meta'): empty = LlavaForConditionalGeneration(model.lm.config)
+    empty.generation_config = model.lm.generation_config # how it writes, such as what is not repeated
     empty.save_pretrained(str(folder), state_dict=state)
     model.chat.save_pretrained(str(folder))
     write_card(folder, {}, '*.json', '*.safetensors', '*.jinja', name='checksums.json')

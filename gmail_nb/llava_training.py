@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PART_BYTES', 'DESCRIBE', 'STAGES', 'PROJECTOR', 'GridTokens', 'token_weights', 'token_side', 'in_half',
            'token_settings', 'embed_tokens', 'grid_of', 'load_tokens', 'LiveTokens', 'Example', 'example',
-           'encode_example', 'CaptionExamples', 'check_files', 'check_images', 'tokens_of', 'linear_names',
-           'adapt_language', 'only_trained', 'fit_projector', 'LlavaLoss', 'LlavaTraining', 'examples_fingerprint',
-           'language_facts', 'as_trained', 'checkpointing_of', 'stage_run', 'train_stage', 'train_llava',
-           'adapter_place', 'adapter_state', 'projector_state', 'adapter_config', 'save_trained', 'trained_card',
-           'is_llava', 'new_llava', 'put_adapter', 'load_trained']
+           'without_last', 'encode_example', 'CaptionExamples', 'check_same_grid', 'check_images', 'mixed_tokens',
+           'linear_names', 'adapt_language', 'only_trained', 'fit_projector', 'LlavaLoss', 'LlavaTraining',
+           'examples_fingerprint', 'language_facts', 'as_trained', 'checkpointing_of', 'stage_run', 'train_stage',
+           'train_llava', 'adapter_place', 'adapter_state', 'projector_state', 'adapter_config', 'save_trained',
+           'trained_card', 'is_llava', 'new_llava', 'put_adapter', 'load_trained']
 
 # %% ../nbs/40_llava_training.ipynb #753552e7
 import gmail_nb.runtime
@@ -32,9 +32,9 @@ from transformers import AutoConfig, LlavaForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from .align import FrozenTower, GenReal
-from gmail_nb.captioning import (
+from .captioning import (
     CaptionLearner, CaptionPlan, StepTraining, has_dropout, load_lm, lora_modules, own_share,
-    take_steps)
+    take_steps, tracked)
 from .data import column_of
 from .encoders import Encoder
 from gmail_nb.features import (
@@ -189,19 +189,26 @@ def example(
     "One question and its answer."
     return Example(tuple(turns_of(question, answer)), images)
 
+def without_last(one:Example) -> Example:
+    "The conversation without its last question and answer."
+    ends = [i for i, t in enumerate(one.turns[:-1]) if t['role'] == 'assistant']
+    turns = one.turns[:ends[-1] + 1]
+    return Example(turns, one.images[:sum(t['content'].count('<image>') for t in turns)])
+
 def encode_example(
     model:Llava,
     one:Example,
     tokens:int,             # of each image
-    longest:int=2048        # an answer is cut there; a question that is longer is refused
+    longest:int=2048        # cut there; where no room is left for the last answer, without its question
 ) -> Prompt:
-    "Token numbers. `ValueError` as `encode_prompt`, and where no room is left for the answer."
+    "Token numbers. `ValueError` as `encode_prompt`, and where no room is left for the first answer."
     said = [t | dict(content=t['content'].replace('<image>', model.marker)) for t in one.turns]
     p = encode_prompt(model, said, len(one.images), tokens)
     asked, over = len(p.ids) - p.answer, len(p.ids) - longest
     if not p.answer: raise ValueError(f'the last turn is no answer to learn: {one.turns[-1]}')
     if over <= 0: return p
     if asked < longest: return replace(p, ids=p.ids[:longest], answer=p.answer - over)
+    if p.earlier: return encode_example(model, without_last(one), tokens, longest)
     raise ValueError(f'a question of {asked} tokens leaves no room for its answer: '
                      f'max_length is {longest}')
 
@@ -232,7 +239,7 @@ class CaptionExamples(Sequence):
         return example(f'<image>\n{ask}', caption, (self.kind, row))
 
 # %% ../nbs/40_llava_training.ipynb #f11d688b
-def check_files(
+def check_same_grid(
     files:dict # kind -> `GridTokens`, `LiveTokens`, or a tensor (N, T, width)
 ) -> tuple[int, int]: # tokens of an image, and their width
     "`ValueError` for files of different grids."
@@ -248,9 +255,9 @@ def check_images(images:tuple, files:dict) -> None:
         if not 0 <= row < len(files[kind]):
             raise ValueError(f'there is no row {row} of {kind!r}, which has {len(files[kind])}')
 
-def tokens_of(
+def mixed_tokens(
     images:list[tuple[str, int]],
-    files:dict # as in `check_files`
+    files:dict # as in `check_same_grid`
 ) -> torch.Tensor|None: # (M, T, width), in this order; None without images
     "Tokens of images of several kinds."
     check_images(images, files)
@@ -342,7 +349,7 @@ class LlavaTraining(StepTraining):
     def __init__(self,
         model:Llava,             # within `only_trained`
         examples:Sequence[Example],
-        files:dict,              # kind -> tokens, as in `check_files`
+        files:dict,              # kind -> tokens, as in `check_same_grid`
         stage:StageSettings,
         settings:LlavaSettings=LlavaSettings(),
         accelerator:Accelerator|None=None
@@ -351,7 +358,7 @@ class LlavaTraining(StepTraining):
         self.acc, self.examples, self.files = accelerator or processes(), examples, files
         if self.acc.num_processes > 1: model.to(self.acc.device)
         self.model, self.device, self.settings, self.stage = model, model.device, settings, stage
-        self.grid, self.facts, s = check_files(files) if files else (0, 0), None, settings
+        self.grid, self.facts, s = check_same_grid(files) if files else (0, 0), None, settings
         steps = stage.steps_of(len(examples))
         self.plan = CaptionPlan(len(examples), stage.batch_size, s.seed, steps)
         self.precision = run_precision(s, self.acc, self.device)
@@ -377,9 +384,9 @@ def advance(self:LlavaTraining) -> dict: # the row of the log
     batch = self.plan.batch(self.step).tolist()
     prompts = [self.prompt(i) for i in batch]
     place = self.acc.process_index, self.acc.num_processes
-    own, share = own_share([p.answer for p in prompts], *place)
+    own, share = own_share([len(p.learned) for p in prompts], *place)
     images = [image for i in own for image in self.examples[batch[i]].images]
-    loss = self.loss([prompts[i] for i in own], tokens_of(images, self.files))
+    loss = self.loss([prompts[i] for i in own], mixed_tokens(images, self.files))
     self.learner.step(loss * share)
     return self.row(self.step)
 
@@ -437,7 +444,7 @@ def stage_run(run:RunSettings, name:str) -> RunSettings:
 def train_stage(
     model:Llava,             # trained in place
     examples:Sequence[Example],
-    files:dict,              # kind -> tokens, as in `check_files`
+    files:dict,              # kind -> tokens, as in `check_same_grid`
     name:str,                # project: the projector alone; instruct: LoRA as well
     settings:LlavaSettings=LlavaSettings(),
     run:RunSettings=RunSettings(desc=None), # checkpoints to save and to go on from, log
@@ -449,7 +456,8 @@ def train_stage(
     if not stage.steps_of(len(examples)): return []
     if adapters: adapt_language(model, settings)
     with only_trained(model, adapters), as_trained(model, settings.checkpointing):
-        job = LlavaTraining(model, examples, files, stage, settings, accelerator)
+        acc = accelerator or tracked(run)
+        job = LlavaTraining(model, examples, files, stage, settings, acc)
         take_steps(job, settings.seed, stage_run(run, name), run.desc and f'{run.desc}: {name}')
     return job.learner.losses
 
@@ -457,7 +465,7 @@ def train_stage(
 def train_llava(
     model:Llava,             # trained in place
     examples:Sequence[Example],
-    files:dict,              # kind -> tokens, as in `check_files`
+    files:dict,              # kind -> tokens, as in `check_same_grid`
     settings:LlavaSettings=LlavaSettings(),
     run:RunSettings=RunSettings(desc='llava'), # checkpoints to save and to go on from, log
     captions:Sequence[Example]|None=None, # of stage one; `examples` if absent

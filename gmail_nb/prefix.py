@@ -132,7 +132,8 @@ def read_prefix(
     try:
         card = json.loads(path.with_suffix('.json').read_text())
         if card['fingerprint'] != made_from: return None
-        with safe_open(path, 'pt') as f: return f.get_tensor('activations')
+        with safe_open(path, 'pt') as f: stored = f.get_tensor('activations')
+        return stored if card.get('content') in (None, fingerprint(stored)) else None # damaged since
     except (OSError, KeyError, ValueError, SafetensorError): return None
 
 # %% ../nbs/25_prefix.ipynb #d2322324
@@ -142,7 +143,8 @@ def write_prefix(path:str|Path, activations:torch.Tensor, made_from:str) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix('.json').unlink(missing_ok=True)
     with atomic_path(path) as tmp: save_file({'activations': activations.contiguous()}, tmp)
-    card = dict(fingerprint=made_from, shape=list(activations.shape))
+    content = fingerprint(activations.contiguous())
+    card = dict(fingerprint=made_from, shape=list(activations.shape), content=content)
     atomic_write(path.with_suffix('.json'), json.dumps(card))
 
 # %% ../nbs/25_prefix.ipynb #d2322323

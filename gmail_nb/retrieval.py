@@ -30,11 +30,12 @@ from PIL import Image
 from .data import CAPTIONED, FEATURES, check_captioned, emoji, undecoded
 from .encoders import Encoder, encode_images, encode_texts
 from .features import LazyPixels, embed, native_precision
-from .files import atomic_path, check_writable, name_some, progress, record, unknown_name
-from .runtime import fingerprint
+from .files import (atomic_path, check_writable, checked_card, name_some, progress, record,
+                            unknown_name, write_card)
+from .runtime import fingerprint, to_device
 from .settings import EmbedSettings, SourceSettings
 from .sources import from_coco, from_hub, load_captioned, read_coco
-from .stats import Interval, bootstrap
+from .stats import DRAWS, Interval, bootstrap
 
 # %% ../nbs/30_retrieval.ipynb #352a8157
 @dataclass
@@ -61,7 +62,7 @@ def feature_rows(
     "Some rows, read from wherever they are."
     if isinstance(x, torch.Tensor):
         if isinstance(index, torch.Tensor): index = index.to(x.device)
-        return x[index].to(device).float()
+        return to_device(x[index], device).float()
     if isinstance(index, torch.Tensor): index = index.cpu().numpy()
     return torch.from_numpy(np.array(x[index], dtype=np.float32)).to(device)
 
@@ -328,7 +329,7 @@ def per_query(
 
 # %% ../nbs/30_retrieval.ipynb #8effd2fc
 def retrieval_scores(
-    ranks:Ranks, ks:tuple=(1, 5, 10), draws:int=1000
+    ranks:Ranks, ks:tuple=(1, 5, 10), draws:int=DRAWS
 ) -> dict[str, Interval]: # metric -> value and its 95% interval
     "Recall at k, mean average precision and median rank, both ways; captions of an image drawn together."
     out = {}
@@ -412,9 +413,12 @@ def read_array(
     path:Path,
     shape:tuple, dtype:str # that it must have
 ) -> np.ndarray|None: # mapped
-    "An array of a file, or None where there is none of this shape and type."
-    try: found = np.load(path, mmap_mode='c', allow_pickle=False)
-    except (OSError, ValueError): return None # whatever does not read back is made again
+    "An array of a file, or None where there is none of this shape and type that is as it was written."
+    card = path.with_suffix('.json') # an earlier version wrote none
+    try:
+        if card.exists(): checked_card(path.parent, card.name)
+        found = np.load(path, mmap_mode='c', allow_pickle=False)
+    except (OSError, ValueError, EOFError): return None # whatever does not read back is made again
     return found if found.shape == shape and found.dtype == dtype else None
 
 # %% ../nbs/30_retrieval.ipynb #d9d148f2
@@ -440,7 +444,9 @@ def embed_texts(
     made_from = fingerprint(encoder.fingerprint, longest, store, texts)
     path, shape = check_writable(cache)/f'texts-{made_from}.npy', (len(texts), encoder.dim)
     if read_array(path, shape, store) is None:
+        path.with_suffix('.json').unlink(missing_ok=True)
         with atomic_path(path) as tmp: fill_texts(tmp, encoder, texts, store, chunk)
+        write_card(path.parent, {}, path.name, name=f'{path.stem}.json')
     return torch.from_numpy(read_array(path, shape, store))
 
 # %% ../nbs/30_retrieval.ipynb #22f1c18a

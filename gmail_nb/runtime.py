@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['torchvision_library_loads', 'mend_torchvision', 'default_device', 'default_dtype', 'fast_bfloat16', 'use_all_cores',
-           'machine', 'stable_seed', 'noise_generator', 'set_seed', 'leave_processes', 'fingerprint',
+           'to_device', 'machine', 'stable_seed', 'noise_generator', 'set_seed', 'leave_processes', 'fingerprint',
            'module_fingerprint']
 
 # %% ../nbs/02_runtime.ipynb #d0e6f071
@@ -76,6 +76,18 @@ def use_all_cores() -> int: # threads that torch uses from now on
         allowed = hasattr(os, 'sched_getaffinity')
         torch.set_num_threads(len(os.sched_getaffinity(0)) if allowed else os.cpu_count())
     return torch.get_num_threads()
+
+# %% ../nbs/02_runtime.ipynb #d1c0a002
+def to_device(
+    x:torch.Tensor,
+    device:torch.device|str,
+    dtype:torch.dtype|None=None # as it is if absent
+) -> torch.Tensor: # x itself where it is there already
+    "A tensor on a device. The program goes on while it is copied; work on the device waits for it."
+    device = torch.device(device)
+    ahead = x.device.type == 'cpu' != device.type
+    if ahead and device.type == 'cuda' and not x.requires_grad: x = x.pin_memory()
+    return x.to(device, dtype, non_blocking=ahead)
 
 # %% ../nbs/02_runtime.ipynb #52fb9dd4
 def machine() -> str:

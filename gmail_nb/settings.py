@@ -11,7 +11,8 @@ __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS',
            'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings',
            'same_settings', 'CaptionerSettings', 'CaptionSettings', 'CaptionRunSettings', 'StageSettings',
            'LlavaSettings', 'VQASettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings',
-           'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings']
+           'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings',
+           'ReportSettings', 'report_settings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -328,6 +329,7 @@ class AlignRunSettings:
     processes:int=0              # that decode, in place of threads
     features:str|None=field(default=None, metadata=YOUNG) # folder that runs share
     store:str=field(default='float32', metadata=YOUNG) # number format on disk, or float16
+    keep_best:bool=field(default=True, metadata=YOUNG) # end with the best weights by held-out pairs, or the start
     most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     run:RunSettings=RunSettings()
 
@@ -595,7 +597,7 @@ class LlavaSettings:
     "What training a LLaVA depends on, besides the data."
     language_model:str='smollm2' # smollm2, or a Hub id or folder of a language model or of a LLaVA
     revision:str|None=None      # revision of the language model on the Hub
-    encoder:str='embedded'      # image tower by name; a LLaVA and an aligned model bring their own
+    encoder:str='embedded'      # image tower by name, llava:ID too; a LLaVA and an aligned model bring their own
     project:StageSettings=StageSettings() # one: the projector alone, on captions
     instruct:StageSettings=_instruct # two: the projector and LoRA in the language model
     rank:int=16                 # rank of LoRA's matrices in the language model
@@ -607,6 +609,7 @@ class LlavaSettings:
     precision:str='auto'        # bf16 for autocast, or no; auto: bf16 where the device has it
     max_length:int=2048         # most tokens of an example, those of its images included
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
+    validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, from ten images on
     seed:int=0                  # seed of the projector, LoRA, and the order of the examples
 
     @property
@@ -618,17 +621,18 @@ class LlavaSettings:
         check_known(self, 'dtype', ('float32', 'bfloat16', 'float16'))
         check_known(self, 'precision', PRECISIONS)
         check_above(self, 'rank', 'alpha', 'max_length')
-        check_share(self, 'warmup')
+        for name in ('warmup', 'validation_share'): check_share(self, name)
 
 # %% ../nbs/01_settings.ipynb #f09ea1df
 @dataclass(frozen=True)
 class VQASettings:
     "How questions about pictures are asked."
-    split:str='test'            # split of a set on the Hub
-    subject:str|None=None       # configuration of a set on the Hub, such as a subject of MMMU
+    split:str|None=None         # of a folder or a Hub id; there test of ScienceQA, validation of MMMU if absent
+    subject:str|None=None       # a subject of MMMU, such as Art_Theory; all if absent
     kind:str|None=None          # prompts and scoring: scienceqa or mmmu; that of the set if absent
     images_only:bool=False      # only questions with an image, as ScienceQA-IMG
     limit:int|None=None         # at most so many questions
+    guess:bool=False            # of MMMU: draw a choice where none can be read, as its own script does
     blind:bool=False            # ask again without the images, to see what can be guessed
     batch_size:int=16           # questions at a time
     max_new_tokens:int=16       # longest answer, in tokens
@@ -642,7 +646,7 @@ _demo_tune = TuneSettings(projection=False, validation_share=0., patience=None)
 
 @dataclass(frozen=True)
 class DemoSettings:
-    "What a demo run depends on."
+    "What a run on the embedded set depends on; by default, as the comparisons draw."
     align_captions:int=772      # concepts of A that get generated images
     tune_captions:int=697       # concepts of B that get one each
     validation_captions:int=48  # concepts of A kept out of the alignment to draw its curve
@@ -660,7 +664,7 @@ def demo_settings(
     quick:bool=False, # a smaller run, for a first look
     seed:int=0        # of noise, adapters and data order
 ) -> DemoSettings:
-    "The settings of `gmail_demo`, with or without `--quick`."
+    "The settings that the comparisons share, and `gmail_demo --crude`; with or without `--quick`."
     s = DemoSettings(seed=seed, align=replace(_demo_align, seed=seed))
     if not quick: return s
     return replace(s, align_captions=256, tune_captions=192, validation_captions=16, seeds=3,
@@ -774,3 +778,29 @@ QUICK_CAPTIONS = CaptionExperimentSettings(base_steps=300, tune_steps=400, seeds
 QUICK_IFCAP = IFCapSettings(base_steps=200, tune_steps=200, seeds=1)
 QUICK_LLAVA = LlavaExperimentSettings(base_steps=40, steps=30, concepts=60, tested=30,
                                       asked=30, seeds=1)
+
+# %% ../nbs/01_settings.ipynb #a7c51e03
+@dataclass(frozen=True)
+class ReportSettings:
+    "What the tables and figures on the embedded set depend on."
+    seeds:int=1                 # whole chains: images, alignment, order and weights of their own
+    demo:DemoSettings=ProofSettings().chain # of generation and alignment: the generator's own
+    chosen:bool=True            # the text head as chosen on validation concepts, not as in demo
+    captions:CaptionExperimentSettings=CaptionExperimentSettings(seeds=1, extra_seeds=1)
+    ifcap:IFCapSettings=IFCapSettings(seeds=1)
+    llava:LlavaExperimentSettings=LlavaExperimentSettings(seeds=1)
+    shares:tuple=(1/4, 1/2)     # of the captions of B, beside all of them
+    shown:int=6                 # concepts that are drawn for Figure 2
+    samples:int=5               # generated images of each
+
+    def __post_init__(self): check_above(self, 'seeds', 'shown', 'samples')
+
+def report_settings(
+    quick:bool=False, # one small chain
+    seeds:int=1       # whole chains of a run that is not quick
+) -> ReportSettings:
+    "The settings of `gmail_report`, with or without `--quick`."
+    if not quick: return ReportSettings(seeds)
+    captions = replace(QUICK_CAPTIONS, seeds=1, extra_seeds=1)
+    return ReportSettings(1, proof_settings(quick=True).chain, True, captions, QUICK_IFCAP,
+                          QUICK_LLAVA, shown=4)

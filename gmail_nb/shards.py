@@ -29,7 +29,7 @@ from diffusers import DiffusionPipeline
 from fastcore.basics import patch
 from PIL import Image
 
-from .files import atomic_path, atomic_write, file_sha256
+from .files import atomic_path, atomic_write, file_sha256, with_checksum, without_checksum
 from .pipelines import check_call, encode_prompts, truncated_prompts
 from .plan import Item, Plan, Settings
 from .runtime import fingerprint
@@ -197,7 +197,7 @@ def write_shard(
     receipt = dict(shard=path.name, rows=len(rows), failures=failures, bytes=path.stat().st_size,
                    sha256=file_sha256(path), schema=fingerprint(str(schema.remove_metadata())),
                    settings=fingerprint(asdict(settings)), **notes)
-    atomic_write(path.with_suffix('.json'), json.dumps(receipt, indent=1))
+    atomic_write(path.with_suffix('.json'), json.dumps(with_checksum(receipt), indent=1))
     sync_folder(path.parent)
     return receipt
 
@@ -212,7 +212,9 @@ def receipt_fault(
     try: receipt = json.loads(path.with_suffix('.json').read_text())
     except FileNotFoundError: return 'no receipt'
     except ValueError: return 'receipt is not JSON'
-    if not isinstance(receipt, dict): return 'receipt is not JSON'
+    try: receipt = without_checksum(receipt, 'receipt')
+    except ValueError: return 'receipt is not as it was written'
+    if receipt.get('shard') != path.name: return 'receipt is of another shard'
     if receipt.get('settings') != fingerprint(asdict(plan.settings)): return 'made by another run'
     same = receipt.get('bytes') in (None, path.stat().st_size)
     if same and deep: same = file_sha256(path) == receipt.get('sha256')
@@ -338,13 +340,13 @@ def make_shard(
     tick:Callable=lambda n: None # called with the number of images after each batch
 ) -> Future: # of the receipt
     "Draw one shard and hand it to the writer."
-    path, items, start = out/plan.shard_name(k), plan.items(k), time.time()
+    path, items, start = out/plan.shard_name(k), plan.items(k), time.monotonic()
     # left by a run that was killed: the shard is locked, so nobody else writes there
     for stale in out.glob(f'.{path.stem}.*.tmp'): stale.unlink(missing_ok=True)
     kept, before = finished_rows(path) if retry else ({}, {})
     todo = [i for i in items if (i.key, i.sample) not in kept]
     futures, failures = shard_rows(sampler, todo, encoders, tick)
-    notes = shard_notes(sampler, items, todo, time.time() - start, plan.settings, before)
+    notes = shard_notes(sampler, items, todo, time.monotonic() - start, plan.settings, before)
     def finish():
         rows = {**kept, **{(r['key'], r['sample']): r for r in (f.result() for f in futures)}}
         ordered = [rows[i.key, i.sample] for i in items if (i.key, i.sample) in rows]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'COCO_FORMS', 'log', 'TRAINING', 'TABLE_SUFFIXES', 'EXPECTED', 'key_of', 'from_folder', 'read_coco',
            'training_splits', 'Inside', 'check_inside', 'from_coco', 'from_hub', 'from_table', 'tar_files',
-           'is_generated', 'load_captioned', 'captions_of']
+           'is_generated', 'read_manifest', 'check_shards', 'load_captioned', 'captions_of']
 
 # %% ../nbs/06_sources.ipynb #4de0071c
 import csv
@@ -24,7 +24,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from .files import name_some, on_disk, read_object, unknown_name
+from .files import (atomic_write, file_sha256, name_some, on_disk, read_object, unknown_name,
+                            without_checksum)
 from .data import (CAPTIONED, FEATURES, IN_MEMORY, as_captioned, check_captioned, check_parquet,
                            check_unique, column_of, parquet_files, quiet_datasets, read_parquet)
 from .settings import SourceSettings
@@ -524,20 +525,54 @@ def is_generated(
     files = ('shard-*-of-*.parquet', 'captions.parquet')
     return (path/'settings.json').exists() and any(f for p in files for f in path.glob(p))
 
-# %% ../nbs/06_sources.ipynb #71913e89
+# %% ../nbs/06_sources.ipynb #6b7a1c11
+def read_manifest(
+    folder:Path # from `generate`
+) -> dict:
+    "What a complete run says of itself. `ValueError` when it is not complete, or is damaged."
+    path, again = folder/'manifest.json', 'run `generate` again'
+    if not path.exists(): raise ValueError(f'the run in {folder.name!r} is not complete: {again}')
+    try: manifest = without_checksum(read_object(path), f'{folder.name}/{path.name}')
+    except ValueError as e: raise ValueError(f'{e}: {again}, which writes it anew') from e
+    listed = manifest.get('shards')
+    listed = listed if isinstance(listed, list) and listed else [None]
+    names = [s.get('shard') if isinstance(s, dict) else None for s in listed]
+    if all(isinstance(s, str) and Path(s).name == s for s in names): return manifest
+    raise ValueError(f'{folder.name}/manifest.json names no shards: {again}')
+
+def _seen(folder): # shards that were read and found whole: name -> checksum, size, time of change
+    try: found = json.loads((folder/'.seen.json').read_text())
+    except (OSError, ValueError): return {}
+    return found if isinstance(found, dict) else {}
+
+# %% ../nbs/06_sources.ipynb #6b7a1c12
+def check_shards(
+    folder:Path,
+    shards:list[dict] # name and checksum of each, from a manifest or from receipts
+) -> None:
+    """`ValueError` for a shard that is not as it was written. Each is read once for that, and again
+    when its file has changed, so that a large set does not wait for it at every start."""
+    seen, now = _seen(folder), {}
+    for s in shards:
+        if s.get('sha256') is None: continue # of an earlier version
+        found = (folder/s['shard']).stat()
+        now[s['shard']] = [s['sha256'], found.st_size, found.st_mtime_ns]
+        known = seen.get(s['shard']) == now[s['shard']]
+        if known or file_sha256(folder/s['shard']) == s['sha256']: continue
+        raise ValueError(f"{folder.name}/{s['shard']} is not as it was written: "
+                         'run `generate` again, which makes it anew')
+    if now.items() <= seen.items(): return
+    try: atomic_write(folder/'.seen.json', json.dumps(seen | now))
+    except OSError: pass # a folder that may only be read is read every time
+
 def _shards(folder:Path) -> list[Path]:
     "The shards that the manifest of a complete run names."
-    if not (folder/'manifest.json').exists():
-        raise ValueError(f'the run in {folder.name!r} is not complete: run `generate` again')
-    manifest = read_object(folder/'manifest.json')
-    listed = manifest.get('shards') or [None]
-    names = [s.get('shard') if isinstance(s, dict) else None for s in listed]
-    if any(not isinstance(s, str) or Path(s).name != s for s in names):
-        raise ValueError(f'{folder.name}/manifest.json names no shards: run `generate` again')
-    shards = [folder/s for s in names]
-    if all(f.exists() for f in shards): return shards
-    raise ValueError(f'{folder.name!r} has lost shards since it was complete: '
-                     'run `generate` again')
+    listed = read_manifest(folder)['shards']
+    shards = [folder/s['shard'] for s in listed]
+    lost = f'{folder.name!r} has lost shards since it was complete: run `generate` again'
+    if not all(f.exists() for f in shards): raise ValueError(lost)
+    check_shards(folder, listed)
+    return shards
 
 # %% ../nbs/06_sources.ipynb #0a9c4d7f
 def _from_generated(folder:Path, images:bool, cache_dir:str|None, decoded=1000) -> datasets.Dataset:

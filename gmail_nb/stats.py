@@ -85,6 +85,15 @@ def _grouped(values:np.ndarray, groups:np.ndarray, median:bool, draws:int, seed:
     whole = values[(len(values) + 1) // 2 - 1] if median else values.mean()
     return Interval(float(whole), *_ends(drawn), len(values))
 
+# %% ../nbs/03_stats.ipynb #be483cdb
+def _grouped_seeds(values:np.ndarray, groups:np.ndarray, statistic:str, draws:int, seed:int) -> Interval:
+    "The mean over drawn seeds and drawn groups, whole."
+    if statistic != 'mean': raise ValueError('groups of several seeds go with the mean')
+    place = np.unique(groups, return_inverse=True)[1]
+    size, total = np.bincount(place), np.stack([np.bincount(place, row) for row in values]) # (S, groups)
+    def mean(s, g): return total[s][:, g].sum() / (len(s) * size[g].sum())
+    return resample(mean, len(values), len(size), draws, seed)._replace(n=values.shape[1])
+
 # %% ../nbs/03_stats.ipynb #ab40ef7e
 STATISTICS = dict(mean=np.mean, median=np.median)
 
@@ -101,7 +110,7 @@ def bootstrap(
     x = np.asarray(scores, dtype=float)
     if not x.size: raise ValueError('there are no queries to draw from')
     if x.ndim == 2:
-        if groups is not None: raise ValueError('groups go with the scores of one seed, (N,)')
+        if groups is not None: return _grouped_seeds(x, np.asarray(groups), statistic, draws, seed)
         return resample(lambda s, i: STATISTICS[statistic](x[s][:, i]), *x.shape, draws, seed)
     if groups is None: return _many(x, statistic == 'median', draws, seed)
     return _grouped(x, np.asarray(groups), statistic == 'median', draws, seed)
@@ -151,9 +160,10 @@ def sentence(
     difference:Interval,
     unit:str=' points',
     scale:float=100,       # what the numbers are multiplied by
-    over:str='items'       # what was drawn, such as 'concepts'
+    over:str='items',      # what was drawn, such as 'concepts'
+    digits:int=1           # after the point
 ) -> str:
     "The one sentence that an interval allows."
-    v, low, high = (f'{scale * x:+.1f}' for x in difference[:3])
+    v, low, high = (f'{scale * x:+.{digits}f}' for x in difference[:3])
     return (f'{what} {verdict(difference)}: {measure} differs by {v}{unit} '
             f'(95% interval {low} to {high}, {difference.n} {over}).')

@@ -7,6 +7,7 @@ import gmail_nb.runtime
 import copy
 import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -22,7 +23,8 @@ from torch import nn
 
 import simulator
 from gmail_nb.align import GenReal
-from gmail_nb.captioning import Captioner, caption_tokenizer, generate_ids, small_decoder, train_captioner
+from gmail_nb.captioning import (Captioner, CaptionTraining, caption_tokenizer, generate_ids, small_decoder,
+                                 train_captioner)
 from gmail_nb.classification import Labelled, fine_tune, plain_tower
 from gmail_nb.data import emoji
 from gmail_nb.encoders import Encoder, OpenClipVisual, encode_images, encode_texts, load_encoder, preprocess_images
@@ -31,14 +33,18 @@ from gmail_nb.features import embed
 from gmail_nb.gallery import score_quality
 from gmail_nb.generate import generate, load_generated
 from gmail_nb.ifcap import IFCap, entity_prompt, ifcap_ids, train_ifcap
+from gmail_nb.llava import Llava, encode_prompt, generate_answers, new_projector, turns_of
+from gmail_nb.llava_training import LlavaTraining, adapt_language, example, only_trained, train_llava
 from gmail_nb.pipelines import clip_tokenizer, load_generator
 from gmail_nb.prefix import FrozenPrefix, cache_prefix
 from gmail_nb.runs.models import eval_model
 from gmail_nb.runtime import set_seed
-from gmail_nb.settings import (TEXT_TUNINGS, TUNINGS, AdapterSettings, AlignSettings, DrawSettings, EmbedSettings,
-                               FineTuneSettings, RunSettings, TuneSettings, WorkSettings)
+from gmail_nb.settings import (TEXT_TUNINGS, TUNINGS, AdapterSettings, AlignSettings, CaptionerSettings, DrawSettings,
+                               EmbedSettings, FineTuneSettings, LlavaSettings, RunSettings, StageSettings, TuneSettings,
+                               WorkSettings)
 from gmail_nb.train import Alignment, align, processes
-from gmail_nb.tune import save_tuned, tune_text, tuned_encoder
+from gmail_nb.tune import TextRun, advance as advance_text, feature_rows, save_tuned, tune_text, tuned_encoder
+from test_llava import language, tiny_tokenizer
 
 simulator.install()
 SIM = torch.device('sim', 0)
@@ -240,8 +246,9 @@ def an_alignment_step_moves_what_it_reads():
 
 @case
 def an_alignment_step_waits_once():
-    moved, images, waits, back, shapes = step_traffic()
-    assert waits <= 1, f'{waits} waits in a step'
+    for how in ({}, dict(negatives=4), dict(loss='symmetric')):
+        moved, images, waits, back, shapes = step_traffic(**how)
+        assert waits <= 1, f'{how}: {waits} waits in a step'
 
 @case
 def a_cached_prefix():
@@ -311,6 +318,85 @@ def captioning_from_text():
     train_ifcap(model, torch.randn(6, 32), list(range(6)), 2, 4, noise=.1, desc=None)
     assert len(ifcap_ids(model, torch.randn(3, 32), max_new_tokens=4)) == 3
 
+# steps of the other trainings: the program waits for a loss, and for nothing else
+
+def waits_of(step):
+    "How often the second of two steps waits, and what it copied."
+    step()
+    with simulator.counted() as t: step()
+    return t.waits, t.to_device, t.to_cpu
+
+@case
+def a_text_step_waits_once():
+    for tuning in ('head', 'lora'):
+        encoder = load_encoder('embedded' if tuning == 'head' else registered_vit()).to(SIM)
+        x, index = nn.functional.normalize(torch.randn(2, 24, encoder.dim), dim=-1), torch.arange(8)
+        settings = TuneSettings(tuning=tuning, validation_share=0, real_projection=True)
+        job = TextRun(encoder, [f'caption number {i}' for i in range(24)], settings, accelerator=accelerator(SIM))
+        found = waits_of(lambda: advance_text(job, feature_rows(x), index, feature_rows(x[1])))
+        assert found[0] <= 1, f'{tuning}: {found}'
+
+@case
+def a_captioning_step_waits_once():
+    tokenizer = caption_tokenizer(TEXTS)
+    captioner = Captioner(small_decoder(tokenizer), tokenizer, 32, tuning='lora').to(SIM)
+    settings = CaptionerSettings(steps=9, batch_size=4, noise=.1)
+    job = CaptionTraining(captioner, torch.randn(6, 32), [[c] for c in TEXTS], settings, accelerator=accelerator(SIM))
+    found = waits_of(job.advance)
+    assert found[0] <= 1, found
+
+# LLaVA
+
+def small_llava():
+    set_seed(0)
+    lm = transformers.LlamaForCausalLM(language())
+    return Llava(lm, tiny_tokenizer(), new_projector(20, lm)).to(SIM).eval()
+
+SAID = 'a cat', 'blue', 'the dog in red', 'one two'
+LLAVA_EXAMPLES = [example('<image> what is this ?', SAID[i % 4], ('real', i)) for i in range(8)]
+
+@case
+def a_llava_step_waits_once():
+    model, files = small_llava(), dict(real=torch.randn(8, 4, 20))
+    settings, stage = LlavaSettings(rank=2), StageSettings(steps=9, batch_size=4)
+    adapt_language(model, settings)
+    with only_trained(model, True):
+        job = LlavaTraining(model.train(), LLAVA_EXAMPLES, files, stage, settings, accelerator(SIM))
+        found = waits_of(job.advance)
+    assert found[0] <= 1, found
+
+@case
+def a_llava_learns_and_answers():
+    model, stage = small_llava(), StageSettings(steps=2, batch_size=4)
+    train_llava(model, LLAVA_EXAMPLES, dict(real=torch.randn(8, 4, 20)),
+                LlavaSettings(project=stage, instruct=stage, rank=2), accelerator=accelerator(SIM))
+    whole_on(model)
+    prompts = [encode_prompt(model, turns_of('<image> what is this ?'), 1, 4)] * 2
+    assert len(generate_answers(model, prompts, torch.randn(2, 4, 20), 3)) == 2
+
+# whole commands, as they are called from the shell
+
+@case
+def commands_from_images_to_scores():
+    from gmail_nb.cli.commands import COMMANDS
+    from gmail_nb.runs import align, embed, evaluate, generate, tune_caption, tune_text # before `on_sim` looks
+    here = Path.cwd()
+    os.chdir(tempfile.mkdtemp())
+    on_sim()
+    try:
+        drawings(48).to_parquet('real.parquet')
+        emoji('B', source='noto').select(range(12)).to_parquet('B.parquet')
+        for line in ('generate real.parquet --out drawn --steps 1 --quiet', 'embed real.parquet --out features',
+                     'align real.parquet drawn --epochs 1 --batch-size 16 --out aligned',
+                     'tune text --generated drawn --model aligned --steps 2 --out tuned',
+                     'tune caption --generated drawn --model aligned --test B.parquet --steps 2 --out captions',
+                     'caption real.parquet --captioner captions',
+                     'eval --model tuned:tuned --data B.parquet --out eval --no-pictures'):
+            with simulator.counted() as t: status = COMMANDS(line.split())
+            assert not status, f'gmail_{line} ended with {status}'
+            assert t.to_device, f'gmail_{line} copied nothing to the device'
+    finally: os.chdir(here)
+
 # evaluation
 
 @case
@@ -324,9 +410,11 @@ def fine_tuning():
         assert len(losses) == 2 and len(found.best) == 6
 
 def on_sim():
-    "Let every room that asks for the fastest device be given the simulated one."
+    "Let every room that asks for the fastest device, or for accelerate's, be given the simulated one."
     for name, module in list(sys.modules.items()):
-        if name.startswith('gmail_nb') and hasattr(module, 'default_device'): module.default_device = lambda: SIM
+        if not name.startswith('gmail_nb'): continue
+        if hasattr(module, 'default_device'): module.default_device = lambda: SIM
+        if hasattr(module, 'processes'): module.processes = lambda *args, **how: accelerator(SIM) # as with a GPU
 
 if __name__ == '__main__' and sys.argv[1] == '--list': print(*CASES)
 elif __name__ == '__main__':

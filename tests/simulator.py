@@ -20,7 +20,7 @@ class Traffic:
     "What crossed between the devices."
     to_device:list = field(default_factory=list) # shapes
     to_cpu:list = field(default_factory=list)  # shapes; each makes the program wait
-    waits: int = 0  # of `.item()`, `.tolist()`, `bool()`, boolean masks and copies to the CPU
+    waits: int = 0  # of `.item()`, `.tolist()`, `bool()`, boolean masks, copies to the CPU and plain ones from it
 
     def clear(self):
         self.to_device, self.to_cpu, self.waits = [], [], 0
@@ -83,35 +83,39 @@ def refuse_mixture(func, tensors):
             raise RuntimeError(
                 f'{func}: expected all tensors to be on {NAME}:0, but one of shape {tuple(t.shape)} is on the CPU'
             )
-        if t.dim(): traffic.to_device.append(tuple(t.shape))
+        if t.dim():
+            traffic.to_device.append(tuple(t.shape))
+            traffic.waits += 1 # an index is copied before the program goes on
 
 def wait(func, tensors):
     masks = func in INDEX and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
     if func in WAITS or masks: traffic.waits += 1
 
-def copied(target, source):
+def copied(target, source, ahead=False):
     "`target.copy_(source)`, across the devices or within one."
-    if isinstance(target, SimTensor) != isinstance(source, SimTensor): cross(source)
+    if isinstance(target, SimTensor) != isinstance(source, SimTensor): cross(source, ahead)
     inner(target).copy_(inner(source))
     return target
 
-def cross(source):
+def cross(source, ahead=False): # ahead: the program goes on meanwhile
     if isinstance(source, SimTensor):
         traffic.to_cpu.append(tuple(source.shape))
         traffic.waits += 1
-    elif source.dim(): traffic.to_device.append(tuple(source.shape))
+    elif source.dim():
+        traffic.to_device.append(tuple(source.shape))
+        traffic.waits += not ahead
 
 def moved(x, kwargs):
     "`x.to(device, dtype)`: a new tensor where it is asked for."
     device, there = kwargs.pop('device', None), isinstance(x, SimTensor)
     to_sim = there if device is None else on_sim(device)
-    if there != to_sim: cross(x)
+    if there != to_sim: cross(x, kwargs.get('non_blocking', False))
     out = aten._to_copy.default(inner(x), **kwargs)
     return outer(out) if to_sim else out
 
 def run(func, args, kwargs):
     "Compute on the CPU what was asked of the device."
-    if func is aten.copy_.default: return copied(*args[:2])
+    if func is aten.copy_.default: return copied(*args[:3])
     if func is aten._to_copy.default: return moved(args[0], dict(kwargs))
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     refuse_mixture(func, tensors)
@@ -165,7 +169,20 @@ def factory(name):
     def make(*args, **kwargs): return SimTensor(func(*args, **dict(kwargs, device='cpu', pin_memory=False)))
     return make
 
-def copy_from(source, target, non_blocking=False): return copied(target, source)
+moved_module = torch.nn.Module.to
+
+def keep_ties(self, *args, **kwargs):
+    "`module.to(...)`. A weight with two names becomes two here, which on a GPU it does not: it is made one again."
+    names, known = {}, list(self.named_parameters(remove_duplicate=False)) # held, or another gets its `id`
+    for name, p in known: names.setdefault(id(p), []).append(name)
+    out = moved_module(self, *args, **kwargs)
+    for first, *others in names.values():
+        for name in others:
+            module, last = out.get_submodule(name.rpartition('.')[0]), name.rpartition('.')[2]
+            if getattr(module, last) is not out.get_parameter(first): setattr(module, last, out.get_parameter(first))
+    return out
+
+def copy_from(source, target, non_blocking=False): return copied(target, source, non_blocking)
 
 def install():
     "Register the device, once in a process."
@@ -178,4 +195,5 @@ def install():
     autocast.fallback(torch.library.fallthrough_kernel, 'AutocastPrivateUse1')
     kept.extend([library, autocast])
     torch.autograd.set_multithreading_enabled(False)
+    torch.nn.Module.to = keep_ties
     for kernel in ('flash', 'mem_efficient', 'cudnn'): getattr(torch.backends.cuda, f'enable_{kernel}_sdp')(False)

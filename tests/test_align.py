@@ -161,7 +161,7 @@ def test_an_unfinished_or_absent_folder_never_goes_to_the_hub(trained, before, t
 def test_folders_without_a_tuning_are_lora(trained, before, pixels, tmp_path):
     folder = trained.save_pretrained(tmp_path/'old')
     card = json.loads((folder/'card.json').read_text())
-    del card['tuning']
+    del card['tuning'], card['checksum']
     (folder/'card.json').write_text(json.dumps(card))
     again = GenReal.from_pretrained(folder, copy.deepcopy(before))
     with torch.inference_mode(): assert torch.equal(again.encode_generated(pixels), trained.encode_generated(pixels))

@@ -9,7 +9,7 @@ import torch
 from gmail_nb.encoders import load_encoder
 from gmail_nb.experiments.alignment import (
     MEASURES, REFERENCE, STUDY, VARIANTS, Variant, alignment_experiment, alignment_records, alignment_runs,
-    alignment_table, alignment_verdict, repeated)
+    alignment_table, alignment_verdict, sampled_rows)
 from gmail_nb.experiments.demo import make_side
 from gmail_nb.files import read_results
 from gmail_nb.settings import STUDY_SEEDS, DemoSettings
@@ -94,4 +94,4 @@ def test_the_experiment_writes_records_table_and_figures(home, found):
 
 def test_unknown_way_of_using_samples(home):
     side = make_side(load_encoder('embedded'), 'A', 24, 2, small(), home)
-    with pytest.raises(ValueError, match="'all'"): repeated(side, 'al')
+    with pytest.raises(ValueError, match="'all'"): sampled_rows(side, 'al')

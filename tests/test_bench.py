@@ -89,7 +89,7 @@ def test_a_large_gallery_stands_beside_its_matrix():
 def test_lack_of_memory_is_said(monkeypatch):
     killed = subprocess.CompletedProcess([], -9, '', 'Killed')
     monkeypatch.setattr(subprocess, 'run', lambda *a, **k: killed)
-    with pytest.raises(RuntimeError, match='for lack of memory'): bench_retrieval.measure(10, 10)
+    with pytest.raises(RuntimeError, match='for lack of memory'): bench_retrieval.measure_ways(10, 10)
     with pytest.raises(RuntimeError, match='-9 is lack of memory'): bench_align.measured_loss('dense', 10, 10)
 
 # alignment

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from gmail_nb.data import emoji
 from gmail_nb.encoders import embedded_encoder, encode_images, preprocess_images
-from gmail_nb.experiments.captioning import (ARMS, VARIANTS, CaptionWorld, Variant, arm_features, caption_records,
-    caption_runs, caption_table, caption_verdict, pair_loss, run_file, seed_runs, train_sigmoid_heads, varied)
+from gmail_nb.experiments.captioning import (ARMS, FEATURE_VARIANTS, CaptionWorld, FeatureVariant, caption_arm_features, arm_records,
+    caption_runs, arms_table, caption_verdict, pair_loss, run_file, seed_runs, train_sigmoid_heads, varied)
 from gmail_nb.experiments import captioning as room
 from gmail_nb.experiments.ifcap import IFCAP_ARMS, TextWorld, ifcap_file, ifcap_runs, ifcap_verdict, text_world
 from gmail_nb.losses import sigmoid_loss
@@ -36,14 +36,14 @@ def miniature(through_f_r):
     shift = F.normalize(torch.randn(256, generator=torch.Generator().manual_seed(0)), dim=-1)
     generated, aligned = (F.normalize(style + length * shift, dim=-1) for length in (1.5, .2))
     names_a, names_b = ([[c] for c in ds['label']] for ds in (a, b))
-    return CaptionWorld((through_f_r(a), names_a), arm_features(generated, aligned, through_f_r(b)), names_b,
+    return CaptionWorld((through_f_r(a), names_a), caption_arm_features(generated, aligned, through_f_r(b)), names_b,
                         through_f_r(seen), {k: [c] for k, c in zip(seen['key'], seen['label'])})
 
 @pytest.fixture(scope='module')
 def runs(miniature): return caption_runs([(miniature, list(miniature.arms), seed, SMALL) for seed in range(2)])
 
 @pytest.fixture(scope='module')
-def records(runs, miniature): return caption_records('miniature', runs, miniature.references, draws=200)
+def records(runs, miniature): return arm_records('miniature', runs, miniature.references, draws=200)
 
 def mean_cider(runs, arm): return np.mean([r.scores['CIDEr'].value for r in runs if r.arm == arm])
 
@@ -67,7 +67,7 @@ def test_every_arm_seed_and_setting_has_a_file_of_its_own(miniature, tmp_path):
 def test_arms_and_worlds_that_do_not_fit_are_refused(miniature):
     x = miniature.arms
     with pytest.raises(ValueError, match='must have the same images'):
-        arm_features(x['indiscriminate'], x['gmail'][1:], x['real'])
+        caption_arm_features(x['indiscriminate'], x['gmail'][1:], x['real'])
     with pytest.raises(ValueError, match='48 test images but references of 47'):
         replace(miniature, references=dict(list(miniature.references.items())[1:]))
 
@@ -77,7 +77,7 @@ def test_the_difference_of_the_records_is_that_of_the_means(records, runs):
     assert d['low'] <= d['value'] <= d['high']
 
 def test_the_table_has_a_row_for_every_arm_and_no_score_that_was_not_computed(records):
-    rows = caption_table(records)
+    rows = arms_table(records)
     assert [r[0] for r in rows[1:]] == [*ARMS, 'references', 'gmail-indiscriminate']
     assert all(len(r) == len(rows[0]) for r in rows)
     assert not any(r['metric'] in ('METEOR', 'SPICE') for r in records)
@@ -101,12 +101,12 @@ def test_the_loss_of_the_heads_is_the_packages_sigmoid_loss():
 
 def test_variants_change_known_settings_alone():
     names = {s: {f.name for f in fields(s)} for s in (AdapterSettings, AlignSettings, DrawSettings)}
-    for v in VARIANTS.values():
+    for v in FEATURE_VARIANTS.values():
         assert set(v.adapters) <= names[AdapterSettings] and set(v.draw) <= names[DrawSettings]
         assert set(v.align) <= names[AlignSettings]
         assert varied(DemoSettings(), v) != DemoSettings() or v.heads != 'clip'
-    assert set(asdict(Variant())) == {f for v in VARIANTS.values() for f in asdict(v)}
-    assert varied(DemoSettings(), Variant()) == DemoSettings()
+    assert set(asdict(FeatureVariant())) == {f for v in FEATURE_VARIANTS.values() for f in asdict(v)}
+    assert varied(DemoSettings(), FeatureVariant()) == DemoSettings()
 
 @pytest.fixture(scope='module')
 def some():

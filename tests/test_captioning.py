@@ -6,6 +6,7 @@ from importlib import metadata
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 
 from gmail_nb.captioning import (
     Captioner,
@@ -135,7 +136,7 @@ def test_writing_checks_what_it_is_given(learned, features):
 def test_a_folder_gives_the_same_captions_and_an_odd_one_is_refused(learned, features, tmp_path):
     folder = save_captioner(learned[0], tmp_path/'saved', encoder='embedded')
     assert write_captions(load_captioner(folder), features) == write_captions(learned[0], features)
-    card = json.loads((folder/'card.json').read_text())
+    card = json.loads((folder/'card.json').read_text()) | dict(checksum=None)
     (folder/'card.json').unlink()
     with pytest.raises(FileNotFoundError, match='card.json is missing'): load_captioner(folder)
     (folder/'card.json').write_text(json.dumps(card | dict(prefix_length=5)))
@@ -144,7 +145,7 @@ def test_a_folder_gives_the_same_captions_and_an_odd_one_is_refused(learned, fea
 def test_a_captioner_saved_before_its_words_changed_loads(learned, features, tmp_path):
     folder = save_captioner(learned[0], tmp_path/'saved')
     card = json.loads((folder/'card.json').read_text())
-    del card['tuning']
+    del card['tuning'], card['checksum']
     (folder/'card.json').write_text(json.dumps(card | dict(tune='whole')))
     assert captioner_settings(card | dict(tune='lora'))['tuning'] == 'lora'
     again = load_captioner(folder)
@@ -265,6 +266,7 @@ def test_a_checkpoint_of_other_first_weights_or_of_another_number_of_processes_i
     file = next(tmp_path.glob('step-*'))/'state.json'
     state = json.loads(file.read_text())
     state['settings']['processes'] = 2
+    del state['checksum'] # of what it said before
     file.write_text(json.dumps(state))
     with pytest.raises(ValueError, match='processes is 2 there and 1 here'): train_captioner(three, **how)
     assert has_dropout(three) and not has_dropout(Captioner(small_decoder(tokenizer, dropout=0.), tokenizer, 256))
@@ -373,7 +375,7 @@ def test_cards_say_the_dtype_and_older_ones_say_it_among_their_settings(lm_folde
     folder = save_captioner(Captioner(lm, tokenizer, 256, tuning='frozen', name=lm_folder), tmp_path)
     card = json.loads((folder/'card.json').read_text())
     for more, dtype in ((dict(preset=dict(dtype='bfloat16')), torch.bfloat16), ({}, torch.float32)):
-        older = {k: v for k, v in card.items() if k not in ('dtype', 'revision', 'four_bit')} | more
+        older = {k: v for k, v in card.items() if k not in ('dtype', 'revision', 'four_bit', 'checksum')} | more
         (folder/'card.json').write_text(json.dumps(older))
         assert load_captioner(folder).lm.dtype == dtype
 
@@ -402,3 +404,13 @@ def test_the_folder_above_a_captioner_will_do_and_another_models_will_not(learne
     (tmp_path/'aligned'/'card.json').write_text(json.dumps(dict(base='embedded')))
     with pytest.raises(ValueError, match='something else than a captioner'): captioner_card(tmp_path/'aligned')
     with pytest.raises(FileNotFoundError, match='--captioner'): captioner_card(tmp_path/'nowhere')
+
+def test_a_tracker_is_told_the_settings_and_every_step(tokenizer, features, names, tmp_path):
+    class Notes(GeneralTracker):
+        name, requires_logging_directory, tracker = 'notes', False, None
+        def store_init_configuration(self, values): self.settings, self.rows = values, []
+        def log(self, values, step=None, **_): self.rows.append((step, values))
+    notes = Notes()
+    run = RunSettings(trackers=(notes,), log_file=str(tmp_path/'log.jsonl'))
+    train_captioner(next(iter(again_and_again(tokenizer))), features, names, steps=3, batch_size=16, desc=None, run=run)
+    assert [step for step, _ in notes.rows] == [1, 2, 3] and notes.settings['steps'] == 3

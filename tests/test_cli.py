@@ -413,6 +413,21 @@ def test_the_demo_is_called_with_its_settings(tmp_path, monkeypatch, capsys):
     assert status == 0 and 'It helps.' in out and f'report: {tmp_path}/report.html' in out
     assert seen[0][1].seed == 2 and seen[0][1].align_captions == 256
 
+def test_the_demo_can_be_crude_or_another_point(tmp_path, monkeypatch, capsys):
+    import gmail_nb.experiments.demo as room
+    from gmail_nb.settings import demo_settings
+    seen = []
+    monkeypatch.setattr(room, 'demo', lambda out, settings: seen.append(settings) or [])
+    monkeypatch.setattr(room, 'demo_table', lambda records: [['arm']])
+    monkeypatch.setattr(room, 'demo_verdict', lambda records: 'It helps.')
+    for flags in (['--crude'], ['--steps', 3, '--guidance', 8], ['--crude', '--steps', 8]):
+        assert answer(capsys, gmail_demo, *flags, '--out', tmp_path)[0] == 0
+    crude, other, both = seen
+    assert crude == demo_settings() and (other.draw.steps, other.draw.guidance, other.seeds) == (3, 8, 1)
+    assert (both.draw.steps, both.draw.guidance, both.seeds) == (8, 8, 5)
+    status, _, err = answer(capsys, gmail_demo, '--steps', 0, '--out', tmp_path)
+    assert status == 2 and 'steps is 0' in err
+
 def test_bench_prints_a_table_or_json(monkeypatch, capsys):
     import json
     import gmail_nb.bench.comparison as room
@@ -435,7 +450,7 @@ def test_a_table_on_the_embedded_set_is_the_experiment_that_asks_the_same(monkey
     import gmail_nb.experiments.retrieval as room
 
     def note(out, *args, **kwargs):
-        Path(out).mkdir(parents=True), Path(out, 'retrieval_table.txt').write_text('a table\n')
+        Path(out).mkdir(parents=True, exist_ok=True), Path(out, 'retrieval_table.txt').write_text('a table\n')
 
     monkeypatch.setattr(room, 'retrieval_experiment', note)
     status, out, _ = answer(capsys, gmail_experiment, 'table2', '--out', tmp_path)

@@ -48,7 +48,18 @@ GROUPS = dict(
         'an_alignment_step_moves_what_it_reads',
         'an_alignment_step_waits_once',
     ),
-    uses=('tune_text_head', 'embedding', 'generating_and_scoring', 'captioning', 'captioning_from_text'),
+    uses=(
+        'tune_text_head',
+        'embedding',
+        'generating_and_scoring',
+        'captioning',
+        'captioning_from_text',
+        'a_text_step_waits_once',
+        'a_captioning_step_waits_once',
+        'a_llava_step_waits_once',
+        'a_llava_learns_and_answers',
+        'commands_from_images_to_scores',
+    ),
     more=HEAVY,
 )
 

@@ -9,10 +9,10 @@ import torch
 from gmail_nb.data import emoji
 from gmail_nb.encoders import load_encoder
 from gmail_nb.experiments import chain, controls, curve, demo
-from gmail_nb.experiments.chain import best_setting, chain_fingerprint, chain_settings, chosen_settings
+from gmail_nb.experiments.chain import best_setting, chain_fingerprint
 from gmail_nb.experiments.protocol import (
-    CHOOSING_STYLE, CLAIMS, CONTROLS, CURVES, GOOD, STATES, TESTS, Claim, Point, arm_record, by_seed, claims_table,
-    difference, found, is_validation, recalls, said_first, scores)
+    CHOOSING_STYLE, CLAIMS, CONTROLS, CURVES, GOOD, STATES, TESTS, Claim, Point, arm_record, by_seed, chain_settings,
+    chosen_settings, claims_table, difference, found, is_validation, six_recalls, said_first, scores)
 from gmail_nb.files import asset, read_results
 from gmail_nb.retrieval import WAYS
 from gmail_nb.settings import DemoSettings, ProofSettings, proof_settings
@@ -39,7 +39,7 @@ CRUDE, HEAD = Point(1, 3.), dict(steps=3, lr=1e-3)
 
 def test_mean_recall_is_the_mean_of_the_six_recalls():
     r = ranks(0)
-    assert found(r).float().mean().item() / 6 == pytest.approx(np.mean(list(recalls(r).values())))
+    assert found(r).float().mean().item() / 6 == pytest.approx(np.mean(list(six_recalls(r).values())))
     kept = arm_record(GOOD, 'gmail', 0, 'seen', r)
     assert scores(kept).mean() == pytest.approx(kept['value']) and len(kept['found']) == kept['n'] == 40
 
@@ -132,7 +132,7 @@ def test_a_cycle_gives_nobody_its_own_partner():
     real = torch.arange(9.)[:, None]
     side = demo.Side(list(range(9)), [], torch.zeros(1), torch.zeros(1), real, None)
     for seed in range(5):
-        other = controls.shuffled(side, seed).real_features
+        other = controls.shuffled_pairs(side, seed).real_features
         assert (other != real).all() and sorted(other.flatten().tolist()) == real.flatten().tolist()
 
 def test_quick_is_smaller_and_keeps_the_generator():

@@ -10,7 +10,7 @@ import pytest
 import gmail_nb.runtime
 from gmail_nb.data import emoji, quiet_datasets
 from gmail_nb.encoders import load_encoder
-from gmail_nb.gallery import (clip_scores, contact_sheet, dataset_card, hub_layout, quality_encoder,
+from gmail_nb.gallery import (image_caption_scores, contact_sheet, dataset_card, hub_layout, quality_encoder,
                               score_quality, write_report, write_sheets)
 from gmail_nb.generate import generate, load_generated
 from gmail_nb.pipelines import EmojiPipeline, load_generator, quiet_loading
@@ -58,8 +58,8 @@ def test_scores_fall_when_captions_are_shuffled(folder, encoder):
     ds = load_generated(folder)
     others = ds['caption'][5:] + ds['caption'][:5]
     shuffled = ds.remove_columns('caption').add_column('caption', others)
-    right = clip_scores(ds, encoder, show_progress=False)
-    assert right.mean() > clip_scores(shuffled, encoder, show_progress=False).mean()
+    right = image_caption_scores(ds, encoder, show_progress=False)
+    assert right.mean() > image_caption_scores(shuffled, encoder, show_progress=False).mean()
     np.testing.assert_allclose(right, ds['quality'][:], atol=1e-6)
 
 def test_the_page_stands_alone_and_says_all(folder, captions, encoder):

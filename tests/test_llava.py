@@ -15,9 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration,
-    LlavaProcessor, PreTrainedTokenizerFast)
+    LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessor, SiglipVisionConfig)
 
-WORDS = '<pad> <s> </s> <unk> <image> USER: ASSISTANT: what is this ? a the cat dog in picture red it blue one two yes no'.split()
+WORDS = '<pad> <s> </s> <unk> <image> USER: ASSISTANT: what is this ? a the cat dog in picture red it blue one two yes no A B (A) (B) Question: Options:'.split()
 TEXTS = "{% for m in messages %}{{ m['role'].upper() + ': ' + m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 PARTS = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] + ' ' }}"
@@ -51,19 +51,27 @@ def language():
         eos_token_id=2,
     )
 
-def processor_of(side):
-    pictures = CLIPImageProcessor(size=dict(shortest_edge=side), crop_size=dict(height=side, width=side))
-    return LlavaProcessor(pictures, tiny_tokenizer(), 8, 'default', chat_template=TEXTS, num_additional_image_tokens=1)
+def processor_of(side, tower='clip', patch=8):
+    square = dict(height=side, width=side)
+    if tower == 'clip': pictures = CLIPImageProcessor(size=dict(shortest_edge=side), crop_size=square)
+    else: pictures = SiglipImageProcessor(size=square)
+    how = 'default', 1 # of CLIP's class token, which is counted and left out
+    if tower == 'siglip': how = 'full', 0
+    return LlavaProcessor(pictures, tiny_tokenizer(), patch, how[0], chat_template=TEXTS,
+                          num_additional_image_tokens=how[1])
 
-@pytest.fixture
-def published():
-    "A LLaVA of transformers with a small CLIP and a small Llama, of random weights, and its processor."
+def tiny_llava(tower='clip'):
+    "A LLaVA of transformers with a small CLIP or SigLIP and a small Llama, of random weights, and its processor."
     set_seed(0)
-    vision = CLIPVisionConfig(
+    vision = dict(clip=CLIPVisionConfig, siglip=SiglipVisionConfig)[tower](
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8
     )
-    config = LlavaConfig(vision_config=vision, text_config=language(), image_token_index=4, image_seq_length=16)
-    return LlavaForConditionalGeneration(config).eval(), processor_of(32)
+    how = dict(clip={}, siglip=dict(vision_feature_select_strategy='full', vision_feature_layer=-1))[tower]
+    config = LlavaConfig(vision_config=vision, text_config=language(), image_token_index=4, image_seq_length=16, **how)
+    return LlavaForConditionalGeneration(config).eval(), processor_of(32, tower)
+
+@pytest.fixture(params=['clip', 'siglip'])
+def published(request): return tiny_llava(request.param)
 
 @pytest.fixture(scope='module')
 def pictures(): return [im.convert('RGB') for im in emoji('B', 'noto').select(range(4))['image']]
@@ -144,6 +152,52 @@ def test_the_same_logits_as_transformers(published, pictures):
     ).logits
     torch.testing.assert_close(ours, theirs)
     with pytest.raises(ValueError, match='64 pixels a side, the tower reads 32'): from_llava(model, processor_of(64))
+    with pytest.raises(ValueError, match='patches of 4 pixels, the tower reads patches of 8'):
+        from_llava(model, processor_of(32, patch=4))
+
+def test_its_tower_is_an_encoder_by_name(published, pictures, tmp_path):
+    "The tower alone reads what the whole reads; what is aligned on one fits the other, also of half precision."
+    model, processor = published
+    model.half().save_pretrained(tmp_path/'llava')
+    processor.save_pretrained(tmp_path/'llava')
+    alone = load_encoder(f'llava:{tmp_path}/llava')
+    llava, tower = load_llava(str(tmp_path/'llava'), dtype=torch.bfloat16)
+    assert alone.name == tower.name == f'llava:{tmp_path}/llava' and alone.fingerprint == tower.fingerprint
+    x = preprocess_images(alone, pictures)
+    assert torch.equal(alone.image_tokens(x), tower.image_tokens(x)) and alone.image_tokens(x).shape == (4, 16, 32)
+    aligned = GenReal(alone, AdapterSettings(rank=2))
+    trained_like(aligned)
+    aligned.save_pretrained(tmp_path/'aligned')
+    back, again = GenReal.from_pretrained(tmp_path/'aligned'), GenReal.from_pretrained(tmp_path/'aligned', tower)
+    torch.testing.assert_close(back.generated_tokens(x), aligned.generated_tokens(x))
+    torch.testing.assert_close(again.generated_tokens(x), aligned.generated_tokens(x))
+    with pytest.raises(ValueError, match='no LLaVA of transformers'):
+        LlamaForCausalLM(language()).save_pretrained(tmp_path/'lm')
+        load_encoder(f'llava:{tmp_path}/lm')
+    (tmp_path/'llava'/'model.safetensors').unlink()
+    with pytest.raises(FileNotFoundError, match='no safetensors with the weights of a vision tower'):
+        load_encoder(f'llava:{tmp_path}/llava')
+
+@pytest.mark.parametrize('template', [TEXTS, PARTS])
+def test_every_answer_of_a_conversation_is_learned(template, pictures):
+    encoder, model = embedded()
+    model.chat = tiny_tokenizer(template)
+    talk = [*turns_of('<image> what is this ?', 'a cat'), *turns_of('is it red ?', 'no'), *turns_of('what ?', 'one')]
+    prompt, last = encode_prompt(model, talk, 1, 16), encode_prompt(model, talk[:2], 1, 16)
+    assert model.tokenizer.decode([prompt.ids[i] for i in prompt.learned]) == 'a cat no one </s>'
+    assert prompt.ids[:len(last.ids) - 1] == last.ids[:-1] # as it is when it is asked, but for the end
+    tokens = encoder.image_tokens(preprocess_images(encoder, pictures))[:1]
+    with torch.no_grad():
+        logits = model.lm(inputs_embeds=model.embed(torch.tensor([prompt.ids]), tokens)).logits[0]
+        places = torch.tensor(prompt.learned)
+        by_hand = torch.nn.functional.cross_entropy(logits[places - 1], torch.tensor(prompt.ids)[places])
+        torch.testing.assert_close(llava_loss(model, [prompt], tokens), by_hand, atol=1e-5, rtol=1e-5)
+
+def test_an_answer_that_the_template_changes_is_refused():
+    _, model = embedded()
+    model.chat = tiny_tokenizer(TEXTS.replace("m['content']", "m['content'].upper()"))
+    with pytest.raises(ValueError, match='leaves out or changes the answer'):
+        encode_prompt(model, [*turns_of('what ?', 'a cat'), *turns_of('is it ?', 'no')], 0, 0)
 
 def trained_like(model):
     with torch.no_grad():
@@ -153,6 +207,7 @@ def trained_like(model):
 def test_aligned_and_back(published, pictures, tmp_path):
     "Real images see the published tower bit for bit; plain transformers loads what is saved, with f_r or with f_g merged."
     model, processor = published
+    model.generation_config.update(repetition_penalty=1.2, max_length=77)
     asked = processor(images=pictures[:1], text='<image> what is this ?', return_tensors='pt')
     before = model(**asked).logits
     llava, tower = from_llava(model, processor)
@@ -168,6 +223,8 @@ def test_aligned_and_back(published, pictures, tmp_path):
     torch.testing.assert_close(
         LlavaForConditionalGeneration.from_pretrained(tmp_path/'real').eval()(**asked).logits, before
     )
+    said = LlavaForConditionalGeneration.from_pretrained(tmp_path/'real').generation_config
+    assert (said.repetition_penalty, said.max_length) == (1.2, 77)
     save_llava(llava, tmp_path/'generated', aligned)
     _, merged = load_llava(str(tmp_path/'generated'))
     torch.testing.assert_close(merged.image_tokens(x), aligned.generated_tokens(x), atol=1e-4, rtol=1e-3)

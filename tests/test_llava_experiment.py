@@ -39,6 +39,8 @@ from gmail_nb.experiments.llava import (
     open_prompts,
     pooled,
     preferred,
+    real_half,
+    right_choices,
     said_answers,
     show_llava,
     show_some_answers,
@@ -48,6 +50,7 @@ from gmail_nb.experiments.llava import (
 )
 from gmail_nb.runtime import set_seed
 from gmail_nb.settings import DemoSettings, LlavaExperimentSettings
+from gmail_nb.stats import bootstrap
 from gmail_nb.vqa import Question
 
 def weight(item): return 15
@@ -148,6 +151,16 @@ def test_arms_differ_in_their_pictures_alone(world):
     assert world.files('gmail')['first'] is world.files('gmail')['other'] is t['gmail'] and world.files('words') == {}
     assert {e.images[0][0] for e in arm_examples(world, 'both')} == {'first', 'other'}
     assert all(e.images == (('A', i),) for i, e in enumerate(base_examples(world)))
+
+def test_half_of_the_lessons_are_real_whatever_their_order(world):
+    half = real_half(world.told)
+    assert len(half) == 4 and {world.told[i].key for i in half} == {
+        world.told[::-1][i].key for i in real_half(world.told[::-1])}
+    assert [e.images[0][0] for e in arm_examples(world, 'both')] == ['other' if i in half else 'first' for i in range(8)]
+    kinds = [Lesson(f'c{i}:{k}', 'What?', 'x', i) for i in range(60) for k in ('name', 'group')]
+    chosen = {kinds[i].key for i in real_half(kinds)}
+    both = [f'c{i}:name' in chosen and f'c{i}:group' in chosen for i in range(60)]
+    assert 5 < sum(both) < 25 # a concept is not bound to one kind of picture
 
 def test_places_are_pooled():
     x = torch.arange(16.).view(1, 16, 1).expand(-1, -1, 3).half()
@@ -266,15 +279,27 @@ def test_records_say_what_was_answered(records):
     assert by['gmail', 'seconds']['value'] == 10 and all(r['seeds'] == 3 for r in records)
     assert by['gmail - indiscriminate', 'CIDEr']['value'] == pytest.approx(.5, abs=.05)
 
+def test_questions_about_one_drawing_are_drawn_together():
+    "Four questions a drawing that are right or wrong together: the interval is twice as wide as of single ones."
+    questions = [replace(question(i % 4, 0), key=f'k{i // 4}:{i % 4}') for i in range(160)]
+    right = np.random.default_rng(0).random(40) < .5
+    runs = [LlavaRun('gmail', seed, [], np.where(np.repeat(right, 4), 0, 1).tolist(), [1.], 1., 1.) for seed in range(3)]
+    results = LlavaResults(runs, questions, {})
+    found, single = results.accuracy('gmail'), bootstrap(right_choices(runs, questions))
+    assert found.value == single.value and found.n == 160
+    assert 1.7 < (found.high - found.low) / (single.high - single.low) < 2.3
+    assert results.accuracy_difference('gmail', 'gmail').high == 0
+
 def test_sentences_claim_what_the_intervals_allow(records):
     said = llava_sentences(records)
     assert len(said) == 2 * len(CLAIMS)
     assert said[0].startswith('Aligning the generated images by Eq. 1 helps: accuracy') and '3 seeds' in said[0]
-    assert 'hurts' in said[4] and 'The tokens beside Eq. 1' in said[4] # drawn answers against right ones
+    assert 'hurts' in said[4] and said[4].startswith('Aligning the tokens beside Eq. 1') # drawn answers against right ones
 
 def test_tables_and_pictures_are_made_of_the_records(results, records):
     table = llava_table(records)
     assert [row[0] for row in table[1:8]] == list(LLAVA_ARMS) and table[4][2].startswith('100.0')
+    assert table[4][3] == '100 (' + table[2][3] + ')' # beside it, what words alone get
     assert [row[0] for row in table[8:]] and all(row[1].startswith(('+', '-')) for row in table[8:])
     whole = {k: torch.randn(20, 4, 6) for k in ('real', 'indiscriminate', 'gmail')}
     whole['gmail tokens'] = whole['real'].clone()
@@ -293,7 +318,7 @@ def test_tables_and_pictures_are_made_of_the_records(results, records):
         'colour',
         'colour',
     ]
-    assert len(show_some_answers(results, picked).axes) == 8
+    assert len(show_some_answers(results, picked).axes) == 16 # eight pictures, each with its answers below
     right = said_answers(results.of('gmail')[0], results.questions)
     assert all(a.right and a.read in 'ABCD' for a in right)
 

@@ -16,12 +16,14 @@ from gmail_nb.data import emoji
 from gmail_nb.encoders import load_encoder, preprocess_images
 from gmail_nb.llava import (
     Llava, VisualTokens, answer_all, encode_prompt, from_llava, generate_answers, llava_loss, lora_layers,
-    new_projector, read_prefix, save_llava, turns_of)
+    new_projector, read_shared_words, save_llava, turns_of)
 from gmail_nb.llava_training import (
     Example, CaptionExamples, LiveTokens, LlavaTraining, adapt_language, embed_tokens, encode_example, example, in_half,
-    load_tokens, load_trained, new_llava, only_trained, save_trained, tokens_of, train_llava, train_stage)
+    load_tokens, load_trained, new_llava, only_trained, save_trained, mixed_tokens, train_llava, train_stage)
+from gmail_nb.runs.instructions import question_turns
 from gmail_nb.runtime import set_seed
-from gmail_nb.settings import AdapterSettings, EmbedSettings, LlavaSettings, RunSettings, StageSettings
+from gmail_nb.settings import AdapterSettings, AlignSettings, EmbedSettings, LlavaSettings, RunSettings, StageSettings
+from gmail_nb.train import align
 from gmail_nb.vqa import Question, ask_questions
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -164,9 +166,9 @@ def test_a_caption_for_each_example_and_every_kind_in_its_place():
     assert [(e.turns[-1]['content'], e.images) for e in told] == [
         ('a', (('generated', 0),)), ('b', (('generated', 0),)), ('c', (('generated', 1),))]
     files = llava_once.files
-    found = tokens_of([('real', 3), ('generated', 5), ('real', 0)], files)
+    found = mixed_tokens([('real', 3), ('generated', 5), ('real', 0)], files)
     assert torch.equal(found, torch.stack([files['real'][3], files['generated'][5], files['real'][0]]).float())
-    assert tokens_of([], files) is None
+    assert mixed_tokens([], files) is None
 
 def test_both_kinds_in_a_batch_equal_batches_of_their_own():
     model, files = small(), llava_once.files
@@ -177,8 +179,8 @@ def test_both_kinds_in_a_batch_equal_batches_of_their_own():
     ]
     coded = [encode_example(model, e, 4) for e in told]
     with torch.no_grad():
-        whole = llava_loss(model, coded, tokens_of([i for e in told for i in e.images], files))
-        parts = [llava_loss(model, [c], tokens_of(list(e.images), files)) * c.answer for c, e in zip(coded, told)]
+        whole = llava_loss(model, coded, mixed_tokens([i for e in told for i in e.images], files))
+        parts = [llava_loss(model, [c], mixed_tokens(list(e.images), files)) * c.answer for c, e in zip(coded, told)]
     torch.testing.assert_close(whole, sum(parts) / sum(c.answer for c in coded), atol=1e-5, rtol=1e-5)
 
 def test_what_all_prompts_begin_with_is_read_once():
@@ -191,7 +193,7 @@ def test_what_all_prompts_begin_with_is_read_once():
     )
     images = [[('real', 0)], [('generated', 1)], [], [('real', 2), ('real', 3)]]
     asked = [(turns_of(w), some) for w, some in zip(words, images)]
-    look = lambda some: tokens_of(some, files)
+    look = lambda some: mixed_tokens(some, files)
     alone = [generate_answers(model, [encode_prompt(model, t, len(some), 4)], look(some), 6)[0] for t, some in asked]
     assert answer_all(model, asked, look, 3, 6) == alone
     assert answer_all(model, asked[:3], look, 2, 6, num_beams=2) == [
@@ -199,42 +201,51 @@ def test_what_all_prompts_begin_with_is_read_once():
         for t, some in asked[:3]
     ]
     prompts = [encode_prompt(model, t, len(some), 4) for t, some in asked]
-    assert len(read_prefix(model, prompts).ids) > 2
+    assert len(read_shared_words(model, prompts).ids) > 2
     with pytest.raises(ValueError, match='begins with other words'):
-        generate_answers(model, [encode_prompt(model, turns_of('is it ?'), 0, 4)], None, 3, read_prefix(model, prompts))
+        generate_answers(model, [encode_prompt(model, turns_of('is it ?'), 0, 4)], None, 3, read_shared_words(model, prompts))
 
 def test_a_published_llava_goes_all_the_way_and_back(published, pictures, tmp_path):
     "Align, tune on both kinds, caption, answer, save; plain transformers and plain peft give the same logits."
     model, processor = published
+    with torch.no_grad(): # random words are as long as trained ones, or nothing could be learned above them
+        for words in (model.get_input_embeddings().weight, model.get_output_embeddings().weight): words.mul_(20)
     model.save_pretrained(tmp_path/'published')
     processor.save_pretrained(tmp_path/'published')
     llava, tower = from_llava(model, processor)
     aligned = GenReal(tower, AdapterSettings(rank=2))
-    trained_like(aligned)
     trainable = {n for n, p in llava.named_parameters() if p.requires_grad}
-    ds = emoji('B', 'noto').select(range(4))
+    ds, drawn = (emoji('B', s).select(range(4)) for s in ('noto', 'fluent'))
+    assert ds['key'] == drawn['key'] # pairs
+    partners = aligned.real_features(preprocess_images(tower, pictures)).detach()
+    x_g = preprocess_images(tower, [im.convert('RGB') for im in drawn['image']])
+    how = AlignSettings(epochs=30, batch_size=4, lr=2e-2, precision='no')
+    losses = [row['loss'] for row in align(aligned, x_g, partners, how, run=RunSettings(desc=None))]
+    assert losses[-1] < losses[0] - .1 and torch.equal(aligned.real_features(preprocess_images(tower, pictures)), partners)
     quiet = EmbedSettings(show_progress=False)
-    files = {s: embed_tokens(ds, aligned, tmp_path/s, s, quiet) for s in ('real', 'generated')}
+    files = dict(real=embed_tokens(ds, aligned, tmp_path/'real', 'real', quiet),
+                 generated=embed_tokens(drawn, aligned, tmp_path/'generated', 'generated', quiet))
+    moved = embed_tokens(drawn, aligned, tmp_path/'unaligned', 'real', quiet)
+    assert not torch.allclose(moved[[0]], files['generated'][[0]]) # f_g and f_r differ by what was learned
     tower_before = VisualTokens(aligned)(preprocess_images(tower, pictures), torch.tensor([True, False, True, False]))
-    told = [
-        example('<image> what is this ?', w, (('real', 'generated')[i % 2], i))
-        for i, w in enumerate(('a cat', 'the dog', 'red', 'blue'))
-    ]
-    settings = replace(quick, language_model=str(tmp_path/'published'))
+    names = 'a cat', 'the dog', 'red', 'blue'
+    told = [example('<image> what is this ?', w, (('real', 'generated')[i % 2], i)) for i, w in enumerate(names)]
+    quiz = [Question(f'q{i}', 'is it red ?', i % 2, ('yes', 'no'), (pictures[i],)) for i in range(4)]
+    told += [Example(question_turns(q, 0)[0], (('real', i),)) for i, q in enumerate(quiz)]
+    long = StageSettings(steps=60, batch_size=8, lr=1e-2)
+    settings = replace(quick, language_model=str(tmp_path/'published'), project=long, instruct=replace(long, steps=140), rank=8)
     history = train_llava(llava, told, files, settings)
-    assert history['instruct'][-1] < history['project'][0]
+    assert history['instruct'][-1] < .1 < history['project'][0]
     assert trainable <= {n.replace('.base_layer', '') for n, p in llava.named_parameters() if p.requires_grad} | {
         n for n in trainable if 'language_model' in n} # f_g can be aligned further
     tower_after = VisualTokens(aligned)(preprocess_images(tower, pictures), torch.tensor([True, False, True, False]))
     assert torch.equal(tower_before, tower_after)
-    ask = lambda m: generate_answers(
-        m, [encode_prompt(m, turns_of('<image> what is this ?'), 1, 16)], files['real'][[0]].float(), 6
-    )
+    seen = mixed_tokens([e.images[0] for e in told[:4]], files)
+    ask = lambda m: generate_answers(m, [encode_prompt(m, turns_of('<image> what is this ?'), 1, 16)] * 4, seen, 6)
     said = ask(llava)
-    run = ask_questions(
-        llava, VisualTokens(aligned), [Question('q', 'what is this ?', 1, ('cat', 'dog'), (pictures[0],))]
-    )
-    assert run[0].key == 'q'
+    assert said == list(names) # real ones through f_r and generated ones through f_g, in one batch
+    run = ask_questions(llava, VisualTokens(aligned), quiz)
+    assert [a.read for a in run] == ['A', 'B', 'A', 'B'] and all(a.right for a in run)
     asked = processor(images=pictures[:1], text='<image> what is this ?', return_tensors='pt')
     with torch.no_grad():
         ours = model(inputs_embeds=llava.embed(asked['input_ids'], tower.image_tokens(asked['pixel_values']))).logits
@@ -261,6 +272,15 @@ def test_an_adapter_of_a_language_model_loads_by_plain_peft(tmp_path):
     torch.testing.assert_close(adapted(ids).logits, model.lm(ids).logits)
     back = load_trained(tmp_path/'trained', (small(), None))[0]
     assert all(torch.equal(p, learned(back)[n]) for n, p in learned(model).items())
+
+def test_a_conversation_without_room_loses_its_last_question():
+    model, files = small(), llava_once.files
+    talk = Example((*turns_of('<image> what is this ?', 'a cat'), *turns_of('is it <image> ?', 'no')), (('real', 0), ('real', 1)))
+    whole, first = encode_example(model, talk, 4), encode_example(model, example('<image> what is this ?', 'a cat', ('real', 0)), 4)
+    assert model.tokenizer.decode([whole.ids[i] for i in whole.learned]) == 'a cat no </s>' and whole.images == 2
+    cut = encode_example(model, talk, 4, len(first.ids))
+    assert cut == first and cut.images == 1
+    assert len(train_stage(model, [talk, example('what ?', 'blue')], files, 'instruct', quick)) == 6
 
 def test_frozen_weights_in_sixteen_bits_train_float32_ones():
     model = small()

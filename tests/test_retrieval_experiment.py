@@ -10,7 +10,7 @@ from gmail_nb.data import emoji
 from gmail_nb.encoders import Encoder, HFText, load_encoder
 from gmail_nb.experiments import retrieval as room
 from gmail_nb.experiments.retrieval import (
-    Shown, World, arm_features, arm_ranks, found_by_any, hit_records, nested, recall_table, tune_arms)
+    Shown, World, arm_features, head_ranks, found_by_any, hit_records, nested, recall_table, tune_arms)
 from gmail_nb.settings import TuneSettings
 from gmail_nb.tune import tune_text
 
@@ -108,7 +108,7 @@ def test_in_every_row_of_answers_a_right_one_is_framed(encoder, world):
     two = {a: tune_text(encoder, world.arms[a], world.captions, quick) for a in ('indiscriminate', 'gmail')}
     queries, counts = found_by_any(encoder, two, world.tests['B-twemoji'], 3, k=10)
     ranks = torch.stack(
-        [arm_ranks(encoder, t, world.tests)['B-twemoji']['text_to_image'][queries] for t in two.values()]
+        [head_ranks(encoder, t, world.tests)['B-twemoji']['text_to_image'][queries] for t in two.values()]
     )
     assert (ranks < 10).any(0).all() and counts['by_any'] >= max(counts['gmail'], counts['indiscriminate'])
 

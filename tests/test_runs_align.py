@@ -18,7 +18,7 @@ from gmail_nb.files import read_results
 from gmail_nb.generate import generate, load_generated
 from gmail_nb.runs.align import (
     align_sets,
-    caption_ids,
+    equal_caption_ids,
     generated_images,
     indices_by_sample,
     pair_sets,
@@ -171,7 +171,7 @@ def test_keys_kept_out_stay_the_same_when_the_set_grows():
     assert set(validation_indices(keys[:30], .3)) == {i for i in validation_indices(keys, .3) if i < 30}
 
 def test_captions_are_equal_but_for_case_and_space():
-    assert caption_ids(['A cat', 'a dog', 'a  cat']).tolist() == [0, 1, 0]
+    assert equal_caption_ids(['A cat', 'a dog', 'a  cat']).tolist() == [0, 1, 0]
 
 def test_images_of_others_are_the_first_sample_of_their_key():
     made = generated_images(emoji('A', source='fluent').select(range(3)))

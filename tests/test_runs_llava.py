@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 from gmail_nb.align import GenReal
-from gmail_nb.cli.commands import gmail_chat, gmail_eval, gmail_tune
+from gmail_nb.cli.commands import gmail_align, gmail_chat, gmail_eval, gmail_tune
 from gmail_nb.data import emoji, quiet_datasets
 from gmail_nb.encoders import load_encoder
 from gmail_nb.llava_training import trained_card
+from gmail_nb.runs.instructions import conversation_turns, picture_key, read_conversations, scienceqa_instructions
 from gmail_nb.runs.tune_llava import LLAVA_ARMS, Talk, check_llava_arm, chat, load_talker, tune_llava
 from gmail_nb.runs.vqa import asked_set, evaluate_vqa
 from gmail_nb.settings import AdapterSettings, LlavaSettings, RunSettings, StageSettings, VQASettings
 from gmail_nb.splits import trained_on
-from test_llava import PARTS, language, processor_of, published, tiny_tokenizer, trained_like
-from transformers import LlamaForCausalLM
+from gmail_nb.vqa import small_mmmu, small_scienceqa
+from test_llava import PARTS, language, processor_of, published, tiny_llava, tiny_tokenizer, trained_like
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 def answer(capsys, command, *argv):
     status = command([str(a) for a in argv])
@@ -152,6 +154,20 @@ def test_a_question_about_several_pictures(capsys, home):
     said = chat([home/'a.png'], 'what is this ?', home/'real', 5, stream=io.StringIO())
     assert said[0]['content'] == '<image>\nwhat is this ?' and said[1]['role'] == 'assistant'
 
+def test_generated_pictures_go_through_the_aligned_tower(capsys, home):
+    if not (home/'gmail'/'card.json').exists():
+        tune(capsys, home, 'gmail', '--generated', home/'drawn.parquet', '--model', home/'aligned')
+    picture = emoji('unseen', 'noto')[0]['image'].convert('RGB')
+    real, drawn = (load_talker(home/'gmail', torch.device('cpu'), g).look([picture]) for g in (False, True))
+    aligned = GenReal.from_pretrained(home/'aligned')
+    with torch.no_grad(): torch.testing.assert_close(drawn, aligned.generated_tokens(aligned.encoder.preprocess(picture)[None]))
+    assert not torch.allclose(real, drawn)
+    picture.save(home/'g.png')
+    ask = 'what ?', '--image', home/'g.png', '--max-new-tokens', 2, '--device', 'cpu', '--generated', '--model'
+    assert answer(capsys, gmail_chat, *ask, home/'gmail')[0] == 0
+    status, _, err = answer(capsys, gmail_chat, *ask, home/'real')
+    assert status == 2 and 'tuned without an aligned model' in err
+
 def test_several_turns_are_one_conversation(home):
     talker, aloud = load_talker(home/'real'), io.StringIO()
     talk = Talk(talker, [emoji('unseen', 'noto')[0]['image'].convert('RGB')], 4, aloud)
@@ -214,3 +230,139 @@ def test_a_published_llava_is_tuned_and_talks(published, home, tmp_path):
     picture = emoji('unseen', 'noto')[0]['image'].convert('RGB')
     for name in (tmp_path/'out', tmp_path/'published'):
         assert isinstance(Talk(load_talker(name), [picture], 4).ask('what is this ?'), str)
+
+# instructions
+
+def written(home, name='told.json', **change):
+    "LLaVA's JSON about three of the drawings, two turns each, and one conversation of words alone."
+    rows = []
+    for r in emoji('B', 'noto').select(np.argsort(emoji('B', 'noto')['key'])[20:23]):
+        r['image'].save(home/f'{r["key"]}.png')
+        said = ('<image>\nwhat is this ?', r['label'], 'is it red ?', 'no')
+        who = ('human', 'gpt') * 2
+        rows.append(dict(id=r['key'], image=f'{r["key"]}.png',
+                         conversations=[{'from': w, 'value': t} for w, t in zip(who, said)]))
+    rows.append(dict(id='words', conversations=[{'from': 'human', 'value': 'is a cat blue ?'}, {'from': 'gpt', 'value': 'no'}]))
+    rows[0] |= change
+    (home/name).write_text(json.dumps(rows))
+    return home/name
+
+def test_stage_two_learns_from_conversations(capsys, home):
+    file = written(home)
+    status, out, err = tune(capsys, home, 'talked', '--real', home/'real.parquet', '--instructions', file)
+    assert status == 0 and 'project: 4 steps' in out and 'instruct: 4 steps' in out, err
+    keys = [Path(r['image']).stem for r in json.loads(file.read_text()) if 'image' in r]
+    assert set(keys) < set(trained_on(home/'talked')) and len(trained_on(home/'talked')) == 15
+    card, _ = trained_card(home/'talked')
+    assert card['instructions'] == 4 and card['images'] == dict(real=12)
+    again = tune(capsys, home, 'talked', '--real', home/'real.parquet', '--instructions', file)[1]
+    assert again.splitlines()[:2] == out.splitlines()[:2]
+    plain = tune(capsys, home, 'plainly', '--real', home/'real.parquet')[1]
+    assert plain.splitlines()[0] == out.splitlines()[0] and plain.splitlines()[1] != out.splitlines()[1]
+
+def test_a_picture_of_an_instruction_is_refused_in_a_test(capsys, home):
+    if not (home/'talked'/'card.json').exists(): test_stage_two_learns_from_conversations(capsys, home)
+    talker = load_talker(home/'talked')
+    learned = asked_set('emoji-questions')[0].key.split(':')[0]
+    assert not talker.keys.count(learned)
+    with quiet_datasets(): small_scienceqa().to_parquet(home/'train-00000-of-00001.parquet')
+    talker.keys = [*talker.keys, 'scienceqa/train/0']
+    with pytest.raises(ValueError, match='are among those of training'):
+        evaluate_vqa(talker, str(home/'train-00000-of-00001.parquet'), home/'x', VQASettings(split='train'))
+
+@pytest.mark.parametrize('kind', ['scienceqa', 'own'])
+def test_stage_two_learns_from_questions(capsys, home, kind):
+    (home/'science').mkdir(exist_ok=True)
+    with quiet_datasets(): small_scienceqa().to_parquet(home/'science'/'train-00000-of-00001.parquet')
+    source = dict(scienceqa=home/'science', own='emoji-questions')[kind]
+    how = '--generated', home/'drawn.parquet', '--model', home/'aligned', '--instructions', source
+    status, out, err = tune(capsys, home, f'asked-{kind}', *how)
+    assert status == 0 and 'instruct: 4 steps' in out, err
+    keys = set(trained_on(home/f'asked-{kind}'))
+    assert len(keys) == dict(scienceqa=16, own=12)[kind]
+    if kind == 'scienceqa': assert 'scienceqa/train/0' in keys and 'scienceqa/train/3' not in keys
+
+@pytest.mark.parametrize('change, said', [
+    (dict(image='nowhere.png'), "1 of 3 pictures are not below .*'nowhere.png'"),
+    (dict(image=None), r'has 0 picture\(s\) and 1 <image>'),
+    (dict(conversations=[]), 'has no list of conversations'),
+    (dict(conversations=[{'from': 'human', 'value': '<image>'}]), 'do not take turns'),
+    (dict(conversations=[{'from': 'human', 'value': '<image>'}, {'from': 'gpt', 'value': ' '}]), 'without words'),
+    (dict(conversations=[{'from': 'bot', 'value': 'x'}]), "who is 'bot'")])
+def test_conversations_that_cannot_be_learned(home, change, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said): read_conversations(written(home, 'wrong.json', **change))
+
+def test_other_instructions_that_are_refused(capsys, home, tmp_path):
+    for text, said in (('{', 'is no JSON'), ('{}', 'no list of conversations'), ('[1]', 'no list of conversations')):
+        (tmp_path/'x.json').write_text(text)
+        with pytest.raises(ValueError, match=said): read_conversations(tmp_path/'x.json')
+    with pytest.raises(ValueError, match='is for tests: learn from ScienceQA'): scienceqa_instructions(small_mmmu())
+    status, _, err = tune(capsys, home, 'lost', '--real', home/'real.parquet', '--instructions', 'nowhere.json')
+    assert status == 2 and 'no instructions at' in err
+    assert picture_key('coco/train2017/000000000009.jpg') == picture_key('coco/COCO_train2014_000000000009.jpg') == '9'
+    assert picture_key('gqa/images/0009.jpg') == 'gqa/images/0009'
+    assert [t['role'] for t in conversation_turns(json.loads(written(home).read_text())[0], 'x')] == ['user', 'assistant'] * 2
+
+# a published LLaVA from the shell
+
+@pytest.fixture(scope='module', params=['clip', 'siglip'])
+def whole(request, home):
+    "A LLaVA in a folder, its tower aligned from the shell."
+    model, processor = tiny_llava(request.param)
+    model.generation_config.update(max_length=77)
+    place = home/request.param
+    for part in (model, processor): part.save_pretrained(place/'llava')
+    status = gmail_align([str(a) for a in (
+        home/'real.parquet', home/'drawn.parquet', '--encoder', f'llava:{place}/llava', '--out', place/'aligned',
+        '--epochs', 1, '--batch-size', 4, '--rank', 2)])
+    assert not status and (place/'aligned'/'card.json').exists()
+    return place
+
+def test_a_published_llava_is_aligned_and_tuned_from_the_shell(capsys, home, whole):
+    card = json.loads((whole/'aligned'/'card.json').read_text())
+    assert card['base'] == f'llava:{whole}/llava'
+    aligned = GenReal.from_pretrained(whole/'aligned') # by its base's name
+    assert any(p.abs().max() > 0 for n, p in aligned.f_g.named_parameters() if 'lora_B' in n)
+    how = ('--generated', home/'drawn.parquet', '--arm', 'gmail', '--language-model', whole/'llava', '--model',
+           whole/'aligned', '--tokens', whole/'tokens')
+    plain = whole/'plain'
+    status, out, err = tune(capsys, home, f'{whole.name}/tuned', *how, '--plain', plain)
+    assert status == 0 and 'instruct: 4 steps' in out and f'plain LLaVA: {plain}' in out, err
+    assert tune(capsys, home, f'{whole.name}/tuned', *how, '--plain', whole/'plain-g', '--plain-side', 'generated')[0] == 0
+    talker = load_talker(whole/'tuned')
+    processor = tiny_llava(whole.name)[1]
+    picture = emoji('unseen', 'noto')[0]['image'].convert('RGB')
+    asked = processor(images=picture, text='<image> what is this ?', return_tensors='pt')
+    for place, see in ((plain, talker.see.encoder.image_tokens), (whole/'plain-g', aligned.generated_tokens)):
+        theirs = LlavaForConditionalGeneration.from_pretrained(place).eval()
+        assert theirs.generation_config.max_length == 77
+        with torch.no_grad():
+            words = talker.model.embed(asked['input_ids'], see(asked['pixel_values']))
+            ours = talker.model.lm(inputs_embeds=words, attention_mask=asked['attention_mask']).logits
+            torch.testing.assert_close(theirs(**asked).logits, ours, atol=1e-4, rtol=1e-4)
+    assert answer(capsys, gmail_eval, 'vqa', '--model', plain, '--limit', 4, '--max-new-tokens', 2,
+                  '--out', whole/'vqa')[0] == 0
+
+@pytest.mark.parametrize('more, said', [
+    (('--plain', 'x'), 'is a language model alone'),
+    (('--plain', 'x', '--plain-side', 'generated', '--language-model', 'clip/llava'), 'belongs to an arm that learns through it')])
+def test_plain_folders_that_cannot_be_saved(capsys, home, more, said):
+    if 'clip/llava' in more and not (home/'clip'/'llava').exists():
+        for part in tiny_llava(): part.save_pretrained(home/'clip'/'llava')
+    more = [home/m if m == 'clip/llava' else m for m in more]
+    status, _, err = tune(capsys, home, 'unsaved', '--real', home/'real.parquet', *more)
+    assert status == 2 and said in err and not (home/'unsaved'/'card.json').exists()
+
+def test_two_kinds_take_half_of_each(home):
+    "The steps of one pass are those of an arm with one kind, and every concept is learned from once."
+    stages = dict(project=StageSettings(batch_size=4), instruct=StageSettings(steps=0))
+    settings = LlavaSettings(language_model=str(home/'lm'), rank=2, **stages)
+    sets = dict(real=home/'drawn.parquet', generated=home/'drawn.parquet') # one caption of each, as of a generated image
+    with quiet_datasets():
+        datasets.Dataset.from_parquet(str(home/'drawn.parquet')).map(
+            lambda r: dict(captions=r['captions'][:1])).to_parquet(home/'once.parquet')
+    sets = dict.fromkeys(sets, home/'once.parquet')
+    steps = {arm: tune_llava(home/f'pass-{arm}', settings, **sets, model=home/'aligned', arm=arm, tokens=home/'tokens',
+                             run=RunSettings(desc=None)) for arm in ('indiscriminate', 'both', 'mix')}
+    assert {arm: len(s['project']) for arm, s in steps.items()} == dict(indiscriminate=3, both=3, mix=3)
+    assert all(len(trained_on(home/f'pass-{arm}')) == 12 for arm in steps)

@@ -24,11 +24,11 @@ from gmail_nb.tune import (
     TextRun,
     disturbed,
     head_inputs,
-    image_rows,
-    last_linear,
+    feature_rows,
+    head_module,
     lengths,
     load_tuned,
-    made_from,
+    training_fingerprints,
     own_temperature,
     save_tuned,
     text_blocks,
@@ -67,7 +67,7 @@ def same(a, b):
 def test_the_head_of_the_embedded_encoder_has_its_parameters(encoder):
     text = text_parameters(copy.deepcopy(encoder.text), TuneSettings('head'))
     assert sum(p.numel() for p in text.parameters() if p.requires_grad) == 384 * 256 + 256
-    assert len(text_blocks(encoder.text)) == 6 and last_linear(encoder.text) is encoder.text.head
+    assert len(text_blocks(encoder.text)) == 6 and head_module(encoder.text) is encoder.text.head
 
 def test_an_unknown_tuning_is_named_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'full'"): TuneSettings('ful')
@@ -234,8 +234,8 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(encoder, feature
 def test_a_checkpoint_of_before_is_known_by_its_fingerprint(encoder, features, captions):
     settings = {k: v for k, v in asdict(brief(tau=.07)).items() if k not in ('precision', 'real_projection')}
     before = fingerprint(encoder.fingerprint, settings, captions, features[None])
-    assert before in made_from(encoder, image_rows(features), captions, brief())
-    assert before not in made_from(encoder, image_rows(features), captions, brief(real_projection=True))
+    assert before in training_fingerprints(encoder, feature_rows(features), captions, brief())
+    assert before not in training_fingerprints(encoder, feature_rows(features), captions, brief(real_projection=True))
 
 # Read by the step
 
@@ -256,7 +256,7 @@ def test_features_in_their_file_give_what_a_tensor_gives(encoder, features, capt
     there, here = (tune_text(encoder, f, captions, brief()) for f in (stored(x, tmp_path), F.normalize(x, dim=-1)))
     assert same(there, here) and there.history == here.history
     chosen = stored(x, tmp_path).select(list(range(0, 230, 2)))
-    assert torch.equal(image_rows(chosen).read(torch.tensor([1, 3]))[0], F.normalize(x[[2, 6]], dim=-1))
+    assert torch.equal(feature_rows(chosen).read(torch.tensor([1, 3]))[0], F.normalize(x[[2, 6]], dim=-1))
 
 @pytest.mark.parametrize('tuning', ['head', 'last'])
 def test_many_captions_are_read_batch_by_batch(encoder, features, captions, tuning, monkeypatch):
@@ -271,14 +271,14 @@ def test_many_captions_are_read_batch_by_batch(encoder, features, captions, tuni
 
 
 def test_rows_are_measured_in_chunks(features):
-    one, many = lengths(image_rows(features)), lengths(image_rows(features), chunk=7)
+    one, many = lengths(feature_rows(features)), lengths(feature_rows(features), chunk=7)
     assert all(map(torch.equal, one, many))
 
 def test_features_that_end_before_their_captions_are_refused(encoder, features, captions, tmp_path):
     whole = stored(features, tmp_path)
     short = Features(whole.key_column, features[:200], whole.card, [])
     with pytest.raises(ValueError, match='ends after 200 rows, but row 230'): tune_text(encoder, short, captions)
-    with pytest.raises(ValueError, match=r'sources of \[229, 230\] images'): image_rows([features, features[1:]])
+    with pytest.raises(ValueError, match=r'sources of \[229, 230\] images'): feature_rows([features, features[1:]])
 
 # Temperature and projections
 

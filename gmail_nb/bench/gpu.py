@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PEAKS', 'SDXL_UNET', 'SDXL_TEXT', 'SDXL_TEXT_2', 'SDXL_VAE', 'LLAMAS', 'known_peak', 'wait', 'measured_peak',
-           'peak_of', 'Target', 'target', 'count_operations', 'memory_since', 'Reading', 'measure', 'check_equal',
-           'compared', 'sdxl_parts', 'made_in', 'sdxl_sized', 'image_operations', 'pictures', 'in_a_folder',
+           'peak_of', 'Target', 'target', 'count_operations', 'memory_since', 'Reading', 'measure_way', 'check_equal',
+           'ways_compared', 'sdxl_parts', 'made_in', 'sdxl_sized', 'image_operations', 'pictures', 'in_a_folder',
            'generation_ways', 'compare_generation', 'plain_trainer', 'made_up', 'plain_alignment', 'our_alignment',
            'compare_alignment', 'see', 'seen_once', 'plain_tuning', 'compare_tuning', 'llama_sized', 'llama_captioner',
-           'padded', 'plain_captioning', 'compare_caption_training', 'compare_caption_writing', 'attempt',
+           'filled_captions', 'plain_captioning', 'compare_caption_training', 'compare_caption_writing', 'attempt',
            'generation_page', 'towers_page', 'captions_page', 'gpu_page']
 
 # %% ../../nbs/bench/40_gpu.ipynb #28bab99b
@@ -145,7 +145,7 @@ class Reading:
     def share(self, peak:float) -> float: return self.operations / self.seconds / peak
 
 # %% ../../nbs/bench/40_gpu.ipynb #e20744f0
-def measure(
+def measure_way(
     work:Callable,            # what is measured; returns what is to be compared
     device:torch.device,
     rounds:int=4,             # runs after the first
@@ -172,7 +172,7 @@ def check_equal(name:str, ours:list[float], plain:list[float], on:Target) -> Non
     assert worst < allowed, f'{name}: the two ways part, losses {ours} and {plain}'
 
 # %% ../../nbs/bench/40_gpu.ipynb #a48a0639
-def compared(
+def ways_compared(
     name:str,
     ours:Reading, plain:Reading,
     n:int,        # items of a run
@@ -307,10 +307,10 @@ def compare_generation(
     "Images a second of `generate` and of the plain loop."
     ours, plain = generation_ways(pipeline, n, batch_size, steps, size)
     counted = n * image_operations(pipeline, steps, width=size, height=size, guidance_scale=7.5)
-    own, theirs = (measure(way, on.device, 1, operations=counted) for way in (ours, plain))
+    own, theirs = (measure_way(way, on.device, 1, operations=counted) for way in (ours, plain))
     a, b = own.results[-1], theirs.results[-1]
     apart = round(float(np.abs(a - b).mean()), 2) if len(a) == n else None
-    return compared(name, own, theirs, n, on) | dict(apart=apart, failed=n - len(a))
+    return ways_compared(name, own, theirs, n, on) | dict(apart=apart, failed=n - len(a))
 
 # %% ../../nbs/bench/40_gpu.ipynb #59327c5a
 def plain_trainer(
@@ -383,11 +383,11 @@ def compare_alignment(
     "Images a second of both ways of alignment."
     pair = made_up(batch, size, on.device), made_up(batch, size, on.device, 1)
     settings = AlignSettings(epochs=steps + 2, batch_size=batch, lr=1e-4, precision=on.precision)
-    theirs = measure(plain_alignment(encoder, share, *pair, settings), on.device, steps)
+    theirs = measure_way(plain_alignment(encoder, share, *pair, settings), on.device, steps)
     step, once = our_alignment(encoder, share, *pair, settings)
-    own = measure(step, on.device, steps, once / EPOCHS)
+    own = measure_way(step, on.device, steps, once / EPOCHS)
     check_equal(name, own.results, theirs.results, on)
-    return compared(name, own, theirs, batch, on)
+    return ways_compared(name, own, theirs, batch, on)
 
 # %% ../../nbs/bench/40_gpu.ipynb #b91bb210
 def see(
@@ -443,9 +443,9 @@ def compare_tuning(
     x, once = seen_once(encoder, pixels, on)
     def ours(): return [h['loss'] for h in tune_text(encoder, x, captions, settings).history]
     def plain(): return plain_tuning(encoder, pixels, captions, settings, on)
-    theirs, own = measure(plain, on.device, 1), measure(ours, on.device, 1, once * steps / EPOCHS)
+    theirs, own = measure_way(plain, on.device, 1), measure_way(ours, on.device, 1, once * steps / EPOCHS)
     check_equal(name, own.results[-1], theirs.results[-1], on)
-    return compared(name, own, theirs, batch * steps, on)
+    return ways_compared(name, own, theirs, batch * steps, on)
 
 # %% ../../nbs/bench/40_gpu.ipynb #ec9f4f8f
 _llama = dict(vocab_size=128256, num_attention_heads=32, num_key_value_heads=8,
@@ -479,7 +479,7 @@ def llama_captioner(
     return captioner.to(on.device)
 
 # %% ../../nbs/bench/40_gpu.ipynb #548fbc7b
-def padded(
+def filled_captions(
     captioner:Captioner,
     captions:list[str],
     length:int=64 # tokens of every row
@@ -499,7 +499,7 @@ def plain_captioning(
     on:Target
 ) -> list[float]: # losses
     "The image tower at every step, captions of 64 tokens."
-    tokens, real = padded(captioner.train(), captions)
+    tokens, real = filled_captions(captioner.train(), captions)
     def loss():
         x = see(encoder, pixels, on)
         with in_precision(on.precision, on.device):
@@ -530,10 +530,10 @@ def compare_caption_training(
         return plain_captioning(captioner, encoder, pixels, captions, steps, lr, on)
     def reading(way, once): # one captioner at a time: two of eight billion weights are 32 GB
         captioner = llama_captioner(shape, encoder.dim, on)
-        return measure(lambda: way(captioner), on.device, 1, once)
+        return measure_way(lambda: way(captioner), on.device, 1, once)
     theirs, own = reading(plain, 0.), reading(ours, once * steps / EPOCHS)
     check_equal(name, own.results[0], theirs.results[0], on)
-    return compared(name, own, theirs, batch * steps, on)
+    return ways_compared(name, own, theirs, batch * steps, on)
 
 # %% ../../nbs/bench/40_gpu.ipynb #7b81a8ee
 def compare_caption_writing(
@@ -552,9 +552,9 @@ def compare_caption_writing(
         x = see(encoder, images, on)
         return generate_ids(captioner, x, max_new_tokens=tokens, batch_size=len(images))
     def plain(): return [row for i in range(n) for row in write(pixels[i:i + 1])]
-    own, theirs = measure(lambda: write(pixels), on.device, 1), measure(plain, on.device, 1)
+    own, theirs = measure_way(lambda: write(pixels), on.device, 1), measure_way(plain, on.device, 1)
     same = np.mean([a == b for a, b in zip(own.results[-1], theirs.results[-1], strict=True)])
-    return compared(name, own, theirs, n, on) | dict(same=float(same))
+    return ways_compared(name, own, theirs, n, on) | dict(same=float(same))
 
 # %% ../../nbs/bench/40_gpu.ipynb #d04e77ce
 def attempt(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dense_recall_at_k', 'clip_benchmark_recall', 'plain_recalls', 'our_recalls', 'random_features', 'proc_status',
-           'measure_here', 'measure', 'compare_retrieval', 'bench_retrieval', 'bench_retrieval_large']
+           'measure_here', 'measure_ways', 'compare_retrieval', 'bench_retrieval', 'bench_retrieval_large']
 
 # %% ../../nbs/bench/20_retrieval.ipynb #b2f64a5e
 import json
@@ -118,7 +118,7 @@ use_all_cores()
 print(json.dumps(measure_here(sys.argv[1].split(','), *map(int, sys.argv[2:5]))))
 '''
 
-def measure(
+def measure_ways(
     n:int,                       # images
     m:int,                       # captions
     d:int=512,
@@ -139,7 +139,7 @@ def compare_retrieval(
     d:int=512
 ) -> list[dict]: # comparisons of time and of memory
     "Both ways on the same features. `AssertionError` when they differ by more than two queries."
-    found = measure(n, m, d)
+    found = measure_ways(n, m, d)
     a, b = found['ours'], found['plain']
     worst = max(abs(a['recalls'][k] - b['recalls'][k]) for k in b['recalls'])
     assert worst <= 2 / n, f'the two ways part by {worst}: {a["recalls"]} and {b["recalls"]}'
@@ -163,6 +163,6 @@ def bench_retrieval_large(
     d:int=512
 ) -> list[dict]: # one comparison, with our `seconds`
     "A gallery too large for clip-benchmark: our memory beside the bytes of its matrix of scores."
-    ours, matrix = measure(n, m, d, ('ours',))['ours'], 4 * n * m / 2**20
+    ours, matrix = measure_ways(n, m, d, ('ours',))['ours'], 4 * n * m / 2**20
     line = comparison('retrieval memory', ours['mib'], matrix, 'MiB', n * m, higher_is_better=False)
     return [dict(line, seconds=round(ours['seconds'], 1))]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'KEPT_GAPS', 'SHOWN_ARMS', 'COLORS', 'LABELS', 'AXES', 'curve_points', 'chains', 'slim', 'record_key',
-           'gathered', 'stored', 'mean_of', 'benefit', 'shown_number', 'curve_row', 'curve_table', 'spread',
+           'gathered', 'stored', 'mean_of', 'benefit', 'shown_number', 'curve_row', 'curve_table', 'spread_apart',
            'draw_arms', 'draw_benefit', 'show_curve', 'show_gap_closed', 'is_stored', 'joined', 'curve_text', 'curve',
            'write_curve', 'dry_curve']
 
@@ -18,9 +18,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ..encoders import load_encoder
-from .chain import chain_seed, chosen_settings
-from .protocol import (
-    CLAIMS, CURVES, GOOD, TESTS, Claim, Point, by_seed, claims_table, difference, said_first)
+from .chain import chain_seed
+from gmail_nb.experiments.protocol import (
+    CLAIMS, CURVES, GOOD, TESTS, Claim, Point, by_seed, chosen_settings, claims_table, difference,
+    said_first)
 from ..files import asset, atomic_write, check_writable, read_results, write_results
 from ..pages import save_figure, table_text
 from ..runtime import default_device
@@ -121,7 +122,7 @@ AXES = dict(steps=('inference steps of the generator', lambda p: p.steps),
             guidance=('guidance of the generator', lambda p: p.guidance),
             training=("share of the generator's training", lambda p: p.trained))
 
-def spread(heights:list[float], apart:float) -> list[float]:
+def spread_apart(heights:list[float], apart:float) -> list[float]:
     "Heights of labels that lie near these and at least so far apart."
     out = np.array(heights, dtype=float)
     for _ in range(200):
@@ -136,7 +137,7 @@ def draw_arms(
 ) -> None:
     "A line an arm over the points, named at its end."
     ends = [100 * mean_of(records, a, points[-1]) for a in COLORS]
-    labels = dict(zip(COLORS, spread(ends, .06 * (max(ends) - min(ends)))))
+    labels = dict(zip(COLORS, spread_apart(ends, .06 * (max(ends) - min(ends)))))
     for arm, color in COLORS.items():
         y = [100 * mean_of(records, arm, p) for p in points]
         flat = arm in ('base', 'real')
@@ -190,15 +191,16 @@ def show_curve(
 def show_gap_closed(records:list[dict], axes:Iterable[str]=CURVES) -> Figure:
     "What aligning adds against the gap, an arrow a point."
     fig, ax = plt.subplots(figsize=(7.5, 3.8), dpi=100)
-    for p in curve_points(axes):
-        d, _ = benefit(records, p)
-        if d is None: continue
+    added = {p: 100 * d.value for p in curve_points(axes) if (d := benefit(records, p)[0])}
+    for p, y in added.items():
         before, after = (100 * mean_of(records, when, p, KEPT_GAPS[1], 'B')
                          for when in ('generated', 'aligned'))
-        y, arrow = 100 * d.value, dict(arrowstyle='->', color='tab:blue', lw=1.8)
+        arrow = dict(arrowstyle='->', color='tab:blue', lw=1.8)
         ax.annotate('', (after, y), (before, y), arrowprops=arrow)
         ax.plot(before, y, 'o', color='tab:orange', ms=6)
-        ax.annotate(p.name, (before, y), (0, 6), textcoords='offset points', fontsize=8)
+        below = any(0 < other - y < 1 for other in added.values()) # another name stands above
+        ax.annotate(p.name, (before, y), (0, -13 if below else 6), textcoords='offset points',
+                    fontsize=8)
         ax.plot(after, y, alpha=0) # room for the head
     ax.axhline(0, color='black', lw=.8)
     ax.set_xlabel('generated images of B whose partner is the nearest real drawing, %', fontsize=10)

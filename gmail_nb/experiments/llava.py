@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LLAVA_ARMS', 'SUBJECTS', 'PAIRS', 'CLAIMS', 'GAPS', 'Lesson', 'plain', 'agreed', 'labelled', 'lessons', 'grid_tokens',
-           'pooled', 'LlavaWorld', 'picture_question', 'base_examples', 'arm_examples', 'system', 'briefly',
-           'new_llava', 'LlavaArms', 'continued', 'choice_scores', 'open_prompts', 'written_names', 'preferred',
-           'answered', 'arm_file', 'LlavaRun', 'llava_runs', 'said_answers', 'right_choices', 'caption_scores',
-           'LlavaResults', 'scored', 'with_interval', 'llava_records', 'by_arm', 'llava_table', 'llava_sentences',
-           'show_llava', 'token_settings', 'align_tokens', 'token_model', 'Pictures', 'all_pictures', 'kept_tokens',
-           'all_tokens', 'drawn_once', 'token_gaps', 'gap_rows', 'llava_world', 'answers_of', 'some_questions',
-           'show_some_answers', 'write_llava', 'show_gap_maps', 'llava_experiment']
+           'pooled', 'LlavaWorld', 'picture_question', 'base_examples', 'real_half', 'arm_examples', 'system',
+           'briefly', 'new_llava', 'LlavaArms', 'continued', 'choice_scores', 'open_prompts', 'written_names',
+           'preferred', 'answered', 'arm_file', 'LlavaRun', 'llava_runs', 'said_answers', 'right_choices',
+           'caption_scores', 'concepts_of', 'LlavaResults', 'scored', 'with_interval', 'llava_records', 'by_arm',
+           'llava_table', 'llava_sentences', 'show_llava', 'token_settings', 'align_tokens', 'token_model', 'Pictures',
+           'all_pictures', 'kept_tokens', 'all_tokens', 'drawn_once', 'token_gaps', 'gap_rows', 'llava_world',
+           'answers_of', 'some_questions', 'show_some_answers', 'write_llava', 'show_gap_maps', 'llava_experiment']
 
 # %% ../../nbs/experiments/55_llava.ipynb #45acbf88
 import json
@@ -37,11 +37,11 @@ from ..captioning import load_lm
 from ..data import decode_image, emoji
 from ..encoders import Encoder, encode_images, load_encoder, preprocess_images
 from .demo import draw_side, make_side, some_concepts
-from .retrieval import aligned_model
+from .retrieval import demo_aligned
 from ..files import atomic_write, check_writable, progress, record, write_results
 from ..gap import show_token_gap, token_cosines, token_gap_report
-from ..llava import Llava, encode_prompt, generate_answers, new_projector, padded
-from ..llava import read_prefix, turns_of
+from ..llava import Llava, encode_prompt, generate_answers, new_projector, padded_prompts
+from ..llava import read_shared_words, turns_of
 from ..llava_training import Example, adapt_language, example, fit_projector, train_stage
 from ..pages import save_figure, table_text
 from ..runtime import default_device, fingerprint, noise_generator, set_seed, stable_seed
@@ -154,11 +154,17 @@ def base_examples(world:LlavaWorld) -> list[Example]:
             for i, name in enumerate(world.names)]
 
 # %% ../../nbs/experiments/55_llava.ipynb #597a89bb
+def real_half(told:list[Lesson]) -> set[int]: # numbers of lessons
+    "Half of the lessons, by a hash of the concept and the kind of question."
+    order = sorted(range(len(told)), key=lambda i: stable_seed('real', told[i].key))
+    return set(order[:len(told) // 2])
+
 def arm_examples(world:LlavaWorld, arm:str) -> list[Example]:
-    "The same for every arm but for the picture; in `both` every other one is real."
+    "The same for every arm but for the picture; in `both` half of them are real."
     if arm == 'words': return [example(one.text, one.answer) for one in world.told]
-    kinds = 'first', 'other'
-    return [example(picture_question(one.text), one.answer, (kinds[i % 2], one.row))
+    half = real_half(world.told) if arm == 'both' else set(range(1, len(world.told), 2))
+    def kind(i): return 'other' if i in half else 'first' # one file by two names, but for `both`
+    return [example(picture_question(one.text), one.answer, (kind(i), one.row))
             for i, one in enumerate(world.told)]
 
 # %% ../../nbs/experiments/55_llava.ipynb #8b1574cc
@@ -224,7 +230,7 @@ def continued(
     times:int
 ): # log probabilities of the next token (B * times, 1, V), mask and cache, each row repeated
     "Prompts that were read, ready for several continuations of each."
-    ids, real = (t.to(model.device) for t in padded(prompts, model.end, left=True))
+    ids, real = (t.to(model.device) for t in padded_prompts(prompts, model.end, left=True))
     out = model.lm(inputs_embeds=model.embed(ids, tokens), attention_mask=real.long(),
                    use_cache=True, logits_to_keep=1)
     out.past_key_values.batch_repeat_interleave(times)
@@ -273,7 +279,7 @@ def written_names(
 ) -> list[str]:
     "What the model calls the pictures, greedily."
     prompts = open_prompts(model, ['What is shown in the picture?'] * n, tokens)
-    prefix, out = read_prefix(model, prompts[:1] * 2), []
+    prefix, out = read_shared_words(model, prompts[:1] * 2), []
     for i in range(0, n, batch_size):
         some = None if tokens is None else tokens[i:i + batch_size]
         out += generate_answers(model, prompts[i:i + batch_size], some, longest, prefix)
@@ -381,6 +387,15 @@ def caption_scores(run:LlavaRun, references:dict, vectors:Callable|None=None) ->
     said = {k: c or '.' for k, c in zip(references, run.captions)}
     return score_captions(said, references, vectors=vectors, java=False).scores
 
+# %% ../../nbs/experiments/55_llava.ipynb #f63e86dd
+def concepts_of(
+    questions:list[Question],
+    subject:str='' # all if absent
+) -> np.ndarray: # (N,), the same for questions about one concept
+    "Which concept each question is about."
+    keys = [q.key.rpartition(':')[0] for q in questions if subject in ('', q.subject)]
+    return np.unique(keys, return_inverse=True)[1]
+
 # %% ../../nbs/experiments/55_llava.ipynb #2836a74a
 @dataclass
 class LlavaResults:
@@ -391,12 +406,13 @@ class LlavaResults:
 
     def of(self, arm:str) -> list[LlavaRun]: return [r for r in self.runs if r.arm == arm]
 
-    def accuracy(self, arm:str, subject:str='') -> Interval:
-        return bootstrap(right_choices(self.of(arm), self.questions, subject))
+    def accuracy(self, arm:str, subject:str='') -> Interval: # over concepts and seeds
+        drawn = concepts_of(self.questions, subject)
+        return bootstrap(right_choices(self.of(arm), self.questions, subject), groups=drawn)
 
     def accuracy_difference(self, ours:str, theirs:str, subject:str='') -> Interval:
         a, b = (right_choices(self.of(arm), self.questions, subject) for arm in (ours, theirs))
-        return paired_difference(a, b)
+        return paired_difference(a, b, groups=concepts_of(self.questions, subject))
 
 # %% ../../nbs/experiments/55_llava.ipynb #adee90eb
 def scored(runs:list[LlavaRun], world:LlavaWorld) -> LlavaResults:
@@ -443,14 +459,17 @@ def by_arm(records:list[dict]) -> dict[tuple, Interval]: # (arm, metric) -> what
 
 # %% ../../nbs/experiments/55_llava.ipynb #b08e4808
 def llava_table(records:list[dict]) -> list[list[str]]:
-    "A row an arm: both primary metrics with their intervals, accuracy by subject, seconds."
+    """A row an arm: both primary metrics with their intervals, accuracy by kind of question, beside it
+    that of the arm that saw no pictures, and seconds."""
     by = by_arm(records)
     def cell(arm, metric):
         found, sign = by.get((arm, metric)), '+' if ' - ' in arm else ''
         return found.text(sign=sign) if found else ''
     def short(arm, metric):
-        found, scale = by.get((arm, metric)), 1 if metric == 'seconds' else 100
-        return f'{scale * found.value:.0f}' if found else ''
+        found, blind = by.get((arm, metric)), by.get(('words', metric))
+        if not found or metric == 'seconds': return f'{found.value:.0f}' if found else ''
+        beside = f' ({100 * blind.value:.0f})' if blind and arm not in ('base', 'words') else ''
+        return f'{100 * found.value:.0f}{beside}'
     more = [*(f'accuracy:{s}' for s in SUBJECTS), 'seconds']
     rows = [[a, cell(a, 'CIDEr'), cell(a, 'accuracy'), *(short(a, m) for m in more)]
             for a in dict.fromkeys(r['arm'] for r in records)]
@@ -459,7 +478,7 @@ def llava_table(records:list[dict]) -> list[list[str]]:
 # %% ../../nbs/experiments/55_llava.ipynb #0a449bd4
 CLAIMS = (('gmail', 'indiscriminate', 'Aligning the generated images by Eq. 1'),
           ('gmail tokens', 'indiscriminate', 'Aligning their tokens too'),
-          ('gmail tokens', 'gmail', 'The tokens beside Eq. 1'),
+          ('gmail tokens', 'gmail', 'Aligning the tokens beside Eq. 1'),
           ('both', 'real', 'Adding aligned generated images to real ones'),
           ('indiscriminate', 'words', 'Seeing generated images and not words alone'))
 
@@ -469,7 +488,7 @@ def llava_sentences(records:list[dict]) -> list[str]:
     for ours, theirs, what in CLAIMS:
         name = f'{ours} - {theirs}'
         out.append(sentence(what, 'accuracy on unseen concepts', by[name, 'accuracy'],
-                            over=f'questions, {seeds} seeds'))
+                            over=f'questions drawn by concept, {seeds} seeds'))
         out.append(sentence(what, 'CIDEr (times 100)', by[name, 'CIDEr'], unit='',
                             over=f'captions, {seeds} seeds'))
     return out
@@ -585,7 +604,7 @@ def all_tokens(
     "Every picture through the towers that read it."
     def load(): return load_encoder('embedded').to(default_device())
     check_writable(out/'llava')
-    models = dict(indiscriminate=None, gmail=aligned_model(load(), out, demo))
+    models = dict(indiscriminate=None, gmail=demo_aligned(load(), out, demo))
     models['gmail tokens'] = token_model(load(), out, demo)
     encoder = load()
     def kept(kind, images, model=None):
@@ -668,7 +687,7 @@ def write_llava(
     whole:dict[str, torch.Tensor], # grids of tokens
     rows:list[int]                 # of them that are compared
 ) -> tuple[list[dict], dict]: # records, and the gap of the tokens
-    "llava_results.jsonl, llava_table.txt and the figures."
+    "llava_results.jsonl, llava_table.txt, the figures, and answers.png with what was said about some."
     records, gaps = llava_records(results), token_gaps(whole, rows)
     extra = [record('llava', arm, 'emoji', 'B', m, v, 0, len(rows))
              for arm, found in gaps.items() for m, v in found.items()]
@@ -677,6 +696,7 @@ def write_llava(
     atomic_write(out/'llava_table.txt', '\n\n'.join([*tables, *llava_sentences(records)]) + '\n')
     save_figure(show_llava(records), out/'llava.png')
     save_figure(show_gap_maps(whole, rows), out/'llava_gap.png')
+    save_figure(show_some_answers(results, some_questions(results.questions)), out/'answers.png')
     return records, gaps
 
 # %% ../../nbs/experiments/55_llava.ipynb #9e454e27

@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['KS', 'TESTS', 'GOOD', 'CHOOSING_STYLE', 'STEPS', 'GUIDANCE', 'TRAINED', 'CURVES', 'CONTROLS', 'CLAIMS', 'STATES',
-           'found', 'recalls', 'Point', 'is_validation', 'without_validation', 'Claim', 'arm_record', 'scores',
-           'by_seed', 'difference', 'state', 'claims_table', 'said_first']
+           'found', 'six_recalls', 'Point', 'chain_settings', 'is_validation', 'without_validation', 'chosen_settings',
+           'Claim', 'arm_record', 'scores', 'by_seed', 'difference', 'state', 'claims_table', 'said_first']
 
 # %% ../../nbs/experiments/05_protocol.ipynb #90d69693
+import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..files import record
+from ..files import asset, record
 from ..gap import recall_at_k
 from ..retrieval import WAYS
 from ..runtime import stable_seed
-from ..settings import GENERATORS, ProofSettings
+from ..settings import GENERATORS, DemoSettings, ProofSettings
 from ..stats import Interval, paired_difference
 
 # %% ../../nbs/experiments/05_protocol.ipynb #8b737126
@@ -31,7 +33,7 @@ def found(
     "How many of its six questions each concept has answered."
     return sum((ranks[way] < k).long() for way in WAYS for k in KS)
 
-def recalls(ranks:dict[str, torch.Tensor]) -> dict[str, float]:
+def six_recalls(ranks:dict[str, torch.Tensor]) -> dict[str, float]:
     "The six recalls by name."
     return {f'{way}_recall_at_{k}': recall_at_k(ranks[way], k) for way in WAYS for k in KS}
 
@@ -51,6 +53,19 @@ class Point:
 
 GOOD = Point(GENERATORS['embedded'].steps, GENERATORS['embedded'].guidance) # the generator's own
 
+# %% ../../nbs/experiments/05_protocol.ipynb #39b25eeb
+def chain_settings(
+    settings:ProofSettings,
+    point:Point,
+    seed:int,
+    chosen:dict # steps and lr of the text head
+) -> DemoSettings:
+    "What one chain depends on."
+    c = settings.chain
+    draw = replace(c.draw, steps=point.steps, guidance=point.guidance, image_format='png')
+    tune = replace(c.tune, steps=chosen['steps'], lr=chosen['lr'], seed=stable_seed('chain', seed))
+    return replace(c, draw=draw, tune=tune, align=replace(c.align, seed=seed), seed=seed)
+
 # %% ../../nbs/experiments/05_protocol.ipynb #a3844673
 CHOOSING_STYLE = 'fluent' # the style of the validation drawings; the test's is twemoji
 
@@ -65,6 +80,15 @@ def without_validation(families:Iterable[str], part:int) -> tuple[list[int], lis
     "Numbers of the rows to train on, and of those to choose on."
     kept_out = [is_validation(f, part) for f in families]
     return ([i for i, v in enumerate(kept_out) if not v], [i for i, v in enumerate(kept_out) if v])
+
+# %% ../../nbs/experiments/05_protocol.ipynb #82c3df47
+def chosen_settings(
+    out:str|Path|None=None # of a run
+) -> dict: # steps and lr of the text head
+    "What was chosen in this folder, or else what ships with the package."
+    own = Path(out)/'chosen.json' if out else None
+    file = own if own and own.exists() else asset('evidence', 'chosen.json')
+    return json.loads(file.read_text())['chosen']
 
 # %% ../../nbs/experiments/05_protocol.ipynb #9ce9914b
 @dataclass(frozen=True)
@@ -120,7 +144,7 @@ def arm_record(
     "What a page needs of one arm on one test."
     hits = found(ranks)
     return record('chain', arm, 'emoji', TESTS[test], 'mean_recall', hits.float().mean().item() / 6,
-                  seed, len(hits), point=asdict(point), recalls=recalls(ranks),
+                  seed, len(hits), point=asdict(point), recalls=six_recalls(ranks),
                   found=''.join(map(str, hits.tolist())), **more)
 
 def scores(record:dict) -> np.ndarray: # (N,), 0 to 1

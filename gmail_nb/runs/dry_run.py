@@ -205,7 +205,7 @@ def look_model(
     if kind in ('timm', 'synclr') and rest:
         file = rest.partition('/')[2]
         return look_path(what, below/file if (below/file).is_file() else file)
-    if kind == 'hf' and rest:
+    if kind in ('hf', 'llava') and rest:
         folder = next((p for p in (path, Path(rest)) if p.is_dir()), None)
         if folder: return look_path(what, folder, 'config.json')
         return look_hub(what, *rest.split('@')) if on_hub(rest.split('@')[0]) else look_path(what, path)

@@ -6,18 +6,17 @@
 __all__ = ['CHEAP', 'part_of', 'look_at', 'shown_source', 'generate_run']
 
 # %% ../../nbs/runs/05_generate.ipynb #6beb5680
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from ..encoders import load_encoder
-from ..gallery import push_to_hub, score_quality, write_report, write_sheets
+from ..gallery import push_images, score_quality, write_report, write_sheets
 from ..generate import generate, number_format
 from ..pipelines import quiet_loading
 from ..runtime import default_device
 from ..settings import DrawSettings, SourceSettings, WorkSettings
 from ..plan import training_split
-from ..sources import load_captioned
+from ..sources import load_captioned, read_manifest
 
 # %% ../../nbs/runs/05_generate.ipynb #61a18f70
 def part_of(
@@ -39,7 +38,7 @@ def look_at(
     real=None     # what `load_captioned` gives
 ) -> None:
     "Measure quality and write the page, as asked. A page of few images gets a quality unasked."
-    rows = json.loads((out/'manifest.json').read_text())['rows']
+    rows = read_manifest(out)['rows']
     unscored = not (out/'quality.parquet').exists()
     if encoder is None and report and 0 < rows <= CHEAP and unscored: encoder = 'embedded'
     if encoder is not None and rows: score_quality(out, encoder)
@@ -83,7 +82,7 @@ def generate_run(
     out = generate(captions, generator, out, draw, source, work, revision, repo=repo)
     if (out/'manifest.json').exists():
         look_at(out, encoder, report, shown)
-        if push: print('pushed:', push_to_hub(out, push))
+        if push: print('pushed:', push_images(out, push))
     elif encoder or report or push:
         print('the run is not complete: no quality, report or push yet')
     return out
