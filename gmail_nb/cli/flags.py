@@ -594,10 +594,11 @@ class Commands:
     def __str__(self) -> str:
         "The list that `--help` and `--list` show."
         width = max(map(len, self.commands))
-        rows = [f'  {n:{width}}  {" ".join(c.__doc__.split())}' for n, c in self.commands.items()]
+        rows = [textwrap.fill(f'  {n:{width}}  {" ".join(c.__doc__.split())}', 100, break_on_hyphens=False,
+                              subsequent_indent=(width + 4) * ' ') for n, c in self.commands.items()]
         first, word = f'usage: {self.name} {self.word.upper()} [--help] ...', self.word.upper()
-        last = f'{self.name} {word} --help explains one of them. {STATUS}.'
-        return '\n'.join([first, '', self.description, '', *rows, '', last])
+        last = f'{self.name} {word} --help explains one of them.'
+        return '\n'.join([first, '', self.description, '', *rows, '', last, STATUS])
 
     def find(self, kind:str) -> Command:
         "The command of that name. `ValueError` with near names."
