@@ -450,7 +450,7 @@ def test_a_table_on_the_embedded_set_is_the_experiment_that_asks_the_same(monkey
     import gmail_nb.experiments.retrieval as room
 
     def note(out, *args, **kwargs):
-        Path(out).mkdir(parents=True), Path(out, 'retrieval_table.txt').write_text('a table\n')
+        Path(out).mkdir(parents=True, exist_ok=True), Path(out, 'retrieval_table.txt').write_text('a table\n')
 
     monkeypatch.setattr(room, 'retrieval_experiment', note)
     status, out, _ = answer(capsys, gmail_experiment, 'table2', '--out', tmp_path)

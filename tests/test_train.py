@@ -309,9 +309,9 @@ def test_a_checkpoint_of_before_is_gone_on_from(plain, real, tmp_path):
     with pytest.raises(Stop): trained(real, evaluate=stop, run=at(tmp_path))
     file = checkpoints_in(tmp_path)[-1]/'state.json'
     state = json.loads(file.read_text())
-    assert set(state) == {'step', 'bad', 'best', 'stopped', 'settings', 'model', 'data', 'history', 'processes', 'files'}
+    assert set(state) == {'step', 'bad', 'best', 'stopped', 'settings', 'model', 'data', 'history', 'processes', 'files', 'checksum'}
     assert state['settings'] == json.loads(json.dumps(described(replace(short, precision='no', tau=.07))))
-    for later in ('model', 'stopped', 'processes'): del state[later]
+    for later in ('model', 'stopped', 'processes', 'checksum'): del state[later]
     file.write_text(json.dumps(state))
     assert torch.equal(trained(real, run=at(tmp_path))[1], plain[1])
 

@@ -344,10 +344,10 @@ def gmail_eval(
     tables = evaluate_as_asked(preset, task, model, data, rows, out, root=root, below=models,
                                skip_existing=skip_existing, **more)
     print(tables)
-    print(f'results: {out}/results.jsonl, tables: {out}/table.txt, report: {out}/report.html')
     verdict = getattr(tables, 'verdict', None)
     lines = verdict.text().splitlines() if verdict else []
     print(*lines[:6], *(f'and {n} more differences on the page' for n in [len(lines) - 6] if n > 0), sep='\n')
+    print(f'results: {out}/results.jsonl, tables: {out}/table.txt, report: {out}/report.html')
     failed = [dict(row=row, data=d, why=why) for (row, d), why in tables.failed.items()]
     return dict(status=2 if failed else 0, out=out, results=f'{out}/results.jsonl', failed=failed,
                 report=f'{out}/report.html', tables=getattr(tables, 'rows', {}),

@@ -168,8 +168,9 @@ class Help(argparse.HelpFormatter):
 STATUS = 'exit status: 0 done, 1 a defect of the program, 2 not possible as asked, 130 or 143 stopped'
 
 # what other programs call it -> our flag
-OTHER_WORDS = {'learning-rate': 'lr', 'temperature': 'tau', 'output': 'out', 'num-inference-steps': 'steps',
-               'guidance-scale': 'guidance', 'num-epochs': 'epochs', 'lora-rank': 'rank', 'dataset': 'data'}
+OTHER_WORDS = {'learning-rate': 'lr', 'temperature': 'tau', 'output': 'out', 'dataset': 'data',
+               'num-inference-steps': 'steps', 'guidance-scale': 'guidance',
+               'num-epochs': 'epochs', 'lora-rank': 'rank'}
 
 class Parser(argparse.ArgumentParser):
     "A parser whose errors are a `ValueError` with near names."
@@ -594,10 +595,12 @@ class Commands:
     def __str__(self) -> str:
         "The list that `--help` and `--list` show."
         width = max(map(len, self.commands))
-        rows = [f'  {n:{width}}  {" ".join(c.__doc__.split())}' for n, c in self.commands.items()]
+        said = {f'  {n:{width}}  ': ' '.join(c.__doc__.split()) for n, c in self.commands.items()}
+        how = dict(break_on_hyphens=False, subsequent_indent=(width + 4) * ' ')
+        rows = [textwrap.fill(name + about, 100, **how) for name, about in said.items()]
         first, word = f'usage: {self.name} {self.word.upper()} [--help] ...', self.word.upper()
-        last = f'{self.name} {word} --help explains one of them. {STATUS}.'
-        return '\n'.join([first, '', self.description, '', *rows, '', last])
+        last = f'{self.name} {word} --help explains one of them.'
+        return '\n'.join([first, '', self.description, '', *rows, '', last, STATUS])
 
     def find(self, kind:str) -> Command:
         "The command of that name. `ValueError` with near names."
