@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import torch
@@ -368,8 +369,9 @@ class CaptionScores:
 
     def __repr__(self):
         found = [f'  {n:12} {s.value:8.4f}' for n, s in self.scores.items()]
-        return '\n'.join([f'{len(self.keys)} captions', *found,
-                          *(f'  {n:12}   absent  {why}' for n, why in self.absent.items())])
+        absent = [fill(f'  {n:12}   absent  {why}', 100, subsequent_indent=25 * ' ')
+                  for n, why in self.absent.items()]
+        return '\n'.join([f'{len(self.keys)} captions', *found, *absent])
 
     def _repr_markdown_(self):
         found = [f'| {n} | {s.value:.4f} |' for n, s in self.scores.items()]

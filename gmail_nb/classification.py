@@ -193,13 +193,13 @@ def show_confusion_matrix(
     c = len(p.classnames)
     m = torch.bincount(p.labels * c + p.best[:, 0], minlength=c * c).view(c, c).float()
     m /= m.sum(1, keepdim=True).clamp(min=1)
-    fig, ax = plt.subplots(figsize=(1.8 + .42 * c, 1.2 + .36 * c), dpi=90)
+    fig, ax = plt.subplots(figsize=(2 + .5 * c, 1.3 + .42 * c), dpi=90)
     ax.imshow(m, cmap='Blues', vmin=0, vmax=1)
-    ax.set_xticks(range(c), p.classnames, rotation=45, ha='right', fontsize=8)
-    ax.set_yticks(range(c), p.classnames, fontsize=8)
+    ax.set_xticks(range(c), p.classnames, rotation=45, ha='right', fontsize=9)
+    ax.set_yticks(range(c), p.classnames, fontsize=9)
     for i, j in (m >= .1).nonzero().tolist():
         color = 'white' if m[i, j] > .6 else 'black'
-        ax.text(j, i, f'{m[i, j]:.0%}', ha='center', va='center', fontsize=7, color=color)
+        ax.text(j, i, f'{m[i, j]:.0%}', ha='center', va='center', fontsize=9, color=color)
     fig.tight_layout()
     plt.close(fig)
     return fig

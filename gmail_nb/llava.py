@@ -171,7 +171,7 @@ class Prompt:
         return [i for a, b in self.earlier for i in range(a, b)] + list(range(begins, len(self.ids)))
 
 def tokenized(tokenizer, text:str, **how): # how: of the tokenizer
-    "The text's numbers; the one that begins a text comes once, if the template has written it already."
+    "The text's numbers; what begins a text comes once, if the template has written it already."
     twice = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     return tokenizer(text, add_special_tokens=not twice, **how)
 
@@ -193,9 +193,10 @@ def encode_prompt(
     return Prompt(ids + answer, len(answer), images, earlier)
 
 # %% ../nbs/38_llava.ipynb #c849eba1
-def earlier_answers(model:Llava, asked:list[dict]) -> list[tuple[str, str]]: # text before, and through it
-    "The text up to where each earlier answer begins, and up to its end. `ValueError` where it is not found."
-    text, end, found = chat_text(model.chat, asked, model.marker), model.tokenizer.eos_token or '', []
+def earlier_answers(model:Llava, asked:list[dict]) -> list[tuple[str, str]]:
+    "The text up to each earlier answer, and up to its end. `ValueError` where it is not found."
+    text, found = chat_text(model.chat, asked, model.marker), []
+    end = model.tokenizer.eos_token or ''
     for i, turn in enumerate(asked):
         if turn['role'] != 'assistant': continue
         before, said = chat_text(model.chat, asked[:i], model.marker), turn['content'].strip()
@@ -205,7 +206,8 @@ def earlier_answers(model:Llava, asked:list[dict]) -> list[tuple[str, str]]: # t
                              'split the conversation into single questions')
         through = at + len(said)
         rest = text[through:]
-        if end and rest.lstrip().startswith(end): through = len(text) - len(rest.lstrip()) + len(end)
+        if end and rest.lstrip().startswith(end):
+            through = len(text) - len(rest.lstrip()) + len(end)
         found.append((text[:at], text[:through]))
     return found
 
@@ -215,8 +217,7 @@ def with_spans(
 ) -> tuple[list[int], tuple]:   # numbers, and the spans of numbers
     "Token numbers, and which of them the spans are. `ValueError` for a tokenizer that cannot tell."
     if not tokenizer.is_fast:
-        raise ValueError(f'{type(tokenizer).__name__} does not say where its tokens are in a text: take '
-                         'the fast tokenizer, or split conversations into single questions')
+        raise ValueError(f'{type(tokenizer).__name__} does not say where its tokens are: take a fast one')
     coded, found = tokenized(tokenizer, text, return_offsets_mapping=True), []
     for a, b in spans:
         here = [i for i, (x, y) in enumerate(coded['offset_mapping']) if x < y and x < b and y > a]
@@ -245,7 +246,8 @@ def llava_loss(
 ) -> torch.Tensor:
     "Mean cross entropy of the answers' tokens, their ends included."
     ids, real = padded_prompts(prompts, model.end) # on the CPU: counting on a GPU would make it wait
-    rows, places = (torch.tensor(i) for i in zip(*((r, i) for r, p in enumerate(prompts) for i in p.learned)))
+    pairs = [(r, i) for r, p in enumerate(prompts) for i in p.learned]
+    rows, places = torch.tensor(pairs).T
     first, device = int(places.min()), model.device # logits before it would be thrown away
     out = model.lm(inputs_embeds=model.embed(to_device(ids, device), tokens), use_cache=False,
                    logits_to_keep=ids.shape[1] - first + 1, **padding_of(real, model.lm, device))
@@ -355,15 +357,17 @@ def from_llava(
 def load_llava(
     name:str,                     # a Hub id, or a folder in the same layout
     revision:str|None=None,
-    dtype:torch.dtype=torch.float32 # of the language model; the tower is in 32 bits, as it is aligned
+    dtype:torch.dtype=torch.float32 # of the language model; the tower is in 32 bits
 ) -> tuple[Llava, Encoder]:
     "A published LLaVA. `ValueError` when its processor is another model's."
-    if found_on_disk(name) and (Path(name)/'checksums.json').exists(): checked_card(name, 'checksums.json')
+    if found_on_disk(name) and (Path(name)/'checksums.json').exists():
+        checked_card(name, 'checksums.json')
     model = load_whole(LlavaForConditionalGeneration, name, revision=revision, dtype=dtype)
     tower = model.model.vision_tower.float()
     if dtype != torch.float32: fill_tower(tower, weight_files(name, revision), Path(name).name)
     pictures = load_part(AutoProcessor, name, revision=revision)
-    return from_llava(model.eval(), pictures, f'llava:{name}' + (f'@{revision}' if revision else ''))
+    whole = f'llava:{name}' + (f'@{revision}' if revision else '')
+    return from_llava(model.eval(), pictures, whole)
 
 # %% ../nbs/38_llava.ipynb #cdbca13a
 def plain_name(name:str) -> str: # without what peft put between a module and its weights
@@ -421,7 +425,7 @@ def save_llava(
         own = {k.removeprefix('vision_model.'): v for k, v in merged_state(aligned.f_g).items()}
         state |= {f'model.vision_tower.{k}': v.cpu().contiguous() for k, v in own.items()}
     with torch.device('meta'): empty = LlavaForConditionalGeneration(model.lm.config)
-    empty.generation_config = model.lm.generation_config # how it writes, such as what is not repeated
+    empty.generation_config = model.lm.generation_config # how it writes
     empty.save_pretrained(str(folder), state_dict=state)
     model.chat.save_pretrained(str(folder))
     write_card(folder, {}, '*.json', '*.safetensors', '*.jinja', name='checksums.json')

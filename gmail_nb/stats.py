@@ -68,7 +68,8 @@ def _many(values:np.ndarray, median:bool, draws:int, seed:int) -> Interval:
     whole = distinct[(count.cumsum() * 2 >= n).argmax()] if median else count @ distinct / n
     return Interval(float(whole), *_ends(drawn), len(values))
 
-def _ends(drawn:list) -> list[float]: return np.quantile(np.concatenate(drawn), (.025, .975)).tolist()
+def _ends(drawn:list) -> list[float]:
+    return np.quantile(np.concatenate(drawn), (.025, .975)).tolist()
 
 # %% ../nbs/03_stats.ipynb #71f3905f
 def _grouped(values:np.ndarray, groups:np.ndarray, median:bool, draws:int, seed:int) -> Interval:
@@ -86,11 +87,14 @@ def _grouped(values:np.ndarray, groups:np.ndarray, median:bool, draws:int, seed:
     return Interval(float(whole), *_ends(drawn), len(values))
 
 # %% ../nbs/03_stats.ipynb #be483cdb
-def _grouped_seeds(values:np.ndarray, groups:np.ndarray, statistic:str, draws:int, seed:int) -> Interval:
+def _grouped_seeds(
+    values:np.ndarray, groups:np.ndarray, statistic:str, draws:int, seed:int
+) -> Interval:
     "The mean over drawn seeds and drawn groups, whole."
     if statistic != 'mean': raise ValueError('groups of several seeds go with the mean')
     place = np.unique(groups, return_inverse=True)[1]
-    size, total = np.bincount(place), np.stack([np.bincount(place, row) for row in values]) # (S, groups)
+    size = np.bincount(place)
+    total = np.stack([np.bincount(place, row) for row in values]) # (S, groups)
     def mean(s, g): return total[s][:, g].sum() / (len(s) * size[g].sum())
     return resample(mean, len(values), len(size), draws, seed)._replace(n=values.shape[1])
 

@@ -90,9 +90,10 @@ def as_texts(text, key:str) -> tuple: # of texts
 
 def not_kept_back(said, key:str) -> bool: # True
     "`ValueError` for what stands where an answer is not published, or is missing."
-    if said is not None and said == said and str(said).strip().lower() not in ('', '?', 'nan'): return True
-    raise ValueError(f'question {key!r} has no right answer, {said!r} stands in its place: the answers of a test '
-                     'split are often kept back, so ask another split')
+    if said is not None and said == said and str(said).strip().lower() not in ('', '?', 'nan'):
+        return True
+    raise ValueError(f'question {key!r} has no right answer, {said!r} stands in its place: the '
+                     'answers of a test split are often kept back, so ask another split')
 
 # %% ../nbs/39_vqa.ipynb #fc33b8af
 def mmmu_question(row:dict, key:str) -> Question:
@@ -104,15 +105,16 @@ def mmmu_question(row:dict, key:str) -> Question:
         letters = LETTERS[:len(options)]
         answer = letters.index(said) if said in tuple(letters) else said
     else: answer = as_texts(said, key) if str(said).startswith('[') else (str(said),)
-    return check_question(Question(key, row['question'], answer, options, images, '', mmmu_subject(row, key)))
+    subject = mmmu_subject(row, key)
+    return check_question(Question(key, row['question'], answer, options, images, '', subject))
 
 def mmmu_subject(row:dict, key:str) -> str: # one of 30, such as Art_Theory
-    "A configuration of MMMU is a subject, and stands in the question's id; a field within it if it does not."
+    "Its configuration, which stands in the question's id; a field within it if it does not."
     found = re.fullmatch(r'(?:dev|validation|val|test)_(.+)_\d+', key)
     return found[1] if found else row.get('subfield') or ''
 
 # %% ../nbs/39_vqa.ipynb #e0793982
-QUESTION_KINDS = dict( # the columns, how a row is read, and the split whose answers are for everybody
+QUESTION_KINDS = dict( # columns, how a row is read, and the split whose answers are published
     scienceqa=({'question', 'choices', 'answer'}, scienceqa_question, 'test'),
     mmmu=({'question', 'options', 'answer', 'image_1'}, mmmu_question, 'validation'))
 
@@ -142,7 +144,7 @@ class Questions:
         row = self.ds[i]
         return QUESTION_KINDS[self.kind][1](row, str(row.get('id', i)))
 
-    def place(self, key:str) -> str: # such as scienceqa/test/17, which no image of another set is called
+    def place(self, key:str) -> str: # such as scienceqa/test/17
         "What a question is called among those of all sets."
         return f'{self.kind}/{self.split or self.name}/{key}'
 
@@ -158,7 +160,9 @@ def split_files(
 ) -> tuple[list[Path], str]: # and the split
     "Parquet files as the Hub lays them out. `ValueError` when a choice is missing, or not there."
     files = sorted(f for f in folder.rglob('*.parquet') if not f.name.startswith('.'))
-    if config: files = [f for f in files if config in f.relative_to(folder).parts] or _none(folder, config, 'subject')
+    if config:
+        files = [f for f in files if config in f.relative_to(folder).parts]
+        if not files: _none(folder, config, 'subject')
     def split_of(f):
         found = SPLIT_NAME.match(f.stem)
         return found[1] if found else ''
@@ -166,7 +170,9 @@ def split_files(
     if not split and len(there) > 1:
         raise ValueError(f'{folder.name} holds the splits {name_some([t or "without a name" for t in there])}: '
                          'choose one with --split')
-    if split and any(there): files = [f for f in files if split_of(f) == split] or _none(folder, split, 'split', there)
+    if split and any(there):
+        files = [f for f in files if split_of(f) == split]
+        if not files: _none(folder, split, 'split', there)
     return files, split or (there[0] if there else '')
 
 def _none(folder, asked, what, known=()):
@@ -191,12 +197,13 @@ def hub_questions(
 
 def load_questions(
     source,                 # a Dataset, a folder or file of parquet, or a Hub id
-    split:str|None=None,    # of a folder or a Hub id; on the Hub, test of ScienceQA and validation of MMMU if absent
+    split:str|None=None,    # of a folder or a Hub id; as of `hub_questions` there if absent
     config:str|None=None,   # a subject of MMMU; all if absent
     images_only:bool=False  # only questions with an image, as ScienceQA-IMG
 ) -> Questions:
     "Questions of ScienceQA, of MMMU, or of a set with the columns of one of them."
-    if isinstance(source, datasets.Dataset): return Questions(source, images_only=images_only, split=split or '')
+    if isinstance(source, datasets.Dataset):
+        return Questions(source, images_only=images_only, split=split or '')
     place = Path(source)
     if place.is_dir(): files, found = split_files(place, split, config)
     else: files, found = parquet_files(source), split or ''
@@ -241,7 +248,7 @@ def _drawing(label:str) -> Image.Image: # of the emoji set
 
 # %% ../nbs/39_vqa.ipynb #42efb850
 def small_mmmu() -> datasets.Dataset:
-    "Five questions in MMMU's columns: several pictures, a picture among the choices, and two open ones."
+    "Five questions in MMMU's columns: several pictures, pictures as choices, and two open ones."
     wolf, tree, sun = (_drawing(n) for n in ('wolf', 'evergreen tree', 'sun with face'))
     rows = [('Biology_1', '<image 1> Which animal is this?', "['fox', 'wolf', 'bear']", 'B', [wolf]),
             ('Biology_2', 'Which of <image 1> and <image 2> makes food from light?',
@@ -252,7 +259,8 @@ def small_mmmu() -> datasets.Dataset:
     def row(name, question, options, answer, images):
         seen = {f'image_{i}': images[i - 1] if i <= len(images) else None for i in range(1, 8)}
         kind = 'open' if options == '[]' else 'multiple-choice'
-        return dict(id=f'validation_{name}', question=question, options=options, answer=answer, explanation='',
+        return dict(id=f'validation_{name}', question=question, options=options, answer=answer,
+                    explanation='',
                     img_type="['Icons and Symbols']", topic_difficulty='Easy', question_type=kind,
                     subfield='Drawings', **seen)
     return _columns_of([row(*r) for r in rows], MMMU_COLUMNS)
@@ -561,7 +569,8 @@ def beside(images:list[Image.Image], gap:int=4) -> Image.Image:
     "Images side by side, as high as the first one."
     if len(images) == 1: return images[0]
     high = images[0].height
-    scaled = [im.convert('RGB').resize((max(1, round(im.width * high / im.height)), high)) for im in images]
+    def wide(im): return max(1, round(im.width * high / im.height))
+    scaled = [im.convert('RGB').resize((wide(im), high)) for im in images]
     paper = Image.new('RGB', (sum(im.width + gap for im in scaled) - gap, high), 'white')
     for i, im in enumerate(scaled): paper.paste(im, (sum(s.width + gap for s in scaled[:i]), 0))
     return paper

@@ -328,7 +328,7 @@ def drawn(mini, tmp_path_factory):
         )
     return home
 
-HOW = AlignRunSettings(align=AlignSettings(epochs=2, batch_size=8), validation_share=.3)
+HOW = AlignRunSettings(align=AlignSettings(epochs=2, batch_size=8), validation_share=.3, keep_best=False)
 LEARN = dict(
     open_clip=('lora', 'gpt2', 'full'), clip=('full', 'gpt2', 'frozen'), siglip=('last', 'llama', 'lora')
 )  # text side, LM, LM

@@ -205,7 +205,7 @@ def trained_like(model):
             if 'lora_B' in n: p.normal_(std=.1, generator=torch.Generator().manual_seed(0))
 
 def test_aligned_and_back(published, pictures, tmp_path):
-    "Real images see the published tower bit for bit; plain transformers loads what is saved, with f_r or with f_g merged."
+    "Real images see the published tower bit for bit; transformers loads what is saved, with f_r or f_g merged."
     model, processor = published
     model.generation_config.update(repetition_penalty=1.2, max_length=77)
     asked = processor(images=pictures[:1], text='<image> what is this ?', return_tensors='pt')

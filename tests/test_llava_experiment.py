@@ -39,7 +39,6 @@ from gmail_nb.experiments.llava import (
     open_prompts,
     pooled,
     preferred,
-    real_half,
     right_choices,
     said_answers,
     show_llava,
@@ -151,16 +150,6 @@ def test_arms_differ_in_their_pictures_alone(world):
     assert world.files('gmail')['first'] is world.files('gmail')['other'] is t['gmail'] and world.files('words') == {}
     assert {e.images[0][0] for e in arm_examples(world, 'both')} == {'first', 'other'}
     assert all(e.images == (('A', i),) for i, e in enumerate(base_examples(world)))
-
-def test_half_of_the_lessons_are_real_whatever_their_order(world):
-    half = real_half(world.told)
-    assert len(half) == 4 and {world.told[i].key for i in half} == {
-        world.told[::-1][i].key for i in real_half(world.told[::-1])}
-    assert [e.images[0][0] for e in arm_examples(world, 'both')] == ['other' if i in half else 'first' for i in range(8)]
-    kinds = [Lesson(f'c{i}:{k}', 'What?', 'x', i) for i in range(60) for k in ('name', 'group')]
-    chosen = {kinds[i].key for i in real_half(kinds)}
-    both = [f'c{i}:name' in chosen and f'c{i}:group' in chosen for i in range(60)]
-    assert 5 < sum(both) < 25 # a concept is not bound to one kind of picture
 
 def test_places_are_pooled():
     x = torch.arange(16.).view(1, 16, 1).expand(-1, -1, 3).half()

@@ -203,7 +203,8 @@ def test_what_all_prompts_begin_with_is_read_once():
     prompts = [encode_prompt(model, t, len(some), 4) for t, some in asked]
     assert len(read_shared_words(model, prompts).ids) > 2
     with pytest.raises(ValueError, match='begins with other words'):
-        generate_answers(model, [encode_prompt(model, turns_of('is it ?'), 0, 4)], None, 3, read_shared_words(model, prompts))
+        other = encode_prompt(model, turns_of('is it ?'), 0, 4)
+        generate_answers(model, [other], None, 3, read_shared_words(model, prompts))
 
 def test_a_published_llava_goes_all_the_way_and_back(published, pictures, tmp_path):
     "Align, tune on both kinds, caption, answer, save; plain transformers and plain peft give the same logits."
@@ -221,7 +222,8 @@ def test_a_published_llava_goes_all_the_way_and_back(published, pictures, tmp_pa
     x_g = preprocess_images(tower, [im.convert('RGB') for im in drawn['image']])
     how = AlignSettings(epochs=30, batch_size=4, lr=2e-2, precision='no')
     losses = [row['loss'] for row in align(aligned, x_g, partners, how, run=RunSettings(desc=None))]
-    assert losses[-1] < losses[0] - .1 and torch.equal(aligned.real_features(preprocess_images(tower, pictures)), partners)
+    assert losses[-1] < losses[0] - .1
+    assert torch.equal(aligned.real_features(preprocess_images(tower, pictures)), partners)
     quiet = EmbedSettings(show_progress=False)
     files = dict(real=embed_tokens(ds, aligned, tmp_path/'real', 'real', quiet),
                  generated=embed_tokens(drawn, aligned, tmp_path/'generated', 'generated', quiet))
@@ -233,9 +235,10 @@ def test_a_published_llava_goes_all_the_way_and_back(published, pictures, tmp_pa
     quiz = [Question(f'q{i}', 'is it red ?', i % 2, ('yes', 'no'), (pictures[i],)) for i in range(4)]
     told += [Example(question_turns(q, 0)[0], (('real', i),)) for i, q in enumerate(quiz)]
     long = StageSettings(steps=60, batch_size=8, lr=1e-2)
-    settings = replace(quick, language_model=str(tmp_path/'published'), project=long, instruct=replace(long, steps=140), rank=8)
+    settings = replace(quick, language_model=str(tmp_path/'published'), project=long, rank=8,
+                       instruct=replace(long, steps=250))
     history = train_llava(llava, told, files, settings)
-    assert history['instruct'][-1] < .1 < history['project'][0]
+    assert history['instruct'][-1] < .2 < history['project'][0]
     assert trainable <= {n.replace('.base_layer', '') for n, p in llava.named_parameters() if p.requires_grad} | {
         n for n in trainable if 'language_model' in n} # f_g can be aligned further
     tower_after = VisualTokens(aligned)(preprocess_images(tower, pictures), torch.tensor([True, False, True, False]))
@@ -275,8 +278,10 @@ def test_an_adapter_of_a_language_model_loads_by_plain_peft(tmp_path):
 
 def test_a_conversation_without_room_loses_its_last_question():
     model, files = small(), llava_once.files
-    talk = Example((*turns_of('<image> what is this ?', 'a cat'), *turns_of('is it <image> ?', 'no')), (('real', 0), ('real', 1)))
-    whole, first = encode_example(model, talk, 4), encode_example(model, example('<image> what is this ?', 'a cat', ('real', 0)), 4)
+    turns = *turns_of('<image> what is this ?', 'a cat'), *turns_of('is it <image> ?', 'no')
+    talk = Example(turns, (('real', 0), ('real', 1)))
+    whole = encode_example(model, talk, 4)
+    first = encode_example(model, example('<image> what is this ?', 'a cat', ('real', 0)), 4)
     assert model.tokenizer.decode([whole.ids[i] for i in whole.learned]) == 'a cat no </s>' and whole.images == 2
     cut = encode_example(model, talk, 4, len(first.ids))
     assert cut == first and cut.images == 1

@@ -160,7 +160,8 @@ def test_generated_pictures_go_through_the_aligned_tower(capsys, home):
     picture = emoji('unseen', 'noto')[0]['image'].convert('RGB')
     real, drawn = (load_talker(home/'gmail', torch.device('cpu'), g).look([picture]) for g in (False, True))
     aligned = GenReal.from_pretrained(home/'aligned')
-    with torch.no_grad(): torch.testing.assert_close(drawn, aligned.generated_tokens(aligned.encoder.preprocess(picture)[None]))
+    with torch.no_grad():
+        torch.testing.assert_close(drawn, aligned.generated_tokens(aligned.encoder.preprocess(picture)[None]))
     assert not torch.allclose(real, drawn)
     picture.save(home/'g.png')
     ask = 'what ?', '--image', home/'g.png', '--max-new-tokens', 2, '--device', 'cpu', '--generated', '--model'
@@ -242,7 +243,8 @@ def written(home, name='told.json', **change):
         who = ('human', 'gpt') * 2
         rows.append(dict(id=r['key'], image=f'{r["key"]}.png',
                          conversations=[{'from': w, 'value': t} for w, t in zip(who, said)]))
-    rows.append(dict(id='words', conversations=[{'from': 'human', 'value': 'is a cat blue ?'}, {'from': 'gpt', 'value': 'no'}]))
+    rows.append(dict(id='words', conversations=[{'from': 'human', 'value': 'is a cat blue ?'},
+                                                {'from': 'gpt', 'value': 'no'}]))
     rows[0] |= change
     (home/name).write_text(json.dumps(rows))
     return home/name
@@ -290,7 +292,8 @@ def test_stage_two_learns_from_questions(capsys, home, kind):
     (dict(conversations=[{'from': 'human', 'value': '<image>'}, {'from': 'gpt', 'value': ' '}]), 'without words'),
     (dict(conversations=[{'from': 'bot', 'value': 'x'}]), "who is 'bot'")])
 def test_conversations_that_cannot_be_learned(home, change, said):
-    with pytest.raises((ValueError, FileNotFoundError), match=said): read_conversations(written(home, 'wrong.json', **change))
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        read_conversations(written(home, 'wrong.json', **change))
 
 def test_other_instructions_that_are_refused(capsys, home, tmp_path):
     for text, said in (('{', 'is no JSON'), ('{}', 'no list of conversations'), ('[1]', 'no list of conversations')):
@@ -301,7 +304,8 @@ def test_other_instructions_that_are_refused(capsys, home, tmp_path):
     assert status == 2 and 'no instructions at' in err
     assert picture_key('coco/train2017/000000000009.jpg') == picture_key('coco/COCO_train2014_000000000009.jpg') == '9'
     assert picture_key('gqa/images/0009.jpg') == 'gqa/images/0009'
-    assert [t['role'] for t in conversation_turns(json.loads(written(home).read_text())[0], 'x')] == ['user', 'assistant'] * 2
+    turns = conversation_turns(json.loads(written(home).read_text())[0], 'x')
+    assert [t['role'] for t in turns] == ['user', 'assistant'] * 2
 
 # a published LLaVA from the shell
 
@@ -328,7 +332,8 @@ def test_a_published_llava_is_aligned_and_tuned_from_the_shell(capsys, home, who
     plain = whole/'plain'
     status, out, err = tune(capsys, home, f'{whole.name}/tuned', *how, '--plain', plain)
     assert status == 0 and 'instruct: 4 steps' in out and f'plain LLaVA: {plain}' in out, err
-    assert tune(capsys, home, f'{whole.name}/tuned', *how, '--plain', whole/'plain-g', '--plain-side', 'generated')[0] == 0
+    drawn = '--plain', whole/'plain-g', '--plain-side', 'generated'
+    assert tune(capsys, home, f'{whole.name}/tuned', *how, *drawn)[0] == 0
     talker = load_talker(whole/'tuned')
     processor = tiny_llava(whole.name)[1]
     picture = emoji('unseen', 'noto')[0]['image'].convert('RGB')
@@ -345,7 +350,8 @@ def test_a_published_llava_is_aligned_and_tuned_from_the_shell(capsys, home, who
 
 @pytest.mark.parametrize('more, said', [
     (('--plain', 'x'), 'is a language model alone'),
-    (('--plain', 'x', '--plain-side', 'generated', '--language-model', 'clip/llava'), 'belongs to an arm that learns through it')])
+    (('--plain', 'x', '--plain-side', 'generated', '--language-model', 'clip/llava'),
+     'belongs to an arm that learns through it')])
 def test_plain_folders_that_cannot_be_saved(capsys, home, more, said):
     if 'clip/llava' in more and not (home/'clip'/'llava').exists():
         for part in tiny_llava(): part.save_pretrained(home/'clip'/'llava')
@@ -357,11 +363,10 @@ def test_two_kinds_take_half_of_each(home):
     "The steps of one pass are those of an arm with one kind, and every concept is learned from once."
     stages = dict(project=StageSettings(batch_size=4), instruct=StageSettings(steps=0))
     settings = LlavaSettings(language_model=str(home/'lm'), rank=2, **stages)
-    sets = dict(real=home/'drawn.parquet', generated=home/'drawn.parquet') # one caption of each, as of a generated image
     with quiet_datasets():
         datasets.Dataset.from_parquet(str(home/'drawn.parquet')).map(
             lambda r: dict(captions=r['captions'][:1])).to_parquet(home/'once.parquet')
-    sets = dict.fromkeys(sets, home/'once.parquet')
+    sets = dict.fromkeys(('real', 'generated'), home/'once.parquet') # one caption of each
     steps = {arm: tune_llava(home/f'pass-{arm}', settings, **sets, model=home/'aligned', arm=arm, tokens=home/'tokens',
                              run=RunSettings(desc=None)) for arm in ('indiscriminate', 'both', 'mix')}
     assert {arm: len(s['project']) for arm, s in steps.items()} == dict(indiscriminate=3, both=3, mix=3)

@@ -6,7 +6,7 @@ import re
 import struct
 
 import pytest
-from house import cells_of, names, source_of
+from house import cells_of, flags_of, names, source_of
 
 EXPERIMENTS = [n for n in names if n.startswith('experiments/')]
 
@@ -51,11 +51,20 @@ def test_no_prose_excuses_what_is_stored(name):
     wrong = [c['id'] for c in cells_of(name) if c['cell_type'] == 'markdown' and excuse.search(source_of(c))]
     assert not wrong, f'run the cells again and take out what {wrong} says of an older run'
 
-@pytest.mark.parametrize('name', EXPERIMENTS)
+WIDE = {'01_settings', '11_splits', '37_gallery', '38_llava', '39_vqa', '40_llava_training', 'bench/10_generate',
+        'bench/40_gpu', 'bench/60_llava', 'runs/60_tune_llava', 'runs/70_vqa', 'tutorials/10_your_pictures',
+        'tutorials/20_new_encoder', 'tutorials/30_new_generator'} # their stored lines are still wider
+
+def as_it_came(cell):
+    "Whether a cell shows what a shell printed, or what a long run left: neither is cut for the page."
+    return source_of(cell).startswith('%%bash') or bool(flags_of(cell) & {'slow', 'cuda', 'hub'})
+
+@pytest.mark.parametrize('name', [n for n in names if n not in WIDE and not n.startswith('making/')])
 def test_stored_text_fits_the_page(name):
     wide = [
         (cell['id'], l)
         for cell, out in outputs(name)
+        if name in EXPERIMENTS or not as_it_came(cell)
         for l in ''.join(out.get('text', '')).splitlines()
         if len(l) > 120
     ]

@@ -180,8 +180,8 @@ def test_prompts_are_those_of_the_benchmarks():
 
 def test_small_sets_have_the_columns_of_the_hub():
     science, mmmu = small_scienceqa(), small_mmmu()
-    assert science.column_names == ['image', 'question', 'choices', 'answer', 'hint', 'task', 'grade', 'subject', 'topic',
-                                    'category', 'skill', 'lecture', 'solution']
+    assert science.column_names == ['image', 'question', 'choices', 'answer', 'hint', 'task', 'grade',
+                                    'subject', 'topic', 'category', 'skill', 'lecture', 'solution']
     assert mmmu.column_names == ['id', 'question', 'options', 'explanation', *(f'image_{i}' for i in range(1, 8)),
                                  'img_type', 'answer', 'topic_difficulty', 'question_type', 'subfield']
     assert science.features['answer'].dtype == 'int8' and mmmu.features['options'].dtype == 'string'
@@ -242,7 +242,8 @@ def test_answers_that_are_kept_back(answer, options):
     row = dict(question='?', options=options, answer=answer, image_1=None)
     with pytest.raises(ValueError, match="question 'test_Art_1' has no right answer"): mmmu_question(row, 'test_Art_1')
 
-@pytest.mark.parametrize('key, subject', [('validation_Art_Theory_12', 'Art_Theory'), ('dev_Math_1', 'Math'), ('7', 'Painting')])
+@pytest.mark.parametrize('key, subject', [
+    ('validation_Art_Theory_12', 'Art_Theory'), ('dev_Math_1', 'Math'), ('7', 'Painting')])
 def test_a_subject_of_mmmu_is_its_configuration(key, subject):
     row = dict(question='?', options="['x', 'y']", answer='A', image_1=None, subfield='Painting')
     assert mmmu_question(row, key).subject == subject
@@ -256,7 +257,8 @@ def laid_out(tmp_path_factory):
     science, mmmu = small_scienceqa(), small_mmmu()
     with quiet_datasets():
         for i, split in enumerate(('train', 'validation', 'test')):
-            science.select(range(i, 6, 3)).to_parquet(root/'ScienceQA'/'data'/f'{split}-00000-of-00001-1028f23e353fbe3e.parquet')
+            file = f'{split}-00000-of-00001-1028f23e353fbe3e.parquet'
+            science.select(range(i, 6, 3)).to_parquet(root/'ScienceQA'/'data'/file)
         for subject, rows in dict(Biology=[0, 1], Art=[2], Math=[3, 4]).items():
             for split in ('dev', 'validation'):
                 mmmu.select(rows).to_parquet(root/'MMMU'/subject/f'{split}-00000-of-00001.parquet')
@@ -269,10 +271,12 @@ def test_a_folder_is_read_by_split_and_subject(laid_out):
         assert [q.text for q in found] == science[2::3] and found.place('1') == 'scienceqa/test/1'
         with pytest.raises(ValueError, match="the splits 'test', 'train', 'validation': choose one with --split"):
             load_questions(laid_out/folder)
-        with pytest.raises(ValueError, match="no parquet files of the split 'dev'"): load_questions(laid_out/folder, 'dev')
+        with pytest.raises(ValueError, match="no parquet files of the split 'dev'"):
+            load_questions(laid_out/folder, 'dev')
     assert len(load_questions(laid_out/'MMMU', 'validation')) == 5
     assert {q.subject for q in load_questions(laid_out/'MMMU', 'validation', 'Math')} == {'Math'}
-    with pytest.raises(ValueError, match="of the subject 'Mathematics'"): load_questions(laid_out/'MMMU', 'dev', 'Mathematics')
+    with pytest.raises(ValueError, match="of the subject 'Mathematics'"):
+        load_questions(laid_out/'MMMU', 'dev', 'Mathematics')
     assert len(load_questions(laid_out/'ScienceQA'/'data'/'test-00000-of-00001-1028f23e353fbe3e.parquet')) == 2
 
 def test_a_set_on_the_hub_has_its_own_split_and_all_subjects(monkeypatch):
@@ -290,5 +294,6 @@ def test_a_set_on_the_hub_has_its_own_split_and_all_subjects(monkeypatch):
     asked.clear()
     load_questions('hub/mmmu', 'dev', 'Art')
     assert asked == [('Art', 'dev')]
-    monkeypatch.setattr(datasets, 'load_dataset_builder', lambda *_: type('B', (), dict(info=type('I', (), dict(features=None)))))
+    nothing = type('B', (), dict(info=type('I', (), dict(features=None))))
+    monkeypatch.setattr(datasets, 'load_dataset_builder', lambda *_: nothing)
     with pytest.raises(ValueError, match='choose a split with --split'): load_questions('hub/mmmu')

@@ -223,9 +223,7 @@ def gmail_tune_caption(
 
 # %% ../../nbs/cli/10_commands.ipynb #15c84f43
 LlavaArm = Literal['gmail', 'indiscriminate', 'both', 'mix', 'real']
-_llava = (
-    'gmail_tune llava --real photos --generated generated --model aligned --arm both --out llava'
-)
+_llava = 'gmail_tune llava --real photos --generated drawn --model aligned --arm both --out llava'
 
 
 @command(leave=('cache_dir', 'which', 'max_bank'), name='gmail_tune llava', example=_llava,
@@ -237,7 +235,7 @@ def gmail_tune_llava(
     model:str|None=None,         # a folder of gmail_align, whose f_g sees the generated images
     arm:LlavaArm|None=None,      # what to learn from; gmail with --generated, otherwise real
     tokens:str|None=None,        # folder of tokens that several runs share; below out if absent
-    instructions:str|None=None,  # of stage two: LLaVA's JSON, ScienceQA (a folder or Hub id), or emoji-questions
+    instructions:str|None=None,  # LLaVA's JSON, ScienceQA, or emoji-questions, for stage two
     instruction_images:str|None=None, # folder of the JSON's pictures; its own if absent
     plain:str|None=None,         # a folder: also save a plain LLaVA, where the language model is one
     plain_side:Literal['real', 'generated']='real', # its vision tower: f_r, or f_g
@@ -258,13 +256,8 @@ def gmail_tune_llava(
     print(f'LLaVA: {out} (gmail_chat --model {out} talks to it, gmail_eval vqa measures it)')
     return told | dict(steps={stage: len(found) for stage, found in losses.items()})
 
-gmail_tune = Commands(
-    'gmail_tune',
-    'Tune what reads an encoder, on generated images.',
-    text=gmail_tune_text,
-    caption=gmail_tune_caption,
-    llava=gmail_tune_llava,
-)
+gmail_tune = Commands('gmail_tune', 'Tune what reads an encoder, on generated images.',
+                      text=gmail_tune_text, caption=gmail_tune_caption, llava=gmail_tune_llava)
 
 # %% ../../nbs/cli/10_commands.ipynb #095d956d
 @command(dry=dry('dry_write'),
@@ -297,7 +290,8 @@ def gmail_chat(
 ):
     "Ask a LLaVA about pictures; the answer is written while it is made."
     from gmail_nb.runs.tune_llava import chat
-    return dict(turns=chat(image, ' '.join(question) or None, model, max_new_tokens, generated=generated, device=device))
+    asked, how = ' '.join(question) or None, dict(generated=generated, device=device)
+    return dict(turns=chat(image, asked, model, max_new_tokens, **how))
 
 # %% ../../nbs/cli/10_commands.ipynb #a5d04f59
 @command(name='gmail_eval vqa', dry=dry('dry_vqa', 'vqa'),

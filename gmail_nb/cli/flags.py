@@ -595,10 +595,12 @@ class Commands:
     def __str__(self) -> str:
         "The list that `--help` and `--list` show."
         width = max(map(len, self.commands))
-        rows = [f'  {n:{width}}  {" ".join(c.__doc__.split())}' for n, c in self.commands.items()]
+        said = {f'  {n:{width}}  ': ' '.join(c.__doc__.split()) for n, c in self.commands.items()}
+        how = dict(break_on_hyphens=False, subsequent_indent=(width + 4) * ' ')
+        rows = [textwrap.fill(name + about, 100, **how) for name, about in said.items()]
         first, word = f'usage: {self.name} {self.word.upper()} [--help] ...', self.word.upper()
-        last = f'{self.name} {word} --help explains one of them. {STATUS}.'
-        return '\n'.join([first, '', self.description, '', *rows, '', last])
+        last = f'{self.name} {word} --help explains one of them.'
+        return '\n'.join([first, '', self.description, '', *rows, '', last, STATUS])
 
     def find(self, kind:str) -> Command:
         "The command of that name. `ValueError` with near names."

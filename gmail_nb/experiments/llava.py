@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LLAVA_ARMS', 'SUBJECTS', 'PAIRS', 'CLAIMS', 'GAPS', 'Lesson', 'plain', 'agreed', 'labelled', 'lessons', 'grid_tokens',
-           'pooled', 'LlavaWorld', 'picture_question', 'base_examples', 'real_half', 'arm_examples', 'system',
-           'briefly', 'new_llava', 'LlavaArms', 'continued', 'choice_scores', 'open_prompts', 'written_names',
-           'preferred', 'answered', 'arm_file', 'LlavaRun', 'llava_runs', 'said_answers', 'right_choices',
-           'caption_scores', 'concepts_of', 'LlavaResults', 'scored', 'with_interval', 'llava_records', 'by_arm',
-           'llava_table', 'llava_sentences', 'show_llava', 'token_settings', 'align_tokens', 'token_model', 'Pictures',
-           'all_pictures', 'kept_tokens', 'all_tokens', 'drawn_once', 'token_gaps', 'gap_rows', 'llava_world',
-           'answers_of', 'some_questions', 'show_some_answers', 'write_llava', 'show_gap_maps', 'llava_experiment']
+           'pooled', 'LlavaWorld', 'picture_question', 'base_examples', 'arm_examples', 'system', 'briefly',
+           'new_llava', 'LlavaArms', 'continued', 'choice_scores', 'open_prompts', 'written_names', 'preferred',
+           'answered', 'arm_file', 'LlavaRun', 'llava_runs', 'said_answers', 'right_choices', 'caption_scores',
+           'concepts_of', 'LlavaResults', 'scored', 'with_interval', 'llava_records', 'by_arm', 'llava_table',
+           'llava_sentences', 'show_llava', 'token_settings', 'align_tokens', 'token_model', 'Pictures', 'all_pictures',
+           'kept_tokens', 'all_tokens', 'drawn_once', 'token_gaps', 'gap_rows', 'llava_world', 'answers_of',
+           'some_questions', 'show_some_answers', 'write_llava', 'show_gap_maps', 'llava_experiment']
 
 # %% ../../nbs/experiments/55_llava.ipynb #45acbf88
 import json
@@ -154,16 +154,10 @@ def base_examples(world:LlavaWorld) -> list[Example]:
             for i, name in enumerate(world.names)]
 
 # %% ../../nbs/experiments/55_llava.ipynb #597a89bb
-def real_half(told:list[Lesson]) -> set[int]: # numbers of lessons
-    "Half of the lessons, by a hash of the concept and the kind of question."
-    order = sorted(range(len(told)), key=lambda i: stable_seed('real', told[i].key))
-    return set(order[:len(told) // 2])
-
 def arm_examples(world:LlavaWorld, arm:str) -> list[Example]:
-    "The same for every arm but for the picture; in `both` half of them are real."
+    "The same for every arm but for the picture; in `both` every second of them is real."
     if arm == 'words': return [example(one.text, one.answer) for one in world.told]
-    half = real_half(world.told) if arm == 'both' else set(range(1, len(world.told), 2))
-    def kind(i): return 'other' if i in half else 'first' # one file by two names, but for `both`
+    def kind(i): return 'other' if i % 2 else 'first' # one file by two names, but for `both`
     return [example(picture_question(one.text), one.answer, (kind(i), one.row))
             for i, one in enumerate(world.told)]
 

@@ -34,10 +34,12 @@ def conversation_turns(row:dict, name:str) -> tuple[dict, ...]: # role and conte
         raise ValueError(f'{name} has no list of conversations: from and value, turn by turn')
     unknown = sorted({str(t.get('from')) for t in said} - set(ROLES))
     if unknown: raise ValueError(f'{name}: who is {name_some(unknown)}? from is human or gpt')
-    turns = tuple(dict(role=ROLES[t['from']], content=str(t.get('value') or '').strip()) for t in said)
+    def words(t): return str(t.get('value') or '').strip()
+    turns = tuple(dict(role=ROLES[t['from']], content=words(t)) for t in said)
     roles = [t['role'] for t in turns if t['role'] != 'system']
     if roles != ['user', 'assistant'] * (len(roles) // 2) or not roles:
-        raise ValueError(f'{name}: human and gpt do not take turns, from a question to an answer: {roles}')
+        raise ValueError(f'{name}: human and gpt do not take turns, from a question to an answer: '
+                         f'{roles}')
     if all(t['content'] for t in turns): return turns
     raise ValueError(f'{name} has a turn without words')
 
@@ -67,7 +69,7 @@ class Asked:
     side:str='real'                # of an aligned model that they go through
 
     def examples(self, kind:str, there:list[int], leave=frozenset()) -> list[Example]:
-        "Those whose pictures are there (their rows, in the order of the tokens) and not to be left out."
+        "Those whose pictures are there, by row in the order of the tokens, and not left out."
         at = {row: i for i, row in enumerate(there) if self.keys[row] not in leave}
         return [Example(tuple(turns), tuple((kind, at[r]) for r in rows))
                 for turns, rows in self.told if all(r in at for r in rows)]
@@ -77,7 +79,8 @@ _columns = datasets.Features(dict(key=datasets.Value('string'), image=datasets.I
 def with_pictures(told:list, images:dict, keys:list[str], side:str='real') -> Asked:
     "Pictures by name, as a set that is opened when it is read."
     rows = [dict(key=k, image=i) for k, i in images.items()]
-    return Asked(datasets.Dataset.from_list(rows, features=_columns) if rows else None, told, keys, side)
+    pictures = datasets.Dataset.from_list(rows, features=_columns) if rows else None
+    return Asked(pictures, told, keys, side)
 
 # %% ../../nbs/runs/55_instructions.ipynb #08883ad5
 def read_conversations(
@@ -90,7 +93,8 @@ def read_conversations(
     try: rows = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{file.name} is no JSON: {e}') from e
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows) or not rows:
-        raise ValueError(f'{file.name} is no list of conversations, each with image and conversations')
+        raise ValueError(f'{file.name} is no list of conversations, each with image and '
+                         'conversations')
     at = {}
     for i, row in enumerate(rows):
         name = f'{file.name}, conversation {row.get("id", i)}'
@@ -100,8 +104,8 @@ def read_conversations(
         told.append((turns, [at[f] for f in found]))
     lost = [f for f in at if not (below/f).is_file()]
     if lost:
-        raise FileNotFoundError(f'{len(lost)} of {len(at)} pictures are not below {below.name}, such as '
-                                f'{name_some(lost)}: name their folder with --instruction-images')
+        raise FileNotFoundError(f'{len(lost)} of {len(at)} pictures are not below {below.name}, '
+                                f'such as {name_some(lost)}: name their folder with --instruction-images')
     images = {f: dict(path=str(below/f), bytes=None) for f in at}
     return with_pictures(told, images, [picture_key(f) for f in at])
 
@@ -115,7 +119,8 @@ def scienceqa_instructions(source, split:str='train') -> Asked: # a folder, a Hu
     "ScienceQA's rows to learn from. `ValueError` for another set."
     questions = load_questions(source, split)
     if questions.kind != 'scienceqa':
-        raise ValueError(f'{questions.name} is {questions.kind}, which is for tests: learn from ScienceQA')
+        raise ValueError(f'{questions.name} is {questions.kind}, which is for tests: learn from '
+                         'ScienceQA')
     images, told, keys = {}, [], []
     stored = questions.ds.cast_column('image', datasets.Image(decode=False))
     for i, image in enumerate(stored['image']):
@@ -139,14 +144,14 @@ def drawing_instructions(
     facts = {r['key']: r for r in emoji('B', 'noto').select_columns(['key', 'label', 'group'])}
     rows, known = [], set()
     for r in ds.select_columns(['key', 'image']):
-        if r['key'] not in facts or r['key'] in known: continue # one image of a concept is asked about
+        if r['key'] not in facts or r['key'] in known: continue # one image of a concept
         try: image = decode_image(r['image'], r['key'])
         except ValueError: continue # the captions have named it already
         known.add(r['key'])
         rows.append(facts[r['key']] | dict(image=image))
     if len(rows) < 4:
-        raise ValueError(f'{len(rows)} of {len(ds)} images are of concepts of B: {OWN_QUESTIONS} is about '
-                         'drawings that come with the package')
+        raise ValueError(f'{len(rows)} of {len(ds)} images are of concepts of B: {OWN_QUESTIONS} is '
+                         'about drawings that come with the package')
     images, at, told, keys = {}, {}, [], []
     pool = emoji('B', 'noto').select_columns(['label', 'group'])
     for q in drawing_questions(rows, pool=pool, seed=seed):
@@ -171,10 +176,11 @@ def load_instructions(
     sets:dict|None=None,         # kind -> images that the arm learns from, for our own questions
     sides:dict|None=None         # kind -> the side that they go through
 ) -> dict[str, Asked]: # by the name of their tokens
-    "What stage two learns. `FileNotFoundError` or `ValueError` where it is not there, or is of another kind."
+    "What stage two learns. `FileNotFoundError` or `ValueError` where it is not there, or no such thing."
     if source == OWN_QUESTIONS:
         return {f'asked {k}': drawing_instructions(ds, sides[k]) for k, ds in sets.items()}
     if str(source).endswith('.json'):
-        if not Path(source).is_file(): raise FileNotFoundError(f'there are no instructions at {str(source)!r}')
+        if not Path(source).is_file():
+            raise FileNotFoundError(f'there are no instructions at {str(source)!r}')
         return dict(asked=read_conversations(source, folder))
     return dict(asked=scienceqa_instructions(source))

@@ -121,11 +121,12 @@ def keys_of(found:Learned) -> list[str]: # of every example
     return [keys[row] for keys, rows in parts for row in rows]
 
 def half_of_each(found:Learned, learn:list[int]) -> list[int]: # of these examples
-    "Where two kinds of images are of one concept, the examples of one kind; all where there is one kind."
+    "Of a concept with two kinds of images, the examples of one kind; all where there is one."
     if len(found.files) < 2: return learn
     both = set.intersection(*(set(f.keys) for f in found.files.values()))
     order = sorted(both, key=lambda k: stable_seed('half', k))
-    first, keys, begins = set(order[:len(order) // 2]), keys_of(found), len(found.examples.datasets[0])
+    first, keys = set(order[:len(order) // 2]), keys_of(found)
+    begins = len(found.examples.datasets[0])
     return [i for i in learn if keys[i] not in both or (keys[i] in first) == (i < begins)]
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #7725cb7e
@@ -318,17 +319,17 @@ def instructed(
         used = {row for e in told for _, row in e.images}
         out.keys += [some.keys[there[row]] for row in sorted(used)]
     if out.examples: return out
-    raise ValueError('no instruction is left to learn from: its pictures do not decode, or they all judge')
+    raise ValueError('no instruction is left to learn from: its pictures do not decode, or all judge')
 
 def check_plain(settings:LlavaSettings, plain, side:str, used) -> None:
     "`ValueError` where no plain LLaVA can be saved, before anything is trained."
     if plain is None: return
     if not is_llava(settings.language_model, settings.revision):
-        raise ValueError(f'{settings.language_model!r} is a language model alone: a plain LLaVA is saved of one that '
-                         'is a LLaVA; name it with --language-model')
+        raise ValueError(f'{settings.language_model!r} is a language model alone: a plain LLaVA is '
+                         'saved of one that is a LLaVA; name it with --language-model')
     if side == 'generated' and not used:
-        raise ValueError('the tower f_g belongs to an arm that learns through it: name an aligned model with '
-                         '--model, and the arm gmail or both')
+        raise ValueError('the tower f_g belongs to an arm that learns through it: name an aligned '
+                         'model with --model, and the arm gmail or both')
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #a6e71d60
 @dataclass
@@ -394,7 +395,8 @@ def tune_llava(
     out, acc = check_writable(out), processes(run.trackers, out, run.device)
     sets = arm_sets(arm, real, generated, source)
     asked = None
-    if instructions: asked = load_instructions(instructions, instruction_images, sets, LLAVA_ARMS[arm])
+    if instructions:
+        asked = load_instructions(instructions, instruction_images, sets, LLAVA_ARMS[arm])
     llava, vision = started(settings, used, acc.device)
     below = Path(tokens or out/'tokens')
     found = learn_from(sets, arm, vision, below, acc)
@@ -403,7 +405,8 @@ def tune_llava(
     run = replace(run, checkpoints=str(out/'checkpoints'), log_file=str(out/'log.jsonl'), desc='llava')
     parts = taught(found, asked, vision, below, acc, settings)
     history = train_and_judge(llava, found, vision, parts, out, settings, run, acc, arm, used, sets)
-    if acc.is_main_process and plain: save_llava(llava, plain, vision if plain_side == 'generated' else None)
+    tower = vision if plain_side == 'generated' else None
+    if acc.is_main_process and plain: save_llava(llava, plain, tower)
     acc.wait_for_everyone()
     return history
 
@@ -424,8 +427,8 @@ class Talker:
 def aligned_tower(name, card:dict, encoder:Encoder) -> GenReal:
     "The aligned model behind which a folder was tuned. `ValueError` where there was none."
     if card.get('aligned'): return GenReal.from_pretrained(card['aligned'], encoder)
-    raise ValueError(f'{Path(name).name} was tuned without an aligned model, so it has no f_g for generated '
-                     'pictures: leave --generated out, or tune with --model')
+    raise ValueError(f'{Path(name).name} was tuned without an aligned model, so it has no f_g for '
+                     'generated pictures: leave --generated out, or tune with --model')
 
 def load_talker(
     name:str|Path,            # a folder of `tune_llava`, or a Hub id or folder of a published LLaVA
@@ -528,7 +531,8 @@ def dry_llava(
     if instructions: rows.append(look_told(str(instructions)))
     kinds = LLAVA_ARMS.get(arm, {})
     ways = [f'{k} through {dict(real="f_r", generated="f_g")[side]}' for k, side in kinds.items()]
-    if not any(r.what == 'arm' for r in rows): rows.insert(0, Look('arm', arm, 'there', ', '.join(ways)))
+    if not any(r.what == 'arm' for r in rows):
+        rows.insert(0, Look('arm', arm, 'there', ', '.join(ways)))
     if real is not None and 'real' in kinds:
         more, ds = look_set('real', real, source, learned=True)
         rows, captions = rows + more, 0 if ds is None else sum(map(len, ds['captions']))
@@ -537,7 +541,8 @@ def dry_llava(
         rows, captions = rows + more, captions + (manifest or dict(rows=0))['rows']
     if model is not None: rows.append(look_path('aligned', model, 'card.json'))
     captions = -(-captions // max(1, len(kinds))) # of two kinds, half of each
-    stages = dict(project=settings.project) | ({} if instructions else dict(instruct=settings.instruct))
+    stages = dict(project=settings.project, instruct=settings.instruct)
+    if instructions: del stages['instruct']
     steps = [look_steps(s.steps_of(captions), s.batch_size, captions)._replace(what=f'steps, {name}')
              for name, s in stages.items()]
     if plain: steps.append(look_out(plain, note='a LLaVA of transformers'))

@@ -50,7 +50,7 @@ def asked_set(
     s = settings
     if data != OWN_QUESTIONS:
         return Chosen(load_questions(data, s.split, s.subject, s.images_only), s.limit)
-    return Chosen(drawing_questions(emoji('unseen', 'twemoji')), s.limit) # in a style for tests alone
+    return Chosen(drawing_questions(emoji('unseen', 'twemoji')), s.limit) # a style for tests alone
 
 # %% ../../nbs/runs/70_vqa.ipynb #a730e258
 def check_unseen(questions:Chosen, learned:list[str]) -> None:
