@@ -40,7 +40,8 @@ from .encoders import Encoder
 from gmail_nb.features import (
     Embedder, Features, LazyPixels, Parts, fill, finish_features, folder_settings, load_features,
     loaded)
-from .files import atomic_write, check_writable, name_some, unknown_name, versions
+from .files import (atomic_write, check_writable, checked_card, name_some, unknown_name, versions,
+                            write_card)
 from .llava import (
     Llava, Prompt, chat_text, encode_prompt, language_part, llava_loss, load_llava, lora_layers,
     new_projector, turns_of)
@@ -526,7 +527,7 @@ def save_trained(
         atomic_write(place/'adapter_model.safetensors', whole)
         adapter_config(model, settings.language_model).save_pretrained(str(place))
     card = dict(kind='llava', format=1, settings=asdict(settings), lora=bool(state), **facts)
-    atomic_write(folder/'card.json', json.dumps(card | dict(versions=versions()), indent=1))
+    write_card(folder, card | dict(versions=versions()), 'projector.safetensors', 'adapter/*')
     return folder
 
 def trained_card(folder:str|Path) -> tuple[dict, LlavaSettings]:
@@ -535,10 +536,9 @@ def trained_card(folder:str|Path) -> tuple[dict, LlavaSettings]:
     if not file.exists():
         raise FileNotFoundError(f'{file} is missing: the folder holds no trained LLaVA, or its '
                                 'writing was cut short; `gmail_tune llava` makes one')
-    card = json.loads(file.read_text(encoding='utf-8'))
-    if card.get('kind') != 'llava':
-        found = card.get('kind', 'something else')
-        raise ValueError(f'{Path(folder).name} holds {found!r} and no LLaVA')
+    card = checked_card(folder)
+    kind = card.get('kind', 'something else')
+    if kind != 'llava': raise ValueError(f'{Path(folder).name} holds {kind!r} and no LLaVA')
     named = {f.name for f in fields(LlavaSettings)}
     said = {k: v for k, v in card['settings'].items() if k in named}
     stages = {k: StageSettings(**said[k]) for k in STAGES if k in said}
