@@ -49,8 +49,10 @@ def parser_of(c): return made_by(c)
 @pytest.fixture
 def stubbed(monkeypatch, tmp_path):
     "Commands read and check all that was typed, and stop where their work would begin."
-    def reached(*args, **kwargs): raise Reached
-    monkeypatch.setattr(flags, 'call_with', lambda work, *args: flags.arguments_of(work, *args) and reached())
+    def reached(command, values, preset=None):
+        flags.arguments_of(command.work, values, preset, command.fixed)
+        raise Reached
+    monkeypatch.setattr(Command, 'carry_out', reached)
     monkeypatch.setattr(Command, 'parser', parser_of)
     monkeypatch.chdir(tmp_path)
 
