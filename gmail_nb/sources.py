@@ -35,12 +35,16 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.ti
 
 def _metadata_captions(path:Path, caption='caption') -> dict: # relative file name -> captions
     "Of `metadata.csv`: a row for each caption, with `file_name` and `caption`."
-    with open(path, encoding='utf-8-sig', newline='') as f: rows = list(csv.DictReader(f))
+    try:
+        with open(path, encoding='utf-8-sig', newline='') as f: rows = list(csv.DictReader(f))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f'{path.name} is no CSV table in UTF-8: {e}') from e
     if rows and not {'file_name', caption} <= set(rows[0]):
         raise ValueError(f"{path.name} has the columns {name_some(rows[0], 8)}; "
                          f"expected are 'file_name' and {caption!r}")
     found = {}
-    for r in rows:
+    for i, r in enumerate(rows, 1):
+        if r['file_name'] is None: raise ValueError(f'{path.name} row {i} is cut: it has no file_name')
         name = Path(r['file_name'].strip()).as_posix()
         found.setdefault(name, []).append((r[caption] or '').strip())
     return found
@@ -49,7 +53,9 @@ def _metadata_captions(path:Path, caption='caption') -> dict: # relative file na
 def _listed_captions(path:Path) -> dict: # relative file name -> captions
     "Of `captions.txt`: a name, a tab or a comma, a caption. Flickr30k numbers them: `a.jpg#0`."
     found = {}
-    for i, line in enumerate(path.read_text(encoding='utf-8-sig').splitlines(), 1):
+    try: lines = path.read_text(encoding='utf-8-sig').splitlines()
+    except UnicodeDecodeError as e: raise ValueError(f'{path.name} is not UTF-8: {e}') from e
+    for i, line in enumerate(lines, 1):
         name, mark, caption = line.partition('\t' if '\t' in line else ',')
         name = re.sub(r'#\d+$', '', name.strip())
         heading = i == 1 and Path(name).suffix.lower() not in IMAGE_SUFFIXES

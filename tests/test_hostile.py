@@ -199,6 +199,16 @@ def test_a_file_of_captions_names_what_the_folder_holds(pictures):
     (pictures/'set'/'metadata.csv').write_text('file_name,caption\n../private/secret.png,a\ntrain/a.png,b\n')
     refused(lambda: from_folder(pictures/'set'), 'which the folder does not hold')
 
+@pytest.mark.parametrize('name, data, words', [
+    ('metadata.csv', b'note,file_name,caption\nx,a.png,b\ny\n', 'row 2 is cut'),
+    ('metadata.csv', b'file_name,caption\na.png,' + b'x' * 200_000 + b'\n', 'field larger'),
+    ('metadata.csv', b'file_name,caption\na.png,\xff\n', 'UTF-8'), ('captions.txt', b'a.png\t\xff\n', 'not UTF-8'),
+    ('captions.txt', b'a.png\n', 'neither a tab nor a comma'), ('metadata.csv', b'caption\na\n', "'file_name'")])
+def test_captions_of_a_folder_that_are_wrong_are_named(tmp_path, name, data, words):
+    (tmp_path/'a.png').write_bytes(encoded(RED, 'PNG'))
+    (tmp_path/name).write_bytes(data)
+    refused(lambda: load_captioned(tmp_path), name, words)
+
 @pytest.mark.parametrize('name', ['../../private/secret.parquet', '/etc/passwd', 3, None, ['a']])
 def test_a_manifest_names_shards_of_its_own_folder(tmp_path, name):
     (tmp_path/'settings.json').write_text('{}')
