@@ -303,14 +303,16 @@ def open_clip_encoder(
     whole = spec.startswith(('hf-hub:', 'local-dir:')) # a configuration and its weights under one name
     architecture, _, pretrained = (spec, '', '') if whole else spec.partition('/')
     quick = not whole and check_open_clip(architecture, pretrained)
+    loaded = pretrained not in ('', 'random')
     here = spec.startswith('local-dir:')
     if here: check_open_clip_folder(Path(spec.removeprefix('local-dir:')))
     with plain_weights(spec), without_hub(here):
         model, _, transform = open_clip.create_model_and_transforms(architecture,
-            pretrained=None if pretrained in ('', 'random') else pretrained,
+            pretrained=pretrained if loaded else None,
             force_quick_gelu=quick, weights_only=True)
         tokenizer = OpenClipTokenizer(open_clip.get_tokenizer(architecture))
-    check_finite(model.named_parameters(), spec)
+    # the library leaves CoCa's last projection as the memory was, when nothing is loaded over it
+    if whole or loaded: check_finite(model.named_parameters(), spec)
     visual, model.visual = model.visual, nn.Identity()
     dim = open_clip.get_model_config(architecture)['embed_dim']
     scale = model.logit_scale.exp().item()

@@ -106,8 +106,14 @@ COCA = dict(embed_dim=32, custom_text=True, multimodal_cfg=TEXT | dict(context_l
             text_cfg=TEXT | dict(context_length=76, embed_cls=True, output_tokens=True))
 
 
+empty = torch.empty
+
+
 @pytest.mark.parametrize('name, config, tokens', [('tiny-resnet-t', CNN, 4), ('tiny-coca-t', COCA, 16)])
-def test_a_cnn_and_coca_give_features_and_tokens(images, words, tmp_path, name, config, tokens):
+def test_a_cnn_and_coca_give_features_and_tokens(images, words, tmp_path, name, config, tokens, monkeypatch):
+    # open_clip leaves a projection of CoCa as the memory was: here it is no number, always
+    monkeypatch.setattr(torch, 'empty', lambda *size, **kwargs: empty(*size, **kwargs).fill_(float('nan'))
+                        if all(isinstance(n, int) for n in size) and not kwargs else empty(*size, **kwargs))
     registered(tmp_path, name, config)
     e = open_clip_encoder(f'{name}/random')
     x = preprocess_images(e, images[:2])
