@@ -897,7 +897,7 @@ def captioner_card(
     if found is None:
         raise FileNotFoundError(f'{given/"card.json"} is missing: the folder holds no captioner, '
                                 'or its writing was cut short. `gmail_tune caption` makes one; '
-                                'name its folder with --captioner')
+                                'name its folder with --model')
     card = checked_card(found)
     if 'prefix_length' in card: return found, card
     if (given/'captioner'/'card.json').exists(): return captioner_card(given/'captioner')

@@ -10,9 +10,9 @@ __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS',
            'described', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings', 'part_of',
            'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings',
            'same_settings', 'CaptionerSettings', 'CaptionSettings', 'CaptionRunSettings', 'StageSettings',
-           'LlavaSettings', 'VQASettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings',
-           'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings',
-           'ReportSettings', 'report_settings']
+           'LlavaSettings', 'VQASettings', 'ChatSettings', 'DemoSettings', 'demo_settings', 'ProofSettings',
+           'proof_settings', 'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings',
+           'LlavaExperimentSettings', 'ReportSettings', 'report_settings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -551,8 +551,8 @@ class CaptionSettings:
 @dataclass(frozen=True)
 class CaptionRunSettings:
     "What `gmail_tune caption` depends on besides the captioner and its data."
-    splits:tuple=('train', 'test') # to train and to test on, such as: train+restval test
-    validation_share:float=.1   # share of the keys to score on, without test set and splits
+    test_split:str|None=None    # split of the test images; test of a Karpathy file if absent
+    validation_share:float=.1   # share of the keys to score on, without a test set and splits
     seed:int=0                  # seed of weights, order and noise
     features:str|None=None      # folder of features that several runs share; below out if absent
     store:str='float32'         # number format of features on disk; float16 takes half of it
@@ -568,8 +568,6 @@ class CaptionRunSettings:
         check_known(self, 'store', ('float32', 'float16'))
         check_above(self, 'workers', 'save_every')
         check_above(self, 'processes', least=-1)
-        if len(self.splits) != 2:
-            raise ValueError(f'splits are {self.splits}: name one to train on and one to test on')
 
 # %% ../nbs/01_settings.ipynb #2eddea7b
 @dataclass(frozen=True)
@@ -638,6 +636,17 @@ class VQASettings:
     max_new_tokens:int=16       # longest answer, in tokens
 
     def __post_init__(self): check_above(self, 'limit', 'batch_size', 'max_new_tokens')
+
+@dataclass(frozen=True)
+class ChatSettings:
+    "How a LLaVA talks about pictures."
+    max_new_tokens:int=128      # longest answer, in tokens
+    side:str='real'             # side of the pictures: real, or generated, which go through f_g
+    device:str|None=None        # cpu or cuda; the fastest present if absent
+
+    def __post_init__(self):
+        check_above(self, 'max_new_tokens')
+        check_known(self, 'side', ('real', 'generated'))
 
 # %% ../nbs/01_settings.ipynb #74b19694
 _demo_draw = DrawSettings(samples=3, steps=3, guidance=8., options=dict(style='noto'))

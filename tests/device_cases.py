@@ -387,11 +387,11 @@ def commands_from_images_to_scores():
         drawings(48).to_parquet('real.parquet')
         emoji('B', source='noto').select(range(12)).to_parquet('B.parquet')
         for line in ('generate real.parquet --out drawn --steps 1 --quiet', 'embed real.parquet --out features',
-                     'align real.parquet drawn --epochs 1 --batch-size 16 --out aligned',
+                     'align real.parquet --generated drawn --epochs 1 --batch-size 16 --out aligned',
                      'tune text --generated drawn --model aligned --steps 2 --out tuned',
                      'tune caption --generated drawn --model aligned --test B.parquet --steps 2 --out captions',
-                     'caption real.parquet --captioner captions',
-                     'eval --model tuned:tuned --data B.parquet --out eval --no-pictures'):
+                     'caption real.parquet --model captions',
+                     'eval B.parquet --model tuned:tuned --out eval --no-pictures'):
             with simulator.counted() as t: status = COMMANDS(line.split())
             assert not status, f'gmail_{line} ended with {status}'
             assert t.to_device, f'gmail_{line} copied nothing to the device'

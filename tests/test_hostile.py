@@ -442,7 +442,7 @@ def test_alignment_leaves_out_pairs_of_damaged_images(tmp_path, capsys, monkeypa
 def test_an_evaluation_measures_what_decodes(tmp_path, capsys, bad, status):
     from gmail_nb.cli.commands import gmail_eval
     photos = pictures_of(tmp_path/'photos', 12 - bad, bad)
-    how = ['--data', str(photos), '--out', str(tmp_path/'out'), '--no-pictures', '--no-show-progress']
+    how = [str(photos), '--out', str(tmp_path/'out'), '--no-pictures', '--no-show-progress']
     assert (gmail_eval(['--model', 'embedded', *how]) or 0) == status
     said = capsys.readouterr()
     assert (f'{bad} of 12 images of {photos} left out' in said.err) == bool(bad)

@@ -211,8 +211,8 @@ def check_arm(
         raise ValueError(f'{arm} learns from generated images: name their folder with --generated')
     if arm == 'real' and real is None and generated is None:
         raise ValueError('there is nothing to learn from: name generated images with '
-                         '--generated and --model, or real ones with --real')
+                         '--generated and --model, or a captioned set of real ones')
     if arm in ('real', 'mix') and real is None:
-        raise ValueError(f'{arm} learns from real images: name a captioned set with --real')
+        raise ValueError(f'{arm} learns from real images: name a captioned set of them')
     if arm == 'gmail' and model is None:
         raise ValueError('generated images go through f_g: name an aligned model with --model')

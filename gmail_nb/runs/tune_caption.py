@@ -37,6 +37,7 @@ from ..features import Features, LazyPixels, cores, good_images
 from ..files import atomic_write, check_writable, record, write_results
 from .align import generated_images, set_name, validation_indices
 from ..pages import ResultTable, save_figure
+from ..plan import training_split
 from .embed import embed_shared, features_place, tell_skipped
 from .judge import Measure, Verdict, judged, show_differences, spread, write_page
 from .presets import check_arm
@@ -133,24 +134,21 @@ def split_rows(
 def caption_sets(
     real,                    # a captioned set, or None
     test,                    # a captioned set, or None
-    splits:tuple=CaptionRunSettings.splits, # of a Karpathy file
-    validation_share:float=CaptionRunSettings.validation_share,
-    source:SourceSettings=SourceSettings(),
+    run:CaptionRunSettings=CaptionRunSettings(), # its splits and share are read
+    source:SourceSettings=SourceSettings(), # how `real` is read; of a Karpathy file train and restval
     learned=frozenset() # keys that a model below has learned from: no validation images
 ) -> CaptionSets:
     "Training and test images. `ValueError` when there is nothing to score on."
     if real is None and test is None:
-        raise ValueError('captions are scored on real images: name some with --real or --test')
-    def rows(of, split): # the split of a Karpathy file, all of another set
-        return captioned_rows(of, replace(source, split=split) if is_karpathy(of) else source)
-    name = set_name(real if test is None else test)
-    if test is None and not is_karpathy(real):
-        return CaptionSets(*split_rows(rows(real, None), validation_share, learned), name, 'validation')
-    if real is None: train = rows(test, splits[0]) if is_karpathy(test) else None
-    else: train = rows(real, splits[0])
+        raise ValueError('captions are scored on real images: name a captioned set of them, or one with --test')
     tested = real if test is None else test
-    split = splits[1] if is_karpathy(tested) else 'test'
-    return CaptionSets(train, rows(tested, splits[1]), name, split)
+    name, parted = set_name(tested), is_karpathy(tested)
+    of = tested if real is None and parted else real # a test file says what is for training, too
+    train = None if of is None else captioned_rows(of, training_split(of, source))
+    if test is None and not parted:
+        return CaptionSets(*split_rows(train, run.validation_share, learned), name, 'validation')
+    split = run.test_split or ('test' if parted else None)
+    return CaptionSets(train, captioned_rows(tested, replace(source, split=split)), name, split or 'test')
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #0e19d8a9
 class Embeddings:
@@ -574,7 +572,7 @@ def tune_captioner(
     out, acc = check_writable(out), processes(run.trackers, out, run.device)
     below = models_below(arm, model, settings.start)
     learned = frozenset(k for folder in below.values() for k in trained_on(folder))
-    sets = caption_sets(real, test, run.splits, run.validation_share, source, learned)
+    sets = caption_sets(real, test, run, source, learned)
     drawn = None if generated is None else generated_images(generated)
     keys = check_test_apart(keys_in(sets.test), keys_to_learn(sets, arm, drawn), below)
     job = CaptionJob(sets, arm, out, settings, run, acc)

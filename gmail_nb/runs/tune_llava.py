@@ -47,7 +47,8 @@ from .judge import (
 from .presets import check_arm
 from .tune_caption import CaptionColumn, captioned_rows, places
 from ..runtime import default_device, fingerprint, stable_seed
-from ..settings import EmbedSettings, LlavaSettings, RunSettings, SourceSettings, described
+from ..settings import (
+    ChatSettings, EmbedSettings, LlavaSettings, RunSettings, SourceSettings, described)
 from ..splits import trained_on, write_trained_on
 from ..train import processes, run_precision
 
@@ -428,7 +429,7 @@ def aligned_tower(name, card:dict, encoder:Encoder) -> GenReal:
     "The aligned model behind which a folder was tuned. `ValueError` where there was none."
     if card.get('aligned'): return GenReal.from_pretrained(card['aligned'], encoder)
     raise ValueError(f'{Path(name).name} was tuned without an aligned model, so it has no f_g for '
-                     'generated pictures: leave --generated out, or tune with --model')
+                     'generated pictures: leave --side generated out, or tune with --model')
 
 def load_talker(
     name:str|Path,            # a folder of `tune_llava`, or a Hub id or folder of a published LLaVA
@@ -442,7 +443,7 @@ def load_talker(
         encoder = tower or load_encoder(card['encoder'])
         eyes = aligned_tower(name, card, encoder) if generated else encoder
         return Talker(model.to(device), VisualTokens(eyes.to(device)), trained_on(name), generated)
-    if generated: raise ValueError(f'{name} has one tower for all pictures: leave --generated out')
+    if generated: raise ValueError(f'{name} has one tower for all pictures: leave --side generated out')
     if not is_llava(str(name)):
         raise ValueError(f'{name} is a language model without eyes: name a folder of '
                          'gmail_tune llava, or a published LLaVA')
@@ -465,7 +466,8 @@ class Aloud(TextStreamer):
 
 class Talk:
     "A conversation about some pictures."
-    def __init__(self, talker:Talker, pictures:list, max_new_tokens:int=128, stream=None):
+    def __init__(self, talker:Talker, pictures:list, max_new_tokens:int=ChatSettings.max_new_tokens,
+                 stream=None):
         self.talker, self.turns, self.pictures = talker, [], pictures
         self.length, self.stream = max_new_tokens, stream
         self.tokens = talker.look(pictures) if pictures else None
@@ -486,16 +488,15 @@ def chat(
     images,                  # picture files
     question:str|None=None,  # one question; several turns are read from `lines` if absent
     model:str|Path='llava',  # as `load_talker`
-    max_new_tokens:int=128,
+    settings:ChatSettings=ChatSettings(),
     lines=None,              # questions, one a line; standard input if absent
-    stream=None,             # where answers are written; standard output if absent
-    generated:bool=False,    # the pictures come from a generator, and go through f_g
-    device:str|None=None     # cpu or cuda; the fastest present if absent
+    stream=None              # where answers are written; standard output if absent
 ) -> list[dict]: # the conversation
     "Ask about pictures. `ValueError` for a picture that does not decode."
     pictures = [decode_image(Path(p).read_bytes(), str(p)).convert('RGB') for p in images]
-    talker = load_talker(model, torch.device(device) if device else None, generated)
-    talk = Talk(talker, pictures, max_new_tokens, stream or sys.stdout)
+    device = torch.device(settings.device) if settings.device else None
+    talker = load_talker(model, device, settings.side == 'generated')
+    talk = Talk(talker, pictures, settings.max_new_tokens, stream or sys.stdout)
     asked = [question] if question else typed(lines or sys.stdin)
     for q in asked: talk.ask(q)
     return talk.turns
@@ -520,21 +521,21 @@ def look_told(told:str) -> Look:
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #d33475b5
 def dry_llava(
-    out:str='llava', real=None, generated=None, model=None, arm=None,
+    captioned=None, out:str='llava', generated=None, model=None, arm=None,
     source:SourceSettings=SourceSettings(), settings:LlavaSettings=LlavaSettings(),
     instructions=None, plain=None, **rest
 ) -> list[Look]:
     "What `gmail_tune llava` would do."
     arm, captions, rows = arm or ('real' if generated is None else 'gmail'), 0, []
-    try: check_llava_arm(arm, model, generated, real)
+    try: check_llava_arm(arm, model, generated, captioned)
     except ValueError as e: rows.append(Look('arm', arm, 'refused', first_line(e)))
     if instructions: rows.append(look_told(str(instructions)))
     kinds = LLAVA_ARMS.get(arm, {})
     ways = [f'{k} through {dict(real="f_r", generated="f_g")[side]}' for k, side in kinds.items()]
     if not any(r.what == 'arm' for r in rows):
         rows.insert(0, Look('arm', arm, 'there', ', '.join(ways)))
-    if real is not None and 'real' in kinds:
-        more, ds = look_set('real', real, source, learned=True)
+    if captioned is not None and 'real' in kinds:
+        more, ds = look_set('real', captioned, source, learned=True)
         rows, captions = rows + more, 0 if ds is None else sum(map(len, ds['captions']))
     if generated is not None and 'generated' in kinds:
         more, manifest = look_generated(generated)

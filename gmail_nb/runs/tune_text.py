@@ -291,7 +291,8 @@ def tune_from_files(
 ) -> TunedText:
     "Embed, tune, and save. `ValueError` for an arm that lacks its images or its model, or for a leak."
     if generated is None and real is None:
-        raise ValueError('there is nothing to learn from: name --generated with --model, or --real')
+        raise ValueError('there is nothing to learn from: name --generated with '
+                         '--model, or a captioned set')
     arm = arm or ('real' if generated is None else 'gmail')
     check_arm(arm, model, generated, real)
     out, acc = check_writable(out), processes(device=device)
