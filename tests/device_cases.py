@@ -43,7 +43,7 @@ from gmail_nb.settings import (TEXT_TUNINGS, TUNINGS, AdapterSettings, AlignSett
                                EmbedSettings, FineTuneSettings, LlavaSettings, RunSettings, StageSettings, TuneSettings,
                                WorkSettings)
 from gmail_nb.train import Alignment, align, processes
-from gmail_nb.tune import TextRun, advance as advance_text, feature_rows, save_tuned, tune_text, tuned_encoder
+from gmail_nb.tune import TextRun, advance as advance_text, as_image_rows, save_tuned, tune_text, tuned_encoder
 from test_llava import language, tiny_tokenizer
 
 simulator.install()
@@ -333,7 +333,7 @@ def a_text_step_waits_once():
         x, index = nn.functional.normalize(torch.randn(2, 24, encoder.dim), dim=-1), torch.arange(8)
         settings = TuneSettings(tuning=tuning, validation_share=0, real_projection=True)
         job = TextRun(encoder, [f'caption number {i}' for i in range(24)], settings, accelerator=accelerator(SIM))
-        found = waits_of(lambda: advance_text(job, feature_rows(x), index, feature_rows(x[1])))
+        found = waits_of(lambda: advance_text(job, as_image_rows(x), index, as_image_rows(x[1])))
         assert found[0] <= 1, f'{tuning}: {found}'
 
 @case

@@ -9,7 +9,7 @@ __all__ = ['ALIGN_RUNS', 'Arm', 'LlavaArm', 'gmail_tune', 'gmail_experiment', 'C
            'gmail_bench', 'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof',
            'experiment_protocol', 'experiment_curve', 'experiment_controls', 'experiment_captioning',
            'experiment_ifcap', 'experiment_llava', 'dry_experiment_table', 'experiment_table', 'table_command',
-           'dry_report', 'gmail_report']
+           'dry_report_run', 'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -27,7 +27,7 @@ from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSet
 from ..settings import DemoSettings, DrawSettings, EmbedSettings, EvalSettings, IFCapSettings
 from ..settings import QUICK_LLAVA, STUDY_SEEDS, LlavaExperimentSettings, LlavaSettings, ProofSettings
 from ..settings import ReadSettings, RunSettings, SourceSettings, TuneSettings, VQASettings
-from ..settings import WorkSettings, proof_settings
+from ..settings import WorkSettings, part_of, proof_settings
 
 # %% ../../nbs/cli/10_commands.ipynb #db6e719d
 def dry(
@@ -111,7 +111,7 @@ def gmail_generate(
 ):
     """Draw images for captions into parquet shards. Run the same command again to go on or to repair.
     Of a file with splits, train and restval are drawn unless --split names others."""
-    from gmail_nb.runs.generate import generate_run, part_of
+    from gmail_nb.runs.generate import generate_run
     work = replace(work, part=part_of(part), show_progress=not quiet)
     generate_run(captioned, generator, out, draw, source, work, revision=revision, repo=repo,
                  quality=quality, report=report, real=real, push=push)
@@ -552,12 +552,12 @@ gmail_experiment = Commands(
     **{table: table_command(table) for table in TABLES})
 
 # %% ../../nbs/cli/10_commands.ipynb #c2f0a1b2
-def dry_report(**asked) -> list:
+def dry_report_run(**asked) -> list:
     "What the report would do."
     import gmail_nb.experiments.report as room
     return room.dry_report(**asked)
 
-@command(leave=('rows', 'data'), dry=dry_report,
+@command(leave=('rows', 'data'), dry=dry_report_run,
          example='gmail_report --scale embedded --quick --only table2,figure3 --out report')
 def gmail_report(
     scale:Literal['embedded', 'paper']='embedded', # the embedded set, or the paper's own sets

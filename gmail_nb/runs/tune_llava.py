@@ -6,8 +6,8 @@
 __all__ = ['LLAVA_ARMS', 'JUDGED', 'check_llava_arm', 'set_tokens', 'Learned', 'arm_sets', 'learn_from', 'keys_of',
            'half_of_each', 'held_out', 'likelihoods', 'judge_llava', 'show_losses', 'llava_pictures', 'vision_of',
            'started', 'decode_blank', 'keep_llava', 'say_broken', 'write_llava_page', 'Instructed', 'instructed',
-           'check_plain', 'Taught', 'taught', 'train_and_judge', 'tune_llava', 'Talker', 'aligned_tower', 'load_talker',
-           'Aloud', 'Talk', 'chat', 'typed', 'look_told', 'dry_llava', 'look_llava', 'dry_chat']
+           'check_plain_llava', 'Taught', 'taught', 'train_and_judge_llava', 'tune_llava', 'Talker', 'aligned_tower',
+           'load_talker', 'Aloud', 'Talk', 'chat', 'typed', 'look_told', 'dry_llava', 'look_llava', 'dry_chat']
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #f00c8d48
 import gmail_nb.runtime
@@ -322,7 +322,7 @@ def instructed(
     if out.examples: return out
     raise ValueError('no instruction is left to learn from: its pictures do not decode, or all judge')
 
-def check_plain(settings:LlavaSettings, plain, side:str, used) -> None:
+def check_plain_llava(settings:LlavaSettings, plain, side:str, used) -> None:
     "`ValueError` where no plain LLaVA can be saved, before anything is trained."
     if plain is None: return
     if not is_llava(settings.language_model, settings.revision):
@@ -352,7 +352,7 @@ def taught(
     more = instructed(asked, vision, below, acc, held) if asked else None
     return Taught(half_of_each(found, learn), judges, more)
 
-def train_and_judge(
+def train_and_judge_llava(
     llava:Llava, found:Learned, vision:GenReal|Encoder, parts:Taught, out:Path,
     settings:LlavaSettings, run:RunSettings, acc:Accelerator, arm:str, model, sets:dict
 ) -> dict[str, list[float]]: # stage -> the loss of each step
@@ -392,7 +392,7 @@ def tune_llava(
     arm = arm or ('real' if generated is None else 'gmail')
     check_llava_arm(arm, model, generated, real)
     used = model if 'generated' in LLAVA_ARMS[arm].values() else None # f_r is that of the base
-    check_plain(settings, plain, plain_side, used)
+    check_plain_llava(settings, plain, plain_side, used)
     out, acc = check_writable(out), processes(run.trackers, out, run.device)
     sets = arm_sets(arm, real, generated, source)
     asked = None
@@ -405,7 +405,7 @@ def tune_llava(
         fit_projector(llava, next(iter(found.files.values()))[:256])
     run = replace(run, checkpoints=str(out/'checkpoints'), log_file=str(out/'log.jsonl'), desc='llava')
     parts = taught(found, asked, vision, below, acc, settings)
-    history = train_and_judge(llava, found, vision, parts, out, settings, run, acc, arm, used, sets)
+    history = train_and_judge_llava(llava, found, vision, parts, out, settings, run, acc, arm, used, sets)
     tower = vision if plain_side == 'generated' else None
     if acc.is_main_process and plain: save_llava(llava, plain, tower)
     acc.wait_for_everyone()
