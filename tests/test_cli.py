@@ -238,9 +238,9 @@ def test_flags_of_generate_reach_their_settings():
     assert (
         seen['draw'].samples == 2 and seen['draw'].options == dict(style='noto') and seen['draw'].image_format == 'webp'
     )
-    assert seen['source'].which == 3 and seen['part'] == '3/8' and seen['quality'] is True
+    assert seen['source'].which == 3 and seen['part'] == '3/8' and seen['after'].quality is True
     assert seen['work'].verify is False and seen['work'].retry_failed and seen['work'].engine == 'ray'
-    assert seen_settings(gmail_generate, 'x', '--quality', 'open_clip:ViT-B-32/openai')['quality'].startswith(
+    assert seen_settings(gmail_generate, 'x', '--quality', 'open_clip:ViT-B-32/openai')['after'].quality.startswith(
         'open_clip'
     )
 

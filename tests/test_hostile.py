@@ -458,7 +458,7 @@ def test_captions_are_written_and_too_many_damaged_pictures_end_badly(capsys, mo
     import gmail_nb.runs.tune_caption as room
     from gmail_nb.cli.commands import gmail_caption
     said = {f'{i}.png': 'a dog' for i in range(good)}, {f'{i}.gif': f'{i}.gif does not decode' for i in range(bad)}
-    monkeypatch.setattr(room, 'caption_files', lambda images, captioner, **how: said)
+    monkeypatch.setattr(room, 'caption_files', lambda images, captioner, settings: said)
     try: ended = gmail_caption(['photos', *more]) or 0
     except SystemExit as e: ended = e.code
     out, err = capsys.readouterr()

@@ -22,11 +22,11 @@ from .flags import Command, Commands, command
 from ..experiments.tables import TABLES, TableRun, tables_text
 from ..runs.presets import CAPTIONER_PRESETS, EVAL_PRESETS, MODEL_FORMS, SET_NAMES, TASKS
 from ..runs.presets import TEXT_RECIPES, CaptionerPreset, TextRecipe
-from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, AlignRunSettings
-from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSettings, ChatSettings
-from ..settings import DemoSettings, DrawSettings, EmbedSettings, EvalSettings, IFCapSettings
-from ..settings import QUICK_LLAVA, STUDY_SEEDS, LlavaExperimentSettings, LlavaSettings, ProofSettings
-from ..settings import ReadSettings, RunSettings, SourceSettings, TuneSettings, VQASettings
+from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, AfterSettings
+from ..settings import AlignRunSettings, CaptionExperimentSettings, CaptionRunSettings
+from ..settings import CaptionSettings, ChatSettings, DemoSettings, DrawSettings, EmbedSettings, EvalSettings
+from ..settings import QUICK_LLAVA, STUDY_SEEDS, IFCapSettings, LlavaExperimentSettings, LlavaSettings
+from ..settings import ProofSettings, ReadSettings, RunSettings, SourceSettings, TuneSettings, VQASettings
 from ..settings import WorkSettings, part_of, proof_settings
 
 # %% ../../nbs/cli/10_commands.ipynb #db6e719d
@@ -101,22 +101,18 @@ def gmail_generate(
     revision:str|None=None,   # Hub revision of the generator, best a commit
     part:str='0/1',           # i/n: only the shards whose number is i modulo n, for job arrays
     quiet:bool=False,         # no progress bar
-    quality:str|bool|None=None, # measure CLIPScore with this encoder; embedded if none is named
-    report:bool=False,        # write report.html and a contact sheet for each shard into the folder
-    real:str|None=None,       # with --report: a captioned set of real images to show beside them
-    push:str|None=None,       # OWNER/NAME: push to the Hub as a dataset
     draw:DrawSettings=DrawSettings(),
     source:SourceSettings=SourceSettings(),
-    work:WorkSettings=WorkSettings()
+    work:WorkSettings=WorkSettings(),
+    after:AfterSettings=AfterSettings()
 ):
     """Draw images for captions into parquet shards. Run the same command again to go on or to repair.
     Of a file with splits, train and restval are drawn unless --split names others."""
     from gmail_nb.runs.generate import generate_run
     work = replace(work, part=part_of(part), show_progress=not quiet)
-    generate_run(captioned, generator, out, draw, source, work, revision=revision, repo=repo,
-                 quality=quality, report=report, real=real, push=push)
+    generate_run(captioned, generator, out, draw, source, work, after, revision=revision, repo=repo)
     print(f'images: {out}')
-    return dict(out=out) | (dict(report=f'{out}/report.html') if report else {})
+    return dict(out=out) | (dict(report=f'{out}/report.html') if after.report else {})
 
 # %% ../../nbs/cli/10_commands.ipynb #709a2ce7
 ALIGN_RUNS = dict(small=AlignRunSettings(), paper=AlignRunSettings(align=PAPER_ALIGN))
@@ -179,8 +175,6 @@ def gmail_tune_text(
     model:str|None=None,         # a folder of gmail_align, whose f_g sees the generated images
     arm:Arm|None=None,           # what to learn from; gmail with --generated, otherwise real
     test:str|None=None,          # a captioned set that must not be learned from; refused if it was
-    test_split:str|None=None,    # split of the test set, where it is a file with splits
-    device:str|None=None,        # cpu or cuda; the fastest present if absent
     source:SourceSettings=SourceSettings(),
     recipe:TextRecipe=TextRecipe(),
     read:ReadSettings=ReadSettings()
@@ -189,8 +183,7 @@ def gmail_tune_text(
     from gmail_nb.runs.tune_text import tune_from_files
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
-    tuned = tune_from_files(out, recipe, generated, model, captioned, arm, source, test=test,
-                            test_split=test_split, device=device, read=read)
+    tuned = tune_from_files(out, recipe, generated, model, captioned, arm, source, test, read)
     print(f'{tuned.trained:,} parameters, {len(tuned.history)} steps, the best at {tuned.best}')
     found = say_verdict(out)
     print(f'tuned: {out} (gmail_eval --model tuned:{out} measures it)')
@@ -272,12 +265,10 @@ def gmail_caption(
     "Captions for images, through f_r and a captioner: a line for each, its name and its caption."
     from gmail_nb.runs.tune_caption import caption_files
     from gmail_nb.runs.embed import tell_skipped
-    how = settings.given()
-    share = how.pop('most_damaged')
-    found, broken = caption_files(images, model, **how)
+    found, broken = caption_files(images, model, settings)
     for name, text in found.items(): print(f'{name}\t{text}')
     lost = [dict(key=name, reason=why) for name, why in broken.items()]
-    tell_skipped(lost, len(found) + len(lost), None, share)
+    tell_skipped(lost, len(found) + len(lost), None, settings.most_damaged)
     return dict(captions=found, left_out=broken)
 
 # %% ../../nbs/cli/10_commands.ipynb #824ef0b5

@@ -87,8 +87,7 @@ def train_small(
     seed:int
 ) -> None:
     "Train as the settings say."
-    train_captioner(captioner, features, captions, how.steps, how.batch_size, how.lr,
-                    noise=how.noise, seed=seed, desc=None)
+    train_captioner(captioner, features, captions, how, seed, desc=None)
 
 # %% ../../nbs/experiments/40_captioning.ipynb #f28ebd04
 def base_captioner(

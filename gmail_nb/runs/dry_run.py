@@ -35,8 +35,8 @@ from ..plan import Plan, make_settings, read_captions, settings_difference, spli
 from ..plan import training_split
 from .presets import CAPTION_SOURCES, EVAL_PRESETS, OWN, check_arm
 from ..runtime import default_device, default_dtype, machine
-from ..settings import GENERATORS, CaptionRunSettings, DrawSettings, EmbedSettings, Generator
-from ..settings import SourceSettings, WorkSettings, demo_settings, is_commit
+from ..settings import GENERATORS, AfterSettings, CaptionRunSettings, DrawSettings, EmbedSettings
+from ..settings import Generator, ReadSettings, SourceSettings, WorkSettings, demo_settings, is_commit
 from ..sources import load_captioned, read_coco
 
 # %% ../../nbs/runs/50_dry_run.ipynb #671b9a6e
@@ -390,16 +390,16 @@ def asdict_of(settings) -> dict:
 # %% ../../nbs/runs/50_dry_run.ipynb #38fce7b6
 def dry_generate(
     captioned, generator:str='embedded', out:str='generated', revision:str|None=None,
-    repo:str|None=None,
-    part:str='0/1', quality=None, report:bool=False, real=None, push=None,
-    draw:DrawSettings=DrawSettings(), source:SourceSettings=SourceSettings(),
-    work:WorkSettings=WorkSettings(), **rest
+    repo:str|None=None, part:str='0/1', draw:DrawSettings=DrawSettings(),
+    source:SourceSettings=SourceSettings(), work:WorkSettings=WorkSettings(),
+    after:AfterSettings=AfterSettings(), **rest
 ) -> list[Look]:
     "What `gmail_generate` would do."
     look, g = look_generator(generator, revision, repo)
     rows, out = [look_device(work.device, work.dtype), look], Path(out)
-    if quality: rows.append(look_model('embedded' if quality is True else quality, what='quality'))
-    if real: rows += look_set('real', real, source)[0]
+    quality = 'embedded' if after.quality is True else after.quality
+    if quality: rows.append(look_model(quality, what='quality'))
+    if after.real: rows += look_set('real', after.real, source)[0]
     if work.engine == 'ray' and not importlib.util.find_spec('ray'):
         rows.append(Look('ray', '', 'missing', "pip install 'gmail_nb[ray]'"))
     try: captions = read_captions(captioned, source)
@@ -524,12 +524,12 @@ def look_steps(steps:int, batch_size:int, captions:int) -> Look:
 # %% ../../nbs/runs/50_dry_run.ipynb #2b040c67
 def dry_text(
     captioned=None, out:str='tuned', generated=None, model=None, arm=None,
-    source:SourceSettings=SourceSettings(), recipe=None, device=None, **rest
+    source:SourceSettings=SourceSettings(), recipe=None, read:ReadSettings=ReadSettings(), **rest
 ) -> list[Look]:
     "What `gmail_tune text` would do."
     look, s = look_model(recipe.encoder), recipe.settings
     rows, captions = look_sides(arm, model, generated, captioned, source)
-    rows = [look_device(device), look, *rows, look_steps(s.steps, s.batch_size, captions)]
+    rows = [look_device(read.device), look, *rows, look_steps(s.steps, s.batch_size, captions)]
     meant = CAPTION_SOURCES.get(recipe.captions)
     wanted = meant and (meant.learned_captions or meant.captions)
     if wanted and captions and abs(captions / wanted - 1) > .5:

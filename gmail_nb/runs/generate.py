@@ -6,7 +6,7 @@
 __all__ = ['CHEAP', 'look_at', 'shown_source', 'generate_run']
 
 # %% ../../nbs/runs/05_generate.ipynb #6beb5680
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from ..encoders import load_encoder
@@ -14,7 +14,7 @@ from ..gallery import push_images, score_quality, write_report, write_sheets
 from ..generate import generate, number_format
 from ..pipelines import quiet_loading
 from ..runtime import default_device
-from ..settings import DrawSettings, SourceSettings, WorkSettings
+from ..settings import AfterSettings, DrawSettings, SourceSettings, WorkSettings
 from ..plan import training_split
 from ..sources import load_captioned, read_manifest
 
@@ -56,23 +56,21 @@ def generate_run(
     draw:DrawSettings=DrawSettings(),
     source:SourceSettings=SourceSettings(),
     work:WorkSettings=WorkSettings(),
-    revision:str|None=None,                 # Hub revision of the generator
-    repo:str|Path|None=None,                # other place of its weights: a Hub id, or a folder
-    quality:str|bool|None=None,             # measure CLIPScore with this encoder; True: the embedded one
-    report:bool=False,                      # write report.html and a contact sheet for each shard
-    real:str|Path|None=None,                # with a report: a captioned set of real images beside them
-    push:str|None=None                      # OWNER/NAME: push to the Hub as a dataset
+    after:AfterSettings=AfterSettings(),    # quality, page and sharing
+    **named                                 # fields of `after`, or revision and repo of `generate`
 ) -> Path: # the folder
     "Draw images, then look at them and share them as asked. `ValueError` for `real` without a report."
-    if real and not report: raise ValueError('--real is for the page: add --report')
-    name = 'embedded' if quality is True else quality
+    after = replace(after, **{f.name: named.pop(f.name) for f in fields(after) if f.name in named})
+    if after.real and not after.report: raise ValueError('--real is for the page: add --report')
+    name = 'embedded' if after.quality is True else after.quality
     number_format(work) # a device that is not there is said first
     with quiet_loading(): encoder = load_encoder(name).to(default_device()) if name else None
-    shown = load_captioned(real, shown_source(captions, real, source)) if real else None
-    out = generate(captions, generator, out, draw, source, work, revision, repo=repo)
+    shown = None
+    if after.real: shown = load_captioned(after.real, shown_source(captions, after.real, source))
+    out = generate(captions, generator, out, draw, source, work, **named)
     if (out/'manifest.json').exists():
-        look_at(out, encoder, report, shown)
-        if push: print('pushed:', push_images(out, push))
-    elif encoder or report or push:
+        look_at(out, encoder, after.report, shown)
+        if after.push: print('pushed:', push_images(out, after.push))
+    elif encoder or after.report or after.push:
         print('the run is not complete: no quality, report or push yet')
     return out

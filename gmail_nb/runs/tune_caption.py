@@ -43,7 +43,8 @@ from .judge import Measure, Verdict, judged, show_differences, spread, write_pag
 from .presets import check_arm
 from ..runtime import default_device, set_seed
 from ..settings import (
-    CaptionerSettings, CaptionRunSettings, EmbedSettings, RunSettings, SourceSettings, described)
+    CaptionerSettings, CaptionRunSettings, CaptionSettings, EmbedSettings, RunSettings,
+    SourceSettings, described)
 from ..sources import IMAGE_SUFFIXES, TABLE_SUFFIXES, load_captioned, read_coco
 from ..splits import check_apart, trained_on, write_trained_on
 from ..train import differences, processes
@@ -643,19 +644,20 @@ def load_seer(
 def caption_pictures(
     pictures:datasets.Dataset, # key, image
     seer:Seer,
-    batch_size:int=64,
-    workers:int|None=None,     # threads that decode; one a core if absent
-    **how                      # of `generate_ids`, such as beams, top_p, seed, max_new_tokens
+    settings:CaptionSettings=CaptionSettings(),
+    workers:int|None=None      # threads that decode; one a core if absent
 ) -> Iterator[tuple[str, str|None, str|None]]: # key, caption, and why there is none
     "Captions as they are written, in order; a damaged picture has a reason in its place."
     pixels, captioned = LazyPixels(pictures, seer.encoder.preprocess, workers=workers or cores()), 0
-    how['batch_size'] = batch_size
-    for start in range(0, len(pixels), batch_size):
-        batch, failed = range(start, min(start + batch_size, len(pixels))), []
-        pixels.prefetch([*batch, *range(batch.stop, min(batch.stop + batch_size, len(pixels)))])
+    size = settings.batch_size
+    for start in range(0, len(pixels), size):
+        batch, failed = range(start, min(start + size, len(pixels))), []
+        pixels.prefetch([*batch, *range(batch.stop, min(batch.stop + size, len(pixels)))])
         good, images = good_images(pixels, batch, failed)
         said = []
-        if good: said = write_captions(seer.captioner, seer.features(images), first=captioned, **how)
+        if good:
+            x = seer.features(images)
+            said = write_captions(seer.captioner, x, settings=settings, first=captioned)
         captioned += len(good)
         found, why = dict(zip(good, said)), {f['index']: f['reason'] for f in failed}
         for i, key in zip(batch, pictures[list(batch)]['key']): yield key, found.get(i), why.get(i)
@@ -664,17 +666,17 @@ def caption_pictures(
 def caption_files(
     images,                    # picture files, folders of pictures, captioned sets; one or a list
     captioner:str|Path='captions', # of `tune_captioner`, or its folder `captioner`
-    batch_size:int=64,
+    settings:CaptionSettings=CaptionSettings(),
     workers:int|None=None,     # threads that decode; one a core if absent
     source:SourceSettings=SourceSettings(), # how sets are read
-    **how                      # of `generate_ids`, such as beams, top_p, seed, max_new_tokens
+    **changes                  # fields of the settings, such as beams=4, in place of theirs
 ) -> tuple[dict[str, str], dict[str, str]]: # name -> caption; name -> why it was left out
     "Captions through `f_r`. `ValueError` when no image decodes."
     seer = load_seer(captioner)
     places = [images] if isinstance(images, (str, Path)) else images
     found = datasets.concatenate_datasets([pictures_at(i, replace(source, decoded=0)) for i in places])
-    written, broken = {}, {}
-    for key, caption, why in caption_pictures(found, seer, batch_size, workers, **how):
+    written, broken, how = {}, {}, replace(settings, **changes)
+    for key, caption, why in caption_pictures(found, seer, how, workers):
         if why is None: written[key] = caption
         else: broken[key] = why
     if written: return written, broken
