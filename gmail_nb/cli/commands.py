@@ -6,7 +6,7 @@
 __all__ = ['ALIGN_RUNS', 'Arm', 'LlavaArm', 'gmail_tune', 'gmail_experiment', 'COMMANDS', 'dry', 'dry_demo_run', 'gmail_demo',
            'in_brackets', 'say_verdict', 'gmail_generate', 'gmail_align', 'gmail_embed', 'gmail_tune_text',
            'gmail_tune_caption', 'gmail_tune_llava', 'gmail_caption', 'gmail_chat', 'gmail_eval_vqa', 'gmail_eval',
-           'gmail_bench', 'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof',
+           'dry_bench_run', 'gmail_bench', 'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof',
            'experiment_protocol', 'experiment_curve', 'experiment_controls', 'experiment_captioning',
            'experiment_ifcap', 'experiment_llava', 'dry_experiment_table', 'experiment_table', 'table_command',
            'dry_report_run', 'gmail_report']
@@ -344,7 +344,13 @@ def gmail_eval(
                 verdict=verdict.card() if verdict else None)
 
 # %% ../../nbs/cli/10_commands.ipynb #3f7ccced
-@command(more=dict(name=in_brackets(BENCHES)), example='gmail_bench generate --out bench')
+def dry_bench_run(**asked) -> list:
+    "What a benchmark would do."
+    import gmail_nb.bench.comparison as room
+    return room.dry_bench(**asked)
+
+@command(more=dict(name=in_brackets(BENCHES)), example='gmail_bench generate --out bench',
+         dry=dry_bench_run)
 def gmail_bench(
     name:str,            # which benchmark
     json:bool=False,     # print a JSON list
@@ -548,7 +554,7 @@ def dry_report_run(**asked) -> list:
     import gmail_nb.experiments.report as room
     return room.dry_report(**asked)
 
-@command(leave=('rows', 'data'), dry=dry_report_run,
+@command(leave=('rows', 'test'), dry=dry_report_run,
          example='gmail_report --scale embedded --quick --only table2,figure3 --out report')
 def gmail_report(
     scale:Literal['embedded', 'paper']='embedded', # the embedded set, or the paper's own sets
