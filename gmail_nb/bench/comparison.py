@@ -70,8 +70,8 @@ class Bench(NamedTuple):
     "A benchmark, and what one run of it took."
     at:str               # module and function
     compares:str         # our way, and the plain way beside it
-    seconds:float|None   # of its steps, at the rates that its page stores; None: it was not measured
-    sized:str=''         # the function of the module whose parameters are its sizes; that of `at` if absent
+    seconds:float|None   # of its steps, at the rates that its page stores; None: not measured
+    sized:str=''         # the function whose parameters are its sizes; that of `at` if absent
     cuda:bool=False      # whether it needs a CUDA device
 
 MEASURED = '2 cores without accelerator; loading comes on top'
@@ -79,21 +79,21 @@ _room = 'gmail_nb.bench'
 BENCHES = dict(
     generate=Bench(f'{_room}.generate:bench_generation', 'batches of captions beside one a call',
                    38, 'bench_generate'),
-    align=Bench(f'{_room}.align:bench_align', 'one tower a step beside two; the loss in parts beside whole',
-                114),
-    retrieval=Bench(f'{_room}.retrieval:bench_retrieval', 'counting beside a sorted matrix of scores',
-                    40),
+    align=Bench(f'{_room}.align:bench_align',
+                'one tower a step beside two; the loss in parts beside whole', 114),
+    retrieval=Bench(f'{_room}.retrieval:bench_retrieval',
+                    'counting beside a sorted matrix of scores', 40),
     llava=Bench(f'{_room}.llava:bench_llava', 'tokens in a file beside a tower in every step',
                 53),
-    gpu=Bench(f'{_room}.gpu:gpu_page', "all of it in the published models' shapes", None, cuda=True))
+    gpu=Bench(f'{_room}.gpu:gpu_page', "all of it in published models' shapes", None, cuda=True))
 
 def bench_named(name:str) -> Bench:
     "`ValueError` with near names for one that does not exist."
     if name in BENCHES: return BENCHES[name]
     raise unknown_name('benchmark', name, BENCHES)
 
-def function_of(bench:Bench, sizes:bool=False) -> Callable: # sizes: the one whose parameters are its sizes
-    "Loads the module."
+def function_of(bench:Bench, sizes:bool=False) -> Callable:
+    "That of the benchmark, or of its sizes; its module is loaded."
     module, function = bench.at.split(':')
     return getattr(importlib.import_module(module), sizes and bench.sized or function)
 
@@ -114,8 +114,9 @@ def size_rows(bench:Bench) -> list: # of `Look`
     from gmail_nb.runs.dry_run import Look
     work = function_of(bench, sizes=True)
     said = docments(work, returns=False)
-    sizes = {n: p.default for n, p in inspect.signature(work).parameters.items()}
-    return [Look('size', f'{n} {v}', 'there', said.get(n) or '') for n, v in sizes.items() if type(v) is int]
+    given = [(n, p.default) for n, p in inspect.signature(work).parameters.items()]
+    sizes = [(n, v) for n, v in given if type(v) is int]
+    return [Look('size', f'{n} {v}', 'there', said.get(n) or '') for n, v in sizes]
 
 def dry_bench(
     name:str, out:str|None=None, **rest
@@ -124,8 +125,8 @@ def dry_bench(
     from gmail_nb.runs.dry_run import Look, look_device, look_out, time_text
     bench, device = bench_named(name), look_device()
     if bench.cuda and not device.where.startswith('cuda'):
-        device = Look('device', 'cuda', 'missing', f'it needs a CUDA device; here is {device.where}')
+        device = Look('device', 'cuda', 'missing', f'it needs one; here is {device.where}')
     rows = [device, Look('benchmark', name, 'there', bench.compares), *size_rows(bench)]
-    if bench.seconds is None: took = Look('time', '', 'estimate', 'not known: it was not measured yet')
+    if bench.seconds is None: took = Look('time', '', 'estimate', 'not known: it was not measured')
     else: took = Look('time', time_text(bench.seconds), 'estimate', f'on {MEASURED}')
     return [*rows, took, *([look_out(out, note=f'{name}.json')] if out else [])]

@@ -22,11 +22,12 @@ from .flags import Command, Commands, command
 from ..experiments.tables import TABLES, TableRun, tables_text
 from ..runs.presets import CAPTIONER_PRESETS, EVAL_PRESETS, MODEL_FORMS, SET_NAMES, TASKS
 from ..runs.presets import TEXT_RECIPES, CaptionerPreset, TextRecipe
-from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, AfterSettings
-from ..settings import AlignRunSettings, CaptionExperimentSettings, CaptionRunSettings
-from ..settings import CaptionSettings, ChatSettings, DemoSettings, DrawSettings, EmbedSettings, EvalSettings
-from ..settings import QUICK_LLAVA, STUDY_SEEDS, IFCapSettings, LlavaExperimentSettings, LlavaSettings
-from ..settings import ProofSettings, ReadSettings, RunSettings, SourceSettings, TuneSettings, VQASettings
+from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, QUICK_LLAVA
+from ..settings import STUDY_SEEDS, AfterSettings, AlignRunSettings
+from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSettings
+from ..settings import ChatSettings, DemoSettings, DrawSettings, EmbedSettings, EvalSettings
+from ..settings import IFCapSettings, LlavaExperimentSettings, LlavaSettings, ProofSettings
+from ..settings import ReadSettings, RunSettings, SourceSettings, TuneSettings, VQASettings
 from ..settings import WorkSettings, part_of, proof_settings
 
 # %% ../../nbs/cli/10_commands.ipynb #db6e719d
@@ -210,8 +211,7 @@ def gmail_tune_caption(
     from gmail_nb.runs.tune_caption import tune_captioner
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
-    records = tune_captioner(captioned, out, preset.settings, generated=generated, model=model, arm=arm,
-                             test=test, source=source, run=run)
+    records = tune_captioner(captioned, out, preset.settings, generated, model, arm, test, source, run)
     found = say_verdict(out, f'{out}/captioner')
     print(f'captioner: {out}/captioner, scores: {out}/results.jsonl')
     return found | dict(scores={r['metric']: r['value'] for r in records or ()})
@@ -309,7 +309,7 @@ _eval = 'gmail_eval --preset paper-table2 --root sets --models models --out eval
 @command(leave=('cache_dir', 'which', 'engine'), more={k: in_brackets(v) for k, v in _known.items()},
          dry=dry('dry_eval'), example=_eval, words=dict(vqa=gmail_eval_vqa))
 def gmail_eval(
-    *captioned:str,        # sets by name, or any captioned sets; None: those of the preset, or our own
+    *captioned:str,        # sets by name, or any captioned sets; None: the preset's, or our own
     preset:str|None=None,  # a table of the paper
     task:str|None=None,    # what is measured; retrieval unless the preset says otherwise
     model:list=(),         # [ROW=]MODEL, repeatable; with --preset it replaces a row, or adds one
