@@ -569,8 +569,11 @@ def dry_write(
     folder = Path(captioner)
     below = folder/'captioner'
     if not (folder/'card.json').exists() and (below/'card.json').exists(): folder = below
-    rows = [look_device(), look_path('captioner', folder, 'card.json')]
-    if rows[-1].state == 'missing':
+    published = captioner.startswith('llava:')
+    rows = [look_device(), look_lm(captioner.removeprefix('llava:'), 'LLaVA') if published
+            else look_path('captioner', folder, 'card.json')]
+    if published: pass
+    elif rows[-1].state == 'missing':
         rows[-1] = rows[-1]._replace(note=f'{rows[-1].note}: gmail_tune caption makes it, --captioner names it')
     else:
         card = json.loads((folder/'card.json').read_text(encoding='utf-8'))
