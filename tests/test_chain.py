@@ -122,6 +122,7 @@ def way(mini, tmp_path_factory):
         (
             'align',
             *told(mini, TRAIN)[:1],
+            '--generated',
             'first',
             *told(mini, TRAIN)[1:],
             '--encoder',
@@ -136,10 +137,10 @@ def way(mini, tmp_path_factory):
         (
             'tune',
             'caption',
-            '--real',
             *told(mini, '')[:3],
-            '--splits',
+            '--split',
             TRAIN,
+            '--test-split',
             TEST,
             '--generated',
             'all',
@@ -156,14 +157,13 @@ def way(mini, tmp_path_factory):
         (
             'caption',
             *sorted((coco/'val2017').glob('*.jpg')),
-            '--captioner',
+            '--model',
             'captions/captioner',
             '--max-new-tokens',
             4,
         ),
         (
             'eval',
-            '--data',
             *told(mini, TEST),
             '--model',
             name,
@@ -222,7 +222,7 @@ def test_images_of_all_captions_can_be_aligned(way, mini, capsys, tmp_path):
     real, *more = told(mini, TRAIN)
     name = encoder_name(mini, 'open_clip')
     status, said = answer(
-        capsys, gmail_align, real, way[0]/'all', *more, '--encoder', name, *ALIGN, '--out', tmp_path/'aligned'
+        capsys, gmail_align, real, '--generated', way[0]/'all', *more, '--encoder', name, *ALIGN, '--out', tmp_path/'aligned'
     )
     assert status == 0, said
     assert len(pq.read_table(tmp_path/'aligned'/'real_features'/'keys.parquet')) == 16
@@ -237,7 +237,6 @@ def test_a_model_is_not_measured_on_what_it_learned_from(way, mini, capsys, tmp_
     status, said = answer(
         capsys,
         gmail_eval,
-        '--data',
         'coco-val2017',
         '--root',
         mini/'coco',
@@ -253,7 +252,6 @@ def test_the_published_names_of_sets_find_the_files(way, mini, capsys, tmp_path)
     status, said = answer(
         capsys,
         gmail_eval,
-        '--data',
         'coco-5k',
         '--root',
         mini/'coco',
@@ -273,10 +271,10 @@ def test_a_captioner_is_not_scored_on_what_it_learns_from(way, mini, capsys, tmp
         capsys,
         gmail_tune,
         'caption',
-        '--real',
         *told(mini, '')[:3],
-        '--splits',
+        '--split',
         TRAIN,
+        '--test-split',
         TEST,
         '--test',
         mini/'coco'/'annotations'/'captions_val2017.json',
@@ -353,7 +351,7 @@ def chain(request, mini, drawn, tmp_path_factory):
             settings,
             drawn/'all',
             home/'aligned',
-            splits=(TRAIN, TEST),
+            test_split=TEST,
             source=source(mini, TRAIN),
         )
     models = {m: m for m in (name, f'aligned:{home}/aligned', f'tuned:{home}/tuned')}

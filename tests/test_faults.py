@@ -27,17 +27,17 @@ KINDS = dict(
     generate=lambda w: ('generate', w/'real.parquet', *DRAW),
     report=lambda w: ('generate', w/'real.parquet', *DRAW, '--report'),
     embed=lambda w: ('embed', w/'real.parquet', '--batch-size', 8),
-    align=lambda w: ('align', w/'real.parquet', w/'generate', '--epochs', 2, '--batch-size', 8,
+    align=lambda w: ('align', w/'real.parquet', '--generated', w/'generate', '--epochs', 2, '--batch-size', 8,
                      '--validation-share', .25, '--save-every', 1),
     text=lambda w: ('tune', 'text', '--generated', w/'generate', '--model', w/'align', '--steps', 12, '--every', 3),
-    caption=lambda w: ('tune', 'caption', '--real', w/'real.parquet', '--generated', w/'generate', '--model', w/'align',
+    caption=lambda w: ('tune', 'caption', w/'real.parquet', '--generated', w/'generate', '--model', w/'align',
                        '--test', w/'test.parquet', '--steps', 4, '--save-every', 1, '--max-new-tokens', 4),
-    llava=lambda w: ('tune', 'llava', '--language-model', w/'lm', '--real', w/'real.parquet',
+    llava=lambda w: ('tune', 'llava', w/'real.parquet', '--language-model', w/'lm',
                      '--generated', w/'generate', '--model', w/'align', '--arm', 'both', '--project-steps', 3, '--instruct-steps', 3,
                      '--project-batch-size', 4, '--instruct-batch-size', 4, '--rank', 2, '--save-every', 1),
     vqa=lambda w: ('eval', 'vqa', '--model', w/'llava', '--limit', 4, '--max-new-tokens', 2),
     demo=lambda w: ('demo',),
-    eval=lambda w: ('eval', '--data', w/'test.parquet', '--model', 'embedded', '--model', f'text=tuned:{w}/text',
+    eval=lambda w: ('eval', w/'test.parquet', '--model', 'embedded', '--model', f'text=tuned:{w}/text',
                     '--no-pictures'))
 ALL = dict(env=dict(PATH=''), part_rows=8, demo=True) # no Java, several parts, and a demo of two dozen images
 

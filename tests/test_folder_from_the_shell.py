@@ -59,6 +59,7 @@ def way(photos, tmp_path_factory):
             home,
             'align',
             folder,
+            '--generated',
             'generated',
             '--epochs',
             3,
@@ -75,9 +76,9 @@ def way(photos, tmp_path_factory):
     said.append(
         shell(home, 'tune', 'text', '--generated', 'generated', '--model', 'aligned', '--steps', 10, '--batch-size', 8)
     )
-    said.append(shell(home, 'tune', 'caption', '--real', folder, '--generated', 'generated', '--model', 'aligned',
+    said.append(shell(home, 'tune', 'caption', folder, '--generated', 'generated', '--model', 'aligned',
                       '--steps', 10, '--batch-size', 8, '--validation-share', .3, '--max-new-tokens', 4))
-    said.append(shell(home, 'eval', '--data', folder, '--model', 'tuned:tuned', '--model', 'embedded', '--no-pictures',
+    said.append(shell(home, 'eval', folder, '--model', 'tuned:tuned', '--model', 'embedded', '--no-pictures',
                       '--equal-keys', 'allow')) # the same pictures: a measure of what was learned by heart
     return home, said
 

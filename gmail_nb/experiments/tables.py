@@ -450,8 +450,8 @@ def run_captioner(step:CaptionTuning, folder:Path, run:TableRun, at:Callable) ->
     settings = with_known(step.settings, **started)
     tune_captioner(file, folder, settings, generated=at(step.drawing) if step.drawing else None,
                    model=at(step.aligning) if step.aligning else None, arm=step.arm,
-                   splits=(source.split, 'test'), source=replace(source, split=None),
-                   seed=step.seed, device=run.device, features=str(folder.parent/'features'), store='float16')
+                   source=source, seed=step.seed, device=run.device, store='float16',
+                   features=str(folder.parent/'features'))
 
 # %% ../../nbs/experiments/60_tables.ipynb #cf86f00f
 RUNNERS = {Drawing: run_drawing, Aligning: run_aligning, TextTuning: run_text,
