@@ -540,8 +540,9 @@ def llava_captions(
     several = [images] if isinstance(images, (str, Path)) else images
     read = replace(source, decoded=0)
     found = datasets.concatenate_datasets([pictures_at(place, read) for place in several])
-    s, batch_size = settings, settings.batch_size or 16
-    drawn = dict(do_sample=True, top_p=s.top_p, top_k=0) if s.top_p else {}
+    s, batch_size = settings, settings.batch_size
+    drawn = dict(top_p=s.top_p, temperature=s.temperature, top_k=0, do_sample=True)
+    how = drawn if s.top_p else dict(num_beams=s.beams)
     turns, written, broken = turns_of(f'{talker.model.marker}\n{DESCRIBE[0]}'), {}, {}
     for start in progress(range(0, len(found), batch_size), 'captions'):
         good, bad = decoded(found, range(start, min(start + batch_size, len(found))))
@@ -549,7 +550,7 @@ def llava_captions(
         set_seed(stable_seed('captions', s.seed, start))
         asked = [(turns, [picture]) for picture in good.values()]
         said = answer_all(talker.model, asked, talker.look, batch_size,
-                          s.max_new_tokens or 64, num_beams=s.beams, **drawn)
+                          s.max_new_tokens, **how)
         written |= dict(zip(good, said))
     if written: return written, broken
     first = next(iter(broken.values()))
