@@ -542,7 +542,7 @@ class CaptionSettings:
     "How a captioner writes the captions of pictures."
     beams:int=1                 # captions that are followed at once; 1 is greedy
     top_p:float|None=None       # share of the probability to draw words from, not beams
-    temperature:float=1.        # of the words that are drawn; below 1 the likely ones are drawn more often
+    temperature:float=1.        # divides the logits; below 1 the likely words are drawn more often
     batch_size:int=64           # images at a time
     max_new_tokens:int=24       # longest caption, in tokens; one that has not ended by then is cut
     seed:int=0                  # seed of the drawing

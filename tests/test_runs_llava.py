@@ -17,7 +17,7 @@ from gmail_nb.llava_training import trained_card
 from gmail_nb.runs.instructions import conversation_turns, picture_key, read_conversations, scienceqa_instructions
 from gmail_nb.runs.tune_llava import LLAVA_ARMS, Talk, check_llava_arm, chat, load_talker, tune_llava
 from gmail_nb.runs.vqa import asked_set, evaluate_vqa
-from gmail_nb.settings import AdapterSettings, LlavaSettings, RunSettings, StageSettings, VQASettings
+from gmail_nb.settings import AdapterSettings, ChatSettings, LlavaSettings, RunSettings, StageSettings, VQASettings
 from gmail_nb.splits import trained_on
 from gmail_nb.vqa import small_mmmu, small_scienceqa
 from test_llava import PARTS, language, processor_of, published, tiny_llava, tiny_tokenizer, trained_like
@@ -150,7 +150,7 @@ def test_a_question_about_several_pictures(capsys, home):
         5,
     )
     assert status == 0 and out.endswith('\n'), err
-    said = chat([home/'a.png'], 'what is this ?', home/'real', 5, stream=io.StringIO())
+    said = chat([home/'a.png'], 'what is this ?', home/'real', ChatSettings(5), stream=io.StringIO())
     assert said[0]['content'] == '<image>\nwhat is this ?' and said[1]['role'] == 'assistant'
 
 def test_generated_pictures_go_through_the_aligned_tower(capsys, home):

@@ -259,13 +259,15 @@ gmail_tune = Commands('gmail_tune', 'Tune what reads an encoder, on generated im
          example='gmail_caption photo.jpg --model captions --beams 4')
 def gmail_caption(
     *images:str,                           # picture files, folders of them, or captioned sets
-    model:str='captions',                  # a folder of gmail_tune caption
+    model:str='captions',                  # a folder of gmail_tune caption or llava, or llava:OWNER/NAME
     settings:CaptionSettings=CaptionSettings()
 ):
     "Captions for images, through f_r and a captioner: a line for each, its name and its caption."
-    from gmail_nb.runs.tune_caption import caption_files
     from gmail_nb.runs.embed import tell_skipped
-    found, broken = caption_files(images, model, settings)
+    from gmail_nb.runs.tune_caption import caption_files
+    from gmail_nb.runs.tune_llava import is_talker, llava_captions
+    write = llava_captions if is_talker(model) else caption_files
+    found, broken = write(images, model, settings)
     for name, text in found.items(): print(f'{name}\t{text}')
     lost = [dict(key=name, reason=why) for name, why in broken.items()]
     tell_skipped(lost, len(found) + len(lost), None, settings.most_damaged)
@@ -497,9 +499,9 @@ def experiment_llava(
     settings:LlavaExperimentSettings=LlavaExperimentSettings()
 ):
     "A language model that sees, taught by words, by generated images aligned or not, or by real ones."
+    from gmail_nb.experiments.demo import headline_settings
     from gmail_nb.experiments.llava import llava_experiment
-    from gmail_nb.settings import demo_settings
-    llava_experiment(out, settings, demo_settings(quick, settings.seed))
+    llava_experiment(out, settings, headline_settings(quick, settings.seed))
     return show_file(out, 'llava_table.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #7fc7ae73

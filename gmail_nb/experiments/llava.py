@@ -10,7 +10,7 @@ __all__ = ['SEVEN_ARMS', 'SUBJECTS', 'PAIRS', 'LLAVA_CLAIMS', 'GAPS', 'Lesson', 
            'caption_scores', 'concepts_of', 'LlavaResults', 'scored', 'llava_records', 'by_arm', 'llava_table',
            'llava_sentences', 'show_llava', 'with_tokens', 'align_tokens', 'token_model', 'Pictures', 'all_pictures',
            'kept_tokens', 'all_tokens', 'drawn_once', 'token_gaps', 'gap_rows', 'llava_world', 'answers_of',
-           'some_questions', 'show_some_answers', 'write_llava', 'show_gap_maps', 'llava_experiment']
+           'some_questions', 'show_some_answers', 'write_llava', 'show_gap_maps', 'whole_chain', 'llava_experiment']
 
 # %% ../../nbs/experiments/55_llava.ipynb #45acbf88
 import json
@@ -37,7 +37,8 @@ from ..captioning import load_lm
 from ..data import decode_image, emoji
 from ..encoders import Encoder, encode_images, load_encoder, preprocess_images
 from .captioning import interval_record
-from .demo import draw_side, make_side, some_concepts
+from .demo import draw_side, headline_settings, make_side, some_concepts
+from .protocol import Point, chain_settings
 from .retrieval import demo_aligned
 from ..files import atomic_write, check_writable, progress, record, write_results
 from ..gap import show_token_gap, token_cosines, token_gap_report
@@ -46,7 +47,8 @@ from ..llava import read_shared_words, turns_of
 from ..llava_training import Example, adapt_language, example, fit_projector, train_stage
 from ..pages import save_figure, table_text
 from ..runtime import default_device, fingerprint, noise_generator, set_seed, stable_seed
-from ..settings import DemoSettings, LlavaExperimentSettings, RunSettings, same_settings
+from ..settings import (
+    DemoSettings, LlavaExperimentSettings, ProofSettings, RunSettings, same_settings)
 from ..splits import check_apart
 from ..stats import DRAWS, Interval, bootstrap, paired_difference, sentence
 from ..train import align
@@ -637,10 +639,10 @@ def gap_rows(records:list[dict], gaps:dict) -> list[list[str]]:
 def llava_world(
     out:str|Path,                     # images, models and tokens go here
     settings:LlavaExperimentSettings=LlavaExperimentSettings(),
-    demo:DemoSettings=DemoSettings()  # of generation and alignment
+    demo:DemoSettings|None=None       # of generation and alignment; those of `gmail_demo` if absent
 ) -> tuple[LlavaWorld, dict, Pictures]: # the world, whole grids of tokens, and the pictures
     "Everything that is learned from and tested on; read where an earlier call, or a demo, left it."
-    out = check_writable(out)
+    out, demo = check_writable(out), demo or headline_settings()
     found = all_pictures(out, demo, settings)
     whole = all_tokens(found, out, demo)
     tokens = {kind: pooled(t, settings.grid) for kind, t in whole.items()}
@@ -693,17 +695,28 @@ def show_gap_maps(whole:dict[str, torch.Tensor], rows:list[int]) -> Figure:
     return show_token_gap({when: token_cosines(whole[arm][rows].float(), real)
                            for when, arm in GAPS.items()})
 
+# %% ../../nbs/experiments/55_llava.ipynb #e6a10b02
+def whole_chain(demo:DemoSettings, seed:int) -> DemoSettings:
+    "The same settings with images, adapters, an order and weights of their own."
+    point = Point(demo.draw.steps, demo.draw.guidance)
+    kept = dict(steps=demo.tune.steps, lr=demo.tune.lr)
+    return chain_settings(ProofSettings(chain=demo), point, seed, kept)
+
 # %% ../../nbs/experiments/55_llava.ipynb #54dfb94c
 def llava_experiment(
     out:str|Path='llava',             # images, models and tokens are read here, results go here
     settings:LlavaExperimentSettings=LlavaExperimentSettings(),
-    demo:DemoSettings=DemoSettings()  # of generation and alignment
+    demo:DemoSettings|None=None       # of the first chain; those of `gmail_demo` if absent
 ) -> tuple[list[dict], LlavaResults, dict]: # records, all answers, and the gap of the tokens
-    "All arms and seeds; what an earlier call left is read. Writes as `write_llava`."
-    world, whole, _ = llava_world(out, settings, demo)
-    runs = []
-    for seed in progress(range(settings.seeds), 'seeds'):
+    """All arms of every chain; what an earlier call left is read. Writes as `write_llava`.
+    The pictures of answers and the gap are those of the first chain."""
+    runs, out, demo = [], Path(out), demo or headline_settings()
+    for seed in progress(range(settings.seeds), 'whole chains'):
+        folder = out/'chains'/str(seed) if seed else out
+        world, whole, _ = llava_world(folder, settings, whole_chain(demo, demo.seed + seed))
         runs += llava_runs(world, seed, settings, out)
+        if not seed: first = world, whole
+    world, whole = first
     results = scored(runs, world)
-    records, gaps = write_llava(Path(out), results, whole, drawn_once(world.told))
+    records, gaps = write_llava(out, results, whole, drawn_once(world.told))
     return records, results, gaps

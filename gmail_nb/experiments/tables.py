@@ -169,7 +169,8 @@ TABLE1 = PaperTable('Captioning on COCO', (
              said(38.12, 31.67, 119.53, 23.75, 56.27, 62.16)),
     TableRow('Llama 3', LLAMA_BASE, said(47.36, 35.21, 158.13, 28.35, 68.32, 75.13)),
     TableRow('Llama 3 + GMAIL', LLAMA_GMAIL, said(50.21, 38.59, 168.53, 32.58, 73.29, 80.25))),
-    MANY, left_out='IFCap and LLaVA have no command at this scale')
+    MANY, left_out='IFCap has no command at this scale; a LLaVA is tuned by gmail_tune llava, and '
+                   'gmail_caption writes its captions')
 TABLE6 = PaperTable('ClipCap on generated images, without and with alignment', (
     TableRow('without alignment', captioner('indiscriminate'),
              said(36.15, 30.32, 115.35, 22.95, 55.12, 61.08)),

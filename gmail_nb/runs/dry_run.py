@@ -570,8 +570,11 @@ def dry_write(
     folder = Path(model)
     below = folder/'captioner'
     if not (folder/'card.json').exists() and (below/'card.json').exists(): folder = below
-    rows = [look_device(), look_path('captioner', folder, 'card.json')]
-    if rows[-1].state == 'missing':
+    published = model.startswith('llava:')
+    rows = [look_device(), look_lm(model.removeprefix('llava:'), 'LLaVA') if published
+            else look_path('captioner', folder, 'card.json')]
+    if published: pass
+    elif rows[-1].state == 'missing':
         rows[-1] = rows[-1]._replace(note=f'{rows[-1].note}: gmail_tune caption makes it, --model names it')
     else:
         card = json.loads((folder/'card.json').read_text(encoding='utf-8'))

@@ -7,11 +7,13 @@ __all__ = ['LLAVA_ARMS', 'JUDGED', 'check_llava_arm', 'set_tokens', 'Learned', '
            'half_of_each', 'held_out', 'likelihoods', 'judge_llava', 'show_losses', 'llava_pictures', 'vision_of',
            'started', 'decode_blank', 'keep_llava', 'say_broken', 'write_llava_page', 'Instructed', 'instructed',
            'check_plain_llava', 'Taught', 'taught', 'train_and_judge_llava', 'tune_llava', 'Talker', 'aligned_tower',
-           'load_talker', 'Aloud', 'Talk', 'chat', 'typed', 'look_told', 'dry_llava', 'look_llava', 'dry_chat']
+           'load_talker', 'Aloud', 'Talk', 'chat', 'typed', 'is_talker', 'decoded', 'llava_captions', 'look_told',
+           'dry_llava', 'look_llava', 'dry_chat']
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #f00c8d48
 import gmail_nb.runtime
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,11 +31,11 @@ from ..align import GenReal, model_folder
 from ..data import decode_image, show_images
 from ..encoders import Encoder, load_encoder, preprocess_images
 from ..features import LazyPixels
-from ..files import check_writable, unknown_name
+from ..files import check_writable, progress, unknown_name
 from ..llava import (
-    Llava, VisualTokens, encode_all, generate_answers, load_llava, save_llava, turns_of)
+    Llava, VisualTokens, answer_all, encode_all, generate_answers, load_llava, save_llava, turns_of)
 from gmail_nb.llava_training import (
-    CaptionExamples, GridTokens, LlavaLoss, embed_tokens, encode_example, fit_projector,
+    DESCRIBE, CaptionExamples, GridTokens, LlavaLoss, embed_tokens, encode_example, fit_projector,
     grid_of, is_llava, load_trained, new_llava, save_trained, token_side, mixed_tokens,
     train_llava)
 from ..pages import save_figure
@@ -45,10 +47,11 @@ from .instructions import OWN_QUESTIONS, load_instructions
 from .judge import (
     FEWEST, Measure, Verdict, judged, show_differences, spread, write_page)
 from .presets import check_arm
-from .tune_caption import CaptionColumn, captioned_rows, places
-from ..runtime import default_device, fingerprint, stable_seed
-from ..settings import (
-    ChatSettings, EmbedSettings, LlavaSettings, RunSettings, SourceSettings, described)
+from .tune_caption import CaptionColumn, captioned_rows, pictures_at, places
+from ..runtime import default_device, fingerprint, set_seed, stable_seed
+from gmail_nb.settings import (
+    CaptionSettings, ChatSettings, EmbedSettings, LlavaSettings, RunSettings, SourceSettings,
+    described)
 from ..splits import trained_on, write_trained_on
 from ..train import processes, run_precision
 
@@ -509,6 +512,49 @@ def typed(lines):
         line = lines.readline().strip()
         if not line: return
         yield line
+
+# %% ../../nbs/runs/60_tune_llava.ipynb #e6a10d02
+def is_talker(name:str|Path) -> bool:
+    "Whether a name is that of a LLaVA: the folder of one, or `llava:` and an id of the Hub."
+    folder = Path(name)
+    if str(name).startswith('llava:') or (folder/'projector.safetensors').exists(): return True
+    return (folder/'config.json').exists() and is_llava(str(name))
+
+def decoded(pictures:datasets.Dataset, rows:Iterable[int]) -> tuple[dict, dict]: # of key, image
+    "Pictures by key, and why others do not decode."
+    found, broken = {}, {}
+    for row in pictures.select(rows):
+        try: found[row['key']] = decode_image(row['image'], row['key'])
+        except ValueError as e: broken[row['key']] = str(e)
+    return found, broken
+
+# %% ../../nbs/runs/60_tune_llava.ipynb #e6a10d04
+def llava_captions(
+    images,                    # picture files, folders of pictures, captioned sets; one or a list
+    model:str|Path='llava',    # as `is_talker`
+    settings:CaptionSettings=CaptionSettings(),
+    source:SourceSettings=SourceSettings() # how sets are read
+) -> tuple[dict[str, str], dict[str, str]]: # name -> caption; name -> why it was left out
+    "Captions through `f_r` and a LLaVA, as `caption_files`. `ValueError` when no image decodes."
+    talker = load_talker(str(model).removeprefix('llava:'))
+    several = [images] if isinstance(images, (str, Path)) else images
+    read = replace(source, decoded=0)
+    found = datasets.concatenate_datasets([pictures_at(place, read) for place in several])
+    s, batch_size = settings, settings.batch_size
+    drawn = dict(top_p=s.top_p, temperature=s.temperature, top_k=0, do_sample=True)
+    how = drawn if s.top_p else dict(num_beams=s.beams)
+    turns, written, broken = turns_of(f'{talker.model.marker}\n{DESCRIBE[0]}'), {}, {}
+    for start in progress(range(0, len(found), batch_size), 'captions'):
+        good, bad = decoded(found, range(start, min(start + batch_size, len(found))))
+        broken |= bad
+        set_seed(stable_seed('captions', s.seed, start))
+        asked = [(turns, [picture]) for picture in good.values()]
+        said = answer_all(talker.model, asked, talker.look, batch_size,
+                          s.max_new_tokens, **how)
+        written |= dict(zip(good, said))
+    if written: return written, broken
+    first = next(iter(broken.values()))
+    raise ValueError(f'none of {len(broken)} images decodes; the first: {first}')
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #865feb41
 def look_told(told:str) -> Look:
