@@ -7,8 +7,8 @@ __all__ = ['LLAVA_ARMS', 'JUDGED', 'check_llava_arm', 'set_tokens', 'Learned', '
            'half_of_each', 'held_out', 'likelihoods', 'judge_llava', 'show_losses', 'llava_pictures', 'vision_of',
            'started', 'decode_blank', 'keep_llava', 'say_broken', 'write_llava_page', 'Instructed', 'instructed',
            'check_plain_llava', 'Taught', 'taught', 'train_and_judge_llava', 'tune_llava', 'Talker', 'aligned_tower',
-           'load_talker', 'Aloud', 'Talk', 'chat', 'typed', 'is_talker', 'decoded', 'llava_captions', 'look_told',
-           'dry_llava', 'look_llava', 'dry_chat']
+           'load_talker', 'Aloud', 'Talk', 'chat', 'typed', 'is_talker', 'decoded_pictures', 'llava_captions',
+           'look_told', 'dry_llava', 'look_llava', 'dry_chat']
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #f00c8d48
 import gmail_nb.runtime
@@ -520,7 +520,7 @@ def is_talker(name:str|Path) -> bool:
     if str(name).startswith('llava:') or (folder/'projector.safetensors').exists(): return True
     return (folder/'config.json').exists() and is_llava(str(name))
 
-def decoded(pictures:datasets.Dataset, rows:Iterable[int]) -> tuple[dict, dict]: # of key, image
+def decoded_pictures(pictures:datasets.Dataset, rows:Iterable[int]) -> tuple[dict, dict]: # of key, image
     "Pictures by key, and why others do not decode."
     found, broken = {}, {}
     for row in pictures.select(rows):
@@ -545,7 +545,7 @@ def llava_captions(
     how = drawn if s.top_p else dict(num_beams=s.beams)
     turns, written, broken = turns_of(f'{talker.model.marker}\n{DESCRIBE[0]}'), {}, {}
     for start in progress(range(0, len(found), batch_size), 'captions'):
-        good, bad = decoded(found, range(start, min(start + batch_size, len(found))))
+        good, bad = decoded_pictures(found, range(start, min(start + batch_size, len(found))))
         broken |= bad
         set_seed(stable_seed('captions', s.seed, start))
         asked = [(turns, [picture]) for picture in good.values()]
