@@ -61,7 +61,8 @@ RANGES = dict( # name of a field -> least, most; above: the least is left out, b
     most_bad_steps=_several, most_damaged=(0, 1), noise=(0, 1e6), part_rows=_count, patience=_count,
     prefix_length=(1, 4096), processes=(0, 1024), projection_lr=_rate, rank=_size, samples=(1, 10**6),
     save_every=_count, seed=(0, 2**63 - 1), seeds=(1, 10**6), shard_size=(1, 10**7), steps=_count,
-    tau=(0, 1e6, 'above'), temperature=(0, 1e6, 'above'), tolerance=(0, 1, 'above'), top_p=(0, 1, 'above'), tune_lr=_rate,
+    tau=(0, 1e6, 'above'), temperature=(0, 1e6, 'above'), tolerance=(0, 1, 'above'),
+    top_p=(0, 1, 'above'), tune_lr=_rate,
     tune_steps=_count, validation_limit=_count, validation_share=_share, warmup=_several,
     weight_decay=(0, 1e6), which=_several, width=_size, workers=(1, 1024))
 

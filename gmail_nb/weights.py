@@ -100,7 +100,8 @@ def check_there(
     folder, said = Path(name), getattr(kind, '__name__', '')
     if not folder.is_dir(): return
     if 'Tokenizer' in said and not any(p for w in TOKENIZER_FILES for p in folder.glob(w)):
-        raise FileNotFoundError(f'{folder.name} holds no tokenizer ({", ".join(TOKENIZER_FILES[:3])}): '
+        some = ', '.join(TOKENIZER_FILES[:3])
+        raise FileNotFoundError(f'{folder.name} holds no tokenizer ({some}): '
                                 'copy or download it again')
     if 'Tokenizer' in said or 'Processor' in said or (folder/'config.json').exists(): return
     raise FileNotFoundError(f'{folder.name}/config.json is missing: '

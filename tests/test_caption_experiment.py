@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from gmail_nb.data import emoji
 from gmail_nb.encoders import embedded_encoder, encode_images, preprocess_images
-from gmail_nb.experiments.captioning import (FEATURE_VARIANTS, CaptionWorld, FeatureVariant, caption_arm_features, arm_records,
+from gmail_nb.experiments.captioning import (FEATURE_VARIANTS, CaptionWorld, FeatureVariant, caption_arm_features,
+    arm_records,
     caption_runs, arms_table, caption_verdict, pair_loss, run_file, seed_runs, train_sigmoid_heads, varied)
 from gmail_nb.experiments import captioning as room
 from gmail_nb.experiments.retrieval import FIVE_ARMS

@@ -222,7 +222,8 @@ def test_images_of_all_captions_can_be_aligned(way, mini, capsys, tmp_path):
     real, *more = told(mini, TRAIN)
     name = encoder_name(mini, 'open_clip')
     status, said = answer(
-        capsys, gmail_align, real, '--generated', way[0]/'all', *more, '--encoder', name, *ALIGN, '--out', tmp_path/'aligned'
+        capsys, gmail_align, real, '--generated', way[0]/'all', *more, '--encoder', name, *ALIGN,
+        '--out', tmp_path/'aligned'
     )
     assert status == 0, said
     assert len(pq.read_table(tmp_path/'aligned'/'real_features'/'keys.parquet')) == 16

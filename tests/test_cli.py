@@ -142,13 +142,14 @@ OLDER = [ # as it was written, as it is written now, and what is said of it
     ('tune text', '--real photos --test t.json --test-split test', 'photos --test t.json --test-split test', '--real'),
     ('tune caption', '--real c.json --splits train+restval test', 'c.json --split train+restval --test-split test',
      '--split and --test-split in place of --splits'),
-    ('tune llava', '--real photos --arm real', 'photos --arm real', 'SET, without a flag in place of --real'),
+    ('tune llava', '--real photos --arm real', 'photos --arm real', 'SET, without a flag, in place of --real'),
     ('align', 'photos drawn --rank 2', 'photos --generated drawn --rank 2', '--generated drawn'),
     ('align', 'photos --rank 2 drawn', 'photos --generated drawn --rank 2', '--generated drawn'),
     ('align', 'photos --generated d --image photo', 'photos --generated d --image-column photo', ''),
     ('eval', '--data photos --model a --data chalk', 'photos --model a chalk', 'SET, without a flag'),
     ('eval vqa', '--data questions --limit 3', 'questions --limit 3', 'SET, without a flag'),
     ('caption', 'a.png --captioner captions', 'a.png --model captions', '--model in place of --captioner'),
+    ('experiment table2', '--data coco-5k --scale paper', '--test coco-5k --scale paper', '--test in place of --data'),
     ('chat', 'what is it --generated', 'what is it --side generated', '--side generated in place of --generated')]
 
 @pytest.mark.parametrize('name, older, now, said', OLDER, ids=[f'{n} {o.split()[0]}' for n, o, *_ in OLDER])

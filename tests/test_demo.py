@@ -10,7 +10,8 @@ import torch
 from gmail_nb.encoders import load_encoder, preprocess_images
 from gmail_nb.experiments.chain import chain_seed
 from gmail_nb.experiments.demo import (
-    DEMO_ARMS, PRIMARY, PRIMARY_ROWS, demo, demo_table, demo_verdict, dry_headline, headline_settings, make_side, point_of, show_place,
+    DEMO_ARMS, PRIMARY, PRIMARY_ROWS, demo, demo_table, demo_verdict, dry_headline, headline_settings, make_side,
+    point_of, show_place,
     some_concepts)
 from gmail_nb.experiments.protocol import (
     GOOD, TESTS, Claim, Point, by_seed, chain_settings, chosen_settings, claim_difference)

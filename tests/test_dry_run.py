@@ -48,7 +48,8 @@ def asked(root):
     coco, drawn = root/'dataset_coco.json', root/'drawn'
     return {
         'demo': ([], 0), 'generate': ([coco], 0), 'generate sd': ([coco, '--generator', 'stable-diffusion-2'], 2),
-        'align': ([coco, '--generated', drawn, '--split', 'test', '--validation-share', '.2'], 0), 'align apart': ([coco, '--generated', drawn], 2),
+        'align': ([coco, '--generated', drawn, '--split', 'test', '--validation-share', '.2'], 0),
+        'align apart': ([coco, '--generated', drawn], 2),
         'embed': ([coco, '--split', 'test'], 0), 'embed nothing': (['photos'], 2),
         'tune text': ([coco], 0), 'tune text without': ([], 2), 'tune caption': ([coco], 0),
         'tune caption gmail': ([coco, '--generated', drawn, '--model', root/'aligned'], 2),

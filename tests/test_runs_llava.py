@@ -316,7 +316,8 @@ def whole(request, home):
     place = home/request.param
     for part in (model, processor): part.save_pretrained(place/'llava')
     status = gmail_align([str(a) for a in (
-        home/'real.parquet', '--generated', home/'drawn.parquet', '--encoder', f'llava:{place}/llava', '--out', place/'aligned',
+        home/'real.parquet', '--generated', home/'drawn.parquet', '--encoder', f'llava:{place}/llava',
+        '--out', place/'aligned',
         '--epochs', 1, '--batch-size', 4, '--rank', 2)])
     assert not status and (place/'aligned'/'card.json').exists()
     return place

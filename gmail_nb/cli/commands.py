@@ -6,7 +6,7 @@
 __all__ = ['ALIGN_RUNS', 'Arm', 'LlavaArm', 'gmail_tune', 'gmail_experiment', 'COMMANDS', 'dry', 'dry_demo_run', 'gmail_demo',
            'in_brackets', 'say_verdict', 'gmail_generate', 'gmail_align', 'gmail_embed', 'gmail_tune_text',
            'gmail_tune_caption', 'gmail_tune_llava', 'gmail_caption', 'gmail_chat', 'gmail_eval_vqa', 'gmail_eval',
-           'gmail_bench', 'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof',
+           'dry_bench_run', 'gmail_bench', 'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof',
            'experiment_protocol', 'experiment_curve', 'experiment_controls', 'experiment_pairs',
            'experiment_captioning', 'experiment_ifcap', 'experiment_llava', 'dry_experiment_table', 'experiment_table',
            'table_command', 'dry_report_run', 'gmail_report']
@@ -22,11 +22,12 @@ from .flags import Command, Commands, command
 from ..experiments.tables import TABLES, TableRun, tables_text
 from ..runs.presets import CAPTIONER_PRESETS, EVAL_PRESETS, MODEL_FORMS, SET_NAMES, TASKS
 from ..runs.presets import TEXT_RECIPES, CaptionerPreset, TextRecipe
-from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, AfterSettings
-from ..settings import AlignRunSettings, CaptionExperimentSettings, CaptionRunSettings
-from ..settings import CaptionSettings, ChatSettings, DemoSettings, DrawSettings, EmbedSettings, EvalSettings
-from ..settings import QUICK_LLAVA, STUDY_SEEDS, IFCapSettings, LlavaExperimentSettings, LlavaSettings
-from ..settings import ProofSettings, ReadSettings, RunSettings, SourceSettings, TuneSettings, VQASettings
+from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, QUICK_LLAVA
+from ..settings import STUDY_SEEDS, AfterSettings, AlignRunSettings
+from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSettings
+from ..settings import ChatSettings, DemoSettings, DrawSettings, EmbedSettings, EvalSettings
+from ..settings import IFCapSettings, LlavaExperimentSettings, LlavaSettings, ProofSettings
+from ..settings import ReadSettings, RunSettings, SourceSettings, TuneSettings, VQASettings
 from ..settings import WorkSettings, part_of, proof_settings
 
 # %% ../../nbs/cli/10_commands.ipynb #db6e719d
@@ -210,8 +211,7 @@ def gmail_tune_caption(
     from gmail_nb.runs.tune_caption import tune_captioner
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
-    records = tune_captioner(captioned, out, preset.settings, generated=generated, model=model, arm=arm,
-                             test=test, source=source, run=run)
+    records = tune_captioner(captioned, out, preset.settings, generated, model, arm, test, source, run)
     found = say_verdict(out, f'{out}/captioner')
     print(f'captioner: {out}/captioner, scores: {out}/results.jsonl')
     return found | dict(scores={r['metric']: r['value'] for r in records or ()})
@@ -311,7 +311,7 @@ _eval = 'gmail_eval --preset paper-table2 --root sets --models models --out eval
 @command(leave=('cache_dir', 'which', 'engine'), more={k: in_brackets(v) for k, v in _known.items()},
          dry=dry('dry_eval'), example=_eval, words=dict(vqa=gmail_eval_vqa))
 def gmail_eval(
-    *captioned:str,        # sets by name, or any captioned sets; None: those of the preset, or our own
+    *captioned:str,        # sets by name, or any captioned sets; None: the preset's, or our own
     preset:str|None=None,  # a table of the paper
     task:str|None=None,    # what is measured; retrieval unless the preset says otherwise
     model:list=(),         # [ROW=]MODEL, repeatable; with --preset it replaces a row, or adds one
@@ -346,7 +346,13 @@ def gmail_eval(
                 verdict=verdict.card() if verdict else None)
 
 # %% ../../nbs/cli/10_commands.ipynb #3f7ccced
-@command(more=dict(name=in_brackets(BENCHES)), example='gmail_bench generate --out bench')
+def dry_bench_run(**asked) -> list:
+    "What a benchmark would do."
+    import gmail_nb.bench.comparison as room
+    return room.dry_bench(**asked)
+
+@command(more=dict(name=in_brackets(BENCHES)), example='gmail_bench generate --out bench',
+         dry=dry_bench_run)
 def gmail_bench(
     name:str,            # which benchmark
     json:bool=False,     # print a JSON list
@@ -563,7 +569,7 @@ def dry_report_run(**asked) -> list:
     import gmail_nb.experiments.report as room
     return room.dry_report(**asked)
 
-@command(leave=('rows', 'data'), dry=dry_report_run,
+@command(leave=('rows', 'test'), dry=dry_report_run,
          example='gmail_report --scale embedded --quick --only table2,figure3 --out report')
 def gmail_report(
     scale:Literal['embedded', 'paper']='embedded', # the embedded set, or the paper's own sets

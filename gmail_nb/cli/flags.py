@@ -285,9 +285,10 @@ class Older(NamedTuple):
     said:str          # how they are written
     value:object=None # what a flag without a value meant
 
-_set = 'SET, without a flag'
+_set = 'SET, without a flag,'
 OLDER_WORDS = (Older('real', ('captioned',), _set), Older('data', ('captioned',), _set),
-               Older('data', ('questions',), _set), Older('captioner', ('model',), '--model'),
+               Older('data', ('questions',), _set), Older('data', ('test',), '--test'),
+               Older('captioner', ('model',), '--model'),
                Older('splits', ('split', 'test_split'), '--split and --test-split'),
                Older('generated', ('side',), '--side generated', 'generated'))
 
@@ -298,7 +299,7 @@ def older_words(
     taken, found = set(flag_names(options).values()), {}
     free = {o.path[-1]: o for o in options if o.several or not (o.positional and o.required)}
     for old in OLDER_WORDS:
-        if old.flag in taken or not set(old.now) <= free.keys(): continue
+        if old.flag in taken | found.keys() or not set(old.now) <= free.keys(): continue
         found[old.flag] = old, [free[name] for name in old.now]
     return found
 
@@ -319,7 +320,7 @@ class Renamed(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         given = [self.const] if self.nargs == 0 else values if isinstance(values, list) else [values]
         for o, value in zip(self.gives, given):
-            if o.several: value = [*getattr(namespace, o.dest, ()), value]
+            if o.several or o.annotation is list: value = [*getattr(namespace, o.dest, ()), value]
             setattr(namespace, o.dest, value)
         tell_renamed(parser, option_string, self.said)
 

@@ -292,7 +292,7 @@ class TableRun:
     encoder:list=()             # [NAME=]OTHER in place of an encoder, repeatable
     lm:list=()                  # [NAME=]OTHER in place of a language model, repeatable
     generator:list=()           # [NAME=]OTHER in place of a generator, repeatable
-    data:list=()                # sets to measure on in place of the table's, repeatable
+    test:list=()                # sets to measure on in place of the table's, repeatable
     epochs:int|None=None        # epochs of every alignment, in place of the paper's
     steps:int|None=None         # steps of every tuning, in place of the paper's
     batch_size:int|None=None    # batch of every training, in place of the paper's
@@ -517,7 +517,7 @@ def measured_values(
 ) -> list[dict]: # records
     "Finished models on the sets of a table; `evaluate` leaves out what is not there."
     from gmail_nb.runs.evaluate import evaluate
-    return evaluate(models, run.data or table.data, table.task, out, root=run.root,
+    return evaluate(models, run.test or table.data, table.task, out, root=run.root,
                     below=run.models,
                     experiment=name, against=None, pictures=False, skip_existing=True)
 
@@ -647,7 +647,7 @@ def dry_table(
     found = {c: look_set(f'captions of {c}', *source_of(c, run),
                          images=CAPTION_SOURCES[c].real) for c in captions}
     rows += [r for looks, _ in found.values() for r in looks]
-    if t.task != 'caption': rows += [r for d in run.data or t.data for r in look_data(d, run.root)]
+    if t.task != 'caption': rows += [r for d in run.test or t.data for r in look_data(d, run.root)]
     for step in steps:
         does, images, size = step_costs(step.link, found)
         state, note = ('there', 'done') if step.done else ('to write', does)

@@ -83,7 +83,8 @@ TABLE7_ROWS = {f'{c} captions': f'tuned:gmail-clip-{c.lower()}' for c in ('COCO'
 
 EVAL_PRESETS = {
     'paper-table2': EvalPreset('retrieval', MODEL_ROWS, ('coco-val2017', 'coco-5k'), RECALLS, TABLE2),
-    'paper-table3': EvalPreset('retrieval', MODEL_ROWS, ('flickr30k-all', 'flickr30k'), RECALLS, TABLE3),
+    'paper-table3': EvalPreset('retrieval', MODEL_ROWS, ('flickr30k-all', 'flickr30k'), RECALLS,
+                               TABLE3),
     'paper-table4': EvalPreset('classification', TABLE4_ROWS, EIGHT, ('main',), TABLE4),
     'paper-table5': EvalPreset('long', MODEL_ROWS, ('sharegpt4v-1k', 'urban-1k'),
                                ('image_to_text_recall_at_1', 'text_to_image_recall_at_1'), TABLE5),
