@@ -7,9 +7,9 @@ __all__ = ['ALIGN_RUNS', 'Arm', 'LlavaArm', 'gmail_tune', 'gmail_experiment', 'C
            'in_brackets', 'say_verdict', 'gmail_generate', 'gmail_align', 'gmail_embed', 'gmail_tune_text',
            'gmail_tune_caption', 'gmail_tune_llava', 'gmail_caption', 'gmail_chat', 'gmail_eval_vqa', 'gmail_eval',
            'dry_bench_run', 'gmail_bench', 'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof',
-           'experiment_protocol', 'experiment_curve', 'experiment_controls', 'experiment_captioning',
-           'experiment_ifcap', 'experiment_llava', 'dry_experiment_table', 'experiment_table', 'table_command',
-           'dry_report_run', 'gmail_report']
+           'experiment_protocol', 'experiment_curve', 'experiment_controls', 'experiment_pairs',
+           'experiment_captioning', 'experiment_ifcap', 'experiment_llava', 'dry_experiment_table', 'experiment_table',
+           'table_command', 'dry_report_run', 'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -459,6 +459,18 @@ def experiment_controls(
     controls(out, proof_settings(quick, seeds), shipped=not quick)
     return show_file(out, 'controls.txt')
 
+# %% ../../nbs/cli/10_commands.ipynb #e6a10e01
+@command(name='gmail_experiment pairs', dry=dry_proof,
+         example='gmail_experiment pairs --seeds 2 --out proof')
+def experiment_pairs(
+    out:str='proof',    # folder of the curve, whose chains are read; run it again to go on
+    seeds:int=ProofSettings().seeds # whole chains
+):
+    "How few pairs the alignment needs: from a sixteenth of them to all."
+    from gmail_nb.experiments.pairs import fewer_pairs
+    fewer_pairs(out, proof_settings(False, seeds))
+    return show_file(out, 'pairs.txt')
+
 # %% ../../nbs/cli/10_commands.ipynb #5d2ce686
 @command(name='gmail_experiment captioning', quick=QUICK_CAPTIONS, dry=dry('dry_demo'),
          example='gmail_experiment captioning --quick --out captions')
@@ -546,6 +558,7 @@ gmail_experiment = Commands(
     demo=Command(gmail_demo.work, name='gmail_experiment demo', dry=gmail_demo.dry,
                  example='gmail_experiment demo --quick'),
     protocol=experiment_protocol, curve=experiment_curve, controls=experiment_controls,
+    pairs=experiment_pairs,
     retrieval=experiment_retrieval, alignment=experiment_alignment,
     captioning=experiment_captioning, ifcap=experiment_ifcap, llava=experiment_llava,
     **{table: table_command(table) for table in TABLES})
