@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAIR_SHARES', 'WAYS_TO_ALIGN', 'fewer_rows', 'fewer_settings', 'pairs_arm', 'pair_features', 'pair_records',
-           'pairs_seed', 'pairs_of', 'finished_parts', 'nearer', 'pairs_rows', 'pairs_table', 'pairs_sentences',
-           'show_pairs', 'all_aligned', 'pairs_text', 'fewer_pairs']
+           'pairs_seed', 'pairs_of', 'finished_shares', 'nearer', 'pairs_rows', 'pairs_table', 'pairs_sentences',
+           'show_fewer_pairs', 'all_aligned', 'pairs_text', 'fewer_pairs']
 
 # %% ../../nbs/experiments/16_pairs.ipynb #f7c1f13d
 import copy
@@ -111,7 +111,7 @@ def pairs_seed(
 # %% ../../nbs/experiments/16_pairs.ipynb #78402725
 def pairs_of(arm:str) -> int: return int(arm.split()[0])
 
-def finished_parts(records:list[dict], way:str, point:Point=GOOD) -> list[str]:
+def finished_shares(records:list[dict], way:str, point:Point=GOOD) -> list[str]:
     "Arms of this way with at least one chain, from few pairs to many."
     arms = {r['arm'] for r in records if r['arm'].endswith(f'pairs, {way}')}
     return sorted((a for a in arms if against(records, a, 'indiscriminate', point)[1]), key=pairs_of)
@@ -123,7 +123,7 @@ def nearer(records:list[dict], arm:str, point:Point=GOOD) -> float|None: # 0 to 
 def pairs_rows(records:list[dict], point:Point=GOOD) -> list[tuple[str, str, Interval, int]]:
     "Arm, way, what it adds to unaligned images, and chains; all pairs stand last in each way."
     def row(arm, way): return arm, way, *against(records, arm, 'indiscriminate', point)
-    found = [[row(a, way) for a in finished_parts(records, way, point)] for way in WAYS_TO_ALIGN]
+    found = [[row(a, way) for a in finished_shares(records, way, point)] for way in WAYS_TO_ALIGN]
     everything = against(records, 'gmail', 'indiscriminate', point)
     return [r for rows, way in zip(found, WAYS_TO_ALIGN) if rows
             for r in [*rows, ('gmail', way, *everything)]]
@@ -160,7 +160,7 @@ def pairs_sentences(records:list[dict], all_pairs:int, point:Point=GOOD) -> list
     return said
 
 # %% ../../nbs/experiments/16_pairs.ipynb #187157ca
-def show_pairs(records:list[dict], all_pairs:int, point:Point=GOOD) -> Figure:
+def show_fewer_pairs(records:list[dict], all_pairs:int, point:Point=GOOD) -> Figure:
     "What an alignment adds, and how near unseen images come, over the number of pairs."
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=100, layout='constrained')
     for way, color, moved in zip(WAYS_TO_ALIGN, ('tab:blue', 'tab:purple'), (.97, 1.03)):
@@ -213,5 +213,5 @@ def fewer_pairs(
     records = joined(gathered(out), known)
     write_results(out/'records.jsonl', records)
     atomic_write(out/'pairs.txt', pairs_text(records, settings))
-    save_figure(show_pairs(records, all_aligned(settings)), out/'pairs.png')
+    save_figure(show_fewer_pairs(records, all_aligned(settings)), out/'pairs.png')
     return records
