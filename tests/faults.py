@@ -1,6 +1,6 @@
-"""Commands without the seconds of their imports, and commands under faults: a process that has imported the package forks a
-child for each command, and the child, where it is asked to, kills itself, stops, or meets a limit at a chosen touch of its
-folder. `python faults.py` is that process."""
+"""Commands without the seconds of their imports, and under faults: a process that has imported the package forks a
+child for each, which, where it is asked to, kills itself, stops, or meets a limit at a chosen touch of its folder.
+`python faults.py` is that process."""
 import json
 import os
 import random

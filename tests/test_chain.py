@@ -120,7 +120,7 @@ CAPTION = '--steps', 3, '--batch-size', 8, '--max-new-tokens', 4
 
 @pytest.fixture(scope='module')
 def way(mini, forks, tmp_path_factory):
-    "The whole way from COCO's folder to scores, one command after the other, and what each said; the first from a shell."
+    "The way from COCO's folder to scores, and what each command said; the first is from a shell."
     home, name, coco = tmp_path_factory.mktemp('shell'), encoder_name(mini, 'open_clip'), mini/'coco'
     steps = [
         ('generate', *told(mini, TRAIN), '--generator', mini/'sd', *DRAW, '--samples', 2, '--out', 'first'),

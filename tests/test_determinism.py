@@ -53,7 +53,7 @@ def test_the_order_of_sets_and_dicts_changes_no_fingerprint(forks, tmp_path):
     assert drawn == PINNED and int(order) != hash('a'), done.err
 
 def test_the_table_has_a_row_for_each_promise(runs):
-    "What the notebook shows of a whole run; here with differences that are said, for the promises have tests of their own."
+    "As the notebook shows it; the differences are made up, for each promise has a test of its own."
     heading, *rows = rows_of_promises(runs, lambda folder, result, way: PROMISES[result, way])
     assert len(rows) == len(PROMISES) and all(len(r) == len(heading) and r[2] == r[3] for r in rows)
     assert ['features', 'jobs', 'equal to the last bit', 'equal to the last bit'] in rows
