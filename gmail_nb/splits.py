@@ -46,7 +46,7 @@ def write_trained_on(
 ) -> Path:
     "Write `trained_on.parquet`, and its checksum in `trained_on.json`, into the folder of a model."
     path, keys = Path(folder)/'trained_on.parquet', sorted(set(keys))
-    path.with_suffix('.json').unlink(missing_ok=True) # of the file before, when it stops between the two
+    path.with_suffix('.json').unlink(missing_ok=True) # that of the file before
     table = pa.table(dict(key=pa.array(keys, pa.string())))
     with atomic_path(path) as tmp: pq.write_table(table, tmp, compression='zstd')
     write_card(path.parent, dict(keys=len(keys)), path.name, name='trained_on.json')
@@ -56,8 +56,8 @@ def write_trained_on(
 def trained_on(
     folder:str|Path # of a model
 ) -> list[str]: # keys; empty where the folder does not say
-    """The keys that `write_trained_on` kept. `ValueError` for a file that is not as it was written, or does not
-    read back; versions up to 0.7 wrote no checksum, and their files are read without."""
+    """The keys that `write_trained_on` kept. `ValueError` for a file that is not as it was written, or does
+    not read back; versions up to 0.7 wrote no checksum, and their files are read without."""
     path = Path(folder)/'trained_on.parquet'
     if path.with_suffix('.json').exists(): checked_card(path.parent, 'trained_on.json')
     if not path.exists(): return []

@@ -484,7 +484,8 @@ def check_killed(forks, tmp_path, n_captions, kills, steps, shard_size, window):
     assert shard_bytes(tmp_path/'killed') == shard_bytes(tmp_path/'calm')
     assert not [p for p in (tmp_path/'killed').glob('.shard*.tmp')]
 
-def test_two_kills(forks, tmp_path): check_killed(forks, tmp_path, n_captions=24, kills=2, steps=2, shard_size=8, window=.5)
+def test_two_kills(forks, tmp_path):
+    check_killed(forks, tmp_path, n_captions=24, kills=2, steps=2, shard_size=8, window=.5)
 
 @pytest.mark.slow
 def test_thirty_kills(forks, tmp_path):
