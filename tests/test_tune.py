@@ -321,19 +321,11 @@ def test_real_images_of_a_mix_go_through_their_projection(encoder, features, cap
 
 script = str(Path(__file__).with_name('tune_once.py'))
 
-def once(out, *more, processes=1):
-    "A finished process of `tune_once.py`."
-    out.mkdir(exist_ok=True)
-    together = ('-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--master_port=0',
-                '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0')
-    command = [sys.executable, *(together if processes > 1 else ()), script, str(out), *map(str, more)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-def test_two_processes_end_where_one_ends(tmp_path):
+def test_two_processes_end_where_one_ends(forks, tmp_path):
     "Batches of 15 do not divide by two; losses agree to 1e-4."
     for name, n in (('one', 1), ('two', 2)):
-        done = once(tmp_path/name, processes=n)
-        assert done.returncode == 0, done.stderr[-3000:]
+        (tmp_path/name).mkdir()
+        for done in forks.together(script, tmp_path/name, processes=n): assert done.status == 0, done.err[-3000:]
     files = sorted((tmp_path/'one').glob('*.json'))
     assert len(files) == 8
     for file in files:
@@ -346,9 +338,10 @@ def test_two_processes_end_where_one_ends(tmp_path):
         for k in weights: # Adam makes much of rounding where a gradient is zero
             torch.testing.assert_close(found[k], weights[k], atol=.05 if file.stem == 'full' else 2e-3, rtol=0)
 
-def test_when_a_process_fails_the_others_stop_and_say_why(tmp_path):
-    done = once(tmp_path, 'fails', processes=2)
-    assert done.returncode != 0 and "process 1 failed: ValueError: caption 'k7' is no text" in done.stderr
+def test_when_a_process_fails_the_others_stop_and_say_why(forks, tmp_path):
+    first, second = forks.together(script, tmp_path, 'fails')
+    assert first.status != 0 and "process 1 failed: ValueError: caption 'k7' is no text" in first.err
+    assert second.status != 0 and "ValueError: caption 'k7' is no text" in second.err
 
 # Kept and read back
 
