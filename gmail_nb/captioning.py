@@ -36,7 +36,7 @@ from .features import Features, native_precision
 from .files import (atomic_write, check_writable, checked_card, progress, unknown_name, versions,
                             write_card)
 from .runtime import fingerprint, noise_generator, stable_seed, to_device
-from .settings import CaptionerSettings, RunSettings
+from .settings import CaptionerSettings, CaptionSettings, RunSettings
 from .train import (
     Checkpoints, Log, check_same_run, checkpoints_in, cosine_rate, epoch_order, in_precision,
     processes, read_state, run_precision)
@@ -804,23 +804,17 @@ def train_captioner(
     captioner:Captioner,      # trained in place
     features,                 # (N, dim), or (S, N, dim): S images, in turn by epoch; see `Sources`
     captions,                 # one or more for each of the N, as strings or as `EncodedCaptions`
-    steps:int|None=None,      # here and below: that of the settings if absent
-    batch_size:int|None=None,
-    lr:float|None=None,
-    weight_decay:float|None=None,
-    noise:float|None=None,
+    settings:CaptionerSettings=CaptionerSettings(),
     seed:int=0,               # of order, dropout and noise
     desc:str|None='captioner',# beside the progress bar; none if absent
-    settings:CaptionerSettings=CaptionerSettings(),
     run:RunSettings=RunSettings(), # checkpoints to save and to go on from, log, trackers
-    accelerator:Accelerator|None=None # see `processes`
+    accelerator:Accelerator|None=None, # see `processes`
+    **changes                 # fields of the settings, such as steps=100, in place of theirs
 ) -> list[float]: # the loss of each step
     """Teach the mapper, and the language model as far as it is tuned, to write the captions.
 
     `ValueError` for unpaired input, `FloatingPointError` when the loss is no number."""
-    named = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, noise=noise)
-    settings = replace(settings, **{k: v for k, v in named.items() if v is not None})
-    acc = accelerator or tracked(run)
+    settings, acc = replace(settings, **changes), accelerator or tracked(run)
     job = CaptionTraining(captioner, features, captions, settings, seed, acc)
     with checkpointed(captioner.lm, settings.checkpointing): take_steps(job, seed, run, desc)
     captioner.eval()
@@ -866,30 +860,26 @@ def continue_from(
 def generate_ids(
     captioner:Captioner,
     features:torch.Tensor|Features, # (N, dim)
-    beams:int=1,                  # 1 is greedy
-    top_p:float|None=None,        # nucleus sampling
-    temperature:float=1.,         # of sampling
-    max_new_tokens:int=24,        # a caption that has not ended by then is cut
-    batch_size:int=64,            # rows at a time: an image takes one for each beam
-    seed:int=0,                   # of sampling
+    settings:CaptionSettings=CaptionSettings(), # an image takes a row of a batch for each beam
     desc:str|None=None,           # beside a progress bar; none if absent
-    first:int=0                   # number of the first image, on which its sampling depends
+    first:int=0,                  # number of the first image, on which its sampling depends
+    **changes                     # fields of the settings, such as beams=4, in place of theirs
 ) -> list[list[int]]: # for each image its tokens, the end token last if it was reached
     """Captions as token numbers, on the device of the captioner, a batch at a time.
 
     `ValueError` for features of another width, a window that is too short, or beams
     together with sampling."""
     check_captioner_input(captioner, features)
-    if beams > 1 and top_p is not None: raise ValueError('choose either beams or nucleus sampling')
-    captioner.check_fits(max_new_tokens)
-    size = max(1, batch_size // beams)
+    s = replace(settings, **changes)
+    captioner.check_fits(s.max_new_tokens)
+    size = max(1, s.batch_size // s.beams)
     out, starts = [], range(0, len(features), size)
     for i in progress(starts, desc) if desc else starts:
         x = to_device(features[i:i + size], captioner.device).float()
         prefix = captioner.prefix(x).to(captioner.lm.dtype)
         rows = range(first + i, first + i + len(prefix))
-        extra = [RowSampling(rows, top_p, temperature, seed)] if top_p is not None else []
-        out += continue_from(captioner, prefix, max_new_tokens, beams, extra)
+        extra = [] if s.top_p is None else [RowSampling(rows, s.top_p, s.temperature, s.seed)]
+        out += continue_from(captioner, prefix, s.max_new_tokens, s.beams, extra)
     return out
 
 # %% ../nbs/35_captioning.ipynb #3f3e7595
@@ -957,7 +947,7 @@ def captioner_card(
     if found is None:
         raise FileNotFoundError(f'{given/"card.json"} is missing: the folder holds no captioner, '
                                 'or its writing was cut short. `gmail_tune caption` makes one; '
-                                'name its folder with --captioner')
+                                'name its folder with --model')
     card = checked_card(found)
     if 'prefix_length' in card: return found, card
     if (given/'captioner'/'card.json').exists(): return captioner_card(given/'captioner')

@@ -130,7 +130,7 @@ def run_card(
 
 # %% ../nbs/29_export.ipynb #c0470c72
 SHARED = ['README.md', 'card.json', 'projections.safetensors', 'tower.safetensors', 'adapter/*',
-          '*.png', 'results.jsonl', 'trained_on.parquet'] # not checkpoints, nor cached features
+          '*.png', 'results.jsonl', 'trained_on.*'] # not checkpoints, nor cached features
 
 def known_facts(
     model:GenReal,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'DTYPES', 'begun_settings', 'check_folder', 'same_captions', 'open_folder', 'fresh_folder', 'room_for',
            'strays', 'why_make', 'shards_to_make', 'lock_shard', 'unlock_shard', 'draw_shard', 'make_shards', 'sum_up',
-           'write_manifest', 'run_device', 'check_dtype', 'number_format', 'default_batch', 'load_for_run', 'report',
+           'write_manifest', 'run_device', 'check_dtype', 'number_format', 'default_batch', 'load_for_run', 'tell_end',
            'ShardActor', 'make_shards_ray', 'carry_out', 'generate', 'check_lengths', 'finished_shards', 'with_quality',
            'load_generated']
 
@@ -315,7 +315,7 @@ def load_for_run(
     return load_generator(generator, None, dtype, device, scheduler, work.attention, work.compile)
 
 # %% ../nbs/10_generate.ipynb #0f6dc7cb
-def report(
+def tell_end(
     out:Path,          # folder of the run
     manifest:dict|None # from `write_manifest`
 ) -> None:
@@ -423,7 +423,7 @@ def generate(
         if asked != plan.settings: # another number format is for failures alone
             todo = {k: why for k, why in todo.items() if why == 'retry'}
         carry_out(out, plan, asked, todo, work, partial(load_for_run, found, asked, work), pipeline)
-        report(out, write_manifest(out, plan))
+        tell_end(out, write_manifest(out, plan))
     return out
 
 # %% ../nbs/10_generate.ipynb #47fdc98b

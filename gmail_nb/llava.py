@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['both_sides', 'VisualTokens', 'new_projector', 'turns_of', 'parts_of', 'chat_text', 'spread_markers', 'Llava',
-           'Prompt', 'tokenized', 'encode_prompt', 'earlier_answers', 'with_spans', 'padded_prompts', 'llava_loss',
+           'Prompt', 'token_ids', 'encode_prompt', 'earlier_answers', 'with_spans', 'padded_prompts', 'llava_loss',
            'generate_answers', 'SharedWords', 'common_start', 'read_shared_words', 'encode_all', 'answer_all',
            'from_llava', 'load_llava', 'plain_name', 'plain_state', 'merged_state', 'language_part', 'lora_layers',
            'merged_language', 'save_llava']
@@ -170,7 +170,7 @@ class Prompt:
         begins = len(self.ids) - self.answer
         return [i for a, b in self.earlier for i in range(a, b)] + list(range(begins, len(self.ids)))
 
-def tokenized(tokenizer, text:str, **how): # how: of the tokenizer
+def token_ids(tokenizer, text:str, **how): # how: of the tokenizer
     "The text's numbers; what begins a text comes once, if the template has written it already."
     twice = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     return tokenizer(text, add_special_tokens=not twice, **how)
@@ -186,9 +186,9 @@ def encode_prompt(
     asked, tok = turns[:-1] if answered else turns, model.tokenizer
     def spread(text): return text.replace(model.marker, model.marker * tokens)
     text = spread_markers(chat_text(model.chat, asked, model.marker), images, tokens, model.marker)
-    if not answered: return Prompt(tokenized(tok, text)['input_ids'], 0, images)
+    if not answered: return Prompt(token_ids(tok, text)['input_ids'], 0, images)
     spans = [tuple(len(spread(part)) for part in ends) for ends in earlier_answers(model, asked)]
-    ids, earlier = with_spans(tok, text, spans) if spans else (tokenized(tok, text)['input_ids'], ())
+    ids, earlier = with_spans(tok, text, spans) if spans else (token_ids(tok, text)['input_ids'], ())
     answer = tok(turns[-1]['content'], add_special_tokens=False)['input_ids'] + [model.end]
     return Prompt(ids + answer, len(answer), images, earlier)
 
@@ -218,7 +218,7 @@ def with_spans(
     "Token numbers, and which of them the spans are. `ValueError` for a tokenizer that cannot tell."
     if not tokenizer.is_fast:
         raise ValueError(f'{type(tokenizer).__name__} does not say where its tokens are: take a fast one')
-    coded, found = tokenized(tokenizer, text, return_offsets_mapping=True), []
+    coded, found = token_ids(tokenizer, text, return_offsets_mapping=True), []
     for a, b in spans:
         here = [i for i, (x, y) in enumerate(coded['offset_mapping']) if x < y and x < b and y > a]
         found.append((here[0], here[-1] + 1) if here else (0, 0))

@@ -6,13 +6,13 @@
 __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN_WAYS',
            'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'TEXT_TUNINGS', 'STUDY', 'STUDY_SEEDS',
            'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number',
-           'check_value', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'Generator', 'is_commit', 'AdapterSettings',
-           'described', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings', 'part_of',
-           'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings',
-           'same_settings', 'CaptionerSettings', 'CaptionSettings', 'CaptionRunSettings', 'StageSettings',
-           'LlavaSettings', 'VQASettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings',
-           'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings',
-           'ReportSettings', 'report_settings']
+           'check_value', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'AfterSettings', 'Generator', 'is_commit',
+           'AdapterSettings', 'described', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings',
+           'AlignRunSettings', 'part_of', 'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings',
+           'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
+           'CaptionRunSettings', 'StageSettings', 'LlavaSettings', 'VQASettings', 'ChatSettings', 'DemoSettings',
+           'demo_settings', 'ProofSettings', 'proof_settings', 'check_small_captioner', 'CaptionExperimentSettings',
+           'IFCapSettings', 'LlavaExperimentSettings', 'ReportSettings', 'report_settings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -61,7 +61,8 @@ RANGES = dict( # name of a field -> least, most; above: the least is left out, b
     most_bad_steps=_several, most_damaged=(0, 1), noise=(0, 1e6), part_rows=_count, patience=_count,
     prefix_length=(1, 4096), processes=(0, 1024), projection_lr=_rate, rank=_size, samples=(1, 10**6),
     save_every=_count, seed=(0, 2**63 - 1), seeds=(1, 10**6), shard_size=(1, 10**7), steps=_count,
-    tau=(0, 1e6, 'above'), tolerance=(0, 1, 'above'), top_p=(0, 1, 'above'), tune_lr=_rate,
+    tau=(0, 1e6, 'above'), temperature=(0, 1e6, 'above'), tolerance=(0, 1, 'above'),
+    top_p=(0, 1, 'above'), tune_lr=_rate,
     tune_steps=_count, validation_limit=_count, validation_share=_share, warmup=_several,
     weight_decay=(0, 1e6), which=_several, width=_size, workers=(1, 1024))
 
@@ -149,6 +150,14 @@ class WorkSettings:
     def __post_init__(self):
         check_known(self, 'engine', ('local', 'ray'))
         check_above(self, 'shard_size', 'batch_size', 'workers')
+
+@dataclass(frozen=True)
+class AfterSettings:
+    "What follows once all images are drawn."
+    quality:str|bool|None=None  # measure CLIPScore with this encoder; embedded if none is named
+    report:bool=False           # write report.html and a contact sheet for each shard into the folder
+    real:str|None=None          # with --report: a captioned set of real images to show beside them
+    push:str|None=None          # OWNER/NAME: push to the Hub as a dataset
 
 # %% ../nbs/01_settings.ipynb #3d445c08
 @dataclass(frozen=True)
@@ -379,12 +388,15 @@ class EmbedSettings:
 # %% ../nbs/01_settings.ipynb #b60e27d1
 @dataclass(frozen=True)
 class ReadSettings:
-    "How a run reads images, and where it keeps their features. Only `store` changes the result."
+    "How a run on text reads its images, and where it runs. Only `store` changes the result."
     features:str|None=None      # folder of features that several runs share; below out if absent
     store:str='float32'         # number format of features on disk; float16 takes half of it
     workers:int|None=None       # threads that decode; as many as cores if absent
     processes:int=0             # that decode, in place of threads
     most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
+    test_split:str|None=None    # split of the test set, where that is a file with splits
+    device:str|None=None        # cpu or cuda; the fastest present if absent
+    desc:str|None=field(default='tuning', metadata=dict(flag=False)) # beside the progress bar
 
     def __post_init__(self):
         check_known(self, 'store', ('float32', 'float16'))
@@ -533,29 +545,26 @@ class CaptionSettings:
     "How a captioner writes the captions of pictures."
     beams:int=1                 # captions that are followed at once; 1 is greedy
     top_p:float|None=None       # share of the probability to draw words from, not beams
-    batch_size:int|None=None    # images at a time; that of the library if absent
-    max_new_tokens:int|None=None # longest caption, in tokens; that of the library if absent
+    temperature:float=1.        # divides the logits; below 1 the likely words are drawn more often
+    batch_size:int=64           # images at a time
+    max_new_tokens:int=24       # longest caption, in tokens; one that has not ended by then is cut
     seed:int=0                  # seed of the drawing
     most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
 
     def __post_init__(self):
-        check_above(self, 'beams', 'batch_size', 'max_new_tokens', 'top_p')
+        check_above(self, 'beams', 'batch_size', 'max_new_tokens', 'top_p', 'temperature')
         if self.top_p is not None and self.top_p > 1:
             raise ValueError(f'top_p is {self.top_p}: a share is at most 1, such as .9')
         if self.top_p is not None and self.beams > 1:
             raise ValueError(f'beams is {self.beams} and top_p is {self.top_p}: '
                              'choose either of them')
 
-    def given(self) -> dict:
-        "What was asked for, by name."
-        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
-
 # %% ../nbs/01_settings.ipynb #bacaa480
 @dataclass(frozen=True)
 class CaptionRunSettings:
     "What `gmail_tune caption` depends on besides the captioner and its data."
-    splits:tuple=('train', 'test') # to train and to test on, such as: train+restval test
-    validation_share:float=.1   # share of the keys to score on, without test set and splits
+    test_split:str|None=None    # split of the test images; test of a Karpathy file if absent
+    validation_share:float=.1   # share of the keys to score on, without a test set and splits
     seed:int=0                  # seed of weights, order and noise
     features:str|None=None      # folder of features that several runs share; below out if absent
     store:str='float32'         # number format of features on disk; float16 takes half of it
@@ -571,8 +580,6 @@ class CaptionRunSettings:
         check_known(self, 'store', ('float32', 'float16'))
         check_above(self, 'workers', 'save_every')
         check_above(self, 'processes', least=-1)
-        if len(self.splits) != 2:
-            raise ValueError(f'splits are {self.splits}: name one to train on and one to test on')
 
 # %% ../nbs/01_settings.ipynb #2eddea7b
 @dataclass(frozen=True)
@@ -642,6 +649,17 @@ class VQASettings:
     max_new_tokens:int=16       # longest answer, in tokens
 
     def __post_init__(self): check_above(self, 'limit', 'batch_size', 'max_new_tokens')
+
+@dataclass(frozen=True)
+class ChatSettings:
+    "How a LLaVA talks about pictures."
+    max_new_tokens:int=128      # longest answer, in tokens
+    side:str='real'             # side of the pictures: real, or generated, which go through f_g
+    device:str|None=None        # cpu or cuda; the fastest present if absent
+
+    def __post_init__(self):
+        check_above(self, 'max_new_tokens')
+        check_known(self, 'side', ('real', 'generated'))
 
 # %% ../nbs/01_settings.ipynb #74b19694
 _demo_draw = DrawSettings(samples=3, steps=3, guidance=8., options=dict(style='noto'))

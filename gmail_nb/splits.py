@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .files import atomic_path, name_some
+from .files import atomic_path, checked_card, name_some, write_card
 
 # %% ../nbs/11_splits.ipynb #8c973a57
 def shared_keys(
@@ -44,20 +44,24 @@ def write_trained_on(
     folder:str|Path,     # of a model
     keys:Iterable[str]   # of the images that it has learned from; repeated ones are kept once
 ) -> Path:
-    "Write `trained_on.parquet` into the folder of a model."
-    path = Path(folder)/'trained_on.parquet'
-    table = pa.table(dict(key=pa.array(sorted(set(keys)), pa.string())))
+    "Write `trained_on.parquet`, and its checksum in `trained_on.json`, into the folder of a model."
+    path, keys = Path(folder)/'trained_on.parquet', sorted(set(keys))
+    path.with_suffix('.json').unlink(missing_ok=True) # that of the file before
+    table = pa.table(dict(key=pa.array(keys, pa.string())))
     with atomic_path(path) as tmp: pq.write_table(table, tmp, compression='zstd')
+    write_card(path.parent, dict(keys=len(keys)), path.name, name='trained_on.json')
     return path
 
 # %% ../nbs/11_splits.ipynb #5e8c2876
 def trained_on(
     folder:str|Path # of a model
 ) -> list[str]: # keys; empty where the folder does not say
-    "The keys that `write_trained_on` kept; `ValueError` for a file that does not read back."
+    """The keys that `write_trained_on` kept. `ValueError` for a file that is not as it was written, or does
+    not read back; versions up to 0.7 wrote no checksum, and their files are read without."""
     path = Path(folder)/'trained_on.parquet'
+    if path.with_suffix('.json').exists(): checked_card(path.parent, 'trained_on.json')
     if not path.exists(): return []
     try: return pq.read_table(path, columns=['key'])['key'].to_pylist()
-    except (pa.ArrowException, KeyError, OSError) as e:
+    except (pa.ArrowException, KeyError, OSError, UnicodeDecodeError) as e:
         raise ValueError(f'{path.parent.name}/{path.name} does not read back ({e}): '
                          'train the model again, or remove the file') from e

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'MARK', 'QUESTION_KINDS', 'SPLIT_NAME', 'SCIENCEQA_COLUMNS', 'MMMU_COLUMNS', 'DIRECTLY', 'BRIEFLY',
-           'PROMPTS', 'NUMBERS', 'BEFORE', 'COLOURS', 'OPEN_WORDS', 'Question', 'check_question', 'scienceqa_question',
-           'as_texts', 'not_kept_back', 'mmmu_question', 'mmmu_subject', 'question_kind', 'Questions', 'has_image',
-           'split_files', 'hub_questions', 'load_questions', 'small_scienceqa', 'small_mmmu', 'scienceqa_prompt',
-           'mmmu_prompt', 'with_markers', 'scienceqa_choice', 'mmmu_choice', 'plain_forms', 'answer_tails',
-           'open_right', 'Answered', 'judge', 'conversation', 'ask_questions', 'right_ones', 'accuracy',
-           'accuracy_difference', 'vqa_records', 'main_colour', 'drawn_times', 'shuffled_options', 'placed',
-           'known_choices', 'others_of', 'drawing_question', 'drawing_questions', 'beside', 'show_answers']
+           'PROMPTS', 'NUMBERS', 'BEFORE', 'COLOURS', 'SEVERAL', 'OPEN_WORDS', 'Question', 'check_question',
+           'scienceqa_question', 'as_texts', 'not_kept_back', 'mmmu_question', 'mmmu_subject', 'question_kind',
+           'Questions', 'has_image', 'split_files', 'hub_questions', 'load_questions', 'small_scienceqa', 'small_mmmu',
+           'scienceqa_prompt', 'mmmu_prompt', 'with_markers', 'scienceqa_choice', 'mmmu_choice', 'plain_forms',
+           'answer_tails', 'open_right', 'Answered', 'judge', 'conversation', 'ask_questions', 'right_ones', 'accuracy',
+           'accuracy_difference', 'vqa_records', 'main_colour', 'drawn_times', 'shuffled_options', 'shows_one',
+           'has_answer', 'placed', 'known_choices', 'others_of', 'drawing_question', 'drawing_questions', 'beside',
+           'show_answers']
 
 # %% ../nbs/39_vqa.ipynb #75f3a408
 import ast
@@ -503,6 +504,22 @@ def shuffled_options(options:list, *seed) -> list:
     "The options in an order that only the seed decides."
     return sorted(options, key=lambda o: stable_seed('options', *seed, o))
 
+# %% ../nbs/39_vqa.ipynb #e6a10c02
+SEVERAL = {'and', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'people',
+           'men', 'women', 'children', 'couple', 'pair', 'family', 'twins'}
+
+def shows_one(name:str) -> bool:
+    "Whether the name of a drawing speaks of one thing. Careful: 'shorts' and 'compasses' are many."
+    head = re.split(' with |: |, ', name.lower())[0] # what the face is smiling with does not count
+    words = re.findall('[a-z]+', head)
+    plural = any(w.endswith('s') and not w.endswith(('ss', 'us', 'is')) for w in words)
+    return not plural and not SEVERAL & set(words)
+
+def has_answer(row:dict, kind:str) -> bool:
+    "Whether a question has one answer: a clear colour, or a thing that can be counted."
+    if kind == 'colour': return main_colour(row['image']) is not None
+    return kind != 'count' or shows_one(row['label'])
+
 # %% ../nbs/39_vqa.ipynb #7b4578a1
 OPEN_WORDS = dict(
     name='What is shown in the picture?',
@@ -554,11 +571,11 @@ def drawing_questions(
     pool:datasets.Dataset|None=None, # that wrong choices are drawn from; `rows` if absent
     seed:int=0
 ) -> list[Question]:
-    "Questions of every kind about every drawing; of colours only where one is clear."
+    "Questions of every kind about every drawing, where `has_answer`."
     found, pool = [], rows if pool is None else pool
     for kind in kinds:
         known = known_choices(kind, pool)
-        keep = [r for r in rows if kind != 'colour' or main_colour(r['image'])]
+        keep = [r for r in rows if has_answer(r, kind)]
         order = sorted(r['key'] for r in keep)
         turns = {k: t for t, k in enumerate(shuffled_options(order, 'turn', kind, seed))}
         found += [drawing_question(r, kind, known, turns[r['key']], seed) for r in keep]

@@ -7,9 +7,18 @@ os.environ['MPLBACKEND'] = 'agg'
 os.environ['HF_HUB_OFFLINE'] = '1'         # a test that wants the network must fail, not wait
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 
+import pytest
+from faults import Zygote
 from xdist.scheduler import LoadScopeScheduling
 
 import gmail_nb.runtime # mends torchvision, before open_clip or timm are imported by a test
+
+@pytest.fixture(scope='session')
+def forks(tmp_path_factory):
+    "A process that has imported the package and runs commands, or functions of tests, each in a fork of itself."
+    found = Zygote(tmp_path_factory.mktemp('forks'), PYTHONHASHSEED='1')
+    yield found
+    found.close()
 
 def pytest_collection_modifyitems(items):
     "Longest first, so that the last worker to finish does not start late: what a case weighs is set by its module."

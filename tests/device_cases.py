@@ -43,7 +43,7 @@ from gmail_nb.settings import (TEXT_TUNINGS, TUNINGS, AdapterSettings, AlignSett
                                EmbedSettings, FineTuneSettings, LlavaSettings, RunSettings, StageSettings, TuneSettings,
                                WorkSettings)
 from gmail_nb.train import Alignment, align, processes
-from gmail_nb.tune import TextRun, advance as advance_text, feature_rows, save_tuned, tune_text, tuned_encoder
+from gmail_nb.tune import TextRun, advance as advance_text, as_image_rows, save_tuned, tune_text, tuned_encoder
 from test_llava import language, tiny_tokenizer
 
 simulator.install()
@@ -333,7 +333,7 @@ def a_text_step_waits_once():
         x, index = nn.functional.normalize(torch.randn(2, 24, encoder.dim), dim=-1), torch.arange(8)
         settings = TuneSettings(tuning=tuning, validation_share=0, real_projection=True)
         job = TextRun(encoder, [f'caption number {i}' for i in range(24)], settings, accelerator=accelerator(SIM))
-        found = waits_of(lambda: advance_text(job, feature_rows(x), index, feature_rows(x[1])))
+        found = waits_of(lambda: advance_text(job, as_image_rows(x), index, as_image_rows(x[1])))
         assert found[0] <= 1, f'{tuning}: {found}'
 
 @case
@@ -387,11 +387,11 @@ def commands_from_images_to_scores():
         drawings(48).to_parquet('real.parquet')
         emoji('B', source='noto').select(range(12)).to_parquet('B.parquet')
         for line in ('generate real.parquet --out drawn --steps 1 --quiet', 'embed real.parquet --out features',
-                     'align real.parquet drawn --epochs 1 --batch-size 16 --out aligned',
+                     'align real.parquet --generated drawn --epochs 1 --batch-size 16 --out aligned',
                      'tune text --generated drawn --model aligned --steps 2 --out tuned',
                      'tune caption --generated drawn --model aligned --test B.parquet --steps 2 --out captions',
-                     'caption real.parquet --captioner captions',
-                     'eval --model tuned:tuned --data B.parquet --out eval --no-pictures'):
+                     'caption real.parquet --model captions',
+                     'eval B.parquet --model tuned:tuned --out eval --no-pictures'):
             with simulator.counted() as t: status = COMMANDS(line.split())
             assert not status, f'gmail_{line} ended with {status}'
             assert t.to_device, f'gmail_{line} copied nothing to the device'

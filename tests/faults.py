@@ -1,12 +1,13 @@
-"""Commands under faults: a process that has imported the package forks a child for each command, so that a run costs no
-imports, and the child kills itself, stops, or meets a limit at a chosen touch of its folder. `python faults.py` is
-that process."""
+"""Commands without the seconds of their imports, and under faults: a process that has imported the package forks a
+child for each, which, where it is asked to, kills itself, stops, or meets a limit at a chosen touch of its folder.
+`python faults.py` is that process."""
 import json
 import os
 import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -47,6 +48,7 @@ def wait_for(path, seconds=120):
 
 def prepare(job):
     "What is to happen to this child."
+    if 'cwd' in job: os.chdir(job['cwd'])
     if job.get('fsize'): resource.setrlimit(resource.RLIMIT_FSIZE, (job['fsize'], resource.RLIM_INFINITY))
     if job.get('clock'):
         real, steps = time.time, iter(job['clock'] * 100_000)
@@ -74,8 +76,9 @@ def prepare(job):
     if 'below' in job: return at_touches(job['below'], act)
 
 def carry_out(job):
-    "Run a command, or a function of a test's module, and end with its status."
+    "Run a command, a file of Python, or a function of a test's module, and end with its status."
     import importlib
+    import runpy
     for fd, name in ((1, 'out'), (2, 'err')):
         file = os.open(f'{job["log"]}.{name}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, fd)
@@ -85,9 +88,13 @@ def carry_out(job):
         if 'call' in job:
             module, _, name = job['call'].partition(':')
             status = getattr(importlib.import_module(module), name)(*job['args']) or 0
+        elif 'script' in job:
+            sys.argv, status = [job['script'], *job['argv']], 0
+            runpy.run_path(job['script'], run_name='__main__')
         else:
             from gmail_nb.cli.commands import COMMANDS
             status = COMMANDS.commands[job['argv'][0]](job['argv'][1:])
+    except SystemExit as e: status = e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException:
         traceback.print_exc()
         status = 70 # never that of a command
@@ -105,7 +112,7 @@ def serve():
     import gmail_nb.cli.commands, gmail_nb.runs.align, gmail_nb.runs.evaluate, gmail_nb.runs.generate # noqa: F401
     import gmail_nb.runs.tune_caption, gmail_nb.runs.tune_text, gmail_nb.runs.tune_llava, gmail_nb.runs.vqa # noqa: F401
     import gmail_nb.experiments.demo # noqa: F401
-    import transformers.models.gpt2.modeling_gpt2, matplotlib.pyplot # noqa: F401
+    import matplotlib.pyplot, open_clip, timm, transformers.models.gpt2.modeling_gpt2 # noqa: F401
     answer = os.fdopen(os.dup(1), 'w', buffering=1)
     print('ready', file=answer)
     for line in sys.stdin:
@@ -121,6 +128,7 @@ def serve():
             os.setpgrp()
             return carry_out(job)
         print(pid, file=answer)
+    os._exit(0) # its modules need not be taken down
 
 # ---- in the test
 
@@ -180,6 +188,17 @@ class Zygote:
         return Started(self, self.ask(dict(log=log, **what, **how)), log)
 
     def run(self, *argv, **how): return self.start(*argv, **how).wait()
+
+    def together(self, script, *argv, processes=2):
+        "What became of so many processes of a file of Python, which find each other as torchrun lets them."
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        env = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        if processes == 1: env = {}
+        begun = [self.start(*argv, script=script, env={k: str(v) for k, v in (env | rank).items()})
+                 for rank in [dict(RANK=i, LOCAL_RANK=i) if env else {} for i in range(processes)]]
+        return [b.wait() for b in begun]
 
     def close(self):
         self.process.stdin.close()

@@ -17,7 +17,7 @@ from gmail_nb.encoders import Encoder
 from gmail_nb.features import Features
 from gmail_nb.settings import AdapterSettings, AlignSettings, TuneSettings
 from gmail_nb.train import Alignment, Order, epoch_order
-from gmail_nb.tune import check_features_fit, check_training_set, feature_rows, split_pairs, step_order, tune_text
+from gmail_nb.tune import check_features_fit, check_training_set, as_image_rows, split_pairs, step_order, tune_text
 
 WIDTH, torch_threads = 512, torch.set_num_threads(1)
 
@@ -95,7 +95,7 @@ def measure(folder, n):
     aligned = peak.most - before
     s, x, said = (
         TuneSettings('full', steps=n // 512 - 20, batch_size=512, every=10**9, validation_limit=5000),
-        feature_rows(features),
+        as_image_rows(features),
         Said(n),
     )
     stage('tune: checks of features', lambda: check_features_fit(encoder, x))

@@ -1,5 +1,4 @@
 "Benchmarks in small: both ways agree, every line has its fields, and what cannot be measured says so."
-import importlib
 import importlib.util
 import json
 import subprocess
@@ -11,7 +10,7 @@ import torch
 import gmail_nb.bench.align as bench_align
 import gmail_nb.bench.generate as bench_generate
 import gmail_nb.bench.retrieval as bench_retrieval
-from gmail_nb.bench.comparison import BENCHES, comparison, run_bench
+from gmail_nb.bench.comparison import BENCHES, comparison, dry_bench, function_of, run_bench
 
 def weight(item): return 40
 
@@ -23,9 +22,18 @@ def test_unknown_name_has_a_neighbour():
     with pytest.raises(ValueError, match="did you mean 'generate'"): run_bench('generatr')
 
 def test_every_bench_is_a_function():
-    for where in BENCHES.values():
-        module, function = where.split(':')
-        assert callable(getattr(importlib.import_module(module), function))
+    for bench in BENCHES.values(): assert callable(function_of(bench)) and callable(function_of(bench, sizes=True))
+
+def test_a_dry_run_tells_sizes_and_time_of_the_stored_rates():
+    rows = {r.where: r for r in dry_bench('generate')}
+    assert rows['n 48'].note == 'images' and rows['38 s'].what == 'time'
+    assert 'output' not in {r.what for r in rows.values()}
+    assert [r.what for r in dry_bench('retrieval', 'out')][-1] == 'output'
+
+def test_the_gpu_is_missing_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    looks = dry_bench('gpu')
+    assert looks[0].state == 'missing' and looks[-1].note.startswith('not known')
 
 # generation
 

@@ -137,7 +137,7 @@ def test_losses_that_part_are_shown():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU is here')
 def test_a_machine_without_a_gpu_is_told(capsys):
-    assert BENCHES['gpu'] == 'gmail_nb.bench.gpu:gpu_page'
+    assert BENCHES['gpu'].at == 'gmail_nb.bench.gpu:gpu_page' and BENCHES['gpu'].cuda
     with pytest.raises(ValueError, match='needs a CUDA device'): run_bench('gpu')
     assert gmail_bench(['gpu']) == 2 and 'needs a CUDA device' in capsys.readouterr().err
 

@@ -1,7 +1,5 @@
 "Captioners over several processes: the result of one, a stop that takes all along, and checkpoints of another number."
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,27 +7,16 @@ import torch
 from safetensors.torch import load_file
 
 script = str(Path(__file__).with_name('caption_once.py'))
-launcher = (
-    '-m',
-    'torch.distributed.run',
-    '--nproc_per_node=2',
-    '--master_port=0',
-    '--rdzv_backend=c10d',
-    '--rdzv_endpoint=localhost:0',
-)
-
 
 def weight(item): return 40
 
-def start(out, *more, processes=1):
+def start(forks, out, *more, processes=1):
     out.mkdir(exist_ok=True)
-    command = [sys.executable, *(launcher if processes > 1 else ()), script, str(out), *map(str, more)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=540)
+    return forks.together(script, out, *more, processes=processes)
 
-def run(out, *more, processes=1):
+def run(forks, out, *more, processes=1):
     "Losses and weights by the name of the training."
-    done = start(out, *more, processes=processes)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in start(forks, out, *more, processes=processes): assert done.status == 0, done.err[-3000:]
     return {p.stem: (json.loads(p.read_text()), load_file(p.with_suffix('.safetensors'))) for p in out.glob('*.json')}
 
 def compare(alone, together):
@@ -40,27 +27,27 @@ def compare(alone, together):
         for k in weights: # Adam makes much of rounding where a gradient is zero
             torch.testing.assert_close(found[k], weights[k], atol=2e-3, rtol=0, msg=name)
 
-def test_two_processes_follow_the_curve_of_one(tmp_path):
+def test_two_processes_follow_the_curve_of_one(forks, tmp_path):
     "With two sources, captions of several lengths, batches that do not divide by two, and a batch of one."
-    alone = run(tmp_path/'one')
+    alone = run(forks, tmp_path/'one')
     assert alone['even'][0][-1] < .9 * alone['even'][0][0] and len(alone['odd'][0]) == 20
-    compare(alone, run(tmp_path/'two', processes=2))
+    compare(alone, run(forks, tmp_path/'two', processes=2))
 
-def test_a_process_that_dies_takes_the_others_along_with_its_message(tmp_path):
-    done = start(tmp_path/'dies', 'dies', processes=2)
-    assert done.returncode != 0 and 'the second process has had enough' in done.stderr
+def test_a_process_that_dies_takes_the_others_along_with_its_message(forks, tmp_path):
+    both = start(forks, tmp_path/'dies', 'dies', processes=2)
+    assert all(done.status != 0 for done in both) and 'the second process has had enough' in both[1].err
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on_where_there_is_no_dropout(tmp_path):
-    whole = run(tmp_path/'whole', tmp_path/'a', 12, 0)
-    run(tmp_path/'part', tmp_path/'b', 12, 0, processes=2)
+def test_another_number_of_processes_goes_on_where_there_is_no_dropout(forks, tmp_path):
+    whole = run(forks, tmp_path/'whole', tmp_path/'a', 12, 0)
+    run(forks, tmp_path/'part', tmp_path/'b', 12, 0, processes=2)
     for made in (tmp_path/'b').glob('step-000012'): # as if it had been stopped behind step 8
         for file in made.iterdir(): file.unlink()
         made.rmdir()
-    compare(whole, run(tmp_path/'rest', tmp_path/'b', 12, 0))
+    compare(whole, run(forks, tmp_path/'rest', tmp_path/'b', 12, 0))
 
 @pytest.mark.slow
-def test_another_number_of_processes_is_refused_where_there_is_dropout(tmp_path):
-    run(tmp_path/'two', tmp_path/'c', 8, .1, processes=2)
-    done = start(tmp_path/'one', tmp_path/'c', 8, .1)
-    assert done.returncode != 0 and 'processes is 2 there and 1 here' in done.stderr
+def test_another_number_of_processes_is_refused_where_there_is_dropout(forks, tmp_path):
+    run(forks, tmp_path/'two', tmp_path/'c', 8, .1, processes=2)
+    done, = start(forks, tmp_path/'one', tmp_path/'c', 8, .1)
+    assert done.status != 0 and 'processes is 2 there and 1 here' in done.err

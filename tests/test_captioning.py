@@ -129,7 +129,7 @@ def test_another_seed_draws_other_captions(learned, features):
 
 def test_writing_checks_what_it_is_given(learned, features):
     with pytest.raises(ValueError, match='expected features'): write_captions(learned[0], torch.randn(2, 8))
-    with pytest.raises(ValueError, match='either beams or nucleus'):
+    with pytest.raises(ValueError, match='choose either'):
         write_captions(learned[0], features, beams=2, top_p=.9)
     with pytest.raises(ValueError, match='100 tokens are 104 positions'):
         write_captions(learned[0], features, max_new_tokens=100)
@@ -222,7 +222,7 @@ def test_the_loop_is_the_plain_one_to_the_last_bit(tokenizer, several, tmp_path)
     by_hand, ours, from_files = again_and_again(tokenizer)
     (x, captions), how = several, dict(noise=.3, seed=5)
     losses = plain_loop(by_hand, x, captions, 14, 16, 2e-3, **how)
-    assert train_captioner(ours, x, captions, 14, 16, 2e-3, desc=None, **how) == losses
+    assert train_captioner(ours, x, captions, steps=14, batch_size=16, lr=2e-3, desc=None, **how) == losses
     encoded = write_encoded(from_files, captions, tmp_path/'encoded')
     settings = CaptionerSettings(steps=14, batch_size=16, lr=2e-3, noise=.3)
     assert train_captioner(from_files, list(x), encoded, settings=settings, seed=5, desc=None) == losses
@@ -235,7 +235,7 @@ def test_a_run_that_is_stopped_anywhere_ends_like_one_that_is_not(tokenizer, sev
     x, captions = several
     def go(captioner, place):
         run = RunSettings(checkpoints=str(tmp_path/place), save_every=3)
-        return train_captioner(captioner, x, captions, 12, 16, noise=.3, desc=None, run=run)
+        return train_captioner(captioner, x, captions, steps=12, batch_size=16, noise=.3, desc=None, run=run)
     losses, note = go(whole, 'whole'), Log.note
     monkeypatch.setattr(Log, 'note', lambda self, row: 1 / (dies_at - row['step']) and note(self, row))
     with pytest.raises(ZeroDivisionError): go(stopped, 'part')
@@ -372,9 +372,10 @@ def test_features_are_read_from_their_file_also_in_sixteen_bits(tokenizer, drawn
              for s in ('float32', 'float16')}
     by_hand, ours, short = again_and_again(tokenizer)
     names = [['a dog']] * 8
-    losses = train_captioner(by_hand, found['float32'].mapped.clone(), names, 4, 4, desc=None)
-    assert train_captioner(ours, found['float32'], names, 4, 4, desc=None) == losses
-    assert train_captioner(short, found['float16'], names, 4, 4, desc=None) == pytest.approx(losses, abs=.02)
+    losses = train_captioner(by_hand, found['float32'].mapped.clone(), names, steps=4, batch_size=4, desc=None)
+    assert train_captioner(ours, found['float32'], names, steps=4, batch_size=4, desc=None) == losses
+    half = train_captioner(short, found['float16'], names, steps=4, batch_size=4, desc=None)
+    assert half == pytest.approx(losses, abs=.02)
     assert Sources([found['float32'], found['float16']])[1, torch.tensor([0])].dtype == torch.float32
     greedy = write_captions(by_hand, found['float32'])
     assert greedy == write_captions(by_hand, found['float32'].mapped) and len(greedy) == 8
@@ -402,7 +403,7 @@ def test_what_is_trained_has_float32_and_comes_back_as_it_was(lm_folder, feature
     assert {p.dtype for p in captioner.trained().values()} == {torch.float32}
     frozen = {n: p.clone() for n, p in captioner.named_parameters() if not p.requires_grad}
     assert {p.dtype for p in frozen.values()} <= {torch.bfloat16}
-    losses = train_captioner(captioner, features, names, 12, 16, lr=1e-2, noise=0., desc=None)
+    losses = train_captioner(captioner, features, names, steps=12, batch_size=16, lr=1e-2, noise=0., desc=None)
     assert losses[-1] < losses[0] and all(
         torch.equal(p, dict(captioner.named_parameters())[n]) for n, p in frozen.items()
     )
@@ -423,7 +424,7 @@ def test_small_steps_are_not_lost_in_a_bfloat16_model(lm_folder, features, names
     lm, tokenizer = load_lm(lm_folder, torch.bfloat16)
     captioner = Captioner(lm, tokenizer, 256, tuning='lora')
     before = {n: p.detach().clone() for n, p in captioner.trained().items() if 'lora_A' in n}
-    train_captioner(captioner, features, names, 5, 16, lr=1e-5, desc=None)
+    train_captioner(captioner, features, names, steps=5, batch_size=16, lr=1e-5, desc=None)
     moved = [not torch.equal(captioner.trained()[n].to(torch.bfloat16).float(), captioner.trained()[n]) for n in before]
     assert before and all(moved)
 
@@ -457,8 +458,6 @@ def test_settings_of_a_captioner_that_cannot_be(settings, said):
     with pytest.raises(ValueError, match=said): CaptionerSettings(**settings)
 
 def test_settings_of_a_run_that_cannot_be():
-    with pytest.raises(ValueError, match='name one to train on and one to test on'):
-        CaptionRunSettings(splits=('train',))
     with pytest.raises(ValueError, match='unknown store'): CaptionRunSettings(store='int8')
 
 def test_the_folder_above_a_captioner_will_do_and_another_models_will_not(learned, features, tmp_path):
@@ -467,7 +466,7 @@ def test_the_folder_above_a_captioner_will_do_and_another_models_will_not(learne
     (tmp_path/'aligned').mkdir()
     (tmp_path/'aligned'/'card.json').write_text(json.dumps(dict(base='embedded')))
     with pytest.raises(ValueError, match='something else than a captioner'): captioner_card(tmp_path/'aligned')
-    with pytest.raises(FileNotFoundError, match='--captioner'): captioner_card(tmp_path/'nowhere')
+    with pytest.raises(FileNotFoundError, match='--model'): captioner_card(tmp_path/'nowhere')
 
 def test_a_tracker_is_told_the_settings_and_every_step(tokenizer, features, names, tmp_path):
     class Notes(GeneralTracker):

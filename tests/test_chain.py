@@ -97,12 +97,18 @@ def test_a_miniature_is_the_same_at_every_call(mini, tmp_path):
 
 # From the shell
 
-def shell(cwd, command, *argv):
+def shell(cwd, *argv):
     "What a person sees when the command succeeds."
-    done = subprocess.run([sys.executable, '-m', 'gmail_nb.cli.commands', command, *map(str, argv)], cwd=cwd,
+    done = subprocess.run([sys.executable, '-m', 'gmail_nb.cli.commands', *map(str, argv)], cwd=cwd,
                           capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PATH': ''})
-    assert done.returncode == 0, f'{command} {argv}: {done.stderr[-3000:]}'
+    assert done.returncode == 0, f'{argv}: {done.stderr[-3000:]}'
     return done.stdout
+
+def forked(forks, cwd, *argv):
+    "The same from a process that has loaded the libraries, which takes a shell several seconds for each command."
+    done = forks.run(*argv, cwd=cwd, env=dict(PATH=''))
+    assert done.status == 0, f'{argv}: {done.err[-3000:]}'
+    return done.out
 
 def told(mini, split): # how every command is told of some of COCO's images
     return mini/'coco'/'dataset_coco.json', '--images', mini/'coco', '--split', split
@@ -113,8 +119,8 @@ TEXT = '--steps', 4, '--batch-size', 8, '--every', 2, '--tuning', 'lora'
 CAPTION = '--steps', 3, '--batch-size', 8, '--max-new-tokens', 4
 
 @pytest.fixture(scope='module')
-def way(mini, tmp_path_factory):
-    "The whole way from COCO's folder to scores, one command after the other, and what each said."
+def way(mini, forks, tmp_path_factory):
+    "The way from COCO's folder to scores, and what each command said; the first is from a shell."
     home, name, coco = tmp_path_factory.mktemp('shell'), encoder_name(mini, 'open_clip'), mini/'coco'
     steps = [
         ('generate', *told(mini, TRAIN), '--generator', mini/'sd', *DRAW, '--samples', 2, '--out', 'first'),
@@ -122,6 +128,7 @@ def way(mini, tmp_path_factory):
         (
             'align',
             *told(mini, TRAIN)[:1],
+            '--generated',
             'first',
             *told(mini, TRAIN)[1:],
             '--encoder',
@@ -136,10 +143,10 @@ def way(mini, tmp_path_factory):
         (
             'tune',
             'caption',
-            '--real',
             *told(mini, '')[:3],
-            '--splits',
+            '--split',
             TRAIN,
+            '--test-split',
             TEST,
             '--generated',
             'all',
@@ -156,14 +163,13 @@ def way(mini, tmp_path_factory):
         (
             'caption',
             *sorted((coco/'val2017').glob('*.jpg')),
-            '--captioner',
+            '--model',
             'captions/captioner',
             '--max-new-tokens',
             4,
         ),
         (
             'eval',
-            '--data',
             *told(mini, TEST),
             '--model',
             name,
@@ -174,7 +180,7 @@ def way(mini, tmp_path_factory):
             '--no-pictures',
         ),
     ]
-    return home, [shell(home, *argv) for argv in steps]
+    return home, [shell(home, *steps[0]), *[forked(forks, home, *argv) for argv in steps[1:]]]
 
 def test_every_command_says_where_its_results_lie(way):
     ends = ('images: first', 'images: all', 'model: aligned', 'features: seen', 'features: drawn', 'tuned: tuned',
@@ -222,7 +228,8 @@ def test_images_of_all_captions_can_be_aligned(way, mini, capsys, tmp_path):
     real, *more = told(mini, TRAIN)
     name = encoder_name(mini, 'open_clip')
     status, said = answer(
-        capsys, gmail_align, real, way[0]/'all', *more, '--encoder', name, *ALIGN, '--out', tmp_path/'aligned'
+        capsys, gmail_align, real, '--generated', way[0]/'all', *more, '--encoder', name, *ALIGN,
+        '--out', tmp_path/'aligned'
     )
     assert status == 0, said
     assert len(pq.read_table(tmp_path/'aligned'/'real_features'/'keys.parquet')) == 16
@@ -237,7 +244,6 @@ def test_a_model_is_not_measured_on_what_it_learned_from(way, mini, capsys, tmp_
     status, said = answer(
         capsys,
         gmail_eval,
-        '--data',
         'coco-val2017',
         '--root',
         mini/'coco',
@@ -253,7 +259,6 @@ def test_the_published_names_of_sets_find_the_files(way, mini, capsys, tmp_path)
     status, said = answer(
         capsys,
         gmail_eval,
-        '--data',
         'coco-5k',
         '--root',
         mini/'coco',
@@ -273,10 +278,10 @@ def test_a_captioner_is_not_scored_on_what_it_learns_from(way, mini, capsys, tmp
         capsys,
         gmail_tune,
         'caption',
-        '--real',
         *told(mini, '')[:3],
-        '--splits',
+        '--split',
         TRAIN,
+        '--test-split',
         TEST,
         '--test',
         mini/'coco'/'annotations'/'captions_val2017.json',
@@ -353,7 +358,7 @@ def chain(request, mini, drawn, tmp_path_factory):
             settings,
             drawn/'all',
             home/'aligned',
-            splits=(TRAIN, TEST),
+            test_split=TEST,
             source=source(mini, TRAIN),
         )
     models = {m: m for m in (name, f'aligned:{home}/aligned', f'tuned:{home}/tuned')}

@@ -434,22 +434,14 @@ s = process_state()
 torch.save(dict(best=p.best, losses=losses, processes=s.num_processes), f'{sys.argv[2]}/{s.process_index}.pt')
 """
 
-def test_two_processes_train_as_one_does(tmp_path):
+def test_two_processes_train_as_one_does(forks, tmp_path):
     (tmp_path/'two.py').write_text(TWO)
-    here, found = str(Path(__file__).parent), {}
-    launcher = '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0'
+    found = {}
     for n in (1, 2):
         out = tmp_path/str(n)
         out.mkdir()
-        run(
-            sys.executable,
-            *(launcher if n == 2 else ()),
-            tmp_path/'two.py',
-            here,
-            out,
-            cwd=tmp_path,
-            PYTHONPATH=str(repository),
-        )
+        for done in forks.together(tmp_path/'two.py', Path(__file__).parent, out, processes=n):
+            assert done.status == 0, done.err[-3000:]
         found[n] = [torch.load(f, weights_only=True) for f in sorted(out.glob('*.pt'))]
     one, (first, second) = found[1][0], found[2]
     assert (one['processes'], first['processes'], second['processes']) == (1, 2, 2)

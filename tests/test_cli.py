@@ -88,6 +88,8 @@ def test_every_console_script_is_a_command():
         assert at == f'gmail_nb.cli.commands:{name}'
         assert getattr(commands, name) is COMMANDS.commands[name.removeprefix('gmail_')]
 
+AB = 'a', '--generated', 'b' # two folders, for `gmail_align`
+
 # Flags are the fields of the settings
 
 @pytest.mark.parametrize('name, c', list(all_commands()))
@@ -121,19 +123,64 @@ def test_a_flag_has_one_name_for_one_thing():
         assert len(set(names.values())) == len(names), name
     assert all(len(fields) == 1 for fields in meant.values())
 
-def test_a_captioned_set_is_called_set():
-    for c in (gmail_generate, commands.gmail_align, commands.gmail_embed):
-        assert (
-            options_of(c.work)[0].path == ('captioned',)
-            and c.parser().format_help().split('positional arguments:')[1].split()[0] == 'set'
-        )
+SETS = ['generate', 'align', 'embed', 'tune text', 'tune caption', 'tune llava', 'eval']
+
+@pytest.mark.parametrize('name', SETS)
+def test_a_captioned_set_is_the_first_word_and_called_set(name):
+    c = dict(all_commands())[name]
+    first = options_of(c.work)[0]
+    assert first.path == ('captioned',) and first.positional
+    assert c.parser().format_help().split('positional arguments:')[1].split()[0] == 'set'
+    flags = {f for a in c.parser()._actions if a.help != argparse.SUPPRESS for f in a.option_strings}
+    assert not flags & {'--data', '--set'} and ('--real' in flags) == (name == 'generate') # which shows a second set
+
+@pytest.mark.parametrize('name', [n for n in SETS if n not in ('generate', 'embed')])
+def test_the_generated_folder_has_one_name(name):
+    assert '--generated GENERATED' in dict(all_commands())[name].parser().format_help()
+
+OLDER = [ # as it was written, as it is written now, and what is said of it
+    ('tune text', '--real photos --test t.json --test-split test', 'photos --test t.json --test-split test', '--real'),
+    ('tune caption', '--real c.json --splits train+restval test', 'c.json --split train+restval --test-split test',
+     '--split and --test-split in place of --splits'),
+    ('tune llava', '--real photos --arm real', 'photos --arm real', 'SET, without a flag, in place of --real'),
+    ('align', 'photos drawn --rank 2', 'photos --generated drawn --rank 2', '--generated drawn'),
+    ('align', 'photos --rank 2 drawn', 'photos --generated drawn --rank 2', '--generated drawn'),
+    ('align', 'photos --generated d --image photo', 'photos --generated d --image-column photo', ''),
+    ('eval', '--data photos --model a --data chalk', 'photos --model a chalk', 'SET, without a flag'),
+    ('eval vqa', '--data questions --limit 3', 'questions --limit 3', 'SET, without a flag'),
+    ('caption', 'a.png --captioner captions', 'a.png --model captions', '--model in place of --captioner'),
+    ('experiment table2', '--data coco-5k --scale paper', '--test coco-5k --scale paper', '--test in place of --data'),
+    ('chat', 'what is it --generated', 'what is it --side generated', '--side generated in place of --generated')]
+
+@pytest.mark.parametrize('name, older, now, said', OLDER, ids=[f'{n} {o.split()[0]}' for n, o, *_ in OLDER])
+def test_an_older_spelling_is_understood_and_told(name, older, now, said, capsys):
+    c = dict(all_commands()) | {'eval vqa': gmail_eval.words['vqa']}
+    seen = seen_settings(c[name], *older.split())
+    told = capsys.readouterr().err
+    assert seen == seen_settings(c[name], *now.split()) and capsys.readouterr().err == ''
+    assert said in told and len(told.splitlines()) == (bool(said) + ('--splits' in older))
+
+def test_an_older_spelling_is_in_no_help_and_no_hint():
+    for name, older, *_ in OLDER:
+        c = dict(all_commands()).get(name, gmail_eval.words['vqa'])
+        flag = next((w for w in older.split() if w in ('--real', '--data', '--splits', '--captioner')), None)
+        assert flag is None or f'{flag} ' not in c.parser().format_help()
+    with pytest.raises(ValueError, match="did you mean SET, without a flag"):
+        gmail_eval.parser().parse_args(['--dataset', 'photos'])
+
+def test_what_an_older_word_said_is_said_once_and_by_one_process(capsys, monkeypatch):
+    seen_settings(gmail_eval, '--data', 'a', '--data', 'b')
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    monkeypatch.setenv('RANK', '1')
+    seen_settings(gmail_eval, '--data', 'a')
+    assert capsys.readouterr().err == ''
 
 
 def test_the_column_of_images_is_told_from_their_folder(capsys):
     told = answer(capsys, commands.gmail_align, '--help')[1]
     assert '--image-column' in told and '--images' in told and '--image IMAGE' not in told
     for flag in ('--image', '--image-column'): # the first is what it was called
-        assert seen_settings(commands.gmail_align, 'a', 'b', flag, 'photo')['source'].image == 'photo'
+        assert seen_settings(commands.gmail_align, 'a', '--generated', 'b', flag, 'photo')['source'].image == 'photo'
 
 def test_flags_stand_in_groups():
     told = gmail_generate.parser().format_help()
@@ -167,22 +214,22 @@ def seen_settings(c, *argv):
 
 def test_a_preset_stands_but_for_the_flags_beside_it():
     seen = seen_settings(
-        commands.gmail_align, 'photos', 'drawn', '--preset', 'paper', '--batch-size', '64', '--rank', '2'
+        commands.gmail_align, 'photos', '--generated', 'drawn', '--preset', 'paper', '--batch-size', '64', '--rank', '2'
     )
     assert seen['settings'].align == replace(PAPER_ALIGN, batch_size=64)
     assert seen['settings'].adapters == AdapterSettings(rank=2) and seen['args'][0] == 'photos'
 
 def test_the_temperature_follows_the_loss():
-    assert seen_settings(commands.gmail_align, 'a', 'b', '--loss', 'sigmoid')['settings'].align.temperature == .1
+    assert seen_settings(commands.gmail_align, *AB, '--loss', 'sigmoid')['settings'].align.temperature == .1
     assert (
-        seen_settings(commands.gmail_align, 'a', 'b', '--loss', 'sigmoid', '--tau', '.2')['settings'].align.temperature
+        seen_settings(commands.gmail_align, *AB, '--loss', 'sigmoid', '--tau', '.2')['settings'].align.temperature
         == 0.2
     )
     assert derived(AlignSettings()) == set() and AlignSettings().tau is None
 
 @pytest.mark.parametrize('typed, value', [('batch', 'batch'), ('all', 'all'), ('4096', 4096)])
 def test_negatives_are_a_word_or_a_number(typed, value):
-    assert seen_settings(commands.gmail_align, 'a', 'b', '--negatives', typed)['settings'].align.negatives == value
+    assert seen_settings(commands.gmail_align, *AB, '--negatives', typed)['settings'].align.negatives == value
 
 def test_flags_of_generate_reach_their_settings():
     seen = seen_settings(gmail_generate, 'captions.csv', '--no-key', '--no-header', '--caption', '0', '--samples', '2',
@@ -192,9 +239,9 @@ def test_flags_of_generate_reach_their_settings():
     assert (
         seen['draw'].samples == 2 and seen['draw'].options == dict(style='noto') and seen['draw'].image_format == 'webp'
     )
-    assert seen['source'].which == 3 and seen['part'] == '3/8' and seen['quality'] is True
+    assert seen['source'].which == 3 and seen['part'] == '3/8' and seen['after'].quality is True
     assert seen['work'].verify is False and seen['work'].retry_failed and seen['work'].engine == 'ray'
-    assert seen_settings(gmail_generate, 'x', '--quality', 'open_clip:ViT-B-32/openai')['quality'].startswith(
+    assert seen_settings(gmail_generate, 'x', '--quality', 'open_clip:ViT-B-32/openai')['after'].quality.startswith(
         'open_clip'
     )
 
@@ -210,14 +257,15 @@ def test_flags_of_tune_reach_their_recipes():
         7,
     )
     assert recipe.settings.batch_size == 512 and recipe.settings.patience is None and not recipe.settings.projection
-    caption = seen_settings(gmail_tune.commands['caption'], '--preset', 'paper-table1', '--lm', 'small', '--splits',
-                            'train+restval', 'test', '--real', 'dataset_coco.json', '--images', 'coco')
+    caption = seen_settings(gmail_tune.commands['caption'], '--preset', 'paper-table1', '--lm', 'small',
+                            'dataset_coco.json', '--split', 'train+restval', '--test-split', 'test', '--images', 'coco')
     assert caption['preset'].settings.lm == 'small' and caption['preset'].settings.prefix_length == 10
-    assert caption['run'].splits == ('train+restval', 'test') and caption['source'].images == 'coco'
+    assert caption['run'].test_split == 'test' and caption['source'].split == 'train+restval'
+    assert caption['args'][0] == 'dataset_coco.json' and caption['source'].images == 'coco'
 
 def test_repeated_flags_of_eval():
-    seen = seen_settings(gmail_eval, '--model', 'A=embedded', '--model', 'hf:clip', '--data', 'emoji', '--rows', 'CLIP')
-    assert seen['model'] == ('A=embedded', 'hf:clip') and seen['data'] == ('emoji',) and seen['rows'] == ('CLIP',)
+    seen = seen_settings(gmail_eval, '--model', 'A=embedded', '--model', 'hf:clip', 'emoji', '--rows', 'CLIP')
+    assert seen['model'] == ('A=embedded', 'hf:clip') and seen['args'] == ('emoji',) and seen['rows'] == ('CLIP',)
 
 def test_quick_starts_from_smaller_settings():
     seen = seen_settings(gmail_experiment.commands['captioning'], '--quick', '--seeds', '1')
@@ -295,8 +343,8 @@ def test_an_error_without_words_is_named(capsys):
         (gmail_tune, ['--task', 'text'], 'the kind comes first: gmail_tune text|caption'),
         (gmail_tune, ['speech'], "unknown kind 'speech'"),
         (gmail_experiment, ['alignmnt'], "did you mean 'alignment'"),
-        (commands.gmail_align, ['photos'], 'the following arguments are required: generated'),
-        (commands.gmail_align, [], 'the following arguments are required: set, generated'),
+        (commands.gmail_align, ['photos'], 'the following arguments are required: --generated'),
+        (commands.gmail_align, [], 'the following arguments are required: set'),
         (gmail_experiment, ['table22'], "unknown name 'table22': did you mean"),
         (gmail_experiment, ['table2', '--seeds', '2'], 'go with --scale paper'),
         (
@@ -310,9 +358,9 @@ def test_an_error_without_words_is_named(capsys):
         (commands.gmail_caption, ['a.png', '--batch-size', '0'], 'batch_size is 0'),
         (commands.gmail_caption, ['a.png', '--top-p', '2'], 'top_p is 2.0'),
         (gmail_generate, ['a', '--bogusss', '1'], 'gmail_generate --help lists all'),
-        (commands.gmail_align, ['a', 'b', '--epochs', 'many'], "invalid int value: 'many'"),
-        (commands.gmail_align, ['a', 'b', '--tuning', 'lorra'], "did you mean 'lora'"),
-        (commands.gmail_align, ['a', 'b', '--validation-share', '2'], 'validation_share is 2.0'),
+        (commands.gmail_align, [*AB, '--epochs', 'many'], "invalid int value: 'many'"),
+        (commands.gmail_align, [*AB, '--tuning', 'lorra'], "did you mean 'lora'"),
+        (commands.gmail_align, [*AB, '--validation-share', '2'], 'validation_share is 2.0'),
         (commands.gmail_embed, ['a', '--side', 'reel'], "invalid choice: 'reel'"),
         (gmail_generate, ['a', '--options', '{style}'], 'is not JSON'),
         (commands.gmail_caption, [], 'required: images'),

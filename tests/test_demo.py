@@ -10,10 +10,11 @@ import torch
 from gmail_nb.encoders import load_encoder, preprocess_images
 from gmail_nb.experiments.chain import chain_seed
 from gmail_nb.experiments.demo import (
-    ARMS, PRIMARY, ROWS, demo, demo_table, demo_verdict, dry_headline, headline_settings, make_side, point_of, show_place,
+    DEMO_ARMS, PRIMARY, PRIMARY_ROWS, demo, demo_table, demo_verdict, dry_headline, headline_settings, make_side,
+    point_of, show_place,
     some_concepts)
 from gmail_nb.experiments.protocol import (
-    GOOD, TESTS, Claim, Point, by_seed, chain_settings, chosen_settings, difference)
+    GOOD, TESTS, Claim, Point, by_seed, chain_settings, chosen_settings, claim_difference)
 from gmail_nb.files import asset, read_results
 from gmail_nb.settings import DemoSettings, ProofSettings, demo_settings
 from gmail_nb.stats import DRAWS, Interval, bootstrap, class_mean, paired_difference, resample, verdict
@@ -41,7 +42,7 @@ def test_more_concepts_than_there_are():
 def test_the_demo_repeats_and_writes_its_records(tmp_path):
     records, again = demo(tmp_path/'one', small()), demo(tmp_path/'two', small())
     assert [r['value'] for r in records] == [r['value'] for r in again]
-    assert {r['arm'] for r in records} == {*ARMS, 'gmail-indiscriminate'}
+    assert {r['arm'] for r in records} == {*DEMO_ARMS, 'gmail-indiscriminate'}
     assert (tmp_path/'one'/'report.html').stat().st_size > 50_000
     fields = {'experiment', 'arm', 'dataset', 'split', 'metric', 'value', 'seed', 'n'}
     assert all(fields <= set(r) for r in read_results(tmp_path/'one'/'results.jsonl'))
@@ -73,7 +74,7 @@ def test_the_demo_is_a_point_of_the_chain(tmp_path):
     s = chain_settings(ProofSettings(chain=chain), point, 1, head)
     ours = demo(tmp_path/'demo', replace(s, draw=replace(s.draw, image_format=None)))
     assert point_of(ours) == point
-    for arm in ARMS:
+    for arm in DEMO_ARMS:
         for test in TESTS:
             (a,), (b,) = (by_seed(records, arm, point, test).items() for records in (ours, theirs))
             assert a[0] == b[0] == 1 and np.array_equal(a[1], b[1]), (arm, test)
@@ -85,21 +86,21 @@ def stored(): return read_results(asset('demo', 'results.jsonl'))
 def test_the_stored_run_is_a_point_of_the_curve():
     known = read_results(asset('evidence', 'records.jsonl'))
     assert point_of(stored()) == GOOD
-    for arm in ARMS:
+    for arm in DEMO_ARMS:
         for test in TESTS:
             assert np.array_equal(by_seed(stored(), arm, GOOD, test)[0], by_seed(known, arm, GOOD, test)[0]), (arm, test)
 
 def test_the_verdict_names_the_metric_then_what_is_not_shown():
     first, lost, main, shown = demo_verdict(stored()).splitlines()
     assert first == PRIMARY and lost.startswith('Not shown') and shown.startswith('Shown')
-    d, _ = difference(stored(), Claim('', 'gmail', 'indiscriminate', GOOD))
+    d, _ = claim_difference(stored(), Claim('', 'gmail', 'indiscriminate', GOOD))
     r = next(r for r in stored() if (r['arm'], r['metric']) == ('gmail-indiscriminate', 'mean_recall'))
     assert (r['value'], r['low'], r['high']) == d[:3] and verdict(d) in main
     assert 'unseen concepts' in lost # or the front page is to be written anew
 
 def test_the_primary_metric_heads_the_table():
     rows = demo_table(stored())
-    assert [r[0] for r in rows[1:3]] == [*ROWS.values()] and rows[0][1:-1] == [*ARMS]
+    assert [r[0] for r in rows[1:3]] == [*PRIMARY_ROWS.values()] and rows[0][1:-1] == [*DEMO_ARMS]
     assert all(len(r) == len(rows[0]) for r in rows)
 
 def test_records_of_an_older_demo_are_named():

@@ -1,7 +1,5 @@
 "Every model on a second device that is simulated: nothing stays behind on the CPU, and nothing crosses without need."
 import json
-import subprocess
-import sys
 
 import pytest
 from house import root
@@ -63,22 +61,21 @@ GROUPS = dict(
     more=HEAVY,
 )
 
-def outcome(group, folder):
+CASES = root/'tests'/'device_cases.py'
+
+def outcome(forks, group, folder):
     "What `device_cases.py` found, in a process of its own: the device is registered for a whole process."
     out = folder/'found.json'
-    done = subprocess.run([sys.executable, root/'tests'/'device_cases.py', out, *GROUPS[group]],
-                          capture_output=True, text=True, cwd=root)
-    assert out.exists(), done.stderr[-3000:]
+    done = forks.run(out, *GROUPS[group], script=CASES)
+    assert out.exists(), done.err[-3000:]
     return {name: error for name, error in json.loads(out.read_text()).items() if error}
 
 @pytest.mark.parametrize('group', [*list(GROUPS)[:-1], pytest.param('more', marks=pytest.mark.slow)])
-def test_on_a_second_device(group, tmp_path):
-    errors = outcome(group, tmp_path)
+def test_on_a_second_device(forks, group, tmp_path):
+    errors = outcome(forks, group, tmp_path)
     assert not errors, '\n\n'.join(f'{name}: {error}' for name, error in errors.items())
 
-def test_every_case_is_in_a_group():
+def test_every_case_is_in_a_group(forks):
     cases = {c for names in GROUPS.values() for c in names}
-    listed = subprocess.run(
-        [sys.executable, root/'tests'/'device_cases.py', '--list'], capture_output=True, text=True, cwd=root
-    )
-    assert set(listed.stdout.split()) == cases, listed.stderr[-2000:]
+    listed = forks.run('--list', script=CASES)
+    assert set(listed.out.split()) == cases, listed.err[-2000:]

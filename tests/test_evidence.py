@@ -12,7 +12,7 @@ from gmail_nb.experiments import chain, controls, curve, demo
 from gmail_nb.experiments.chain import best_setting, chain_fingerprint
 from gmail_nb.experiments.protocol import (
     CHOOSING_STYLE, CLAIMS, CONTROLS, CURVES, GOOD, STATES, TESTS, Claim, Point, arm_record, by_seed, chain_settings,
-    chosen_settings, claims_table, difference, found, is_validation, six_recalls, said_first, scores)
+    chosen_settings, claims_table, claim_difference, found, is_validation, six_recalls, said_first, scores)
 from gmail_nb.files import asset, read_results
 from gmail_nb.retrieval import WAYS
 from gmail_nb.settings import DemoSettings, ProofSettings, proof_settings
@@ -45,7 +45,7 @@ def test_mean_recall_is_the_mean_of_the_six_recalls():
 
 def test_a_claim_takes_the_seeds_that_both_arms_have():
     records = made_up('gmail', 3) + made_up('indiscriminate', 2)
-    d, seeds = difference(records, Claim('', 'gmail', 'indiscriminate'))
+    d, seeds = claim_difference(records, Claim('', 'gmail', 'indiscriminate'))
     ours, theirs = (
         np.stack([by_seed(records, a, GOOD, 'seen')[s] for s in (0, 1)]) for a in ('gmail', 'indiscriminate')
     )
@@ -55,8 +55,8 @@ def test_a_claim_of_two_points_is_a_difference_of_differences():
     poor = Point(1, 3.)
     records = made_up('gmail', point=poor, worst=12) + made_up('indiscriminate', point=poor, worst=60)
     records += made_up('gmail') + made_up('indiscriminate')
-    d, _ = difference(records, Claim('', 'gmail', 'indiscriminate', poor, less=GOOD))
-    alone, _ = difference(records, Claim('', 'gmail', 'indiscriminate', poor))
+    d, _ = claim_difference(records, Claim('', 'gmail', 'indiscriminate', poor, less=GOOD))
+    alone, _ = claim_difference(records, Claim('', 'gmail', 'indiscriminate', poor))
     assert d.value == pytest.approx(alone.value) and d.low > 0 # there is none at the other point
 
 def test_failed_claims_stand_first_and_a_margin_is_a_margin():

@@ -39,47 +39,37 @@ def photos(tmp_path_factory):
     with open(folder/'metadata.csv', 'w', newline='') as f: csv.writer(f).writerows([('file_name', 'caption'), *rows])
     return folder, sorted(name.rpartition('.')[0] for name, _ in rows)
 
-def shell(cwd, command, *argv):
+def shell(cwd, *argv):
     "What a person sees when the command succeeds."
-    done = subprocess.run([sys.executable, '-m', 'gmail_nb.cli.commands', command, *map(str, argv)], cwd=cwd,
+    done = subprocess.run([sys.executable, '-m', 'gmail_nb.cli.commands', *map(str, argv)], cwd=cwd,
                           capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PATH': ''})
-    assert done.returncode == 0, f'{command} {argv}: {done.stderr[-3000:]}'
+    assert done.returncode == 0, f'{argv}: {done.stderr[-3000:]}'
     return done.stdout
+
+def forked(forks, cwd, *argv):
+    "The same from a process that has loaded the libraries, which takes a shell several seconds for each command."
+    done = forks.run(*argv, cwd=cwd, env=dict(PATH=''))
+    assert done.status == 0, f'{argv}: {done.err[-3000:]}'
+    return done.out
 
 def feature_keys(folder): return sorted(pq.read_table(folder/'keys.parquet')['key'].to_pylist())
 
 @pytest.fixture(scope='module')
-def way(photos, tmp_path_factory):
-    "The whole way from the folder to a tuned model."
-    folder, _ = photos
-    home = tmp_path_factory.mktemp('home')
+def way(photos, forks, tmp_path_factory):
+    "The whole way from the folder to a tuned model, and what each command said; the first from a shell."
+    home, folder = tmp_path_factory.mktemp('home'), photos[0]
+    steps = [
+        ('align', folder, '--generated', 'generated', '--epochs', 3, '--batch-size', 8, '--validation-share', .2,
+         '--adapted-share', .43),
+        ('embed', folder, '--model', 'aligned', '--out', 'features'),
+        ('embed', 'generated', '--model', 'aligned', '--side', 'generated', '--out', 'features_g'),
+        ('tune', 'text', '--generated', 'generated', '--model', 'aligned', '--steps', 10, '--batch-size', 8),
+        ('tune', 'caption', folder, '--generated', 'generated', '--model', 'aligned', '--steps', 10,
+         '--batch-size', 8, '--validation-share', .3, '--max-new-tokens', 4),
+        ('eval', folder, '--model', 'tuned:tuned', '--model', 'embedded', '--no-pictures',
+         '--equal-keys', 'allow')] # the same pictures: a measure of what was learned by heart
     said = [shell(home, 'generate', folder, '--steps', 2, '--quiet')]
-    said.append(
-        shell(
-            home,
-            'align',
-            folder,
-            'generated',
-            '--epochs',
-            3,
-            '--batch-size',
-            8,
-            '--validation-share',
-            0.2,
-            '--adapted-share',
-            0.43,
-        )
-    )
-    said.append(shell(home, 'embed', folder, '--model', 'aligned', '--out', 'features'))
-    said.append(shell(home, 'embed', 'generated', '--model', 'aligned', '--side', 'generated', '--out', 'features_g'))
-    said.append(
-        shell(home, 'tune', 'text', '--generated', 'generated', '--model', 'aligned', '--steps', 10, '--batch-size', 8)
-    )
-    said.append(shell(home, 'tune', 'caption', '--real', folder, '--generated', 'generated', '--model', 'aligned',
-                      '--steps', 10, '--batch-size', 8, '--validation-share', .3, '--max-new-tokens', 4))
-    said.append(shell(home, 'eval', '--data', folder, '--model', 'tuned:tuned', '--model', 'embedded', '--no-pictures',
-                      '--equal-keys', 'allow')) # the same pictures: a measure of what was learned by heart
-    return home, said
+    return home, said + [forked(forks, home, *argv) for argv in steps]
 
 def test_every_command_says_where_its_results_lie(way):
     _, said = way
@@ -119,10 +109,10 @@ def test_scores_are_there(way):
     captions = read_results(way[0]/'captions'/'results.jsonl')
     assert {r['arm'] for r in captions} == {'gmail'} and {r['split'] for r in captions} == {'validation'}
 
-def test_the_file_of_captions_is_the_same_set_as_its_folder(way, photos, tmp_path):
+def test_the_file_of_captions_is_the_same_set_as_its_folder(way, photos, forks, tmp_path):
     from gmail_nb.generate import load_generated
     folder, keys = photos
-    shell(tmp_path, 'generate', folder/'metadata.csv', '--steps', 1, '--quiet')
+    forked(forks, tmp_path, 'generate', folder/'metadata.csv', '--steps', 1, '--quiet')
     assert sorted(load_generated(tmp_path/'generated')['key']) == keys
-    shell(tmp_path, 'embed', folder/'metadata.csv', '--out', 'features')
+    forked(forks, tmp_path, 'embed', folder/'metadata.csv', '--out', 'features')
     assert feature_keys(tmp_path/'features') == keys

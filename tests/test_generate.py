@@ -391,10 +391,10 @@ def test_where_captions_come_from_is_told_to_generate(tmp_path):
 
 # ---- a disk that fills
 
-def test_full_disk_by_file_size_limit(tmp_path):
+def test_full_disk_by_file_size_limit(forks, tmp_path):
     "A quota that every system has: no file may grow beyond a limit."
     script = f"""
-import resource, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import resource
 import test_generate as t
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
 try: t.run(t.CAPTIONS, {str(tmp_path/'run')!r}, shard_size=8)
@@ -402,9 +402,10 @@ except OSError as e: print('STOPPED', e)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 t.run(t.CAPTIONS, {str(tmp_path/'run')!r}, shard_size=8)
 """
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "STOPPED" in done.stdout and "no room left for the folder 'run'" in done.stdout
+    (tmp_path/'limited.py').write_text(script)
+    done = forks.run(script=tmp_path/'limited.py')
+    assert done.status == 0, done.err
+    assert "STOPPED" in done.out and "no room left for the folder 'run'" in done.out
     assert not list((tmp_path/'run').glob('.*.tmp'))
     assert shard_bytes(tmp_path/'run') == shard_bytes(run(CAPTIONS, tmp_path/'calm', shard_size=8))
 
@@ -440,55 +441,38 @@ work = WorkSettings(shard_size=int(sys.argv[4]), batch_size=8, show_progress=Fal
 generate(pq.read_table(sys.argv[1]), 'embedded', sys.argv[2], draw, work=work)
 """
 
-def killed_runs(folder, captions, out, kills, steps, shard_size, window, seed):
+def killed_runs(forks, folder, captions, out, kills, steps, shard_size, window, seed):
     "Kill a run `kills` times, then let it finish; returns the kills that hit a running process, and the finished shards at each."
-    path, rng, hits, there = folder/'captions.parquet', random.Random(seed), 0, []
+    path, script, rng, hits, there = folder/'captions.parquet', folder/'draw.py', random.Random(seed), 0, []
     pq.write_table(captions, path)
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    script.write_text(SCRIPT)
+    def files(): return set(out.glob('.shard*')) | set(out.glob('shard*'))
     while hits < kills:
-        process = subprocess.Popen(
-            [sys.executable, '-c', SCRIPT, str(path), str(out), str(steps), str(shard_size)],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        begun, seen = None, set(out.glob('.shard*')) | set(out.glob('shard*')) if out.exists() else set()
+        seen, begun = files(), None
+        process = forks.start(path, out, steps, shard_size, script=script)
         limit = rng.uniform(0, window)
         while process.poll() is None:
-            if begun is None and (
-                rng.random() < 0.0005 or (out.exists() and (set(out.glob('.shard*')) | set(out.glob('shard*'))) - seen)
-            ):
-                begun = time.time()  # drawing, or now and then while loading
-            if begun is not None and time.time() - begun > limit: process.send_signal(signal.SIGKILL); break
+            if begun is None and (rng.random() < .0005 or files() - seen):
+                begun = time.time() # drawing, or now and then while loading
+            if begun is not None and time.time() - begun > limit:
+                os.kill(process.pid, signal.SIGKILL)
+                break
             time.sleep(.005)
-        if process.wait() == 0: break # finished before all kills were spent
-        assert process.returncode == -signal.SIGKILL, process.stderr.read()
-        hits += 1; there.append(len(list(out.glob('shard-*.json'))))
-    done = subprocess.run(
-        [sys.executable, '-c', SCRIPT, str(path), str(out), str(steps), str(shard_size)],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+        done = process.wait()
+        if done.status == 0: break # finished before all kills were spent
+        assert done.status == -signal.SIGKILL, done.err
+        hits += 1
+        there.append(len(list(out.glob('shard-*.json'))))
+    done = forks.run(path, out, steps, shard_size, script=script)
+    assert done.status == 0, done.err
     return hits, there
 
-def check_killed(tmp_path, n_captions, kills, steps, shard_size, window):
-    captions = read_captions(emoji(['A', 'B'], 'noto')).slice(0, n_captions)
-    hits, there = killed_runs(tmp_path, captions, tmp_path/'killed', kills, steps, shard_size, window, seed=n_captions)
-    calm = subprocess.run(
-        [
-            sys.executable,
-            '-c',
-            SCRIPT,
-            str(tmp_path/'captions.parquet'),
-            str(tmp_path/'calm'),
-            str(steps),
-            str(shard_size),
-        ],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-    )
-    assert calm.returncode == 0
+def check_killed(forks, tmp_path, n_captions, kills, steps, shard_size, window):
+    captions, path = read_captions(emoji(['A', 'B'], 'noto')).slice(0, n_captions), tmp_path/'captions.parquet'
+    how = dict(steps=steps, shard_size=shard_size, window=window, seed=n_captions)
+    hits, there = killed_runs(forks, tmp_path, captions, tmp_path/'killed', kills, **how)
+    calm = forks.run(path, tmp_path/'calm', steps, shard_size, script=tmp_path/'draw.py')
+    assert calm.status == 0, calm.err
     print(f'{hits} kills; finished shards at each: {there}')
     ds, text = (
         load_generated(tmp_path/'killed'),
@@ -500,10 +484,12 @@ def check_killed(tmp_path, n_captions, kills, steps, shard_size, window):
     assert shard_bytes(tmp_path/'killed') == shard_bytes(tmp_path/'calm')
     assert not [p for p in (tmp_path/'killed').glob('.shard*.tmp')]
 
-def test_two_kills(tmp_path): check_killed(tmp_path, n_captions=24, kills=2, steps=2, shard_size=8, window=.5)
+def test_two_kills(forks, tmp_path):
+    check_killed(forks, tmp_path, n_captions=24, kills=2, steps=2, shard_size=8, window=.5)
 
 @pytest.mark.slow
-def test_thirty_kills(tmp_path): check_killed(tmp_path, n_captions=400, kills=30, steps=4, shard_size=8, window=2.)
+def test_thirty_kills(forks, tmp_path):
+    check_killed(forks, tmp_path, n_captions=400, kills=30, steps=4, shard_size=8, window=2.)
 
 @pytest.mark.slow
 def test_ray_workers_and_a_killed_one(tmp_path):

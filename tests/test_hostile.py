@@ -442,7 +442,7 @@ def test_alignment_leaves_out_pairs_of_damaged_images(tmp_path, capsys, monkeypa
 def test_an_evaluation_measures_what_decodes(tmp_path, capsys, bad, status):
     from gmail_nb.cli.commands import gmail_eval
     photos = pictures_of(tmp_path/'photos', 12 - bad, bad)
-    how = ['--data', str(photos), '--out', str(tmp_path/'out'), '--no-pictures', '--no-show-progress']
+    how = [str(photos), '--out', str(tmp_path/'out'), '--no-pictures', '--no-show-progress']
     assert (gmail_eval(['--model', 'embedded', *how]) or 0) == status
     said = capsys.readouterr()
     assert (f'{bad} of 12 images of {photos} left out' in said.err) == bool(bad)
@@ -458,7 +458,7 @@ def test_captions_are_written_and_too_many_damaged_pictures_end_badly(capsys, mo
     import gmail_nb.runs.tune_caption as room
     from gmail_nb.cli.commands import gmail_caption
     said = {f'{i}.png': 'a dog' for i in range(good)}, {f'{i}.gif': f'{i}.gif does not decode' for i in range(bad)}
-    monkeypatch.setattr(room, 'caption_files', lambda images, captioner, **how: said)
+    monkeypatch.setattr(room, 'caption_files', lambda images, captioner, settings: said)
     try: ended = gmail_caption(['photos', *more]) or 0
     except SystemExit as e: ended = e.code
     out, err = capsys.readouterr()

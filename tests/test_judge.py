@@ -109,8 +109,8 @@ def test_a_worse_training_is_put_back(home, monkeypatch):
     assert 'weights of the end' in read_verdict(home/'kept').text()
 
 def test_the_command_says_it_to_people_and_to_programs(home, good, capsys):
-    argv = [str(home/'real.parquet'), str(home/'drawn.parquet'), '--adapted-share', str(1 / 7), '--epochs', '2',
-            '--batch-size', '16', '--lr', '3e-3', '--validation-share', '.4', '--out', str(good)]
+    argv = [str(home/'real.parquet'), '--generated', str(home/'drawn.parquet'), '--adapted-share', str(1 / 7),
+            '--epochs', '2', '--batch-size', '16', '--lr', '3e-3', '--validation-share', '.4', '--out', str(good)]
     assert gmail_align(argv) == 0
     said = capsys.readouterr().out
     assert read_verdict(good).sentences[0] in said and f'report: {good}/report.html' in said
@@ -168,7 +168,7 @@ def test_another_process_says_nothing(capsys, monkeypatch):
 
 def test_a_dry_run_as_an_object(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status = gmail_align(['nowhere', 'nothing', '--dry-run', '--json'])
+    status = gmail_align(['nowhere', '--generated', 'nothing', '--dry-run', '--json'])
     found = json.loads(capsys.readouterr().out)
     assert status == found['status'] == 2 and {'what', 'where', 'state', 'note'} == set(found['plan'][0])
 
@@ -222,7 +222,7 @@ def test_a_measurement_has_a_sentence_for_each_difference(home, tuned, monkeypat
     test = emoji('B', source='twemoji').select(range(30))
     test.select_columns(['key', 'image', 'captions']).to_parquet('test.parquet')
     rows = '--model', 'base=embedded', '--model', 'ours=tuned:tuned'
-    assert gmail_eval([*rows, '--data', 'test.parquet', '--out', 'eval', '--json']) == 0
+    assert gmail_eval([*rows, 'test.parquet', '--out', 'eval', '--json']) == 0
     said = capsys.readouterr()
     found = json.loads(said.out)
     assert len(found['verdict']['sentences']) == 2 and found['verdict']['sentences'][0] in said.err

@@ -14,8 +14,8 @@ from gmail_nb.caption_metrics import Score
 from gmail_nb.captioning import caption_tokenizer
 from gmail_nb.data import emoji
 from gmail_nb.experiments.llava import (
-    CLAIMS,
-    LLAVA_ARMS,
+    LLAVA_CLAIMS,
+    SEVEN_ARMS,
     Lesson,
     LlavaArms,
     LlavaResults,
@@ -50,7 +50,7 @@ from gmail_nb.experiments.llava import (
 from gmail_nb.runtime import set_seed
 from gmail_nb.settings import DemoSettings, LlavaExperimentSettings
 from gmail_nb.stats import bootstrap
-from gmail_nb.vqa import Question
+from gmail_nb.vqa import Question, shows_one
 
 def weight(item): return 15
 
@@ -131,17 +131,20 @@ def test_lessons_point_at_pictures_of_their_own():
     told, real, generated = lessons(
         rows, labelled(list(emoji('B', source='fluent').select(range(0, 690, 115))['image']), rows)
     )
-    assert len(real) == len(generated) == 12 and {one.row for one in told} == set(range(12))
+    counted = [k for k, name in zip(rows['key'], rows['label']) if shows_one(name)]
+    n = len(rows) + len(counted) # a count is asked about a picture of its own
+    assert 0 < len(counted) and len(real) == len(generated) == n and {one.row for one in told} == set(range(n))
     by = {one.key: one for one in told}
-    for key in rows['key']:
-        assert by[f'{key}:name'].row == by[f'{key}:group'].row != by[f'{key}:count'].row
+    for key in rows['key']: assert by[f'{key}:name'].row == by[f'{key}:group'].row
+    for key in counted: assert by[f'{key}:name'].row != by[f'{key}:count'].row
+    assert {k for k in by if k.endswith(':count')} == {f'{k}:count' for k in counted}
     assert [by[f'{k}:name'].answer for k in rows['key']] == list(rows['label']) and drawn_once(told) == [
         by[f'{k}:name'].row for k in rows['key']
     ]
     assert len({im.tobytes() for im in real} & {im.tobytes() for im in generated}) == 0
 
 def test_arms_differ_in_their_pictures_alone(world):
-    said = {arm: [e.turns[-1] for e in arm_examples(world, arm)] for arm in LLAVA_ARMS}
+    said = {arm: [e.turns[-1] for e in arm_examples(world, arm)] for arm in SEVEN_ARMS}
     assert all(s == said['real'] for s in said.values())
     rows = {arm: [e.images[0][1] for e in arm_examples(world, arm)] for arm in ('gmail', 'both', 'real')}
     assert rows['gmail'] == rows['both'] == rows['real'] and not arm_examples(world, 'words')[0].images
@@ -223,7 +226,7 @@ def test_a_run_that_is_cut_short_goes_on_with_the_next_arm(world, settings, tmp_
     with pytest.raises(KeyboardInterrupt): llava_runs(world, 0, settings, tmp_path)
     monkeypatch.setattr(room, 'answered', answered)
     runs, whole = llava_runs(world, 0, settings, tmp_path), llava_runs(world, 0, settings)
-    assert done == ['base', 'words', 'indiscriminate'] and [r.arm for r in runs] == list(LLAVA_ARMS)
+    assert done == ['base', 'words', 'indiscriminate'] and [r.arm for r in runs] == list(SEVEN_ARMS)
     assert [(r.captions, r.choices, r.losses) for r in runs] == [(r.captions, r.choices, r.losses) for r in whole]
     monkeypatch.setattr(room, 'answered', None)
     assert llava_runs(world, 0, settings, tmp_path) == runs # read, and nothing trained
@@ -248,7 +251,7 @@ def results(world):
     "Made up: `gmail` is always right, `indiscriminate` never, and the others draw."
     rng, runs, cider = np.random.default_rng(0), [], {}
     questions = [question(i, i % 4) for i in range(40)]
-    for arm in LLAVA_ARMS:
+    for arm in SEVEN_ARMS:
         for seed in range(3):
             right = [q.answer for q in questions]
             drawn = rng.integers(0, 4, 40).tolist()
@@ -281,13 +284,13 @@ def test_questions_about_one_drawing_are_drawn_together():
 
 def test_sentences_claim_what_the_intervals_allow(records):
     said = llava_sentences(records)
-    assert len(said) == 2 * len(CLAIMS)
+    assert len(said) == 2 * len(LLAVA_CLAIMS)
     assert said[0].startswith('Aligning the generated images by Eq. 1 helps: accuracy') and '3 seeds' in said[0]
     assert 'hurts' in said[4] and said[4].startswith('Aligning the tokens beside Eq. 1') # drawn answers against right ones
 
 def test_tables_and_pictures_are_made_of_the_records(results, records):
     table = llava_table(records)
-    assert [row[0] for row in table[1:8]] == list(LLAVA_ARMS) and table[4][2].startswith('100.0')
+    assert [row[0] for row in table[1:8]] == list(SEVEN_ARMS) and table[4][2].startswith('100.0')
     assert table[4][3] == '100 (' + table[2][3] + ')' # beside it, what words alone get
     assert [row[0] for row in table[8:]] and all(row[1].startswith(('+', '-')) for row in table[8:])
     whole = {k: torch.randn(20, 4, 6) for k in ('real', 'indiscriminate', 'gmail')}
@@ -295,7 +298,7 @@ def test_tables_and_pictures_are_made_of_the_records(results, records):
     gaps = token_gaps(whole, list(range(12)))
     assert gaps['gmail tokens']['token_distance'] == 0 < gaps['gmail']['token_distance']
     assert [row[0] for row in gap_rows(records, gaps)[1:]] == ['indiscriminate', 'gmail', 'gmail tokens']
-    assert [t.get_text() for t in show_llava(records).axes[0].get_yticklabels()] == list(LLAVA_ARMS)
+    assert [t.get_text() for t in show_llava(records).axes[0].get_yticklabels()] == list(SEVEN_ARMS)
     picked = some_questions(results.questions, each=2)
     assert [results.questions[i].subject for i in picked] == [
         'name',

@@ -2,9 +2,6 @@
 
 import gmail_nb.runtime
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,20 +125,10 @@ def test_a_run_that_is_stopped_anywhere_ends_like_one_that_is_not(tmp_path, monk
     assert again == losses and all(torch.equal(found[n], w) for n, w in weights.items())
     with pytest.raises(ValueError, match='belongs to another run'): llava_once.one(run, rank=2, weight_decay=.1)
 
-def test_two_processes_follow_the_curve_of_one(tmp_path):
+def test_two_processes_follow_the_curve_of_one(forks, tmp_path):
     "Batches with both kinds of images and words alone, and batches of one, of which a process gets none."
-    script = str(Path(__file__).with_name('llava_once.py'))
-    launch = [
-        '-m',
-        'torch.distributed.run',
-        '--nproc_per_node=2',
-        '--master_port=0',
-        '--rdzv_backend=c10d',
-        '--rdzv_endpoint=localhost:0',
-    ]
-    ran = subprocess.run([sys.executable, *launch, script, str(tmp_path)], capture_output=True, text=True, timeout=540,
-                         env=os.environ | dict(OMP_NUM_THREADS='1'))
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    for done in forks.together(Path(__file__).with_name('llava_once.py'), tmp_path):
+        assert done.status == 0, done.err[-3000:]
     for name, how in dict(even={}, one=dict(project=llava_once.odd, instruct=llava_once.odd)).items():
         losses, weights = llava_once.one(**how)
         others, found = json.loads((tmp_path/f'{name}.json').read_text()), load_file(tmp_path/f'{name}.safetensors')

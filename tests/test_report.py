@@ -9,10 +9,10 @@ from gmail_nb.cli import commands
 from gmail_nb.experiments import parts, report
 from gmail_nb.experiments.costs import Cost, settled, smoothed
 from gmail_nb.experiments.parts import (
-    PARTS, chain_demo, chain_folder, dealt, kept_scores, miniature_report, part_file, part_name, run_part)
+    PARTS, chain_demo, report_chain, dealt, kept_scores, miniature_report, part_file, part_name, run_part)
 from gmail_nb.experiments.report import (
-    EMBEDDED, Parts, Shown, all_claims, asked_of, checked_claims, chosen_names, claim_rows, counted, dry_parts,
-    dry_report, page_html, parts_of, report_snippet, reported, table_rows)
+    EMBEDDED, PartRecords, Shown, all_claims, asked_of, checked_claims, chosen_names, claim_rows, counted, dry_parts,
+    dry_report, page_html, parts_needed, report_snippet, paper_numbers, table_rows)
 from gmail_nb.experiments.protocol import GOOD, chain_settings, chosen_settings
 from gmail_nb.experiments.tables import TABLES, TableRun
 from gmail_nb.files import read_results
@@ -48,7 +48,7 @@ def test_every_table_and_figure_is_there_and_every_row_of_the_paper():
     assert list(EMBEDDED) == [*(f'table{n}' for n in range(1, 18)), 'figure2', 'figure3'] == list(report.CALLS)
     for name in TABLES:
         rows = {r.name for r in EMBEDDED[name].rows}
-        assert set(reported(name)) <= rows, name
+        assert set(paper_numbers(name)) <= rows, name
 
 def test_every_row_has_an_arm_or_says_why_not():
     for name, c in EMBEDDED.items():
@@ -57,11 +57,11 @@ def test_every_row_has_an_arm_or_says_why_not():
         for ours, theirs in c.claims: assert c.row(ours).part == c.row(theirs).part
 
 def test_the_papers_numbers_are_those_of_the_tables():
-    assert reported('table16')['GMAIL'] == dict(zip(('BLEU-4', 'CIDEr', 'SPICE'), (38.12, 119.53, 23.75)))
-    assert reported('table4')['CLIP']['main'] == pytest.approx(np.mean(
+    assert paper_numbers('table16')['GMAIL'] == dict(zip(('BLEU-4', 'CIDEr', 'SPICE'), (38.12, 119.53, 23.75)))
+    assert paper_numbers('table4')['CLIP']['main'] == pytest.approx(np.mean(
         [55.20, 77.53, 69.31, 93.08, 32.88, 93.33, 93.24, 75.54]))
-    assert reported('table3')['CLIP']['mean_recall'] == pytest.approx(np.mean([44.1, 68.2, 77, 24.7, 45.1, 54.6]))
-    assert reported('table14')['with alignment']['cosine'] == .89
+    assert paper_numbers('table3')['CLIP']['mean_recall'] == pytest.approx(np.mean([44.1, 68.2, 77, 24.7, 45.1, 54.6]))
+    assert paper_numbers('table14')['with alignment']['cosine'] == .89
 
 def test_wrong_names_are_told_with_near_ones(tmp_path):
     with pytest.raises(ValueError, match="'tabel2'.*'table2'"): chosen_names('table1,tabel2')
@@ -79,7 +79,7 @@ def small(gmail, other, half=.05, seeds=1):
     k = EMBEDDED['table6'].columns[0]
     rows = [one('indiscriminate', k, other, half, seeds), one('gmail', k, gmail, half, seeds),
             one('gmail - indiscriminate', k, gmail - other, half, seeds)]
-    return Parts(dict(captions=rows), dict(llava='the weights are missing'))
+    return PartRecords(dict(captions=rows), dict(llava='the weights are missing'))
 
 def test_a_table_has_the_papers_row_and_ours_below_it():
     rows = table_rows('table6', small(.5, .3))
@@ -96,12 +96,12 @@ def test_a_claim_is_what_its_interval_says(gmail, half, seeds, state):
     assert (c.state, c.seeds, c.theirs) == (state, seeds, '+4.18') and c.text.startswith(f'{100 * (gmail - .3):+.1f}')
 
 def test_a_claim_of_what_was_not_run_is_not_run():
-    assert {c.state for c in checked_claims('table2', Parts())} == {'not run'}
-    assert checked_claims('table15', Parts()) == checked_claims('figure2', Parts()) == []
+    assert {c.state for c in checked_claims('table2', PartRecords())} == {'not run'}
+    assert checked_claims('table15', PartRecords()) == checked_claims('figure2', PartRecords()) == []
 
 def test_costs_have_no_interval():
     k = EMBEDDED['table12'].columns[0]
-    rows = table_rows('table12', Parts(dict(costs=[one('real', k, 12.4, 0)])))
+    rows = table_rows('table12', PartRecords(dict(costs=[one('real', k, 12.4, 0)])))
     assert rows[1][:3] == ['base', 'paper', '8'] and rows[2][2] == '12'
 
 # The page
@@ -160,7 +160,7 @@ def test_more_seeds_are_more_chains_and_other_records(tmp_path, calls):
     records = run_part('gap', tmp_path, mini, *asked_of('gap'), quiet)
     assert calls == [('gap', 0), ('gap', 1)] and {r['seeds'] for r in records[:-1]} == {2}
     assert part_file(tmp_path, 'gap', mini) != part_file(tmp_path, 'gap', miniature_report())
-    assert len({chain_folder(tmp_path, mini, s) for s in (0, 1)}) == 2 and chain_demo(mini, 1).align.seed == 1
+    assert len({report_chain(tmp_path, mini, s) for s in (0, 1)}) == 2 and chain_demo(mini, 1).align.seed == 1
     run_part('costs', tmp_path, mini, say=quiet)
     assert calls[2:] == [('costs', 0)] # measured once
 
@@ -184,7 +184,7 @@ def test_a_chain_of_the_report_is_a_chain_of_the_protocol():
 
 def test_arms_are_dealt_to_processes():
     assert [j[1] for j in dealt(('w', list('abcde'), 0), 2)] == [list('abc'), list('de')]
-    assert parts_of(['table9', 'table13', 'figure2']) == ['captions']
+    assert parts_needed(['table9', 'table13', 'figure2']) == ['captions']
 
 def test_a_table_at_the_scale_of_the_paper_says_why_it_was_not_run(tmp_path):
     for call in (report.table_15, report.figure_2, report.table_2):

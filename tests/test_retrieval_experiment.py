@@ -10,7 +10,7 @@ from gmail_nb.data import emoji
 from gmail_nb.encoders import Encoder, HFText, load_encoder
 from gmail_nb.experiments import retrieval as room
 from gmail_nb.experiments.retrieval import (
-    Shown, World, arm_features, head_ranks, found_by_any, hit_records, nested, recall_table, tune_arms)
+    SeenImages, World, arm_features, head_ranks, found_by_any, hit_records, nested, recall_table, tune_arms)
 from gmail_nb.settings import TuneSettings
 from gmail_nb.tune import tune_text
 
@@ -28,7 +28,7 @@ def encoder(): return load_encoder('embedded')
 def world():
     g = torch.Generator().manual_seed(0)
     real, generated, aligned, test = (F.normalize(torch.randn(60, 256, generator=g), dim=-1) for _ in range(4))
-    shown = lambda n: Shown(NAMES[:n], NAMES[:n], test[:n], test[:n])
+    shown = lambda n: SeenImages(NAMES[:n], NAMES[:n], test[:n], test[:n])
     return World(NAMES, arm_features(generated, aligned, real), {'B-twemoji': shown(60), 'unseen-twemoji': shown(20)})
 
 @pytest.fixture(scope='module')

@@ -105,18 +105,19 @@ def test_both_sides_of_the_model_and_its_features_are_the_same(home, capsys):
 
 def test_the_command_makes_what_the_function_makes_and_goes_on(home, capsys):
     status, text = answer(
-        capsys, gmail_align, home/'real.parquet', home/'generated', *FLAGS, '--out', home/'by_command'
+        capsys, gmail_align, home/'real.parquet', '--generated', home/'generated', *FLAGS, '--out', home/'by_command'
     )
     assert status == 0 and f"model: {home/'by_command'}" in text
     a, b = (GenReal.from_pretrained(home/name) for name in ('aligned', 'by_command'))
     for p, q in zip(a.parameters(), b.parameters()): assert torch.equal(p, q)
-    status, _ = answer(capsys, gmail_align, home/'real.parquet', home/'generated', *FLAGS, '--out', home/'by_command')
+    again = home/'real.parquet', '--generated', home/'generated', *FLAGS, '--out', home/'by_command'
+    status, _ = answer(capsys, gmail_align, *again)
     assert status == 0
     status, text = answer(
         capsys,
         gmail_align,
         home/'real.parquet',
-        home/'generated',
+        '--generated', home/'generated',
         *FLAGS,
         '--rank',
         2,
@@ -126,12 +127,14 @@ def test_the_command_makes_what_the_function_makes_and_goes_on(home, capsys):
     assert status == 2 and 'rank' in text # nothing is written over
 
 @pytest.mark.parametrize('argv, said', [
-    (('other.parquet', 'generated', '--out', 'x'), 'no generated key is among the real ones'),
-    (('real.parquet', 'absent', '--out', 'x'), 'absent'),
-    (('real.parquet', 'generated', '--rank', 999, '--out', 'x'), 'rank 999'),
-    (('real.parquet', 'generated', '--encoder', 'open_clip:ViT-B-23/openai', '--out', 'x'), "'ViT-B-32'"),
-    (('real.parquet', 'generated', '--validation-share', 0, '--out', 'x'), 'at least 2 of each'),
-    (('real.parquet', 'generated', '--trackers', 'wandbs', '--out', 'x'), "tracker 'wandbs' is not installed")])
+    (('other.parquet', '--generated', 'generated', '--out', 'x'), 'no generated key is among the real ones'),
+    (('real.parquet', '--generated', 'absent', '--out', 'x'), 'absent'),
+    (('real.parquet', '--generated', 'generated', '--rank', 999, '--out', 'x'), 'rank 999'),
+    (('real.parquet', '--generated', 'generated', '--encoder', 'open_clip:ViT-B-23/openai', '--out', 'x'),
+     "'ViT-B-32'"),
+    (('real.parquet', '--generated', 'generated', '--validation-share', 0, '--out', 'x'), 'at least 2 of each'),
+    (('real.parquet', '--generated', 'generated', '--trackers', 'wandbs', '--out', 'x'),
+     "tracker 'wandbs' is not installed")])
 def test_what_a_person_gets_wrong_in_align(home, capsys, monkeypatch, argv, said):
     monkeypatch.chdir(home)
     status, text = answer(capsys, gmail_align, *argv)
@@ -276,6 +279,7 @@ def test_two_processes_align_as_one(home, tmp_path):
             'gmail_nb.cli.commands',
             'align',
             str(home/'real.parquet'),
+            '--generated',
             str(home/'generated'),
             *FLAGS,
             '--out',

@@ -1,11 +1,8 @@
 "Features that runs and processes share: one place for the same numbers, filled together."
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import launcher
 
 from gmail_nb.data import emoji
 from gmail_nb.encoders import load_encoder
@@ -31,15 +28,14 @@ print(acc.process_index, len(seen), float(seen[:].sum()))
 leave_processes()
 '''
 
-def test_two_processes_fill_one_folder(tmp_path):
+def test_two_processes_fill_one_folder(forks, tmp_path):
     (tmp_path/'run.py').write_text(script)
-    done = subprocess.run([sys.executable, *launcher(2), str(tmp_path/'run.py'), str(tmp_path/'both')],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    both = forks.together(tmp_path/'run.py', tmp_path/'both')
+    for done in both: assert done.status == 0, done.err[-2000:]
     ds = emoji('A', source='noto').select(range(9))
     alone = embed_shared(ds, load_encoder('embedded'), tmp_path/'alone', settings=QUIET)
     assert torch.equal(load_features(tmp_path/'both')[:], alone[:])
-    said = [line.split() for line in done.stdout.splitlines()]
+    said = [line.split() for done in both for line in done.out.splitlines()]
     assert sorted(s[0] for s in said) == ['0', '1'] and len({tuple(s[1:]) for s in said}) == 1 and said[0][1] == '9'
 
 def test_a_place_depends_on_what_changes_numbers_and_on_nothing_else(tmp_path):

@@ -120,11 +120,11 @@ def test_differences_are_those_of_the_rows(world, capsys):
 
 def test_table4_zero_shot_on_all_eight_sets(world, capsys):
     zero_shot = '--rows', 'CLIP', '--rows', 'CLIP + GMAIL', '--rows', 'CLIP + GMAIL (f_g)'
-    sets = [part for d in EIGHT if d != 'imagenet' for part in ('--data', d)]
+    sets = [part for d in EIGHT if d != 'imagenet' for part in (d)]
     status, _, _ = world.preset(capsys, 'paper-table4', *sets, *zero_shot, out='table4')
     one_wording = replace(CLASSIFICATION_SETS['imagenet'], templates=('a photo of a {c}.',))
     with patch.dict(CLASSIFICATION_SETS, imagenet=one_wording): # one of its 80 wordings, for time
-        second, _, _ = world.preset(capsys, 'paper-table4', '--data', 'imagenet', *zero_shot[:4], out='table4')
+        second, _, _ = world.preset(capsys, 'paper-table4', 'imagenet', *zero_shot[:4], out='table4')
     mains = {r['dataset']: r['of'] for r in world.records('table4') if r['metric'] == 'main' and 'of' in r}
     assert status == second == 0 and set(mains) == set(EIGHT)
     assert [mains[d] for d in ('pets', 'aircraft', 'caltech101', 'dtd')] == ['mean_per_class'] * 3 + ['top1']
@@ -147,7 +147,6 @@ def test_table4_fine_tuned(world, capsys):
     status, _, _ = world.preset(
         capsys,
         'paper-table4',
-        '--data',
         'pets',
         '--rows',
         'SynCLR',
@@ -161,7 +160,6 @@ def test_table4_fine_tuned(world, capsys):
 
 def test_fine_tuning_an_aligned_tower_trains_all_of_it(world, capsys):
     asked = (
-        '--data',
         'pets',
         '--rows',
         'SynCLR',
@@ -190,7 +188,7 @@ def test_table4_from_generated_images_through_f_g(world, capsys):
         DrawSettings(steps=2),
         work=WorkSettings(show_progress=False),
     )
-    more = '--data', 'pets', '--rows', 'SynCLR + GMAIL', '--generated', drawn
+    more = 'pets', '--rows', 'SynCLR + GMAIL', '--generated', drawn
     status, _, _ = world.preset(capsys, 'paper-table4', *more, out='generated')
     assert status == 0 and {r['how'] for r in world.records('generated')} == {
         'linear probe on generated images through f_g'
@@ -213,13 +211,13 @@ def test_weights_that_are_absent_are_named_and_left_out(world, capsys):
     weights.rename(world.below/'away.pt')
     try:
         status, _, said = world.preset(
-            capsys, 'paper-table5', '--data', 'urban-1k', '--rows', 'CLIP', '--rows', 'Long-CLIP', out='lost'
+            capsys, 'paper-table5', 'urban-1k', '--rows', 'CLIP', '--rows', 'Long-CLIP', out='lost'
         )
     finally: (world.below/'away.pt').rename(weights)
     assert status == 0 and 'Long-CLIP left out: longclip-B.pt is not here' in said
 
 def test_a_model_that_was_tuned_again_is_measured_again(world, capsys):
-    asked = 'paper-table2', '--rows', 'CLIP + GMAIL', '--data', 'coco-5k', '--skip-existing'
+    asked = 'paper-table2', '--rows', 'CLIP + GMAIL', 'coco-5k', '--skip-existing'
     world.preset(capsys, *asked, out='again')
     assert 'already there' in world.preset(capsys, *asked, out='again')[2]
     save_tuned(tuned(world.base, 4), world.base, world.below/'gmail-clip', aligned=world.below/'aligned')
@@ -240,11 +238,9 @@ def test_a_download_that_fails_and_a_set_that_is_not_there_cost_only_themselves(
             'B=hf:clip',
             '--models',
             world.below,
-            '--data',
             'urban-1k',
             '--root',
             world.root,
-            '--data',
             'nothere/',
             '--task',
             'long',
@@ -274,7 +270,6 @@ def test_a_folder_with_a_folder_for_each_class(tmp_path, capsys):
         [
             '--task',
             'classification',
-            '--data',
             str(tmp_path/'mine'),
             '--out',
             str(tmp_path/'own'),
@@ -292,7 +287,6 @@ def test_a_gallery_of_three_has_no_recall_at_five(world, capsys):
         (three/f'{i}.txt').write_text(ds[i]['label'])
     status, _, said = world.ask(
         capsys,
-        '--data',
         three,
         '--model',
         'CLIP=hf:clip',
@@ -316,7 +310,6 @@ def test_what_was_trained_on_is_not_tested(world, capsys):
         capsys,
         '--task',
         'classification',
-        '--data',
         world.folder/'noise',
         '--model',
         'timm:test_vit/random',
@@ -350,7 +343,6 @@ def test_pictures_of_answers_are_written(world, capsys):
         'CLIP=hf:clip',
         '--rows',
         'CLIP',
-        '--data',
         'coco-val2017',
     )
     assert status == 0 and all((world.folder/'seen'/f'coco-val2017_CLIP_{p}.png').exists() for p in (*WAYS, 'recall'))
@@ -397,8 +389,8 @@ def test_published_weights_are_converted_once(world, tmp_path):
     (('--model', 'clip'), 'unknown model'),
     (('--preset', 'paper-table2', '--rows', 'CLOP'), "unknown row 'CLOP'"),
     (('--preset', 'paper-table7', '--models', 'none', '--root', 'ROOT'), 'none of the models is there'),
-    (('--data', 'flicker30k'), "did you mean 'flickr30k'"),
-    (('--task', 'classification', '--data', 'dtd'), 'needs the folder'),
+    (('flicker30k'), "did you mean 'flickr30k'"),
+    (('--task', 'classification', 'dtd'), 'needs the folder'),
     (('--rows', 'CLIP'), '--rows chooses rows of a --preset')])
 def test_what_a_person_gets_wrong(world, capsys, tmp_path, argv, said):
     status, _, err = world.ask(capsys, *(world.root if a == 'ROOT' else a for a in argv), '--out', tmp_path/'o')
@@ -411,7 +403,6 @@ def test_sun397_needs_its_two_lists_for_a_probe(world, capsys, tmp_path):
         capsys,
         '--task',
         'classification',
-        '--data',
         'sun397',
         '--root',
         root,
@@ -428,7 +419,6 @@ def test_sun397_needs_its_two_lists_for_a_probe(world, capsys, tmp_path):
 
 def test_a_second_call_and_other_tasks_read_the_features(world, capsys):
     asked = (
-        '--data',
         'urban-1k',
         '--root',
         world.root,
@@ -451,7 +441,6 @@ def test_a_second_call_and_other_tasks_read_the_features(world, capsys):
 
 def test_features_of_16_bits(world, capsys):
     asked = (
-        '--data',
         'coco-5k',
         '--root',
         world.root,
@@ -490,7 +479,7 @@ def failing(error):
 def test_a_row_that_fails_is_named_and_the_others_go_on(world, capsys, tmp_path, error):
     with patch('gmail_nb.runs.evaluate.eval_model', failing(error)):
         status, printed, said = world.preset(
-            capsys, 'paper-table2', '--data', 'coco-5k', '--rows', 'Long-CLIP', '--rows', 'CLIP', out=tmp_path/'o'
+            capsys, 'paper-table2', 'coco-5k', '--rows', 'Long-CLIP', '--rows', 'CLIP', out=tmp_path/'o'
         )
     row = next(l for l in printed.splitlines() if l.startswith('Long-CLIP'))
     assert status == 2 and 'not measured' in row and str(error).strip("'") in printed
@@ -499,7 +488,7 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(world, capsys, tmp_path,
     assert 'not measured' in (tmp_path/'o'/'table.txt').read_text()
 
 def test_an_old_result_is_not_shown_for_a_row_that_fails(world, capsys, tmp_path):
-    asked = '--data', 'coco-5k', '--rows', 'Long-CLIP', '--rows', 'CLIP'
+    asked = 'coco-5k', '--rows', 'Long-CLIP', '--rows', 'CLIP'
     assert world.preset(capsys, 'paper-table2', *asked, out=tmp_path/'o')[0] == 0
     with patch('gmail_nb.runs.evaluate.eval_model', failing(ValueError('broken'))):
         # other pixels, so that no features are there
@@ -517,7 +506,6 @@ def test_a_damaged_folder_costs_its_row(world, capsys, tmp_path):
     (tmp_path/'models'/'gmail-clip'/'card.json').write_text('{"kind": "tuned text"}')
     status, printed, said = world.ask(
         capsys,
-        '--data',
         'urban-1k',
         '--root',
         world.root,
@@ -540,9 +528,7 @@ def test_a_model_is_not_tested_on_what_it_was_trained_on(world, capsys, tmp_path
     shutil.copytree(world.below, models)
     write_trained_on(models/'aligned', ['3', '4', 'COCO_train2014_000000000077'])
     asked = (
-        '--data',
         'coco-5k',
-        '--data',
         'urban-1k',
         '--root',
         world.root,
@@ -626,7 +612,6 @@ def test_folders_are_known_by_their_cards(world, capsys, tmp_path):
 def test_a_bare_folder_is_evaluated(world, capsys, tmp_path):
     status, printed, _ = world.ask(
         capsys,
-        '--data',
         'urban-1k',
         '--root',
         world.root,
@@ -649,7 +634,6 @@ def test_a_karpathy_file_is_a_set(world, capsys, tmp_path, more, n, split):
     file = world.root/'dataset_coco.json'
     status, _, said = world.ask(
         capsys,
-        '--data',
         file,
         '--images',
         world.root,

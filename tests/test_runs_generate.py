@@ -4,8 +4,8 @@ import pytest
 
 from gmail_nb.data import emoji, quiet_datasets
 from gmail_nb.generate import load_generated
-from gmail_nb.runs.generate import generate_run, part_of
-from gmail_nb.settings import DrawSettings, SourceSettings, WorkSettings
+from gmail_nb.runs.generate import generate_run
+from gmail_nb.settings import DrawSettings, SourceSettings, WorkSettings, part_of
 
 quiet, two = WorkSettings(show_progress=False), DrawSettings(steps=2)
 

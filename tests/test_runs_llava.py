@@ -17,7 +17,7 @@ from gmail_nb.llava_training import trained_card
 from gmail_nb.runs.instructions import conversation_turns, picture_key, read_conversations, scienceqa_instructions
 from gmail_nb.runs.tune_llava import LLAVA_ARMS, Talk, check_llava_arm, chat, load_talker, tune_llava
 from gmail_nb.runs.vqa import asked_set, evaluate_vqa
-from gmail_nb.settings import AdapterSettings, LlavaSettings, RunSettings, StageSettings, VQASettings
+from gmail_nb.settings import AdapterSettings, ChatSettings, LlavaSettings, RunSettings, StageSettings, VQASettings
 from gmail_nb.splits import trained_on
 from gmail_nb.vqa import small_mmmu, small_scienceqa
 from test_llava import PARTS, language, processor_of, published, tiny_llava, tiny_tokenizer, trained_like
@@ -79,7 +79,6 @@ def test_every_arm(capsys, home, arm):
         capsys,
         home,
         arm,
-        '--real',
         home/'real.parquet',
         '--generated',
         home/'drawn.parquet',
@@ -99,7 +98,7 @@ def test_sides_are_those_of_the_arm(home):
     assert folders == ['generated', 'real', 'real'] # drawn through f_g, drawn and real ones through f_r
 
 def test_it_goes_on_where_it_was(capsys, home):
-    how = '--real', home/'real.parquet', '--save-every', 3
+    how = home/'real.parquet', '--save-every', 3
     whole = tune(capsys, home, 'whole', *how)[1]
     assert tune(capsys, home, 'parts', *how, )[0] == 0
     for made in (home/'parts'/'checkpoints'/'instruct').glob('step-000004'):
@@ -115,7 +114,7 @@ def test_it_goes_on_where_it_was(capsys, home):
 @pytest.mark.parametrize(
     'more, said',
     [
-        (('--arm', 'both', '--real', 'real.parquet'), 'both'),
+        (('--arm', 'both', 'real.parquet'), 'both'),
         (('--arm', 'gmail', '--generated', 'drawn.parquet'), 'name an aligned model with --model'),
         ((), 'nothing to learn from'),
         (('--arm', 'bth'), "argument --arm: invalid choice: 'bth'"),
@@ -129,12 +128,12 @@ def test_what_is_refused(capsys, home, more, said):
     assert status == 2 and said in err and not (home/'refused'/'card.json').exists()
 
 def test_a_dry_run_writes_nothing(capsys, home):
-    status, out, _ = tune(capsys, home, 'dry', '--dry-run', '--real', home/'real.parquet')
+    status, out, _ = tune(capsys, home, 'dry', '--dry-run', home/'real.parquet')
     assert status == 0 and 'would run' in out and 'steps, project' in out and not (home/'dry').exists()
     assert tune(capsys, home, 'dry', '--dry-run', '--generated', home/'drawn.parquet')[0] == 2
 
 def test_a_question_about_several_pictures(capsys, home):
-    if not (home/'real'/'card.json').exists(): tune(capsys, home, 'real', '--real', home/'real.parquet')
+    if not (home/'real'/'card.json').exists(): tune(capsys, home, 'real', home/'real.parquet')
     emoji('unseen', 'noto')[0]['image'].save(home/'a.png')
     status, out, err = answer(
         capsys,
@@ -151,7 +150,7 @@ def test_a_question_about_several_pictures(capsys, home):
         5,
     )
     assert status == 0 and out.endswith('\n'), err
-    said = chat([home/'a.png'], 'what is this ?', home/'real', 5, stream=io.StringIO())
+    said = chat([home/'a.png'], 'what is this ?', home/'real', ChatSettings(5), stream=io.StringIO())
     assert said[0]['content'] == '<image>\nwhat is this ?' and said[1]['role'] == 'assistant'
 
 def test_generated_pictures_go_through_the_aligned_tower(capsys, home):
@@ -164,7 +163,7 @@ def test_generated_pictures_go_through_the_aligned_tower(capsys, home):
         torch.testing.assert_close(drawn, aligned.generated_tokens(aligned.encoder.preprocess(picture)[None]))
     assert not torch.allclose(real, drawn)
     picture.save(home/'g.png')
-    ask = 'what ?', '--image', home/'g.png', '--max-new-tokens', 2, '--device', 'cpu', '--generated', '--model'
+    ask = 'what ?', '--image', home/'g.png', '--max-new-tokens', 2, '--device', 'cpu', '--side', 'generated', '--model'
     assert answer(capsys, gmail_chat, *ask, home/'gmail')[0] == 0
     status, _, err = answer(capsys, gmail_chat, *ask, home/'real')
     assert status == 2 and 'tuned without an aligned model' in err
@@ -213,7 +212,7 @@ def test_questions_from_the_shell(capsys, home):
     assert (home/'vqa'/'answers.png').exists() and 'subject' in (home/'vqa'/'table.txt').read_text()
     records = [json.loads(l) for l in (home/'vqa'/'results.jsonl').read_text().splitlines()]
     assert {r['arm'] for r in records} == {'real', 'real, without images'}
-    assert answer(capsys, gmail_eval, 'vqa', '--model', home/'real', '--data', home/'lm')[0] == 2
+    assert answer(capsys, gmail_eval, 'vqa', '--model', home/'real', home/'lm')[0] == 2
 
 def test_questions_about_training_images_are_refused(home):
     talker = load_talker(home/'real')
@@ -251,15 +250,15 @@ def written(home, name='told.json', **change):
 
 def test_stage_two_learns_from_conversations(capsys, home):
     file = written(home)
-    status, out, err = tune(capsys, home, 'talked', '--real', home/'real.parquet', '--instructions', file)
+    status, out, err = tune(capsys, home, 'talked', home/'real.parquet', '--instructions', file)
     assert status == 0 and 'project: 4 steps' in out and 'instruct: 4 steps' in out, err
     keys = [Path(r['image']).stem for r in json.loads(file.read_text()) if 'image' in r]
     assert set(keys) < set(trained_on(home/'talked')) and len(trained_on(home/'talked')) == 15
     card, _ = trained_card(home/'talked')
     assert card['instructions'] == 4 and card['images'] == dict(real=12)
-    again = tune(capsys, home, 'talked', '--real', home/'real.parquet', '--instructions', file)[1]
+    again = tune(capsys, home, 'talked', home/'real.parquet', '--instructions', file)[1]
     assert again.splitlines()[:2] == out.splitlines()[:2]
-    plain = tune(capsys, home, 'plainly', '--real', home/'real.parquet')[1]
+    plain = tune(capsys, home, 'plainly', home/'real.parquet')[1]
     assert plain.splitlines()[0] == out.splitlines()[0] and plain.splitlines()[1] != out.splitlines()[1]
 
 def test_a_picture_of_an_instruction_is_refused_in_a_test(capsys, home):
@@ -300,7 +299,7 @@ def test_other_instructions_that_are_refused(capsys, home, tmp_path):
         (tmp_path/'x.json').write_text(text)
         with pytest.raises(ValueError, match=said): read_conversations(tmp_path/'x.json')
     with pytest.raises(ValueError, match='is for tests: learn from ScienceQA'): scienceqa_instructions(small_mmmu())
-    status, _, err = tune(capsys, home, 'lost', '--real', home/'real.parquet', '--instructions', 'nowhere.json')
+    status, _, err = tune(capsys, home, 'lost', home/'real.parquet', '--instructions', 'nowhere.json')
     assert status == 2 and 'no instructions at' in err
     assert picture_key('coco/train2017/000000000009.jpg') == picture_key('coco/COCO_train2014_000000000009.jpg') == '9'
     assert picture_key('gqa/images/0009.jpg') == 'gqa/images/0009'
@@ -317,7 +316,8 @@ def whole(request, home):
     place = home/request.param
     for part in (model, processor): part.save_pretrained(place/'llava')
     status = gmail_align([str(a) for a in (
-        home/'real.parquet', home/'drawn.parquet', '--encoder', f'llava:{place}/llava', '--out', place/'aligned',
+        home/'real.parquet', '--generated', home/'drawn.parquet', '--encoder', f'llava:{place}/llava',
+        '--out', place/'aligned',
         '--epochs', 1, '--batch-size', 4, '--rank', 2)])
     assert not status and (place/'aligned'/'card.json').exists()
     return place
@@ -356,7 +356,7 @@ def test_plain_folders_that_cannot_be_saved(capsys, home, more, said):
     if 'clip/llava' in more and not (home/'clip'/'llava').exists():
         for part in tiny_llava(): part.save_pretrained(home/'clip'/'llava')
     more = [home/m if m == 'clip/llava' else m for m in more]
-    status, _, err = tune(capsys, home, 'unsaved', '--real', home/'real.parquet', *more)
+    status, _, err = tune(capsys, home, 'unsaved', home/'real.parquet', *more)
     assert status == 2 and said in err and not (home/'unsaved'/'card.json').exists()
 
 def test_two_kinds_take_half_of_each(home):

@@ -30,7 +30,8 @@ from gmail_nb.runs.tune_caption import (
 )
 from gmail_nb.runs.tune_text import pairs_of_files, tune_from_files
 from gmail_nb.runtime import set_seed
-from gmail_nb.settings import CaptionerSettings, DrawSettings, SourceSettings, TuneSettings, WorkSettings
+from gmail_nb.settings import CaptionerSettings, CaptionRunSettings, DrawSettings, SourceSettings, TuneSettings
+from gmail_nb.settings import WorkSettings
 from gmail_nb.splits import trained_on, write_trained_on
 from gmail_nb.tune import load_tuned, tune_text
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
@@ -181,7 +182,6 @@ def tune(capsys, captions, kind, steps, *more):
         'caption',
         '--preset',
         'paper-table1',
-        '--real',
         folder/'dataset_coco.json',
         '--images',
         folder/'coco',
@@ -277,20 +277,20 @@ def test_three_ways_to_keep_test_images_apart(captions):
     source = SourceSettings(images=str(folder/'coco'))
     by_split = caption_sets(folder/'dataset_coco.json', None, source=source)
     assert (len(by_split.train), len(by_split.test), by_split.split) == (30, 10, 'test')
-    by_share = caption_sets(ds, None, validation_share=.2)
+    by_share = caption_sets(ds, None, CaptionRunSettings(validation_share=.2))
     assert not {r['key'] for r in by_share.train} & {r['key'] for r in by_share.test} and by_share.split == 'validation'
     apart = caption_sets(ds, emoji('B', source='twemoji').select(range(5)))
     assert len(apart.train) == 40 and len(apart.test) == 5
-    with pytest.raises(ValueError, match='--real or --test'): caption_sets(None, None)
+    with pytest.raises(ValueError, match='or one with --test'): caption_sets(None, None)
     with pytest.raises(ValueError, match='--validation-share, 0.1 now'): split_rows([dict(key='0')], .1)
 
 def test_what_a_person_gets_wrong_in_tune(captions, capsys):
     folder = captions['folder']
-    real = '--real', folder/'dataset_coco.json', '--images', folder/'coco'
+    real = folder/'dataset_coco.json', '--images', folder/'coco'
     status, _, err = answer(capsys, gmail_tune, 'caption', *real, '--generated', folder/'coco', '--out', folder/'o2')
     assert status == 2 and '--model' in err
     status, _, err = answer(capsys, gmail_tune, 'caption', '--out', folder/'o3')
-    assert status == 2 and '--real' in err
+    assert status == 2 and 'or a captioned set of real ones' in err
     status, _, said = tune(capsys, captions, 'gpt2', 5, '--prefix-length', '96')
     assert status == 2 and 'but the language model has 96: shorten the prefix' in said[-1]
 
@@ -299,12 +299,12 @@ def test_captions_for_a_persons_own_pictures(captions, capsys):
     if not (folder/'out_gpt2'/'captioner'/'card.json').exists(): tune(capsys, captions, 'gpt2', 80)
     (folder/'coco'/'cut.png').write_bytes(b'\x89PNG')
     files = [folder/'coco'/f for f in ('0001.png', '0002.png', 'cut.png', '0004.png', '0006.png', '0007.png')]
-    status, out, err = answer(capsys, gmail_caption, *files, '--captioner', folder/'out_gpt2'/'captioner')
+    status, out, err = answer(capsys, gmail_caption, *files, '--model', folder/'out_gpt2'/'captioner')
     written = {Path(l.split('\t')[0]).name: l.split('\t')[1] for l in out.splitlines()}
     assert status == 0 and len(written) == 5 and '1 of 6 images left out' in err
-    status, _, err = answer(capsys, gmail_caption, files[2], '--captioner', folder/'out_gpt2'/'captioner')
+    status, _, err = answer(capsys, gmail_caption, files[2], '--model', folder/'out_gpt2'/'captioner')
     assert status == 2 and 'none of 1 images decodes' in err
-    assert answer(capsys, gmail_caption, 'x.png', '--captioner', folder/'nowhere')[0] == 2
+    assert answer(capsys, gmail_caption, 'x.png', '--model', folder/'nowhere')[0] == 2
 
 # The road of a captioner: features, keys, folders
 
@@ -466,9 +466,9 @@ def test_pictures_come_as_files_folders_and_sets(captions, tmp_path):
     with pytest.raises(ValueError, match='holds no pictures'): caption_files(tmp_path/'empty', folder/'base')
 
 def test_before_any_tuning_the_error_says_what_makes_a_captioner(captions, capsys):
-    status, _, err = answer(capsys, gmail_caption, 'x.png', '--captioner', captions['folder']/'nowhere')
+    status, _, err = answer(capsys, gmail_caption, 'x.png', '--model', captions['folder']/'nowhere')
     assert status == 2 and str(captions['folder']/'nowhere'/'card.json') in err
-    assert 'gmail_tune caption' in err and '--captioner' in err
+    assert 'gmail_tune caption' in err and '--model' in err
 
 def test_flags_of_a_captioner(captions, capsys):
     folder = captions['folder']

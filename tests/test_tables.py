@@ -139,7 +139,7 @@ def world(tmp_path_factory):
 )
 def test_a_table_runs_to_its_end(world, table, rows, capsys):
     home, run = world
-    run = replace(run, rows=rows, data=('coco-val2017', 'coco-5k') if table == 'table2' else ())
+    run = replace(run, rows=rows, test=('coco-val2017', 'coco-5k') if table == 'table2' else ())
     records = run_table(table, home/'out', run)
     assert all(s.done for s in paper_plan(table, home/'out', run))
     names = rows or tuple(r.name for r in TABLES[table].rows)
@@ -166,7 +166,7 @@ def test_a_killed_step_is_run_again_and_no_other(world, capsys):
 
 def test_a_text_side_learns_from_no_image_that_is_measured(world):
     home, run = world
-    run = replace(run, rows=('CLIP + GMAIL',), data=('coco-val2017',))
+    run = replace(run, rows=('CLIP + GMAIL',), test=('coco-val2017',))
     run_table('table2', home/'out', run)
     folder = next(s.folder for s in paper_plan('table2', home/'out', run) if s.folder.name.startswith('text'))
     assert json.loads((folder/'card.json').read_text())['pairs'] == 24 # twelve images of train with two captions each
@@ -185,7 +185,7 @@ def test_the_command(world, capsys):
         'CLIP',
         '--rows',
         'CLIP + GMAIL',
-        '--data',
+        '--test',
         'coco-val2017',
         '--encoder',
         'embedded',

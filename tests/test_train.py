@@ -2,6 +2,7 @@
 follow the curve of one, and a run that is killed ends in the weights of one that is not."""
 import copy
 import json
+import os
 import random
 import signal
 import subprocess
@@ -440,12 +441,10 @@ def launcher(processes):
     return ('-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--master_port=0',
             '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0')
 
-def run(out, *more, processes=1):
+def run(forks, out, *more, processes=1):
     "Histories and weights by the name of the alignment."
     out.mkdir(exist_ok=True)
-    command = [sys.executable, *(launcher(processes) if processes > 1 else ()), script, str(out), *map(str, more)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in forks.together(script, out, *more, processes=processes): assert done.status == 0, done.err[-3000:]
     return {p.stem: (json.loads(p.read_text()), load_file(p.with_suffix('.safetensors'))) for p in out.glob('*.json')}
 
 def compare(alone, together):
@@ -459,9 +458,9 @@ def compare(alone, together):
     assert len(alone['stops'][0]) == 12 # three looks, the first the best
     assert alone['tau'][0][-1]['tau'] != pytest.approx(.07, abs=1e-4)
 
-def test_two_processes_follow_the_curve_of_one(tmp_path):
+def test_two_processes_follow_the_curve_of_one(forks, tmp_path):
     "With batches that do not divide by two as well; the script makes every gather an error."
-    compare(run(tmp_path/'one'), run(tmp_path/'two', processes=2))
+    compare(run(forks, tmp_path/'one'), run(forks, tmp_path/'two', processes=2))
 
 def test_when_a_process_fails_the_others_stop_and_say_why(tmp_path):
     "The second of two cannot decode an image; without a word the first would wait for it."
@@ -470,42 +469,40 @@ def test_when_a_process_fails_the_others_stop_and_say_why(tmp_path):
     assert done.returncode != 0
     assert "stopping, because process 1 failed: ValueError: image 'k7' does not decode" in done.stderr
 
-def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
-    run(tmp_path/'one', tmp_path/'checkpoints')
-    command = [sys.executable, *launcher(2), script, str(tmp_path), str(tmp_path/'checkpoints')]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode != 0 and 'was written by 1 processes that trained together, and here are 2' in done.stderr
+def test_a_checkpoint_of_another_number_of_processes_is_refused(forks, tmp_path):
+    run(forks, tmp_path/'one', tmp_path/'checkpoints')
+    for done in forks.together(script, tmp_path, tmp_path/'checkpoints', processes=2):
+        assert done.status != 0 and 'was written by 1 processes that trained together, and here are 2' in done.err
 
 @pytest.mark.slow
-def test_three_processes_follow_the_curve_of_one(tmp_path):
+def test_three_processes_follow_the_curve_of_one(forks, tmp_path):
     "Of a batch of two, the third process gets no row."
-    compare(run(tmp_path/'one'), run(tmp_path/'three', processes=3))
+    compare(run(forks, tmp_path/'one'), run(forks, tmp_path/'three', processes=3))
 
 def newest(checkpoints): return max([int(p.name[5:]) for p in checkpoints.glob('step-*')], default=0)
 
-def kill_at_random(tmp_path, kills, seed=0, total=48):
+def kill_at_random(forks, tmp_path, kills, seed=0, total=48):
     "Start; kill in or behind a random step, as the checkpoints tell; start again; at last let it run."
     rng, out, checkpoints = random.Random(seed), tmp_path/'killed', tmp_path/'checkpoints'
     out.mkdir()
-    whole, weights = run(tmp_path/'whole', tmp_path/'others')['kept']
+    whole, weights = run(forks, tmp_path/'whole', tmp_path/'others')['kept']
     for target in sorted(rng.sample(range(1, total - 6), kills)):
-        p = subprocess.Popen([sys.executable, script, str(out), str(checkpoints)],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        p = forks.start(out, checkpoints, script=script)
         while newest(checkpoints) < target and p.poll() is None: time.sleep(.001)
         time.sleep(rng.uniform(0, .01))
         assert p.poll() is None, 'the run was over before it could be killed'
-        p.send_signal(signal.SIGKILL)
-        p.wait()
+        os.kill(p.pid, signal.SIGKILL)
+        assert p.wait().status == -signal.SIGKILL
         assert target <= newest(checkpoints) < total
-    killed, found = run(out, checkpoints)['kept']
+    killed, found = run(forks, out, checkpoints)['kept']
     logged = [json.loads(line)['loss'] for line in (checkpoints/'log.jsonl').read_text().splitlines()]
     assert [r['loss'] for r in killed] == [r['loss'] for r in whole] == logged
     assert len(killed) == total and all(torch.equal(found[k], weights[k]) for k in weights)
 
-def test_killed_and_resumed_ends_in_the_same_weights(tmp_path): kill_at_random(tmp_path, 2)
+def test_killed_and_resumed_ends_in_the_same_weights(forks, tmp_path): kill_at_random(forks, tmp_path, 2)
 
 @pytest.mark.slow
-def test_twenty_kills(tmp_path): kill_at_random(tmp_path, 20, seed=1)
+def test_twenty_kills(forks, tmp_path): kill_at_random(forks, tmp_path, 20, seed=1)
 
 @pytest.mark.slow
 def test_the_command_on_two_processes(tmp_path):

@@ -24,7 +24,7 @@ from gmail_nb.tune import (
     TextRun,
     disturbed,
     head_inputs,
-    feature_rows,
+    as_image_rows,
     head_module,
     lengths,
     load_tuned,
@@ -234,8 +234,8 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(encoder, feature
 def test_a_checkpoint_of_before_is_known_by_its_fingerprint(encoder, features, captions):
     settings = {k: v for k, v in asdict(brief(tau=.07)).items() if k not in ('precision', 'real_projection')}
     before = fingerprint(encoder.fingerprint, settings, captions, features[None])
-    assert before in training_fingerprints(encoder, feature_rows(features), captions, brief())
-    assert before not in training_fingerprints(encoder, feature_rows(features), captions, brief(real_projection=True))
+    assert before in training_fingerprints(encoder, as_image_rows(features), captions, brief())
+    assert before not in training_fingerprints(encoder, as_image_rows(features), captions, brief(real_projection=True))
 
 # Read by the step
 
@@ -256,12 +256,12 @@ def test_features_in_their_file_give_what_a_tensor_gives(encoder, features, capt
     there, here = (tune_text(encoder, f, captions, brief()) for f in (stored(x, tmp_path), F.normalize(x, dim=-1)))
     assert same(there, here) and there.history == here.history
     chosen = stored(x, tmp_path).select(list(range(0, 230, 2)))
-    assert torch.equal(feature_rows(chosen).read(torch.tensor([1, 3]))[0], F.normalize(x[[2, 6]], dim=-1))
+    assert torch.equal(as_image_rows(chosen).read(torch.tensor([1, 3]))[0], F.normalize(x[[2, 6]], dim=-1))
 
 @pytest.mark.parametrize('tuning', ['head', 'last'])
 def test_many_captions_are_read_batch_by_batch(encoder, features, captions, tuning, monkeypatch):
     whole = tune_text(encoder, features, captions, brief(tuning=tuning, steps=3, batch_size=32))
-    monkeypatch.setattr('gmail_nb.tune.IN_MEMORY', 10)
+    monkeypatch.setattr('gmail_nb.tune.CAPTIONS_IN_MEMORY', 10)
     asked, tokenize = [], Encoder.tokenize
     monkeypatch.setattr(Encoder, 'tokenize', lambda e, texts: asked.append(len(texts)) or tokenize(e, texts))
     parts = tune_text(encoder, features, Elsewhere(captions), brief(tuning=tuning, steps=3, batch_size=32))
@@ -271,14 +271,14 @@ def test_many_captions_are_read_batch_by_batch(encoder, features, captions, tuni
 
 
 def test_rows_are_measured_in_chunks(features):
-    one, many = lengths(feature_rows(features)), lengths(feature_rows(features), chunk=7)
+    one, many = lengths(as_image_rows(features)), lengths(as_image_rows(features), chunk=7)
     assert all(map(torch.equal, one, many))
 
 def test_features_that_end_before_their_captions_are_refused(encoder, features, captions, tmp_path):
     whole = stored(features, tmp_path)
     short = Features(whole.key_column, features[:200], whole.card, [])
     with pytest.raises(ValueError, match='ends after 200 rows, but row 230'): tune_text(encoder, short, captions)
-    with pytest.raises(ValueError, match=r'sources of \[229, 230\] images'): feature_rows([features, features[1:]])
+    with pytest.raises(ValueError, match=r'sources of \[229, 230\] images'): as_image_rows([features, features[1:]])
 
 # Temperature and projections
 
@@ -321,19 +321,11 @@ def test_real_images_of_a_mix_go_through_their_projection(encoder, features, cap
 
 script = str(Path(__file__).with_name('tune_once.py'))
 
-def once(out, *more, processes=1):
-    "A finished process of `tune_once.py`."
-    out.mkdir(exist_ok=True)
-    together = ('-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--master_port=0',
-                '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0')
-    command = [sys.executable, *(together if processes > 1 else ()), script, str(out), *map(str, more)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-def test_two_processes_end_where_one_ends(tmp_path):
+def test_two_processes_end_where_one_ends(forks, tmp_path):
     "Batches of 15 do not divide by two; losses agree to 1e-4."
     for name, n in (('one', 1), ('two', 2)):
-        done = once(tmp_path/name, processes=n)
-        assert done.returncode == 0, done.stderr[-3000:]
+        (tmp_path/name).mkdir()
+        for done in forks.together(script, tmp_path/name, processes=n): assert done.status == 0, done.err[-3000:]
     files = sorted((tmp_path/'one').glob('*.json'))
     assert len(files) == 8
     for file in files:
@@ -346,9 +338,10 @@ def test_two_processes_end_where_one_ends(tmp_path):
         for k in weights: # Adam makes much of rounding where a gradient is zero
             torch.testing.assert_close(found[k], weights[k], atol=.05 if file.stem == 'full' else 2e-3, rtol=0)
 
-def test_when_a_process_fails_the_others_stop_and_say_why(tmp_path):
-    done = once(tmp_path, 'fails', processes=2)
-    assert done.returncode != 0 and "process 1 failed: ValueError: caption 'k7' is no text" in done.stderr
+def test_when_a_process_fails_the_others_stop_and_say_why(forks, tmp_path):
+    first, second = forks.together(script, tmp_path, 'fails')
+    assert first.status != 0 and "process 1 failed: ValueError: caption 'k7' is no text" in first.err
+    assert second.status != 0 and "ValueError: caption 'k7' is no text" in second.err
 
 # Kept and read back
 

@@ -151,6 +151,13 @@ def test_the_place_of_the_right_choice_says_nothing():
     assert len({q.key for q in quiz}) == len(quiz) and all(check_question(q) and len(set(q.choices)) == 4 for q in quiz)
     assert all(set(q.letters) == set(LETTERS[:4]) for q in quiz)
 
+def test_only_one_thing_is_counted():
+    drawings = emoji('unseen', 'twemoji')
+    counted = {q.key for q in drawing_questions(drawings, ('count',), emoji(source='twemoji'))}
+    named = zip(drawings['key'], drawings['label'])
+    several = [k for k, name in named if name in ('pancakes', 'bow and arrow', 'bubbles')]
+    assert len(several) == 3 and not {f'{k}:count' for k in several} & counted and len(counted) > len(drawings) / 2
+
 def test_colours_of_plain_pictures():
     def half(colour):
         im = Image.new('RGB', (8, 8), 'white')

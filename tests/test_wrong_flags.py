@@ -61,7 +61,8 @@ def options(c): return options_of(c.work, c.presets, c.leave, tuple(c.fixed))
 
 def required(c):
     "Something for every argument that must be given."
-    return ['x'] * sum(o.required for o in options(c))
+    needed = [o for o in options(c) if o.required]
+    return [w for o in needed for w in (['x'] if o.positional else [f'--{flag_names(options(c))[o.dest]}', 'x'])]
 
 def one_line_and_nothing_written(capsys, c, *argv):
     status = c([*required(c), *argv])
@@ -94,7 +95,7 @@ def test_defaults_are_values_that_may_be_meant(name, c, stubbed):
     (gmail_embed, ['--engine', 'ray', '--processes', '2'], 'choose one'),
     (gmail_tune.commands['text'], ['--patience', '3', '--no-patience'], 'not allowed with'),
     (gmail_tune.commands['caption'], ['--four-bit', '--tuning', 'full'], '4 bit'),
-    (gmail_tune.commands['caption'], ['--splits', 'train'], 'name one to train on and one to test on')])
+    (gmail_tune.commands['caption'], ['--splits', 'train'], 'expected 2 arguments')])
 def test_two_that_exclude_each_other_are_told(c, argv, said, stubbed, capsys):
     assert said in one_line_and_nothing_written(capsys, c, *argv)
 

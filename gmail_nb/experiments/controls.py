@@ -32,7 +32,7 @@ from .curve import (
 from .demo import Side, align_side, demo_gap_records
 from .protocol import (
     CLAIMS, CONTROLS, CURVES, GOOD, Claim, Point, arm_record, chain_settings, chosen_settings,
-    claims_table, difference, said_first)
+    claims_table, claim_difference, said_first)
 from ..files import atomic_write, check_writable, read_results, write_results
 from ..pages import save_figure, table_markdown, table_text
 from ..runtime import default_device, noise_generator
@@ -169,7 +169,7 @@ def control_seed(
 # %% ../../nbs/experiments/14_controls.ipynb #1d101d10
 def against(records:list[dict], arm:str, other:str, point:Point=GOOD, test:str='seen') -> tuple:
     "The paired difference of two arms, and the number of chains."
-    return difference(records, Claim('', arm, other, point, test))
+    return claim_difference(records, Claim('', arm, other, point, test))
 
 def finished_controls(records:list[dict], point:Point=GOOD) -> list[str]:
     "Those with at least one chain, in the protocol's order."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KS', 'TESTS', 'GOOD', 'CHOOSING_STYLE', 'STEPS', 'GUIDANCE', 'TRAINED', 'CURVES', 'CONTROLS', 'CLAIMS', 'STATES',
            'found', 'six_recalls', 'Point', 'chain_settings', 'is_validation', 'without_validation', 'chosen_settings',
-           'Claim', 'arm_record', 'scores', 'by_seed', 'difference', 'state', 'claims_table', 'said_first']
+           'Claim', 'arm_record', 'scores', 'by_seed', 'claim_difference', 'state', 'claims_table', 'said_first']
 
 # %% ../../nbs/experiments/05_protocol.ipynb #90d69693
 import json
@@ -158,7 +158,7 @@ def by_seed(records:list[dict], arm:str, point:Point, test:str) -> dict[int, np.
     return {r['seed']: scores(r) for r in records
             if r['metric'] == 'mean_recall' and (r['arm'], r['split'], r['point']) == asked}
 
-def difference(
+def claim_difference(
     records:list[dict],
     claim:Claim
 ) -> tuple[Interval|None, int]: # nothing where no seed is finished; and the number of seeds
@@ -190,7 +190,7 @@ def claims_table(
     "Every claim with its interval, in points of mean recall, and what became of it."
     rows = []
     for c in claims:
-        d, seeds = difference(records, c)
+        d, seeds = claim_difference(records, c)
         rows.append([c.said, state(c, d, seeds), d.text(sign='+') if d else '', str(seeds or '')])
     rows.sort(key=lambda r: STATES.index(r[1].removesuffix(' so far')))
     return [['claim', 'it', 'difference [95%]', 'seeds'], *rows]

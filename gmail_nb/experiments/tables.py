@@ -169,7 +169,8 @@ TABLE1 = PaperTable('Captioning on COCO', (
              said(38.12, 31.67, 119.53, 23.75, 56.27, 62.16)),
     TableRow('Llama 3', LLAMA_BASE, said(47.36, 35.21, 158.13, 28.35, 68.32, 75.13)),
     TableRow('Llama 3 + GMAIL', LLAMA_GMAIL, said(50.21, 38.59, 168.53, 32.58, 73.29, 80.25))),
-    MANY, left_out='IFCap and LLaVA have no command at this scale')
+    MANY, left_out='IFCap has no command at this scale; a LLaVA is tuned by gmail_tune llava, and '
+                   'gmail_caption writes its captions')
 TABLE6 = PaperTable('ClipCap on generated images, without and with alignment', (
     TableRow('without alignment', captioner('indiscriminate'),
              said(36.15, 30.32, 115.35, 22.95, 55.12, 61.08)),
@@ -291,7 +292,7 @@ class TableRun:
     encoder:list=()             # [NAME=]OTHER in place of an encoder, repeatable
     lm:list=()                  # [NAME=]OTHER in place of a language model, repeatable
     generator:list=()           # [NAME=]OTHER in place of a generator, repeatable
-    data:list=()                # sets to measure on in place of the table's, repeatable
+    test:list=()                # sets to measure on in place of the table's, repeatable
     epochs:int|None=None        # epochs of every alignment, in place of the paper's
     steps:int|None=None         # steps of every tuning, in place of the paper's
     batch_size:int|None=None    # batch of every training, in place of the paper's
@@ -449,8 +450,8 @@ def run_captioner(step:CaptionTuning, folder:Path, run:TableRun, at:Callable) ->
     settings = with_known(step.settings, **started)
     tune_captioner(file, folder, settings, generated=at(step.drawing) if step.drawing else None,
                    model=at(step.aligning) if step.aligning else None, arm=step.arm,
-                   splits=(source.split, 'test'), source=replace(source, split=None),
-                   seed=step.seed, device=run.device, features=str(folder.parent/'features'), store='float16')
+                   source=source, seed=step.seed, device=run.device, store='float16',
+                   features=str(folder.parent/'features'))
 
 # %% ../../nbs/experiments/60_tables.ipynb #cf86f00f
 RUNNERS = {Drawing: run_drawing, Aligning: run_aligning, TextTuning: run_text,
@@ -516,7 +517,7 @@ def measured_values(
 ) -> list[dict]: # records
     "Finished models on the sets of a table; `evaluate` leaves out what is not there."
     from gmail_nb.runs.evaluate import evaluate
-    return evaluate(models, run.data or table.data, table.task, out, root=run.root,
+    return evaluate(models, run.test or table.data, table.task, out, root=run.root,
                     below=run.models,
                     experiment=name, against=None, pictures=False, skip_existing=True)
 
@@ -646,7 +647,7 @@ def dry_table(
     found = {c: look_set(f'captions of {c}', *source_of(c, run),
                          images=CAPTION_SOURCES[c].real) for c in captions}
     rows += [r for looks, _ in found.values() for r in looks]
-    if t.task != 'caption': rows += [r for d in run.data or t.data for r in look_data(d, run.root)]
+    if t.task != 'caption': rows += [r for d in run.test or t.data for r in look_data(d, run.root)]
     for step in steps:
         does, images, size = step_costs(step.link, found)
         state, note = ('there', 'done') if step.done else ('to write', does)

@@ -35,8 +35,8 @@ from ..plan import Plan, make_settings, read_captions, settings_difference, spli
 from ..plan import training_split
 from .presets import CAPTION_SOURCES, EVAL_PRESETS, OWN, check_arm
 from ..runtime import default_device, default_dtype, machine
-from ..settings import GENERATORS, DrawSettings, EmbedSettings, Generator, SourceSettings
-from ..settings import WorkSettings, demo_settings, is_commit
+from ..settings import GENERATORS, AfterSettings, CaptionRunSettings, DrawSettings, EmbedSettings
+from ..settings import Generator, ReadSettings, SourceSettings, WorkSettings, demo_settings, is_commit
 from ..sources import load_captioned, read_coco
 
 # %% ../../nbs/runs/50_dry_run.ipynb #671b9a6e
@@ -390,16 +390,16 @@ def asdict_of(settings) -> dict:
 # %% ../../nbs/runs/50_dry_run.ipynb #38fce7b6
 def dry_generate(
     captioned, generator:str='embedded', out:str='generated', revision:str|None=None,
-    repo:str|None=None,
-    part:str='0/1', quality=None, report:bool=False, real=None, push=None,
-    draw:DrawSettings=DrawSettings(), source:SourceSettings=SourceSettings(),
-    work:WorkSettings=WorkSettings(), **rest
+    repo:str|None=None, part:str='0/1', draw:DrawSettings=DrawSettings(),
+    source:SourceSettings=SourceSettings(), work:WorkSettings=WorkSettings(),
+    after:AfterSettings=AfterSettings(), **rest
 ) -> list[Look]:
     "What `gmail_generate` would do."
     look, g = look_generator(generator, revision, repo)
     rows, out = [look_device(work.device, work.dtype), look], Path(out)
-    if quality: rows.append(look_model('embedded' if quality is True else quality, what='quality'))
-    if real: rows += look_set('real', real, source)[0]
+    quality = 'embedded' if after.quality is True else after.quality
+    if quality: rows.append(look_model(quality, what='quality'))
+    if after.real: rows += look_set('real', after.real, source)[0]
     if work.engine == 'ray' and not importlib.util.find_spec('ray'):
         rows.append(Look('ray', '', 'missing', "pip install 'gmail_nb[ray]'"))
     try: captions = read_captions(captioned, source)
@@ -523,13 +523,13 @@ def look_steps(steps:int, batch_size:int, captions:int) -> Look:
 
 # %% ../../nbs/runs/50_dry_run.ipynb #2b040c67
 def dry_text(
-    out:str='tuned', generated=None, model=None, real=None, arm=None,
-    source:SourceSettings=SourceSettings(), recipe=None, device=None, **rest
+    captioned=None, out:str='tuned', generated=None, model=None, arm=None,
+    source:SourceSettings=SourceSettings(), recipe=None, read:ReadSettings=ReadSettings(), **rest
 ) -> list[Look]:
     "What `gmail_tune text` would do."
     look, s = look_model(recipe.encoder), recipe.settings
-    rows, captions = look_sides(arm, model, generated, real, source)
-    rows = [look_device(device), look, *rows, look_steps(s.steps, s.batch_size, captions)]
+    rows, captions = look_sides(arm, model, generated, captioned, source)
+    rows = [look_device(read.device), look, *rows, look_steps(s.steps, s.batch_size, captions)]
     meant = CAPTION_SOURCES.get(recipe.captions)
     wanted = meant and (meant.learned_captions or meant.captions)
     if wanted and captions and abs(captions / wanted - 1) > .5:
@@ -541,20 +541,21 @@ def dry_text(
                             kept=captions)
 
 def dry_captioner(
-    out:str='captions', real=None, generated=None, model=None, arm=None, test=None,
-    splits:tuple=('train', 'test'), source:SourceSettings=SourceSettings(), preset=None, run=None, **rest
+    captioned=None, out:str='captions', generated=None, model=None, arm=None, test=None,
+    source:SourceSettings=SourceSettings(), preset=None,
+    run:CaptionRunSettings=CaptionRunSettings(), **rest
 ) -> list[Look]:
     "What `gmail_tune caption` would do."
-    s, parted = preset.settings, bool(real and splits_of(real))
-    learned = replace(source, split=splits[0]) if parted else source
-    rows, captions = look_sides(arm, model, generated, real, learned)
-    if real is None and test is None:
-        rows.append(Look('test', '', 'refused',
-                         'captions are scored on real images: name some with --real or --test'))
-    if test is not None: rows += look_set('test', test, source)[0]
-    elif parted: rows += look_set('test', real, replace(source, split=splits[1]))[0]
+    s, tested = preset.settings, test or captioned
+    rows, captions = look_sides(arm, model, generated, captioned, source)
+    if tested is None:
+        rows.append(Look('test', '', 'refused', 'captions are scored on real images: name a '
+                         'captioned set of them, or one with --test'))
+    elif test is not None or splits_of(tested):
+        split = run.test_split or ('test' if splits_of(tested) else None)
+        rows += look_set('test', tested, replace(source, split=split))[0]
     look = look_model(s.encoder)
-    rows = [look_device(run and run.device), look, look_lm(s.lm), *rows, look_steps(s.steps, s.batch_size, captions)]
+    rows = [look_device(run.device), look, look_lm(s.lm), *rows, look_steps(s.steps, s.batch_size, captions)]
     work = look_work(look, s.encoder, captions, 1, out,
                      note='features of the images, the captioner')
     def alone(w): return w._replace(note=f'embedding alone: {w.note}') if w.what == 'time' else w
@@ -562,16 +563,19 @@ def dry_captioner(
 
 # %% ../../nbs/runs/50_dry_run.ipynb #4662e8fe
 def dry_write(
-    images:tuple, captioner:str='captions/captioner', **rest
+    images:tuple, model:str='captions', **rest
 ) -> list[Look]:
     "What `gmail_caption` would do."
     lost = [i for i in images if not Path(i).exists()]
-    folder = Path(captioner)
+    folder = Path(model)
     below = folder/'captioner'
     if not (folder/'card.json').exists() and (below/'card.json').exists(): folder = below
-    rows = [look_device(), look_path('captioner', folder, 'card.json')]
-    if rows[-1].state == 'missing':
-        rows[-1] = rows[-1]._replace(note=f'{rows[-1].note}: gmail_tune caption makes it, --captioner names it')
+    published = model.startswith('llava:')
+    rows = [look_device(), look_lm(model.removeprefix('llava:'), 'LLaVA') if published
+            else look_path('captioner', folder, 'card.json')]
+    if published: pass
+    elif rows[-1].state == 'missing':
+        rows[-1] = rows[-1]._replace(note=f'{rows[-1].note}: gmail_tune caption makes it, --model names it')
     else:
         card = json.loads((folder/'card.json').read_text(encoding='utf-8'))
         rows.append(look_model(card.get('encoder', 'embedded')))
@@ -623,16 +627,15 @@ def asked_models(
     return {r: models[r] for r in rows or models}
 
 def dry_eval(
-    preset:str|None=None, task:str|None=None, model:tuple=(), data:tuple=(), root=None,
-    models:str='.',
-    rows:tuple=(), generated=None, out:str='eval', source:SourceSettings=SourceSettings(), **rest
+    captioned:tuple=(), preset:str|None=None, task:str|None=None, model:tuple=(), root=None,
+    models:str='.', rows:tuple=(), generated=None, out:str='eval', source:SourceSettings=SourceSettings(), **rest
 ) -> list[Look]:
     "What `gmail_eval` would do. A row or set that is missing is left out, so some are enough."
     if preset and preset not in EVAL_PRESETS: raise unknown_name('preset', preset, EVAL_PRESETS)
     known = EVAL_PRESETS.get(preset)
     found = [look_model(spec, models, f'row {row}') for row,
              spec in asked_models(model, rows, known).items()]
-    names = tuple(data) or (known.data if known else (OWN[task or 'retrieval'],))
+    names = tuple(captioned) or (known.data if known else (OWN[task or 'retrieval'],))
     sets = [r for name in names for r in look_data(name, root, source)]
     more = look_generated(generated)[0] if generated else []
     return [look_device(), *found, *sets, *more, look_out(out)]

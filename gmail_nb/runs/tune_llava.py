@@ -6,12 +6,14 @@
 __all__ = ['LLAVA_ARMS', 'JUDGED', 'check_llava_arm', 'set_tokens', 'Learned', 'arm_sets', 'learn_from', 'keys_of',
            'half_of_each', 'held_out', 'likelihoods', 'judge_llava', 'show_losses', 'llava_pictures', 'vision_of',
            'started', 'decode_blank', 'keep_llava', 'say_broken', 'write_llava_page', 'Instructed', 'instructed',
-           'check_plain', 'Taught', 'taught', 'train_and_judge', 'tune_llava', 'Talker', 'aligned_tower', 'load_talker',
-           'Aloud', 'Talk', 'chat', 'typed', 'look_told', 'dry_llava', 'look_llava', 'dry_chat']
+           'check_plain_llava', 'Taught', 'taught', 'train_and_judge_llava', 'tune_llava', 'Talker', 'aligned_tower',
+           'load_talker', 'Aloud', 'Talk', 'chat', 'typed', 'is_talker', 'decoded_pictures', 'llava_captions',
+           'look_told', 'dry_llava', 'look_llava', 'dry_chat']
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #f00c8d48
 import gmail_nb.runtime
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,11 +31,11 @@ from ..align import GenReal, model_folder
 from ..data import decode_image, show_images
 from ..encoders import Encoder, load_encoder, preprocess_images
 from ..features import LazyPixels
-from ..files import check_writable, unknown_name
+from ..files import check_writable, progress, unknown_name
 from ..llava import (
-    Llava, VisualTokens, encode_all, generate_answers, load_llava, save_llava, turns_of)
+    Llava, VisualTokens, answer_all, encode_all, generate_answers, load_llava, save_llava, turns_of)
 from gmail_nb.llava_training import (
-    CaptionExamples, GridTokens, LlavaLoss, embed_tokens, encode_example, fit_projector,
+    DESCRIBE, CaptionExamples, GridTokens, LlavaLoss, embed_tokens, encode_example, fit_projector,
     grid_of, is_llava, load_trained, new_llava, save_trained, token_side, mixed_tokens,
     train_llava)
 from ..pages import save_figure
@@ -45,9 +47,11 @@ from .instructions import OWN_QUESTIONS, load_instructions
 from .judge import (
     FEWEST, Measure, Verdict, judged, show_differences, spread, write_page)
 from .presets import check_arm
-from .tune_caption import CaptionColumn, captioned_rows, places
-from ..runtime import default_device, fingerprint, stable_seed
-from ..settings import EmbedSettings, LlavaSettings, RunSettings, SourceSettings, described
+from .tune_caption import CaptionColumn, captioned_rows, pictures_at, places
+from ..runtime import default_device, fingerprint, set_seed, stable_seed
+from gmail_nb.settings import (
+    CaptionSettings, ChatSettings, EmbedSettings, LlavaSettings, RunSettings, SourceSettings,
+    described)
 from ..splits import trained_on, write_trained_on
 from ..train import processes, run_precision
 
@@ -321,7 +325,7 @@ def instructed(
     if out.examples: return out
     raise ValueError('no instruction is left to learn from: its pictures do not decode, or all judge')
 
-def check_plain(settings:LlavaSettings, plain, side:str, used) -> None:
+def check_plain_llava(settings:LlavaSettings, plain, side:str, used) -> None:
     "`ValueError` where no plain LLaVA can be saved, before anything is trained."
     if plain is None: return
     if not is_llava(settings.language_model, settings.revision):
@@ -351,7 +355,7 @@ def taught(
     more = instructed(asked, vision, below, acc, held) if asked else None
     return Taught(half_of_each(found, learn), judges, more)
 
-def train_and_judge(
+def train_and_judge_llava(
     llava:Llava, found:Learned, vision:GenReal|Encoder, parts:Taught, out:Path,
     settings:LlavaSettings, run:RunSettings, acc:Accelerator, arm:str, model, sets:dict
 ) -> dict[str, list[float]]: # stage -> the loss of each step
@@ -391,7 +395,7 @@ def tune_llava(
     arm = arm or ('real' if generated is None else 'gmail')
     check_llava_arm(arm, model, generated, real)
     used = model if 'generated' in LLAVA_ARMS[arm].values() else None # f_r is that of the base
-    check_plain(settings, plain, plain_side, used)
+    check_plain_llava(settings, plain, plain_side, used)
     out, acc = check_writable(out), processes(run.trackers, out, run.device)
     sets = arm_sets(arm, real, generated, source)
     asked = None
@@ -404,7 +408,7 @@ def tune_llava(
         fit_projector(llava, next(iter(found.files.values()))[:256])
     run = replace(run, checkpoints=str(out/'checkpoints'), log_file=str(out/'log.jsonl'), desc='llava')
     parts = taught(found, asked, vision, below, acc, settings)
-    history = train_and_judge(llava, found, vision, parts, out, settings, run, acc, arm, used, sets)
+    history = train_and_judge_llava(llava, found, vision, parts, out, settings, run, acc, arm, used, sets)
     tower = vision if plain_side == 'generated' else None
     if acc.is_main_process and plain: save_llava(llava, plain, tower)
     acc.wait_for_everyone()
@@ -428,7 +432,7 @@ def aligned_tower(name, card:dict, encoder:Encoder) -> GenReal:
     "The aligned model behind which a folder was tuned. `ValueError` where there was none."
     if card.get('aligned'): return GenReal.from_pretrained(card['aligned'], encoder)
     raise ValueError(f'{Path(name).name} was tuned without an aligned model, so it has no f_g for '
-                     'generated pictures: leave --generated out, or tune with --model')
+                     'generated pictures: leave --side generated out, or tune with --model')
 
 def load_talker(
     name:str|Path,            # a folder of `tune_llava`, or a Hub id or folder of a published LLaVA
@@ -442,7 +446,7 @@ def load_talker(
         encoder = tower or load_encoder(card['encoder'])
         eyes = aligned_tower(name, card, encoder) if generated else encoder
         return Talker(model.to(device), VisualTokens(eyes.to(device)), trained_on(name), generated)
-    if generated: raise ValueError(f'{name} has one tower for all pictures: leave --generated out')
+    if generated: raise ValueError(f'{name} has one tower for all pictures: leave --side generated out')
     if not is_llava(str(name)):
         raise ValueError(f'{name} is a language model without eyes: name a folder of '
                          'gmail_tune llava, or a published LLaVA')
@@ -465,7 +469,8 @@ class Aloud(TextStreamer):
 
 class Talk:
     "A conversation about some pictures."
-    def __init__(self, talker:Talker, pictures:list, max_new_tokens:int=128, stream=None):
+    def __init__(self, talker:Talker, pictures:list, max_new_tokens:int=ChatSettings.max_new_tokens,
+                 stream=None):
         self.talker, self.turns, self.pictures = talker, [], pictures
         self.length, self.stream = max_new_tokens, stream
         self.tokens = talker.look(pictures) if pictures else None
@@ -486,16 +491,15 @@ def chat(
     images,                  # picture files
     question:str|None=None,  # one question; several turns are read from `lines` if absent
     model:str|Path='llava',  # as `load_talker`
-    max_new_tokens:int=128,
+    settings:ChatSettings=ChatSettings(),
     lines=None,              # questions, one a line; standard input if absent
-    stream=None,             # where answers are written; standard output if absent
-    generated:bool=False,    # the pictures come from a generator, and go through f_g
-    device:str|None=None     # cpu or cuda; the fastest present if absent
+    stream=None              # where answers are written; standard output if absent
 ) -> list[dict]: # the conversation
     "Ask about pictures. `ValueError` for a picture that does not decode."
     pictures = [decode_image(Path(p).read_bytes(), str(p)).convert('RGB') for p in images]
-    talker = load_talker(model, torch.device(device) if device else None, generated)
-    talk = Talk(talker, pictures, max_new_tokens, stream or sys.stdout)
+    device = torch.device(settings.device) if settings.device else None
+    talker = load_talker(model, device, settings.side == 'generated')
+    talk = Talk(talker, pictures, settings.max_new_tokens, stream or sys.stdout)
     asked = [question] if question else typed(lines or sys.stdin)
     for q in asked: talk.ask(q)
     return talk.turns
@@ -509,6 +513,49 @@ def typed(lines):
         if not line: return
         yield line
 
+# %% ../../nbs/runs/60_tune_llava.ipynb #e6a10d02
+def is_talker(name:str|Path) -> bool:
+    "Whether a name is that of a LLaVA: the folder of one, or `llava:` and an id of the Hub."
+    folder = Path(name)
+    if str(name).startswith('llava:') or (folder/'projector.safetensors').exists(): return True
+    return (folder/'config.json').exists() and is_llava(str(name))
+
+def decoded_pictures(pictures:datasets.Dataset, rows:Iterable[int]) -> tuple[dict, dict]: # of key, image
+    "Pictures by key, and why others do not decode."
+    found, broken = {}, {}
+    for row in pictures.select(rows):
+        try: found[row['key']] = decode_image(row['image'], row['key'])
+        except ValueError as e: broken[row['key']] = str(e)
+    return found, broken
+
+# %% ../../nbs/runs/60_tune_llava.ipynb #e6a10d04
+def llava_captions(
+    images,                    # picture files, folders of pictures, captioned sets; one or a list
+    model:str|Path='llava',    # as `is_talker`
+    settings:CaptionSettings=CaptionSettings(),
+    source:SourceSettings=SourceSettings() # how sets are read
+) -> tuple[dict[str, str], dict[str, str]]: # name -> caption; name -> why it was left out
+    "Captions through `f_r` and a LLaVA, as `caption_files`. `ValueError` when no image decodes."
+    talker = load_talker(str(model).removeprefix('llava:'))
+    several = [images] if isinstance(images, (str, Path)) else images
+    read = replace(source, decoded=0)
+    found = datasets.concatenate_datasets([pictures_at(place, read) for place in several])
+    s, batch_size = settings, settings.batch_size
+    drawn = dict(top_p=s.top_p, temperature=s.temperature, top_k=0, do_sample=True)
+    how = drawn if s.top_p else dict(num_beams=s.beams)
+    turns, written, broken = turns_of(f'{talker.model.marker}\n{DESCRIBE[0]}'), {}, {}
+    for start in progress(range(0, len(found), batch_size), 'captions'):
+        good, bad = decoded_pictures(found, range(start, min(start + batch_size, len(found))))
+        broken |= bad
+        set_seed(stable_seed('captions', s.seed, start))
+        asked = [(turns, [picture]) for picture in good.values()]
+        said = answer_all(talker.model, asked, talker.look, batch_size,
+                          s.max_new_tokens, **how)
+        written |= dict(zip(good, said))
+    if written: return written, broken
+    first = next(iter(broken.values()))
+    raise ValueError(f'none of {len(broken)} images decodes; the first: {first}')
+
 # %% ../../nbs/runs/60_tune_llava.ipynb #865feb41
 def look_told(told:str) -> Look:
     "Whether instructions are there."
@@ -520,21 +567,21 @@ def look_told(told:str) -> Look:
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #d33475b5
 def dry_llava(
-    out:str='llava', real=None, generated=None, model=None, arm=None,
+    captioned=None, out:str='llava', generated=None, model=None, arm=None,
     source:SourceSettings=SourceSettings(), settings:LlavaSettings=LlavaSettings(),
     instructions=None, plain=None, **rest
 ) -> list[Look]:
     "What `gmail_tune llava` would do."
     arm, captions, rows = arm or ('real' if generated is None else 'gmail'), 0, []
-    try: check_llava_arm(arm, model, generated, real)
+    try: check_llava_arm(arm, model, generated, captioned)
     except ValueError as e: rows.append(Look('arm', arm, 'refused', first_line(e)))
     if instructions: rows.append(look_told(str(instructions)))
     kinds = LLAVA_ARMS.get(arm, {})
     ways = [f'{k} through {dict(real="f_r", generated="f_g")[side]}' for k, side in kinds.items()]
     if not any(r.what == 'arm' for r in rows):
         rows.insert(0, Look('arm', arm, 'there', ', '.join(ways)))
-    if real is not None and 'real' in kinds:
-        more, ds = look_set('real', real, source, learned=True)
+    if captioned is not None and 'real' in kinds:
+        more, ds = look_set('real', captioned, source, learned=True)
         rows, captions = rows + more, 0 if ds is None else sum(map(len, ds['captions']))
     if generated is not None and 'generated' in kinds:
         more, manifest = look_generated(generated)

@@ -282,21 +282,24 @@ def tune_from_files(
     real=None,                    # what `load_captioned` reads
     arm:str|None=None,            # one of `ARMS`; gmail where images are generated, otherwise real
     source:SourceSettings=SourceSettings(), # how `real` is read
-    desc:str|None='tuning',       # beside the progress bar
-    *,
     test=None,                    # a captioned set that must not be learned from
-    test_split:str|None=None,     # of it, where it is a Karpathy file
-    device:str|None=None,         # cpu or cuda; the fastest present if absent
-    read:ReadSettings=ReadSettings() # how images are read, and where their features lie
+    read:ReadSettings=ReadSettings(), # how images are read, and where their features lie
+    **named                       # fields of `read`, such as device='cpu', in place of its own
 ) -> TunedText:
     "Embed, tune, and save. `ValueError` for an arm that lacks its images or its model, or for a leak."
     if generated is None and real is None:
-        raise ValueError('there is nothing to learn from: name --generated with --model, or --real')
-    arm = arm or ('real' if generated is None else 'gmail')
+        raise ValueError('there is nothing to learn from: name --generated with '
+                         '--model, or a captioned set')
+    arm, read = arm or ('real' if generated is None else 'gmail'), replace(read, **named)
     check_arm(arm, model, generated, real)
-    out, acc = check_writable(out), processes(device=device)
+    out, acc = check_writable(out), processes(device=read.device)
     with StopTogether(acc):
-        return tune_sets(out, recipe, generated, model, real, arm, source, desc, acc, test, test_split, read)
+        drawn = None if generated is None or arm == 'real' else generated_images(generated)
+        captioned = None if real is None else load_captioned(real, source)
+        if test is not None:
+            how = replace(source, split=read.test_split)
+            check_text_test_apart(keys_asked_for(drawn, captioned), model, test, how)
+        return tune_sets(out, recipe, drawn, captioned, model, arm, read, acc)
 
 # %% ../../nbs/runs/20_tune_text.ipynb #484ed3fd
 def finish_text(
@@ -316,21 +319,18 @@ def finish_text(
 
 # %% ../../nbs/runs/20_tune_text.ipynb #08631b9e
 def tune_sets(
-    out:Path, recipe:TextRecipe, generated, model, real, arm:str, source:SourceSettings,
-    desc:str|None, acc:Accelerator, test, test_split:str|None,
-    read:ReadSettings # as in `tune_from_files`
+    out:Path, recipe:TextRecipe,
+    drawn,     # from `generated_images`, or None
+    captioned, # from `load_captioned`, or None
+    model, arm:str, read:ReadSettings, # as in `tune_from_files`
+    acc:Accelerator
 ) -> TunedText:
     "The work of `tune_from_files`, in each of the processes that train together."
-    drawn = None if generated is None or arm == 'real' else generated_images(generated)
-    captioned = None if real is None else load_captioned(real, source)
-    if test is not None:
-        how = replace(source, split=test_split)
-        check_text_test_apart(keys_asked_for(drawn, captioned), model, test, how)
     encoder, s = load_encoder(recipe.encoder).to(acc.device), recipe.settings
     aligned = None if model is None else GenReal.from_pretrained(model, encoder).to(acc.device)
     pairs = text_pairs(Sides(out, encoder, aligned, acc, read), arm, drawn, captioned, s.real_projection)
     several = acc if acc.num_processes > 1 else None
-    tuned = tune_text(encoder, pairs.images, pairs.captions, s, desc=desc, accelerator=several,
+    tuned = tune_text(encoder, pairs.images, pairs.captions, s, desc=read.desc, accelerator=several,
                       real_features=pairs.real, checkpoint=out/'checkpoint.pt')
     images = captioned if drawn is None else drawn
     if acc.is_main_process: finish_text(tuned, encoder, out, model, recipe, pairs, arm, images)

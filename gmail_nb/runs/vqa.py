@@ -137,9 +137,9 @@ def look_questions(data:str, settings:VQASettings) -> Look:
 
 # %% ../../nbs/runs/70_vqa.ipynb #edb4115f
 def dry_vqa(
-    model:str='llava', data:str=OWN_QUESTIONS, out:str='vqa',
+    questions:str=OWN_QUESTIONS, model:str='llava', out:str='vqa',
     settings:VQASettings=VQASettings(), **rest
 ) -> list[Look]:
     "What `gmail_eval vqa` would do."
-    return [look_device(), look_llava(model), look_questions(data, settings),
+    return [look_device(), look_llava(model), look_questions(questions, settings),
             look_out(out, note='results, answers and a picture')]
