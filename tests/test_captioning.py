@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 
+from gmail_nb import weights
 from gmail_nb.captioning import (
     Captioner,
     CaptionPlan,
@@ -38,9 +39,11 @@ from gmail_nb.captioning import (
 from gmail_nb.data import emoji
 from gmail_nb.encoders import embedded_encoder, encode_images, preprocess_images
 from gmail_nb.features import embed
+from gmail_nb.runs.presets import GPT2, LLAMA, SIGLIP
 from gmail_nb.runtime import noise_generator, set_seed, stable_seed
-from gmail_nb.settings import CaptionerSettings, CaptionRunSettings, EmbedSettings, RunSettings
+from gmail_nb.settings import CaptionerSettings, CaptionRunSettings, EmbedSettings, RunSettings, is_commit
 from gmail_nb.train import Log, checkpoints_in, cosine_rate, epoch_order
+from gmail_nb.weights import load_part
 
 @pytest.fixture(scope='module')
 def drawn(): return emoji('A', source='noto')
@@ -477,3 +480,15 @@ def test_a_tracker_is_told_the_settings_and_every_step(tokenizer, features, name
     run = RunSettings(trackers=(notes,), log_file=str(tmp_path/'log.jsonl'))
     train_captioner(next(iter(again_and_again(tokenizer))), features, names, steps=3, batch_size=16, desc=None, run=run)
     assert [step for step, _ in notes.rows] == [1, 2, 3] and notes.settings['steps'] == 3
+
+def test_a_model_of_the_hub_is_read_at_its_commit_and_any_other_is_told_of_once(monkeypatch):
+    asked, said = [], []
+    kind = type('Kind', (), dict(from_pretrained=lambda name, **how: asked.append((name, how['revision']))))
+    monkeypatch.setattr(weights.log, 'warning', lambda text, *more: said.append(text % more))
+    weights.tell_unpinned.cache_clear()
+    for name in ('openai-community/gpt2', 'openai-community/gpt2', 'some/model', 'some/model'): load_part(kind, name)
+    assert asked[0] == asked[1] == ('openai-community/gpt2', weights.COMMITS['openai-community/gpt2'])
+    assert asked[3] == ('some/model', None) and len(said) == 1 and 'name a commit' in said[0]
+    load_part(kind, 'some/model', revision='0' * 40)
+    assert len(said) == 1 and asked[-1][1] == '0' * 40
+    assert {GPT2, LLAMA, SIGLIP.removeprefix('hf:')} <= set(weights.COMMITS) and all(map(is_commit, weights.COMMITS.values()))

@@ -33,11 +33,12 @@ import torch
 from ..files import asset, name_some, unknown_name
 from ..plan import Plan, make_settings, read_captions, settings_difference, splits_of
 from ..plan import training_split
-from .presets import CAPTION_SOURCES, EVAL_PRESETS, OWN, check_arm
+from .presets import ARMS, CAPTION_ARMS, CAPTION_SOURCES, EVAL_PRESETS, OWN, check_arm
 from ..runtime import default_device, default_dtype, machine
 from ..settings import GENERATORS, AfterSettings, CaptionRunSettings, DrawSettings, EmbedSettings
 from ..settings import Generator, ReadSettings, SourceSettings, WorkSettings, demo_settings, is_commit
 from ..sources import load_captioned, read_coco
+from ..weights import COMMITS
 
 # %% ../../nbs/runs/50_dry_run.ipynb #671b9a6e
 class Look(NamedTuple):
@@ -148,6 +149,7 @@ def look_hub(
     revision:str|None=None, kind:str='model'
 ) -> Look:
     "A repository: in the cache, to be downloaded, or out of reach."
+    revision = revision or (COMMITS.get(repo) if kind == 'model' else None)
     pinned = bool(revision) and is_commit(revision)
     loose = '' if pinned else f'{repr(revision) if revision else "the newest revision"} is not pinned to a commit'
     folder = cached(repo, revision, kind)
@@ -553,17 +555,17 @@ def dry_embed(
                        run=(settings.batch_size, settings.precision))]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #06ef89bd
-def look_arm(arm:str|None, model, generated, real) -> list[Look]:
+def look_arm(arm:str|None, model, generated, real, arms:tuple=ARMS) -> list[Look]:
     "What an arm learns from; refused where it lacks something."
     arm = arm or ('real' if generated is None else 'gmail')
-    try: check_arm(arm, model, generated, real)
+    try: check_arm(arm, model, generated, real, arms)
     except ValueError as e: return [Look('arm', arm, 'refused', first_line(e))]
     return [Look('arm', arm, 'there')]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #6c9cb363
-def look_sides(arm, model, generated, real, source:SourceSettings) -> tuple[list[Look], int]:
+def look_sides(arm, model, generated, real, source:SourceSettings, arms:tuple=ARMS) -> tuple[list[Look], int]:
     "The rows of what is learned from, and how many captions that is."
-    rows, captions = look_arm(arm, model, generated, real), 0
+    rows, captions = look_arm(arm, model, generated, real, arms), 0
     if real is not None:
         more, ds = look_set('real', real, source, learned=True)
         rows, captions = rows + more, 0 if ds is None else sum(map(len, ds['captions']))
@@ -606,7 +608,7 @@ def dry_captioner(
 ) -> list[Look]:
     "What `gmail_tune caption` would do."
     s, tested = preset.settings, test or captioned
-    rows, captions = look_sides(arm, model, generated, captioned, source)
+    rows, captions = look_sides(arm, model, generated, captioned, source, CAPTION_ARMS)
     if tested is None:
         rows.append(Look('test', '', 'refused', 'captions are scored on real images: name a '
                          'captioned set of them, or one with --test'))
