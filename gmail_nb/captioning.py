@@ -7,18 +7,18 @@ __all__ = ['MAPPERS', 'LM_TUNINGS', 'MLPMapper', 'TransformerMapper', 'Prefix', 
            'check_four_bit', 'load_lm', 'lora_modules', 'lora_lm', 'Captioner', 'caption_ids', 'padding_of',
            'prefixed_logits', 'padded', 'caption_loss', 'CaptionPlan', 'caption_batches', 'noisy_features',
            'CaptionLearner', 'EncodedCaptions', 'caption_parts', 'encode_captions', 'read_encoded', 'write_encoded',
-           'Sources', 'check_captioned_features', 'CaptionLoss', 'own_share', 'has_dropout', 'training_facts',
-           'StepTraining', 'CaptionTraining', 'seeded_dropout', 'put_dropout_back', 'tracked', 'take_steps',
-           'train_captioner', 'RowSampling', 'check_captioner_input', 'continue_from', 'generate_ids', 'caption_text',
-           'write_captions', 'save_captioner', 'captioner_settings', 'captioner_card', 'loaded_in', 'load_captioner',
-           'caption_statistics']
+           'Sources', 'check_captioned_features', 'CaptionLoss', 'own_share', 'own_shares', 'has_dropout', 'drawn_by',
+           'training_facts', 'StepTraining', 'CaptionTraining', 'checkpointing_of', 'checkpointed', 'seeded_dropout',
+           'put_dropout_back', 'tracked', 'take_steps', 'train_captioner', 'RowSampling', 'check_captioner_input',
+           'continue_from', 'generate_ids', 'caption_text', 'write_captions', 'save_captioner', 'captioner_settings',
+           'captioner_card', 'loaded_in', 'load_captioner', 'caption_statistics']
 
 # %% ../nbs/35_captioning.ipynb #08433877
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -386,12 +386,20 @@ class CaptionLearner:
         acc, loss = self.accelerator, loss.detach()
         return (loss if acc is None else acc.reduce(loss, 'mean')).item()
 
-    def step(self, loss:torch.Tensor) -> None:
-        "Learn from one batch. `FloatingPointError` when the loss is no number."
+    def gradients(self, losses:Iterable[torch.Tensor]) -> torch.Tensor: # their sum, on the device
+        "Add up the gradients. A loss that is made when it is asked for finds the one before let go."
         self.optimizer.zero_grad()
-        loss.backward()
+        total = 0.
+        for loss in losses:
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def step(self, loss) -> None: # of the batch, or those of its parts, which add up to it
+        "Learn from one batch. `FloatingPointError` when the loss is no number."
+        total = self.gradients([loss] if isinstance(loss, torch.Tensor) else loss)
         nn.utils.clip_grad_norm_(self.parameters, 1.)
-        value = self.value(loss)
+        value = self.value(total)
         if not math.isfinite(value):
             raise FloatingPointError(f'the loss is {value} at step {len(self.losses) + 1}: '
                                      'lower the learning rate, or look for damaged features')
@@ -546,6 +554,20 @@ def own_share(
     if not own: return [0], 0.
     return own, sum(lengths[i] for i in own) * processes / sum(lengths)
 
+# %% ../nbs/35_captioning.ipynb #a7c15e02
+def own_shares(
+    lengths:list[int],  # tokens of each caption of a batch
+    accumulation:int=1, # parts, one caption in each at least
+    process:int=0,
+    processes:int=1
+) -> list[tuple[list[int], float]]: # of each part: places in the batch, the factor of its mean loss
+    "What a process learns from, in the parts that go through the model one after another."
+    own, share = own_share(lengths, process, processes)
+    size = -(-len(own) // accumulation)
+    parts = [own[i:i + size] for i in range(0, len(own), size)]
+    def factor(part): return sum(lengths[i] for i in part) * processes / sum(lengths)
+    return [(part, factor(part) if share else 0.) for part in parts]
+
 # %% ../nbs/35_captioning.ipynb #2af0ed59
 def has_dropout(captioner:Captioner) -> bool:
     "Whether anything of the captioner is drawn anew in each step."
@@ -553,6 +575,11 @@ def has_dropout(captioner:Captioner) -> bool:
     by_name = {k: v for k, v in captioner.lm.config.to_dict().items() if 'drop' in k}
     said = [v for k, v in by_name.items() if not k.startswith(other_heads) and isinstance(v, (int, float))]
     return any(said) or any(m.p > 0 for m in captioner.modules() if isinstance(m, nn.Dropout))
+
+def drawn_by(model, processes:int, accumulation:int) -> dict:
+    "What the masks of dropout depend on; without dropout any number of processes and parts will do."
+    if not has_dropout(model): return dict(processes='any', accumulation='any')
+    return dict(processes=processes, accumulation=accumulation)
 
 def training_facts(
     captioner:Captioner,      # before its first step
@@ -563,8 +590,8 @@ def training_facts(
 ) -> dict: # settings and model
     "What a checkpoint of a training belongs to, as JSON."
     read = 'steps', 'batch_size', 'lr', 'weight_decay', 'noise'
-    processes = processes if has_dropout(captioner) else 'any'
-    same = dict(seed=seed, precision=precision, processes=processes)
+    same = dict(seed=seed, precision=precision)
+    same |= drawn_by(captioner, processes, settings.accumulation)
     begins = fingerprint(captioner.trained())
     return dict(settings={k: getattr(settings, k) for k in read} | same,
                 model=captioner.settings | dict(begins_with=begins))
@@ -574,8 +601,8 @@ class StepTraining:
     """What trainings of a language model share: `step`, `row`, `save`, `resume` and `drive`.
 
     Whoever makes one sets `acc`, `device`, `settings`, `model` (with `trained()`), `plan`, `learner`,
-    and `noise` if it draws any, and says what one step is (`advance`) and what a checkpoint
-    belongs to (`state`)."""
+    `loss` (a module), and `noise` if it draws any, and says what one step is (`advance`) and what
+    a checkpoint belongs to (`state`)."""
     noise = None # a `torch.Generator`
 
 # %% ../nbs/35_captioning.ipynb #e0fa06ef
@@ -622,6 +649,20 @@ def row(self:StepTraining, step:int) -> dict:
     rate = self.learner.lr * self.learner.rate(step - 1)
     return dict(step=step, loss=self.learner.losses[step - 1], lr=rate)
 
+# %% ../nbs/35_captioning.ipynb #a7c15e04
+@patch
+def parts(self:StepTraining,
+    lengths:list[int], # tokens of each example of a batch
+    read:Callable      # from places in the batch to what the loss takes
+) -> Iterator[torch.Tensor]:
+    "The losses of a process, each made when it is asked for; processes add up once, at the last."
+    place = self.acc.process_index, self.acc.num_processes
+    shares = own_shares(lengths, self.settings.accumulation, *place)
+    for own, share in shares:
+        last = own is shares[-1][0]
+        with nullcontext() if last else self.acc.no_sync(self.loss):
+            yield self.loss(*read(own)) * share
+
 # %% ../nbs/35_captioning.ipynb #5a35588b
 @patch
 def advance(self:CaptionTraining) -> dict: # the row of the log
@@ -630,9 +671,26 @@ def advance(self:CaptionTraining) -> dict: # the row of the log
     turn, source = divmod(self.plan.epoch(self.step), n)
     x = noisy_features(self.sources[source, indices], self.length, self.noise) # (B, dim)
     ids = [self.captions.of(i, turn) for i in indices.tolist()]
-    own, share = own_share([len(c) for c in ids], self.acc.process_index, self.acc.num_processes)
-    self.learner.step(self.loss(x[own], [ids[i] for i in own]) * share)
+    def read(own): return x[own], [ids[i] for i in own]
+    self.learner.step(self.parts([len(c) for c in ids], read))
     return self.row(self.step)
+
+# %% ../nbs/35_captioning.ipynb #a7c15e06
+def checkpointing_of(lm:nn.Module, what:str) -> Callable: # what: enable or disable
+    "The method of transformers under its newer name, or the one before."
+    new = getattr(lm, f'activation_checkpointing_{what}', None)
+    return new or getattr(lm, f'gradient_checkpointing_{what}')
+
+@contextmanager
+def checkpointed(
+    lm:nn.Module, # of transformers
+    wanted:bool
+):
+    "Within this context activations are computed again for the gradient, where that is wanted."
+    if wanted: checkpointing_of(lm, 'enable')(dict(use_reentrant=False))
+    try: yield lm
+    finally:
+        if wanted: checkpointing_of(lm, 'disable')()
 
 # %% ../nbs/35_captioning.ipynb #521b5afc
 @contextmanager
@@ -700,6 +758,8 @@ def resume(self:StepTraining, checkpoints:Checkpoints) -> int: # the step it sta
     here, found = self.state(), checkpoints_in(checkpoints.folder)
     if not found: return 0
     there = read_state(found[-1])
+    parts = 'any' if there['settings'].get('processes') == 'any' else 1
+    there['settings'].setdefault('accumulation', parts) # older ones do not say it
     check_same_run(there, here, found[-1].name)
     self.read_checkpoint(found[-1])
     self.learner.losses = there['losses']
@@ -756,7 +816,7 @@ def train_captioner(
     `ValueError` for unpaired input, `FloatingPointError` when the loss is no number."""
     settings, acc = replace(settings, **changes), accelerator or tracked(run)
     job = CaptionTraining(captioner, features, captions, settings, seed, acc)
-    take_steps(job, seed, run, desc)
+    with checkpointed(captioner.lm, settings.checkpointing): take_steps(job, seed, run, desc)
     captioner.eval()
     return job.learner.losses
 

@@ -7,9 +7,9 @@ __all__ = ['PART_BYTES', 'DESCRIBE', 'STAGES', 'PROJECTOR', 'GridTokens', 'token
            'token_settings', 'embed_tokens', 'grid_of', 'load_tokens', 'LiveTokens', 'Example', 'example',
            'without_last', 'encode_example', 'CaptionExamples', 'check_same_grid', 'check_images', 'mixed_tokens',
            'linear_names', 'adapt_language', 'only_trained', 'fit_projector', 'LlavaLoss', 'LlavaTraining',
-           'examples_fingerprint', 'language_facts', 'as_trained', 'checkpointing_of', 'stage_run', 'train_stage',
-           'train_llava', 'adapter_place', 'adapter_state', 'projector_state', 'adapter_config', 'save_trained',
-           'trained_card', 'is_llava', 'new_llava', 'put_adapter', 'load_trained']
+           'examples_fingerprint', 'language_facts', 'as_trained', 'stage_run', 'train_stage', 'train_llava',
+           'adapter_place', 'adapter_state', 'projector_state', 'adapter_config', 'save_trained', 'trained_card',
+           'is_llava', 'new_llava', 'put_adapter', 'load_trained']
 
 # %% ../nbs/40_llava_training.ipynb #753552e7
 import gmail_nb.runtime
@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .align import FrozenTower, GenReal
 from .captioning import (
-    CaptionLearner, CaptionPlan, StepTraining, has_dropout, load_lm, lora_modules, own_share,
+    CaptionLearner, CaptionPlan, StepTraining, checkpointed, drawn_by, load_lm, lora_modules,
     take_steps, tracked)
 from .data import column_of
 from .encoders import Encoder
@@ -384,11 +384,10 @@ def advance(self:LlavaTraining) -> dict: # the row of the log
     "One step of all processes. `FloatingPointError` when the loss is no number."
     batch = self.plan.batch(self.step).tolist()
     prompts = [self.prompt(i) for i in batch]
-    place = self.acc.process_index, self.acc.num_processes
-    own, share = own_share([len(p.learned) for p in prompts], *place)
-    images = [image for i in own for image in self.examples[batch[i]].images]
-    loss = self.loss([prompts[i] for i in own], mixed_tokens(images, self.files))
-    self.learner.step(loss * share)
+    def read(own):
+        images = [image for i in own for image in self.examples[batch[i]].images]
+        return [prompts[i] for i in own], mixed_tokens(images, self.files)
+    self.learner.step(self.parts([len(p.learned) for p in prompts], read))
     return self.row(self.step)
 
 # %% ../nbs/40_llava_training.ipynb #38416036
@@ -408,10 +407,11 @@ def language_facts(model:Llava) -> dict: # as JSON
 def state(self:LlavaTraining) -> dict:
     "Where the training stands and what it belongs to, as JSON; to be asked for before it begins."
     if self.facts is None:
-        s, n = self.settings, self.acc.num_processes if has_dropout(self.model) else 'any'
+        s, n = self.settings, self.acc.num_processes
         read = 'rank', 'scale', 'layers', 'warmup', 'weight_decay', 'max_length', 'seed'
         how = dict(batch_size=self.stage.batch_size, lr=self.stage.lr, steps=len(self.plan))
-        how |= {k: getattr(s, k) for k in read} | dict(precision=self.precision, processes=n)
+        how |= {k: getattr(s, k) for k in read} | dict(precision=self.precision)
+        how |= drawn_by(self.model, n, s.accumulation)
         of = {k: getattr(f, 'fingerprint', f) for k, f in self.files.items()}
         model = language_facts(self.model) | dict(begins_with=fingerprint(self.model.trained()))
         data = fingerprint(examples_fingerprint(self.examples), of)
@@ -425,16 +425,9 @@ STAGES = ('project', 'instruct')
 def as_trained(model:Llava, checkpointing:bool):
     "The language model and the projector as a training needs them; the tower stays as it is."
     for part in (language_part(model), model.projector): part.train()
-    if checkpointing: checkpointing_of(model.lm, 'enable')(dict(use_reentrant=False))
-    try: yield
-    finally:
-        if checkpointing: checkpointing_of(model.lm, 'disable')()
-        model.eval()
-
-def checkpointing_of(lm:nn.Module, what:str) -> Callable: # what: enable or disable
-    "The method of transformers under its newer name, or the one before."
-    new = getattr(lm, f'activation_checkpointing_{what}', None)
-    return new or getattr(lm, f'gradient_checkpointing_{what}')
+    try:
+        with checkpointed(model.lm, checkpointing): yield
+    finally: model.eval()
 
 def stage_run(run:RunSettings, name:str) -> RunSettings:
     "Each stage has checkpoints and a log of its own."

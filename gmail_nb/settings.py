@@ -525,12 +525,15 @@ class CaptionerSettings:
     four_bit:bool=False         # load the language model in 4 bit, with bitsandbytes on a CUDA device
     revision:str|None=None      # revision of the language model on the Hub
     start:str|None=None         # folder of a captioner to go on from
+    accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another: less memory
+    checkpointing:bool=field(default=False, metadata=YOUNG) # activations again for the gradient: less memory, more time
 
     def __post_init__(self):
         check_known(self, 'tuning', ('full', 'lora', 'frozen'))
         check_known(self, 'dtype', ('float32', 'bfloat16', 'float16'))
         check_known(self, 'precision', PRECISIONS)
-        check_above(self, 'prefix_length', 'steps', 'batch_size', 'max_new_tokens', 'rank', 'beams')
+        check_above(self, 'prefix_length', 'steps', 'batch_size', 'max_new_tokens', 'rank', 'beams',
+                    'accumulation')
         if self.noise < 0: raise ValueError(f'noise is {self.noise}: a length is 0 or more')
         if self.four_bit and (self.tuning == 'full' or self.lm == 'small'):
             raise ValueError('weights in 4 bit cannot be trained: name a language model with lm, '
@@ -616,6 +619,7 @@ class LlavaSettings:
     precision:str='auto'        # bf16 for autocast, or no; auto: bf16 where the device has it
     max_length:int=2048         # most tokens of an example, those of its images included
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
+    accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another: less memory
     validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, from ten images on
     seed:int=0                  # seed of the projector, LoRA, and the order of the examples
 
@@ -627,7 +631,7 @@ class LlavaSettings:
         check_known(self, 'layers', LAYERS)
         check_known(self, 'dtype', ('float32', 'bfloat16', 'float16'))
         check_known(self, 'precision', PRECISIONS)
-        check_above(self, 'rank', 'alpha', 'max_length')
+        check_above(self, 'rank', 'alpha', 'max_length', 'accumulation')
         for name in ('warmup', 'validation_share'): check_share(self, name)
 
 # %% ../nbs/01_settings.ipynb #f09ea1df

@@ -459,7 +459,9 @@ def update(self:StepRunner,
     "Move the weights along the gradients, unless loss or gradients are no numbers."
     for group in self.optimizer.param_groups: group['lr'] = rate
     norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.clip)
-    loss, norm = torch.stack([loss, norm.to(loss)]).tolist() # here a step waits for the device
+    apart = [self.accelerator.reduce(self.apart, 'mean')] if isinstance(self.apart, torch.Tensor) else []
+    read = torch.stack([loss, norm.to(loss), *(a.to(loss) for a in apart)])
+    loss, norm, *self.apart = read.tolist() # here a step waits for the device, once for all of them
     good = math.isfinite(loss) and math.isfinite(norm)
     if good: self.optimizer.step()
     self.optimizer.zero_grad()
@@ -797,7 +799,7 @@ def advance(self:Alignment) -> dict: # the step's row of the history
     loss, good = runner.update(loss, rate)
     if good: self.weights.move_average()
     more = dict(tau=runner.tau_value()) if self.settings.learn_tau else {}
-    if batch.tokens: more |= dict(token_loss=self.accelerator.reduce(runner.apart, 'mean').item())
+    if batch.tokens: more |= dict(token_loss=runner.apart[0])
     return self.progress.note(good, loss=loss, lr=rate, **more)
 
 # %% ../nbs/26_train.ipynb #64148fbe

@@ -38,7 +38,8 @@ def one(run=RunSettings(), dropout=0., **how):
     return losses, {n: p.detach().contiguous() for n, p in captioner.named_parameters()}
 
 # of a batch of one caption, a second process gets none
-ways = dict(even=dict(), odd=dict(batch_size=15), one=dict(batch_size=1, steps=6), plain=dict(noise=0.))
+ways = dict(even=dict(), odd=dict(batch_size=15), one=dict(batch_size=1, steps=6), plain=dict(noise=0.),
+            parts=dict(batch_size=15, accumulation=3))
 
 if sys.argv[2:] == ['dies']:
     step = CaptionTraining.advance

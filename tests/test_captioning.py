@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 
+from gmail_nb import weights
 from gmail_nb.captioning import (
     Captioner,
     CaptionPlan,
@@ -27,6 +28,7 @@ from gmail_nb.captioning import (
     load_lm,
     noisy_features,
     own_share,
+    own_shares,
     read_encoded,
     save_captioner,
     small_decoder,
@@ -37,9 +39,11 @@ from gmail_nb.captioning import (
 from gmail_nb.data import emoji
 from gmail_nb.encoders import embedded_encoder, encode_images, preprocess_images
 from gmail_nb.features import embed
+from gmail_nb.runs.presets import GPT2, LLAMA, SIGLIP
 from gmail_nb.runtime import noise_generator, set_seed, stable_seed
-from gmail_nb.settings import CaptionerSettings, CaptionRunSettings, EmbedSettings, RunSettings
+from gmail_nb.settings import CaptionerSettings, CaptionRunSettings, EmbedSettings, RunSettings, is_commit
 from gmail_nb.train import Log, checkpoints_in, cosine_rate, epoch_order
+from gmail_nb.weights import load_part
 
 @pytest.fixture(scope='module')
 def drawn(): return emoji('A', source='noto')
@@ -289,6 +293,69 @@ def test_shares_of_the_processes_are_the_mean_of_the_batch(n):
     assert abs(mean - np.average(values, weights=lengths)) < 1e-12
     assert sorted(i for own, share in parts for i in own if share) == list(range(4))
 
+@pytest.mark.parametrize('n', [1, 2, 3])
+@pytest.mark.parametrize('parts', [1, 2, 9])
+def test_parts_of_a_batch_count_by_their_tokens(n, parts):
+    lengths, values = [3, 6, 2, 4, 11], np.arange(5.)
+    every = [p for i in range(n) for p in own_shares(lengths, parts, i, n)]
+    mean = sum(share * np.average(values[own], weights=np.array(lengths)[own]) for own, share in every) / n
+    assert abs(mean - np.average(values, weights=lengths)) < 1e-12
+    assert sorted(i for own, share in every for i in own if share) == list(range(5))
+    assert all(len(own_shares(lengths, parts, i, n)) <= parts for i in range(n))
+    assert own_shares([3], parts, 1, 2) == [([0], 0.)]
+
+def less_memory(tokenizer, several, dropout=0., run=RunSettings(), **how):
+    "Losses and weights of a training on captions of several lengths."
+    set_seed(0)
+    captioner = Captioner(small_decoder(tokenizer, layers=2, width=32, heads=4, dropout=dropout), tokenizer, 256)
+    settings = CaptionerSettings(**(dict(steps=12, batch_size=11) | how))
+    losses = train_captioner(captioner, *several, desc=None, settings=settings, run=run)
+    assert not captioner.training and not captioner.lm.is_gradient_checkpointing
+    return losses, captioner.trained()
+
+def check_same(one, other, loss, weight):
+    assert len(one[0]) == len(other[0]) and max(abs(a - b) for a, b in zip(one[0], other[0])) < loss
+    for n, w in one[1].items(): torch.testing.assert_close(other[1][n], w, atol=weight, rtol=0, msg=n)
+
+@pytest.mark.parametrize('parts', [2, 3, 64])
+def test_a_batch_in_parts_learns_as_the_whole(tokenizer, several, parts):
+    "Within 1e-4 of the loss: Adam makes much of rounding where a gradient is zero."
+    whole = less_memory(tokenizer, several)
+    check_same(whole, less_memory(tokenizer, several, accumulation=parts), 1e-4, 2e-3)
+
+def test_activations_computed_again_change_no_number_with_dropout_either(tokenizer, several):
+    whole = less_memory(tokenizer, several, dropout=.3)
+    check_same(whole, less_memory(tokenizer, several, dropout=.3, checkpointing=True), 1e-6, 1e-6)
+
+def test_only_the_last_part_lets_processes_add_up(tokenizer, several, monkeypatch):
+    held, entered = [], []
+    class Held:
+        def __enter__(self): entered.append('in')
+        def __exit__(self, *_): entered.append('out')
+    set_seed(0)
+    captioner = Captioner(small_decoder(tokenizer, layers=1, width=32, dropout=0.), tokenizer, 256)
+    job = CaptionTraining(captioner, *several, CaptionerSettings(steps=1, batch_size=9, accumulation=3))
+    monkeypatch.setattr(job.acc, 'no_sync', lambda module: held.append(module) or Held())
+    inside = []
+    job.learner.value = lambda loss: inside.append(list(entered)) or loss.item()
+    job.advance()
+    assert held == [job.loss] * 2 and inside == [['in', 'out'] * 2]
+
+def test_with_dropout_a_run_goes_on_with_the_same_parts_only(tokenizer, several, tmp_path):
+    def at(place, dropout, steps=4, **how):
+        run = RunSettings(checkpoints=str(tmp_path/place), save_every=2)
+        return less_memory(tokenizer, several, dropout, run, steps=steps, **how)
+    at('drops', .1)
+    with pytest.raises(ValueError, match='accumulation is 1 there and 2 here'): at('drops', .1, accumulation=2)
+    at('plain', 0.)
+    assert len(at('plain', 0., accumulation=2)[0]) == 4
+    for place in ('drops', 'plain'): # a checkpoint from before parts were there
+        card = checkpoints_in(tmp_path/place)[-1]/'state.json'
+        state = json.loads(card.read_text())
+        del state['settings']['accumulation'], state['checksum']
+        card.write_text(json.dumps(state))
+    assert len(at('drops', .1)[0]) == 4 and len(at('plain', 0.)[0]) == 4
+
 def test_captions_on_disk_are_those_in_memory_and_half_a_folder_is_not_read(fresh, several, tmp_path):
     captions = several[1]
     there, here = write_encoded(fresh, iter(captions), tmp_path), encode_captions(fresh, captions)
@@ -413,3 +480,15 @@ def test_a_tracker_is_told_the_settings_and_every_step(tokenizer, features, name
     run = RunSettings(trackers=(notes,), log_file=str(tmp_path/'log.jsonl'))
     train_captioner(next(iter(again_and_again(tokenizer))), features, names, steps=3, batch_size=16, desc=None, run=run)
     assert [step for step, _ in notes.rows] == [1, 2, 3] and notes.settings['steps'] == 3
+
+def test_a_model_of_the_hub_is_read_at_its_commit_and_any_other_is_told_of_once(monkeypatch):
+    asked, said = [], []
+    kind = type('Kind', (), dict(from_pretrained=lambda name, **how: asked.append((name, how['revision']))))
+    monkeypatch.setattr(weights.log, 'warning', lambda text, *more: said.append(text % more))
+    weights.tell_unpinned.cache_clear()
+    for name in ('openai-community/gpt2', 'openai-community/gpt2', 'some/model', 'some/model'): load_part(kind, name)
+    assert asked[0] == asked[1] == ('openai-community/gpt2', weights.COMMITS['openai-community/gpt2'])
+    assert asked[3] == ('some/model', None) and len(said) == 1 and 'name a commit' in said[0]
+    load_part(kind, 'some/model', revision='0' * 40)
+    assert len(said) == 1 and asked[-1][1] == '0' * 40
+    assert {GPT2, LLAMA, SIGLIP.removeprefix('hf:')} <= set(weights.COMMITS) and all(map(is_commit, weights.COMMITS.values()))

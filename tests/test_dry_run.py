@@ -3,6 +3,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 
 from gmail_nb.classification import classification_miniature
 from gmail_nb.cli.commands import COMMANDS, gmail_experiment
@@ -10,6 +11,7 @@ from gmail_nb.cli.flags import Commands
 from gmail_nb.data import emoji, quiet_datasets
 from gmail_nb.generate import generate
 from gmail_nb.retrieval import retrieval_miniature
+from gmail_nb.runs import dry_run
 from gmail_nb.runs.dry_run import (
     HUB_SETS,
     SET_FILES,
@@ -23,9 +25,18 @@ from gmail_nb.runs.dry_run import (
     look_model,
     look_out,
     look_set,
+    rate_at,
 )
 from gmail_nb.runs.presets import EIGHT, SET_NAMES
-from gmail_nb.settings import AlignRunSettings, DrawSettings, SourceSettings, WorkSettings
+from gmail_nb.settings import (
+    AlignRunSettings,
+    AlignSettings,
+    DrawSettings,
+    EmbedSettings,
+    RunSettings,
+    SourceSettings,
+    WorkSettings,
+)
 
 quiet = WorkSettings(show_progress=False)
 
@@ -232,3 +243,51 @@ def test_a_device_that_is_not_there_ends_every_command(tmp_path, capsys):
         status = COMMANDS([name, *words, '--device', 'cuda:7', '--dry-run'])
         said = capsys.readouterr()
         assert status == 2 and 'cuda:7' in said.out + said.err, name
+
+# Times in the precision and batch of the run
+
+def card(fits, rate=400., error=torch.OutOfMemoryError):
+    "A device whose memory holds batches of so many images; it remembers what was tried."
+    asked = []
+    def measure(n):
+        asked.append(n)
+        if n > fits: raise error("can't allocate memory: you tried to allocate 9 bytes")
+        return rate
+    return measure, asked
+
+def test_a_batch_is_timed_as_it_is_asked_for():
+    measure, asked = card(1000)
+    assert rate_at(measure, 64) == (400., 64, '') and asked == [8, 64]
+    assert rate_at(card(1000)[0], 4) == (400., 4, '')
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_a_memory_that_is_too_small_is_said_and_a_smaller_batch_timed(error):
+    rate, size, why = rate_at(card(100, error=error)[0], 256)
+    assert size == 64 and 'a batch of 256 does not fit' in why
+    assert rate_at(card(3, error=error)[0], 256)[1:] == (2, why) and rate_at(card(3, error=error)[0], 5)[1] == 2
+    with pytest.raises(ValueError, match='not even one image'): rate_at(card(0, error=error)[0], 256)
+
+def test_another_error_is_no_lack_of_memory():
+    def broken(n): raise RuntimeError('the kernel is broken')
+    with pytest.raises(RuntimeError, match='kernel is broken'): rate_at(broken, 64)
+
+def test_a_batch_that_takes_too_long_is_not_tried():
+    measure, asked = card(1000, rate=10.)
+    assert rate_at(measure, 256) == (10., 8, 'a batch of 256 would take 26 s') and asked == [8]
+
+def test_the_dry_run_times_with_the_settings_of_the_run(root, monkeypatch):
+    asked = []
+    def rate(name, *how):
+        asked.append(how)
+        return 10., 256, 100, 'a guess from batches of 8'
+    monkeypatch.setattr(dry_run, 'forward_rate', rate)
+    align = AlignSettings(batch_size=100, accumulation=3, precision='bf16')
+    settings = AlignRunSettings(align=align, validation_share=.2, run=RunSettings(device='cpu'))
+    rows = dry_align(root/'dataset_coco.json', root/'drawn', source=SourceSettings(split='test'), settings=settings)
+    dry_run.dry_embed(root/'dataset_coco.json', settings=EmbedSettings(batch_size=7, precision='no'))
+    assert asked == [(34, 'bf16', 'cpu'), (7, 'no')]
+    assert any(r.what == 'time' and 'a guess from batches of 8' in r.note for r in rows)
+
+def test_what_was_timed_names_precision_and_batch():
+    rate, dim, size, how = dry_run.forward_rate('embedded', 4, 'bf16')
+    assert rate > 0 and dim == 256 and 'bfloat16 and batches of 4' in how

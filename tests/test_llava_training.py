@@ -139,6 +139,11 @@ def test_activations_computed_again_change_no_loss():
     plain, saving = llava_once.one()[0], llava_once.one(checkpointing=True)[0]
     assert max(abs(a - b) for a, b in zip(plain, saving)) < 1e-5
 
+def test_a_batch_in_parts_learns_as_the_whole():
+    whole, parts = llava_once.one(), llava_once.one(accumulation=3)
+    assert len(whole[0]) == len(parts[0]) and max(abs(a - b) for a, b in zip(whole[0], parts[0])) < 1e-4
+    for n, w in whole[1].items(): torch.testing.assert_close(parts[1][n], w, atol=2e-3, rtol=0, msg=n)
+
 def test_tokens_from_a_file_learn_as_tokens_of_the_tower(pictures):
     encoder = load_encoder('embedded')
     x = preprocess_images(encoder, pictures)

@@ -4,6 +4,7 @@ import pytest
 
 from gmail_nb.data import emoji, quiet_datasets
 from gmail_nb.generate import load_generated
+from gmail_nb.runs import generate as run
 from gmail_nb.runs.generate import generate_run
 from gmail_nb.settings import DrawSettings, SourceSettings, WorkSettings, part_of
 
@@ -19,6 +20,19 @@ def test_a_report_comes_with_sheets_and_quality(captions, tmp_path):
     assert (out/'report.html').exists() and list((out/'sheets').glob('*.jpg'))
     assert 'quality' in load_generated(out).column_names
     assert pq.read_schema(out/'quality.parquet').metadata[b'encoder'] == b'embedded'
+
+def test_quality_is_judged_on_the_device_of_the_run(captions, tmp_path, monkeypatch):
+    "Of two GPUs, the second may be the one that was asked for."
+    asked, load = [], run.load_encoder
+    def watched(name):
+        encoder = load(name)
+        to = encoder.to
+        encoder.to = lambda device: asked.append(str(device)) or to('cpu')
+        return encoder
+    monkeypatch.setattr(run, 'load_encoder', watched)
+    monkeypatch.setattr(run, 'default_device', lambda: 'cuda')
+    generate_run(captions, out=tmp_path/'run', draw=two, work=WorkSettings(show_progress=False, device='cpu'), quality=True)
+    assert asked and set(asked) == {'cpu'}
 
 def test_the_page_shows_real_pictures_too(tmp_path):
     with quiet_datasets(): emoji('A', 'noto').select(range(0, 400, 100)).to_parquet(tmp_path/'real.parquet')

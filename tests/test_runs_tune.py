@@ -246,6 +246,24 @@ def test_the_mix_pairs_each_image_with_its_real_partner(captions, trained):
     partner = encode_images(encoder.encode_image, encoder.preprocess(ds[6]['image'])[None])[0]
     torch.testing.assert_close(x[1, c.index([ds[6]['label']])], partner, atol=1e-4, rtol=1e-3)
 
+def test_both_takes_each_image_through_its_own_side(captions, trained):
+    "Real ones through f_r and its projection, generated ones through f_g; where neither was trained, it is the mix."
+    model = GenReal(load_encoder('embedded'))
+    with torch.no_grad():
+        model.proj_gen.weight.copy_(torch.eye(256).flip(0))
+        model.proj_real.weight.neg_()
+    x, c, _ = training_features(trained['train'], model.encoder, 'both', model, captions['drawn'])
+    mix, said, _ = trained['arms']['mix']
+    assert x.shape == mix.shape and [list(a) for a in c] == [list(a) for a in said]
+    every, unit = torch.arange(29), torch.nn.functional.normalize
+    for source, change in ((0, lambda v: v.flip(-1)), (1, lambda v: -v)):
+        wanted = unit(change(mix[source, every]), dim=-1)
+        torch.testing.assert_close(unit(x[source, every], dim=-1), wanted, atol=1e-4, rtol=1e-3)
+    for lacks in (dict(generated=captions['drawn']), dict(model=model)):
+        with pytest.raises(ValueError, match='generated'):
+            training_features(trained['train'], model.encoder, 'both', **lacks)
+    with pytest.raises(ValueError, match="unknown arm 'both'"): check_arm('both', model, captions['drawn'], True)
+
 def test_a_generated_image_is_learned_with_the_caption_it_was_made_from(captions, trained):
     (x, c, _), drawn, encoder = trained['arms']['indiscriminate'], captions['drawn'], trained['encoder']
     assert x.shape == (30, 256)

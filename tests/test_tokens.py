@@ -193,6 +193,17 @@ def test_tokens_come_closer_than_by_eq_1_alone(plain, real, real_tokens):
     )
 
 
+def test_a_step_reads_both_losses_at_once(real, real_tokens, monkeypatch):
+    "On a GPU each number that is read is a wait: there is one for loss, norm and the tokens' loss together."
+    read, tolist = [], torch.Tensor.tolist
+    def watched(x):
+        if x.is_floating_point(): read.append(x.numel())
+        return tolist(x)
+    job = Alignment(model_of(), x_g, real, short, real_tokens=real_tokens)
+    monkeypatch.setattr(torch.Tensor, 'tolist', watched)
+    row = job.advance()
+    assert read == [3] and 0 < row['token_loss'] < row['loss']
+
 def test_the_loss_is_eq_1_and_the_weighted_tokens(real, real_tokens):
     first = {w: trained(real, real_tokens, replace(short, token_weight=w, epochs=1))[0][0] for w in (.5, 2.)}
     eq_1 = trained(real, None, replace(short, tokens='none', epochs=1))[0][0]['loss']

@@ -64,7 +64,7 @@ def generate_run(
     if after.real and not after.report: raise ValueError('--real is for the page: add --report')
     name = 'embedded' if after.quality is True else after.quality
     number_format(work) # a device that is not there is said first
-    with quiet_loading(): encoder = load_encoder(name).to(default_device()) if name else None
+    with quiet_loading(): encoder = load_encoder(name).to(work.device or default_device()) if name else None
     shown = None
     if after.real: shown = load_captioned(after.real, shown_source(captions, after.real, source))
     out = generate(captions, generator, out, draw, source, work, **named)

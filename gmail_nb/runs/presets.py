@@ -6,8 +6,8 @@
 __all__ = ['RECALLS', 'MODEL_ROWS', 'AGAINST', 'TABLE2', 'TABLE3', 'EIGHT', 'TABLE4_ROWS', 'TABLE4_NUMBERS', 'TABLE4', 'TABLE5',
            'TABLE7', 'TABLE7_ROWS', 'EVAL_PRESETS', 'MODEL_FORMS', 'TASKS', 'OWN', 'SET_NAMES', 'CAPTION_SOURCES',
            'B16', 'L14', 'LONGCLIP', 'TEXT_RECIPES', 'GPT2', 'LLAMA', 'SIGLIP', 'CLIPCAP', 'LLAMACAP', 'FOUR_BIT',
-           'TUNED_STEPS', 'SAME_STEPS', 'CAPTIONER_PRESETS', 'ARMS', 'EvalPreset', 'reported', 'CaptionSource',
-           'TextRecipe', 'one_epoch', 'recipe', 'CaptionerPreset', 'with_known', 'check_arm']
+           'TUNED_STEPS', 'SAME_STEPS', 'CAPTIONER_PRESETS', 'ARMS', 'CAPTION_ARMS', 'EvalPreset', 'reported',
+           'CaptionSource', 'TextRecipe', 'one_epoch', 'recipe', 'CaptionerPreset', 'with_known', 'check_arm']
 
 # %% ../../nbs/runs/00_presets.ipynb #29062f76
 from dataclasses import dataclass, field, fields, replace
@@ -184,7 +184,8 @@ LLAMACAP = CaptionerSettings(L14, LLAMA, prefix_length=10, mapper='transformer',
 FOUR_BIT = with_known(LLAMACAP, four_bit=True) # for a GPU of less memory
 
 # %% ../../nbs/runs/00_presets.ipynb #6e619dfb
-TUNED_STEPS = dict(gmail=60_000, real=60_000, indiscriminate=70_000, mix=70_000) # of Table 12
+TUNED_STEPS = dict(gmail=60_000, real=60_000, both=60_000, # of Table 12; it names no steps of both
+                   indiscriminate=70_000, mix=70_000)
 SAME_STEPS = 50_000 # of all arms in Table 13
 
 _siglip = CaptionerPreset(replace(CLIPCAP, encoder=SIGLIP))
@@ -199,21 +200,23 @@ CAPTIONER_PRESETS = {
 
 # %% ../../nbs/runs/00_presets.ipynb #6e0a4a61
 ARMS = ('gmail', 'indiscriminate', 'real', 'mix')
+CAPTION_ARMS = (*ARMS, 'both') # both: real images through f_r, generated ones through f_g
 
 def check_arm(
     arm:str,
     model,     # an aligned model, or None
     generated, # generated images, or None
-    real       # a captioned set of real images, or None
+    real,      # a captioned set of real images, or None
+    arms:tuple=ARMS # that there are
 ) -> None:
     "`ValueError` for an arm that is unknown, or lacks its images or its model."
-    if arm not in ARMS: raise unknown_name('arm', arm, ARMS)
+    if arm not in arms: raise unknown_name('arm', arm, arms)
     if arm != 'real' and generated is None:
         raise ValueError(f'{arm} learns from generated images: name their folder with --generated')
     if arm == 'real' and real is None and generated is None:
         raise ValueError('there is nothing to learn from: name generated images with '
                          '--generated and --model, or a captioned set of real ones')
-    if arm in ('real', 'mix') and real is None:
+    if arm in ('real', 'mix', 'both') and real is None:
         raise ValueError(f'{arm} learns from real images: name a captioned set of them')
-    if arm == 'gmail' and model is None:
+    if arm in ('gmail', 'both') and model is None:
         raise ValueError('generated images go through f_g: name an aligned model with --model')

@@ -40,7 +40,7 @@ from ..pages import ResultTable, save_figure
 from ..plan import training_split
 from .embed import embed_shared, features_place, tell_skipped
 from .judge import Measure, Verdict, judged, show_differences, spread, write_page
-from .presets import check_arm
+from .presets import CAPTION_ARMS, check_arm
 from ..runtime import default_device, set_seed
 from ..settings import (
     CaptionerSettings, CaptionRunSettings, CaptionSettings, EmbedSettings, RunSettings,
@@ -48,6 +48,7 @@ from ..settings import (
 from ..sources import IMAGE_SUFFIXES, TABLE_SUFFIXES, load_captioned, read_coco
 from ..splits import check_apart, trained_on, write_trained_on
 from ..train import differences, processes
+from ..weights import pinned
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #932d91cd
 def coco_files(
@@ -178,10 +179,12 @@ def features_of(
     ds:datasets.Dataset,    # key, image
     what:str,               # in the folder's name: real, generated or test
     model:GenReal|None=None,# generated images go through its f_g; through f_r if absent
-    numbers:list|None=None  # of generated images, which names a damaged one besides its key
+    numbers:list|None=None, # of generated images, which names a damaged one besides its key
+    side:str|None=None      # real or generated; that of the model's f_g if absent
 ) -> Features:
     "Features of the images that decode. `ValueError` when none does."
-    found = eyes.embedded(ds, model or eyes.encoder, 'generated' if model else 'real', what)
+    side = side or ('generated' if model else 'real')
+    found = eyes.embedded(ds, model or eyes.encoder, side, what)
     for f in found.failed:
         name, why = f['key'], f['reason']
         if numbers is not None:
@@ -236,26 +239,27 @@ def places(x:Features) -> np.ndarray: # (N,)
 def training_features(
     train,                   # key, image, captions; None: generated images of any key
     encoder:Encoder,
-    arm:str='real',          # one of `ARMS`
-    model:GenReal|None=None, # an aligned model, for 'gmail'
+    arm:str='real',          # one of `CAPTION_ARMS`
+    model:GenReal|None=None, # an aligned model, for 'gmail' and 'both'
     generated=None,          # from `generated_images`, for all but 'real'
     leave:frozenset=frozenset(), # keys that are not learned from
     eyes:Embeddings|None=None    # where features are kept
-) -> tuple: # features (N, D), or (2, N, D) of the mix; captions of each; broken images
+) -> tuple: # features (N, D), or (2, N, D) of real and generated; captions of each; broken images
     "What an arm learns from. `ValueError` for an arm that lacks its images or its model."
-    check_arm(arm, model, generated, train)
-    eyes = eyes or Embeddings(encoder)
+    check_arm(arm, model, generated, train, CAPTION_ARMS)
+    eyes, two = eyes or Embeddings(encoder), arm in ('mix', 'both')
     if isinstance(train, list): train = datasets.Dataset.from_list(train, features=CAPTIONED_ROWS)
-    if arm in ('real', 'mix'): x_r = features_of(eyes, train, 'real')
+    f_r = model if arm == 'both' else None # with its own projection of real images
+    if two or arm == 'real': x_r = features_of(eyes, train, 'real', f_r, side='real')
     if arm == 'real': return x_r, CaptionColumn(train, places(x_r)), eyes.broken
-    known = None if train is None else set(x_r.keys if arm == 'mix' else train['key'])
+    known = None if train is None else set(x_r.keys if two else train['key'])
     numbers = rows_to_learn(generated, known, leave)
     some = generated if len(numbers) == len(generated) else generated.select(numbers)
-    x_g = features_of(eyes, some, 'generated', model if arm == 'gmail' else None, numbers)
-    if arm == 'mix':
+    x_g = features_of(eyes, some, 'generated', model if arm in ('gmail', 'both') else None, numbers)
+    if two:
         at = {k: i for i, k in enumerate(x_r.keys)}
         both = Sources([x_g, x_r.select([at[k] for k in x_g.keys])])
-    return both if arm == 'mix' else x_g, CaptionColumn(some, places(x_g), 'caption'), eyes.broken
+    return both if two else x_g, CaptionColumn(some, places(x_g), 'caption'), eyes.broken
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #c8b2227a
 def check_start(
@@ -300,9 +304,10 @@ def new_captioner(
     if small:
         tokenizer = caption_tokenizer(c for cs in captions for c in cs)
         lm = small_decoder(tokenizer, window=s.prefix_length + max(64, s.max_new_tokens))
-    else: lm, tokenizer = load_lm(s.lm, getattr(torch, s.dtype), s.four_bit, s.revision)
+    commit = s.revision if small or s.lm == 'smollm2' else pinned(s.lm, s.revision)
+    if not small: lm, tokenizer = load_lm(s.lm, getattr(torch, s.dtype), s.four_bit, commit)
     return Captioner(lm, tokenizer, dim, s.prefix_length, s.mapper, s.tuning, s.rank,
-                     None if small else s.lm, s.revision, s.four_bit)
+                     None if small else s.lm, commit, s.four_bit)
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #3a060a8c
 @dataclass
@@ -443,7 +448,7 @@ def models_below(
     start:str|None       # a captioner to go on from
 ) -> dict[str, Path]:    # their folders, by what they are called
     "Which models an arm builds on."
-    found = {'the aligned model': model_folder(model)} if arm == 'gmail' else {}
+    found = {'the aligned model': model_folder(model)} if arm in ('gmail', 'both') else {}
     return found | ({'the captioner to start from': captioner_card(start)[0]} if start else {})
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #10bbc349
@@ -498,7 +503,7 @@ class CaptionJob:
         "Training images through their side of the encoder, all on one device."
         self.eyes.broken = {}
         aligned = None
-        if self.arm == 'gmail':
+        if self.arm in ('gmail', 'both'):
             aligned = GenReal.from_pretrained(model, self.encoder).to(self.acc.device)
             self.projection = trained_projection(aligned)
         x, captions, self.broken = training_features(
@@ -558,7 +563,7 @@ def tune_captioner(
     settings:CaptionerSettings=CaptionerSettings(),
     generated=None,                  # images generated from the captions of the same keys
     model:str|Path|None=None,        # a folder of an aligned model
-    arm:str|None=None,               # of `ARMS`; gmail where images are generated, otherwise real
+    arm:str|None=None,               # of `CAPTION_ARMS`; gmail where images are generated, otherwise real
     test=None,                       # a captioned set to score on
     source:SourceSettings=SourceSettings(),
     run:CaptionRunSettings=CaptionRunSettings(),
@@ -568,7 +573,7 @@ def tune_captioner(
     Images that do not decode are named and counted. `ValueError` when they are too many, and for a
     test image that is learned."""
     arm, run = arm or ('real' if generated is None else 'gmail'), replace(run, **named)
-    check_arm(arm, model, generated, real)
+    check_arm(arm, model, generated, real, CAPTION_ARMS)
     if settings.four_bit: check_four_bit(settings.lm)
     out, acc = check_writable(out), processes(run.trackers, out, run.device)
     below = models_below(arm, model, settings.start)
