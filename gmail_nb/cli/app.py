@@ -64,7 +64,8 @@ footer {display: none !important}
 .found h3 {font-size: 15px; font-weight: 600; margin: 14px 0 6px}
 .found p {font-size: 14px; margin: 4px 0}
 .choose .grid-wrap {min-height: 0 !important; height: auto !important; max-height: none !important}
-.choose {height: auto !important; min-height: 0 !important}
+.choose .grid-container {grid-template-columns: repeat(6, minmax(0, 1fr)) !important}
+.choose {height: auto !important; min-height: 0 !important; min-width: 0 !important}
 .found .row {display: grid; grid-template-columns: repeat(auto-fill, minmax(80px, 1fr)); gap: 8px}
 .found .maps {display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 8px}
 .found {overflow-x: hidden}
