@@ -37,7 +37,7 @@ setup(
     include_package_data=True,
     python_requires='>=' + cfg['min_python'],
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={name: cfg[f'{name}_requirements'].split() for name in ('dev', 'ray', 'captions', 'umap')},
+    extras_require={name: cfg[f'{name}_requirements'].split() for name in ('dev', 'ray', 'captions', 'umap', 'app')},
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"], # lets the pages of other nbdev projects link here

@@ -10,9 +10,9 @@ __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS',
            'AdapterSettings', 'described', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings',
            'AlignRunSettings', 'part_of', 'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings',
            'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
-           'CaptionRunSettings', 'StageSettings', 'LlavaSettings', 'VQASettings', 'ChatSettings', 'DemoSettings',
-           'demo_settings', 'ProofSettings', 'proof_settings', 'check_small_captioner', 'CaptionExperimentSettings',
-           'IFCapSettings', 'LlavaExperimentSettings', 'ReportSettings', 'report_settings']
+           'CaptionRunSettings', 'StageSettings', 'LlavaSettings', 'VQASettings', 'ChatSettings', 'AppSettings',
+           'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings', 'check_small_captioner',
+           'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings', 'ReportSettings', 'report_settings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -57,9 +57,10 @@ RANGES = dict( # name of a field -> least, most; above: the least is left out, b
     batch_size=(1, 2**24), beams=(1, 1024), blocks=(1, 4096), clip=(0, 1e12, 'above'), cycles=(1, 10**6),
     draw_steps=(1, 10**5), dropout=_share, ema=(0, 1, 'inside'), epochs=_count, every=_count,
     extra_seeds=(0, 10**6), guidance=(0, 1e4), head_lr=_rate, height=_size, keep=_count, layers=(1, 1024),
-    lr=_rate, max_bank=(0, 2**50), max_new_tokens=(1, 2**20), max_norm=(0, 1e12, 'above'), max_steps=_count,
-    most_bad_steps=_several, most_damaged=(0, 1), noise=(0, 1e6), part_rows=_count, patience=_count,
-    prefix_length=(1, 4096), processes=(0, 1024), projection_lr=_rate, rank=_size, samples=(1, 10**6),
+    lr=_rate, max_bank=(0, 2**50), max_megabytes=(0, 1e4, 'above'), max_megapixels=(0, 1e4, 'above'),
+    max_new_tokens=(1, 2**20), max_norm=(0, 1e12, 'above'), max_steps=_count,
+    most_bad_steps=_several, most_damaged=(0, 1), neighbours=(1, 100), noise=(0, 1e6), pairs=(2, 10**5),
+    part_rows=_count, patience=_count, port=(1, 2**16 - 1), prefix_length=(1, 4096), processes=(0, 1024), projection_lr=_rate, rank=_size, samples=(1, 10**6),
     save_every=_count, seed=(0, 2**63 - 1), seeds=(1, 10**6), shard_size=(1, 10**7), steps=_count,
     tau=(0, 1e6, 'above'), temperature=(0, 1e6, 'above'), tolerance=(0, 1, 'above'),
     top_p=(0, 1, 'above'), tune_lr=_rate,
@@ -660,6 +661,21 @@ class ChatSettings:
     def __post_init__(self):
         check_above(self, 'max_new_tokens')
         check_known(self, 'side', ('real', 'generated'))
+
+# %% ../nbs/01_settings.ipynb #a9902d02
+@dataclass(frozen=True)
+class AppSettings:
+    "What the app shows, and where it is served."
+    host:str='127.0.0.1'        # address that is listened on; 0.0.0.0 lets other machines in
+    port:int=7860               # port of that address
+    pairs:int=300               # real and generated images that pictures are compared with, at most
+    neighbours:int=6            # nearest images shown of each side
+    max_megabytes:float=10      # largest file that is taken, in millions of bytes
+    max_megapixels:float=25     # largest picture that is taken, in millions of pixels
+
+    def __post_init__(self):
+        check_above(self, 'neighbours', 'max_megabytes', 'max_megapixels')
+        for name in ('port', 'pairs'): check_number(name, getattr(self, name))
 
 # %% ../nbs/01_settings.ipynb #74b19694
 _demo_draw = DrawSettings(samples=3, steps=3, guidance=8., options=dict(style='noto'))

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ALIGN_RUNS', 'Arm', 'CaptionArm', 'LlavaArm', 'gmail_tune', 'gmail_experiment', 'COMMANDS', 'dry', 'dry_demo_run',
            'gmail_demo', 'in_brackets', 'say_verdict', 'gmail_generate', 'gmail_align', 'gmail_embed',
-           'gmail_tune_text', 'gmail_tune_caption', 'gmail_tune_llava', 'gmail_caption', 'gmail_chat', 'gmail_eval_vqa',
-           'gmail_eval', 'dry_bench_run', 'gmail_bench', 'experiment_retrieval', 'show_file', 'experiment_alignment',
-           'dry_proof', 'experiment_protocol', 'experiment_curve', 'experiment_controls', 'experiment_pairs',
-           'experiment_captioning', 'experiment_ifcap', 'experiment_llava', 'dry_experiment_table', 'experiment_table',
-           'table_command', 'dry_report_run', 'gmail_report']
+           'gmail_tune_text', 'gmail_tune_caption', 'gmail_tune_llava', 'gmail_caption', 'gmail_chat', 'dry_page',
+           'gmail_app', 'gmail_eval_vqa', 'gmail_eval', 'dry_bench_run', 'gmail_bench', 'experiment_retrieval',
+           'show_file', 'experiment_alignment', 'dry_proof', 'experiment_protocol', 'experiment_curve',
+           'experiment_controls', 'experiment_pairs', 'experiment_captioning', 'experiment_ifcap', 'experiment_llava',
+           'dry_experiment_table', 'experiment_table', 'table_command', 'dry_report_run', 'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -22,6 +22,7 @@ from .flags import Command, Commands, command
 from ..experiments.tables import TABLES, TableRun, tables_text
 from ..runs.presets import CAPTIONER_PRESETS, EVAL_PRESETS, MODEL_FORMS, SET_NAMES, TASKS
 from ..runs.presets import TEXT_RECIPES, CaptionerPreset, TextRecipe
+from ..settings import AppSettings
 from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, QUICK_LLAVA
 from ..settings import STUDY_SEEDS, AfterSettings, AlignRunSettings
 from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSettings
@@ -285,6 +286,26 @@ def gmail_chat(
     "Ask a LLaVA about pictures; the answer is written while it is made."
     from gmail_nb.runs.tune_llava import chat
     return dict(turns=chat(image, ' '.join(question) or None, model, settings))
+
+# %% ../../nbs/cli/10_commands.ipynb #b0a71e02
+def dry_page(**asked) -> list:
+    "What `gmail_app` would do."
+    from gmail_nb.cli.app import dry_app
+    return dry_app(**asked)
+
+@command(dry=dry_page, example='gmail_app --captioner gmail=captions --llava llava')
+def gmail_app(
+    demo:str='demo',           # a folder of gmail_demo; a short run makes it where there is none
+    model:str|None=None,       # a folder of gmail_align, in place of the demo's model
+    real:str|None=None,        # with --model: its real images; drawings that ship if absent
+    generated:str|None=None,   # with --model: a folder of gmail_generate, of the same keys
+    captioner:list=(),         # [NAME=]FOLDER of gmail_tune caption or llava; repeatable
+    llava:str|None=None,       # a folder of gmail_tune llava, or a published LLaVA: it answers questions
+    settings:AppSettings=AppSettings()
+):
+    "A page to drop pictures on, and to draw captions on. For this machine alone, unless --host says otherwise."
+    from gmail_nb.cli.app import run_app
+    run_app(demo, model, real, generated, captioner, llava, settings)
 
 # %% ../../nbs/cli/10_commands.ipynb #a5d04f59
 @command(name='gmail_eval vqa', dry=dry('dry_vqa', 'vqa'),
@@ -597,6 +618,6 @@ COMMANDS = Commands(
     word='command',
     demo=gmail_demo, generate=gmail_generate, align=gmail_align, embed=gmail_embed, tune=gmail_tune,
     caption=gmail_caption, chat=gmail_chat, eval=gmail_eval, bench=gmail_bench, experiment=gmail_experiment,
-    report=gmail_report)
+    report=gmail_report, app=gmail_app)
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(COMMANDS()) # not in a notebook
