@@ -63,7 +63,8 @@ def check_finite(
     for name, t in tensors:
         if not t.is_floating_point() or bool(torch.isfinite(t).all()): continue
         bad = int((~torch.isfinite(t)).sum())
-        raise ValueError(f'{where} holds {bad} of {t.numel()} values that are no finite numbers in {name!r}: '
+        raise ValueError(f'{where} holds {bad} of {t.numel()} values that are no finite numbers in '
+                         f'{name!r}: '
                          'train again, or load an earlier save')
 
 # %% ../nbs/12_weights.ipynb #2aaa1b07
@@ -103,7 +104,8 @@ log = logging.getLogger('gmail_nb.weights')
 def tell_unpinned(name:str, revision:str|None) -> None:
     "A warning, once for each model."
     log.warning('%s is read at %r, which is not pinned and may become other weights: name a commit, '
-                'of a language model with revision, of an encoder as hf:%s@COMMIT', name, revision or 'main', name)
+                'of a language model with revision, of an encoder as hf:%s@COMMIT',
+                name, revision or 'main', name)
 
 def pinned(
     name:str|Path,         # a Hub id, or a folder
@@ -116,7 +118,8 @@ def pinned(
     return revision
 
 # %% ../nbs/12_weights.ipynb #4090d866
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.*', '*.model', 'tekken.json', 'merges.txt')
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.*', '*.model', 'tekken.json',
+                   'merges.txt')
 
 def check_there(
     kind,          # of transformers, that is to be read
