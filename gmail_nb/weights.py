@@ -64,8 +64,7 @@ def check_finite(
         if not t.is_floating_point() or bool(torch.isfinite(t).all()): continue
         bad = int((~torch.isfinite(t)).sum())
         raise ValueError(f'{where} holds {bad} of {t.numel()} values that are no finite numbers in '
-                         f'{name!r}: '
-                         'train again, or load an earlier save')
+                         f'{name!r}: train again, or load an earlier save')
 
 # %% ../nbs/12_weights.ipynb #2aaa1b07
 def read_tensors(
