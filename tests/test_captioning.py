@@ -492,7 +492,8 @@ def test_a_model_of_the_hub_is_read_at_its_commit_and_any_other_is_told_of_once(
     assert asked[3] == ('some/model', None) and len(said) == 1 and 'name a commit' in said[0]
     load_part(kind, 'some/model', revision='0' * 40)
     assert len(said) == 1 and asked[-1][1] == '0' * 40
-    assert {GPT2, LLAMA, SIGLIP.removeprefix('hf:')} <= set(weights.COMMITS) and all(map(is_commit, weights.COMMITS.values()))
+    assert {GPT2, LLAMA, SIGLIP.removeprefix('hf:')} <= set(weights.COMMITS)
+    assert all(map(is_commit, weights.COMMITS.values()))
 
 def test_a_text_without_padding_has_its_mask_on_a_gpu(tokenizer):
     "Without one, transformers looks in every step whether texts were packed, and the program waits for the answer."
@@ -502,4 +503,5 @@ def test_a_text_without_padding_has_its_mask_on_a_gpu(tokenizer):
     assert told['attention_mask'].shape == (1, 1, 5, 5) and told['attention_mask'].device.type == 'meta'
     here = dict(attention_mask=torch.ones(5, 5).tril().bool()[None, None], position_ids=torch.arange(5)[None])
     words = torch.randn(3, 5, 32)
-    with torch.no_grad(): torch.testing.assert_close(lm(inputs_embeds=words, **here).logits, lm(inputs_embeds=words).logits)
+    with torch.no_grad():
+        torch.testing.assert_close(lm(inputs_embeds=words, **here).logits, lm(inputs_embeds=words).logits)
