@@ -102,14 +102,15 @@ log = logging.getLogger('gmail_nb.weights')
 @cache
 def tell_unpinned(name:str, revision:str|None) -> None:
     "A warning, once for each model."
-    log.warning('%s is read at %r, which is not pinned and may become other weights: name a commit, '
-                'of a language model with revision, of an encoder as hf:%s@COMMIT', name, revision or 'main', name)
+    log.warning('%s is read at %r, which is not pinned and may become other weights: name a '
+                'commit, of a language model with revision, of an encoder as hf:%s@COMMIT',
+                name, revision or 'main', name)
 
 def pinned(
     name:str|Path,         # a Hub id, or a folder
     revision:str|None=None # that was asked for
 ) -> str|None: # that is read
-    "The commit that is written down where none was asked for; a warning where it is a branch or a tag."
+    "The commit written down where none was asked for; a warning where it is a branch or a tag."
     if found_on_disk(name): return revision
     revision = revision or COMMITS.get(str(name))
     if not revision or not is_commit(revision): tell_unpinned(str(name), revision)
