@@ -282,14 +282,15 @@ def padding_of(
     real:torch.Tensor,    # (B, L), False behind the end of a row; best on the CPU, see below
     lm:nn.Module,         # causal
     device:torch.device
-) -> dict: # of `lm(...)`: nothing without padding
+) -> dict: # of `lm(...)`: on a CPU nothing without padding
     "What a language model of transformers is told of padding, decided without asking the device."
-    if real.all(): return {}
-    real = to_device(real, device)
     placed = 'position_ids' in inspect.signature(lm.forward).parameters
-    if lm.config._attn_implementation != 'sdpa' or not placed: return dict(attention_mask=real.long())
+    ours, whole = placed and lm.config._attn_implementation == 'sdpa', bool(real.all())
+    if whole and (not ours or torch.device(device).type == 'cpu'): return {}
+    real = to_device(real[:1] if whole else real, device)
+    if not ours: return dict(attention_mask=real.long())
     place = torch.arange(real.shape[1], device=device)
-    seen = (place[:, None] >= place) & real[:, None, None]              # (B, 1, L, L)
+    seen = (place[:, None] >= place) & real[:, None, None]              # (B or 1, 1, L, L)
     return dict(attention_mask=seen, position_ids=place[None])
 
 # %% ../nbs/35_captioning.ipynb #4d7628b6

@@ -527,8 +527,8 @@ class CaptionerSettings:
     four_bit:bool=False         # load the language model in 4 bit, with bitsandbytes on a CUDA device
     revision:str|None=None      # revision of the language model on the Hub
     start:str|None=None         # folder of a captioner to go on from
-    accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another: less memory
-    checkpointing:bool=field(default=False, metadata=YOUNG) # activations again for the gradient: less memory, more time
+    accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another
+    checkpointing:bool=field(default=False, metadata=YOUNG) # activations anew for the gradient
 
     def __post_init__(self):
         check_known(self, 'tuning', ('full', 'lora', 'frozen'))
@@ -621,7 +621,7 @@ class LlavaSettings:
     precision:str='auto'        # bf16 for autocast, or no; auto: bf16 where the device has it
     max_length:int=2048         # most tokens of an example, those of its images included
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
-    accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another: less memory
+    accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another
     validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, from ten images on
     seed:int=0                  # seed of the projector, LoRA, and the order of the examples
 

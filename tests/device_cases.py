@@ -23,8 +23,8 @@ from torch import nn
 
 import simulator
 from gmail_nb.align import GenReal
-from gmail_nb.captioning import (Captioner, CaptionTraining, caption_tokenizer, generate_ids, small_decoder,
-                                 train_captioner)
+from gmail_nb.captioning import (Captioner, CaptionTraining, caption_tokenizer, checkpointed, generate_ids,
+                                 small_decoder, train_captioner)
 from gmail_nb.classification import Labelled, fine_tune, plain_tower
 from gmail_nb.data import emoji
 from gmail_nb.encoders import Encoder, OpenClipVisual, encode_images, encode_texts, load_encoder, preprocess_images
@@ -339,11 +339,13 @@ def a_text_step_waits_once():
 @case
 def a_captioning_step_waits_once():
     tokenizer = caption_tokenizer(TEXTS)
-    captioner = Captioner(small_decoder(tokenizer), tokenizer, 32, tuning='lora').to(SIM)
-    settings = CaptionerSettings(steps=9, batch_size=4, noise=.1)
-    job = CaptionTraining(captioner, torch.randn(6, 32), [[c] for c in TEXTS], settings, accelerator=accelerator(SIM))
-    found = waits_of(job.advance)
-    assert found[0] <= 1, found
+    for how in (dict(alike=True), {}, dict(accumulation=2), dict(accumulation=2, checkpointing=True)):
+        captioner = Captioner(small_decoder(tokenizer), tokenizer, 32, tuning='lora').to(SIM)
+        said = [['red']] * 6 if how.pop('alike', False) else [[c] for c in TEXTS]
+        settings = CaptionerSettings(steps=9, batch_size=4, noise=.1, **how)
+        job = CaptionTraining(captioner, torch.randn(6, 32), said, settings, accelerator=accelerator(SIM))
+        with checkpointed(captioner.lm, settings.checkpointing): found = waits_of(job.advance)
+        assert found[0] <= 1, f'{how}: {found}'
 
 # LLaVA
 

@@ -29,6 +29,7 @@ from gmail_nb.captioning import (
     noisy_features,
     own_share,
     own_shares,
+    padding_of,
     read_encoded,
     save_captioner,
     small_decoder,
@@ -491,4 +492,16 @@ def test_a_model_of_the_hub_is_read_at_its_commit_and_any_other_is_told_of_once(
     assert asked[3] == ('some/model', None) and len(said) == 1 and 'name a commit' in said[0]
     load_part(kind, 'some/model', revision='0' * 40)
     assert len(said) == 1 and asked[-1][1] == '0' * 40
-    assert {GPT2, LLAMA, SIGLIP.removeprefix('hf:')} <= set(weights.COMMITS) and all(map(is_commit, weights.COMMITS.values()))
+    assert {GPT2, LLAMA, SIGLIP.removeprefix('hf:')} <= set(weights.COMMITS)
+    assert all(map(is_commit, weights.COMMITS.values()))
+
+def test_a_text_without_padding_has_its_mask_on_a_gpu(tokenizer):
+    "Without one, transformers looks in every step whether texts were packed, and the program waits for the answer."
+    lm, real = small_decoder(tokenizer, layers=2, width=32, dropout=0.).eval(), torch.ones(3, 5, dtype=torch.bool)
+    assert padding_of(real, lm, torch.device('cpu')) == {}
+    told = padding_of(real, lm, torch.device('meta')) # stands for any device that is not the CPU
+    assert told['attention_mask'].shape == (1, 1, 5, 5) and told['attention_mask'].device.type == 'meta'
+    here = dict(attention_mask=torch.ones(5, 5).tril().bool()[None, None], position_ids=torch.arange(5)[None])
+    words = torch.randn(3, 5, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(lm(inputs_embeds=words, **here).logits, lm(inputs_embeds=words).logits)

@@ -31,7 +31,8 @@ def test_quality_is_judged_on_the_device_of_the_run(captions, tmp_path, monkeypa
         return encoder
     monkeypatch.setattr(run, 'load_encoder', watched)
     monkeypatch.setattr(run, 'default_device', lambda: 'cuda')
-    generate_run(captions, out=tmp_path/'run', draw=two, work=WorkSettings(show_progress=False, device='cpu'), quality=True)
+    here = WorkSettings(show_progress=False, device='cpu')
+    generate_run(captions, out=tmp_path/'run', draw=two, work=here, quality=True)
     assert asked and set(asked) == {'cpu'}
 
 def test_the_page_shows_real_pictures_too(tmp_path):

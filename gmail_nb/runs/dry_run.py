@@ -632,6 +632,7 @@ def dry_write(
     folder = Path(model)
     below = folder/'captioner'
     if not (folder/'card.json').exists() and (below/'card.json').exists(): folder = below
+    model = str(model)
     published = model.startswith('llava:')
     rows = [look_device(), look_lm(model.removeprefix('llava:'), 'LLaVA') if published
             else look_path('captioner', folder, 'card.json')]
