@@ -22,7 +22,8 @@ from .flags import Command, Commands, command
 from ..experiments.tables import TABLES, TableRun, tables_text
 from ..runs.presets import CAPTIONER_PRESETS, EVAL_PRESETS, MODEL_FORMS, SET_NAMES, TASKS
 from ..runs.presets import TEXT_RECIPES, CaptionerPreset, TextRecipe
-from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, AlignRunSettings, AppSettings
+from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, AlignRunSettings
+from ..settings import AppSettings
 from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSettings, DemoSettings
 from ..settings import DrawSettings, EmbedSettings, EvalSettings, IFCapSettings, SourceSettings
 from ..settings import QUICK_LLAVA, STUDY_SEEDS, LlavaExperimentSettings, LlavaSettings, ProofSettings
@@ -308,10 +309,11 @@ def gmail_app(
     real:str|None=None,        # with --model: its real images; drawings that ship if absent
     generated:str|None=None,   # with --model: a folder of gmail_generate, of the same keys
     captioner:list=(),         # [NAME=]FOLDER of gmail_tune caption or llava; repeatable
-    llava:str|None=None,       # a folder of gmail_tune llava, or a published LLaVA: it answers questions
+    llava:str|None=None,       # a folder of gmail_tune llava, or a published LLaVA, to be asked
     settings:AppSettings=AppSettings()
 ):
-    "A page to drop pictures on, and to draw captions on. For this machine alone, unless --host says otherwise."
+    """A page to drop pictures on and to draw captions on.
+    For this machine alone, unless --host says otherwise."""
     from gmail_nb.cli.app import run_app
     run_app(demo, model, real, generated, captioner, llava, settings)
 
