@@ -306,4 +306,5 @@ def test_a_browser_finds_neighbours_and_draws_and_asks_nobody_else(served, tmp_p
         assert not elsewhere
         page.size(390, 800)
         wide = "[...document.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > 391)"
-        assert page.run("document.documentElement.scrollWidth") <= 390, page.run(f'{wide}.map(e => e.outerHTML.slice(0, 90))')
+        beyond = page.run(f'{wide}.map(e => e.outerHTML.slice(0, 90))')
+        assert page.run("document.documentElement.scrollWidth") <= 390, beyond
