@@ -71,7 +71,8 @@ def test_an_upload_is_limited_in_bytes_and_in_pixels():
     few = AppSettings(max_megabytes=.001, max_megapixels=.01)
     assert read_upload(png(100, 100), settings=few).size == (100, 100)
     with pytest.raises(ValueError, match='at most 0.001 MB'): read_upload(os.urandom(1001), settings=few)
-    with pytest.raises(ValueError, match='101 x 100 pixels: at most 0.01 million'): read_upload(png(101, 100), settings=few)
+    with pytest.raises(ValueError, match='101 x 100 pixels: at most 0.01 million'):
+        read_upload(png(101, 100), settings=few)
     assert read_upload(png(3000, 1500)).size == (1000, 500)
 
 def bomb(width, height):
@@ -79,7 +80,8 @@ def bomb(width, height):
     def chunk(kind, data):
         return len(data).to_bytes(4, 'big') + kind + data + zlib.crc32(kind + data).to_bytes(4, 'big')
     head = width.to_bytes(4, 'big') + height.to_bytes(4, 'big') + b'\x08\x02\0\0\0'
-    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(b'\0' * 100)) + chunk(b'IEND', b'')
+    pixels = chunk(b'IDAT', zlib.compress(b'\0' * 100))
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + pixels + chunk(b'IEND', b'')
 
 WRONG = dict(
     large=bomb(9000, 9000), huge=bomb(2**31 - 1, 2**31 - 1), empty=b'', header=b'GIF89a', noise=bytes(range(256)),
@@ -267,7 +269,8 @@ def test_the_server_takes_no_large_file_and_shows_no_others(served):
         try: return urllib.request.urlopen(request, timeout=60).status
         except urllib.error.HTTPError as e: return e.code
     def upload(n):
-        body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(n) + b'\r\n--b--\r\n'
+        head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        body = head + bytes(n) + b'\r\n--b--\r\n'
         return asked('/gradio_api/upload', body, **{'Content-Type': 'multipart/form-data; boundary=b'})
     assert upload(1000) == 200 and upload(600_000) == 413
     for path in ('/etc/passwd', __file__, str(Path.home())): assert asked(f'/gradio_api/file={path}') in (403, 404)
@@ -302,5 +305,6 @@ def test_a_browser_finds_neighbours_and_draws_and_asks_nobody_else(served, tmp_p
         elsewhere = [r for r in page.requests if not r.startswith((url, 'data:', 'blob:', url.replace('http', 'ws')))]
         assert not elsewhere
         page.size(390, 800)
-        wide = "[...document.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > 391).map(e => e.outerHTML.slice(0, 90))"
-        assert page.run("document.documentElement.scrollWidth") <= 390, page.run(wide)
+        wide = "[...document.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > 391)"
+        beyond = page.run(f'{wide}.map(e => e.outerHTML.slice(0, 90))')
+        assert page.run("document.documentElement.scrollWidth") <= 390, beyond

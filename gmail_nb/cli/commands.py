@@ -300,10 +300,11 @@ def gmail_app(
     real:str|None=None,        # with --model: its real images; drawings that ship if absent
     generated:str|None=None,   # with --model: a folder of gmail_generate, of the same keys
     captioner:list=(),         # [NAME=]FOLDER of gmail_tune caption or llava; repeatable
-    llava:str|None=None,       # a folder of gmail_tune llava, or a published LLaVA: it answers questions
+    llava:str|None=None,       # a folder of gmail_tune llava, or a published LLaVA, to be asked
     settings:AppSettings=AppSettings()
 ):
-    "A page to drop pictures on, and to draw captions on. For this machine alone, unless --host says otherwise."
+    """A page to drop pictures on and to draw captions on.
+    For this machine alone, unless --host says otherwise."""
     from gmail_nb.cli.app import run_app
     run_app(demo, model, real, generated, captioner, llava, settings)
 

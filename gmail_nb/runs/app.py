@@ -7,7 +7,7 @@ __all__ = ['SIDES', 'MAPS', 'read_upload', 'Gallery', 'small', 'both_features', 
            'call_of', 'neighbours', 'gap_plane', 'map_limits', 'show_on_map', 'drawing', 'decoded_latents', 'denoised',
            'Writer', 'named_folders', 'Seen', 'Viewer', 'demo_finished', 'open_demo', 'open_model', 'make_viewer']
 
-# %% ../../nbs/runs/80_app.ipynb #e18497d0
+# %% ../../nbs/runs/80_app.ipynb #b82a51e4
 import copy
 import io
 import json
@@ -39,7 +39,7 @@ from ..runtime import default_device, noise_generator
 from ..settings import AppSettings, DrawSettings
 from ..sources import load_captioned
 
-# %% ../../nbs/runs/80_app.ipynb #7dbd7bd9
+# %% ../../nbs/runs/80_app.ipynb #da440098
 def read_upload(
     data:bytes,   # of a file
     name:str='the file', # for the message
@@ -57,11 +57,12 @@ def read_upload(
         raise ValueError(f'{name} has {width} x {height} pixels: at most '
                          f'{settings.max_megapixels:g} million are taken')
     try: picture = decode_image(data, name)
-    except ValueError as e: raise ValueError(f'{name} is no picture that can be read: choose another') from e
+    except ValueError as e:
+        raise ValueError(f'{name} is no picture that can be read: choose another') from e
     picture.thumbnail((1000, 1000))
     return picture
 
-# %% ../../nbs/runs/80_app.ipynb #19fc0cb4
+# %% ../../nbs/runs/80_app.ipynb #ff826252
 SIDES = 'real', 'generated'
 
 @dataclass
@@ -77,7 +78,7 @@ class Gallery:
     def __len__(self) -> int: return len(self.keys)
     def side(self, name:str) -> torch.Tensor: return self.real if name == 'real' else self.aligned
 
-# %% ../../nbs/runs/80_app.ipynb #681c9a59
+# %% ../../nbs/runs/80_app.ipynb #0aa6de6d
 def small(picture:Image.Image, size:int=160) -> Image.Image:
     "A copy for a page, at most so many pixels along its longer side."
     picture = picture.copy()
@@ -90,7 +91,7 @@ def both_features(model:GenReal, pixels:torch.Tensor) -> tuple[torch.Tensor, tor
     pixels = pixels.to(model.device)
     return tuple(encode(pixels).float().cpu() for encode in (model.encode_real, model.encode_generated))
 
-# %% ../../nbs/runs/80_app.ipynb #5e3431e1
+# %% ../../nbs/runs/80_app.ipynb #28c56809
 def gallery_of(
     model:GenReal,
     pairs,         # of key, caption, real and generated (PIL): a list, or what `pairs` returns
@@ -111,7 +112,7 @@ def gallery_of(
     keys, captions = map(list, zip(*found))
     return Gallery(keys, captions, shown, **{k: torch.cat(v) for k, v in features.items()})
 
-# %% ../../nbs/runs/80_app.ipynb #5484165c
+# %% ../../nbs/runs/80_app.ipynb #445c451f
 def embedded_pipeline() -> EmojiPipeline:
     "The embedded generator on the fastest device, without a bar of its own."
     found = load_emoji_pipeline(device=default_device())
@@ -138,7 +139,7 @@ def call_of(draw:DrawSettings) -> dict: # arguments of the embedded pipeline's c
     style = (draw.options or {}).get('style')
     return {k: v for k, v in (said | dict(style=style)).items() if v is not None}
 
-# %% ../../nbs/runs/80_app.ipynb #b6b2489e
+# %% ../../nbs/runs/80_app.ipynb #5133f003
 def neighbours(
     gallery:Gallery,
     x:torch.Tensor, # (D,), unit length
@@ -150,7 +151,7 @@ def neighbours(
     first = cosines.topk(min(n, len(gallery))).indices.tolist()
     return [(gallery.pictures[side][i], f'{cosines[i]:.2f}  {gallery.captions[i]}') for i in first]
 
-# %% ../../nbs/runs/80_app.ipynb #b385f016
+# %% ../../nbs/runs/80_app.ipynb #b6857e72
 def gap_plane(gallery:Gallery) -> torch.Tensor: # (D, 2)
     "The direction of the gap before alignment, and the widest direction across it."
     u = F.normalize(gallery.unaligned.mean(0) - gallery.real.mean(0), dim=0)
@@ -161,7 +162,7 @@ def gap_plane(gallery:Gallery) -> torch.Tensor: # (D, 2)
     v = v * v[v.abs().argmax()].sign() # a sign of its own on every machine
     return torch.stack([u, v], 1)
 
-# %% ../../nbs/runs/80_app.ipynb #2fabd6e8
+# %% ../../nbs/runs/80_app.ipynb #fbb04c66
 MAPS = {'unaligned': 'generated images through f_r', 'aligned': 'generated images through f_g'}
 
 def map_limits(points:np.ndarray) -> tuple: # (N, 2) -> limits of both axes
@@ -170,7 +171,7 @@ def map_limits(points:np.ndarray) -> tuple: # (N, 2) -> limits of both axes
     room = .12 * (high - low)
     return tuple(zip(low - room, high + room))
 
-# %% ../../nbs/runs/80_app.ipynb #c2ba81f3
+# %% ../../nbs/runs/80_app.ipynb #2c8b94f6
 def show_on_map(
     gallery:Gallery,
     which:str='aligned',      # of `MAPS`
@@ -180,20 +181,22 @@ def show_on_map(
     "Both clouds with a line between partners, and a star for a picture."
     plane = gap_plane(gallery)
     real, *made = ((x @ plane).numpy() for x in (gallery.real, gallery.unaligned, gallery.aligned))
-    fig = Figure(figsize=(3.4, 3.4), dpi=110, layout='constrained') # not of pyplot, which knows no threads
+    # not of pyplot, which knows no threads
+    fig = Figure(figsize=(3.4, 3.4), dpi=110, layout='constrained')
     ax = fig.subplots()
     draw_pairs(ax, made[[*MAPS].index(which)], real, MAPS[which])
     xlim, ylim = map_limits(np.concatenate([real, *made]))
     if star is not None:
-        at = np.clip((star @ plane).numpy(), *np.transpose([xlim, ylim])) # at the edge, where it is beyond
-        ax.plot(*at, '*', ms=18, color='black', mec='white', label=name, zorder=5, clip_on=False)
+        at = np.clip((star @ plane).numpy(), *np.transpose([xlim, ylim])) # at the edge if beyond
+        look = dict(ms=18, color='black', mec='white', zorder=5, clip_on=False)
+        ax.plot(*at, '*', label=name, **look)
     ax.set(xlim=xlim, ylim=ylim)
     ax.set_xlabel('along the gap before alignment', fontsize=9)
     ax.set_ylabel('across it', fontsize=9)
     fig.legend(fontsize=8, loc='outside lower center', ncols=3, frameon=False)
     return fig
 
-# %% ../../nbs/runs/80_app.ipynb #2799f4b4
+# %% ../../nbs/runs/80_app.ipynb #788edeca
 @torch.inference_mode()
 def drawing(
     pipeline:EmojiPipeline,
@@ -216,7 +219,7 @@ def drawing(
             picture = decoded_latents(pipeline, x)
         yield picture
 
-# %% ../../nbs/runs/80_app.ipynb #d6092672
+# %% ../../nbs/runs/80_app.ipynb #75a90592
 def decoded_latents(pipeline:EmojiPipeline, x:torch.Tensor) -> Image.Image:
     "One latent (1, C, h, w) as a picture."
     return pipeline.image_processor.postprocess(pipeline.vae.decode(x).sample, output_type='pil')[0]
@@ -229,7 +232,7 @@ def denoised(pipeline:EmojiPipeline, scheduler, x, t, told, guidance): # (1, C, 
         v = v_null + guidance * (v_text - v_null)
     return scheduler.step(v, t, x).prev_sample
 
-# %% ../../nbs/runs/80_app.ipynb #e24d3cfd
+# %% ../../nbs/runs/80_app.ipynb #6cbf869c
 class Writer:
     "The caption of an arm: a captioner, or a LLaVA that is asked to describe."
     def __init__(self, folder:str|Path): # of `gmail_tune caption` or `gmail_tune llava`
@@ -243,7 +246,7 @@ class Writer:
         x = aligned[None] if own else self.seer.features([self.seer.encoder.preprocess(picture)])
         return write_captions(self.seer.captioner, x)[0]
 
-# %% ../../nbs/runs/80_app.ipynb #b32ab580
+# %% ../../nbs/runs/80_app.ipynb #20378815
 def named_folders(
     said:tuple|list # '[NAME=]FOLDER' each
 ) -> dict[str, str]: # name -> folder
@@ -255,7 +258,7 @@ def named_folders(
         found[name] = folder
     return found
 
-# %% ../../nbs/runs/80_app.ipynb #29693ada
+# %% ../../nbs/runs/80_app.ipynb #9dbfde4a
 @dataclass
 class Seen:
     "What was found of one picture."
@@ -272,7 +275,7 @@ class Seen:
     def stars(self) -> dict[str, torch.Tensor]: # its place on both maps
         return dict(unaligned=self.f_r, aligned=self.own)
 
-# %% ../../nbs/runs/80_app.ipynb #c0f2d1c2
+# %% ../../nbs/runs/80_app.ipynb #b4086430
 class Viewer:
     "What the app asks. Requests come from several threads, and `f_g` and `f_r` share their weights: one at a time."
     def __init__(self,
@@ -296,7 +299,7 @@ class Viewer:
     def maps(self, seen:Seen, name:str='your picture') -> list[Figure]: # before and after
         return [show_on_map(self.gallery, which, seen.stars[which], name) for which in MAPS]
 
-# %% ../../nbs/runs/80_app.ipynb #5d71c7f0
+# %% ../../nbs/runs/80_app.ipynb #6c4d9bda
 @patch
 def examples(self:Viewer, n:int=6) -> list[tuple[Image.Image, bool, str]]: # picture, generated, caption
     "As many real pictures, and as many generated ones."
@@ -308,7 +311,7 @@ def examples(self:Viewer, n:int=6) -> list[tuple[Image.Image, bool, str]]: # pic
     return [(im, False, c) for im, c in zip(ds['image'][:n], names)] + [
         (im, True, c) for im, c in zip(made, names[n:])]
 
-# %% ../../nbs/runs/80_app.ipynb #657b1aec
+# %% ../../nbs/runs/80_app.ipynb #77fa4e15
 @patch
 def captions(self:Viewer, seen:Seen) -> list[list[str]]: # arm, caption
     "The caption of each arm."
@@ -321,7 +324,7 @@ def answer(self:Viewer, seen:Seen, question:str, most:int=64) -> str:
     if not question.strip(): raise ValueError('type a question first')
     with self.lock: return Talk(self.talker, [seen.picture], most).ask(question.strip()).strip()
 
-# %% ../../nbs/runs/80_app.ipynb #ffc078d0
+# %% ../../nbs/runs/80_app.ipynb #e560e984
 @patch
 def draw(self:Viewer, caption:str, seed:int=0, steps:int|None=None) -> Iterator[Image.Image]:
     "Pictures of a drawing. `ValueError` without a caption, or for a long one."
@@ -342,7 +345,7 @@ def landing(self:Viewer, seen:Seen, caption:str) -> list[list[str]]: # a heading
     heading = ['through', 'cosine with the caption', 'with the nearest real image', 'which is']
     return [heading, row('f_r', seen.f_r), row('f_g', seen.f_g)]
 
-# %% ../../nbs/runs/80_app.ipynb #763ecd7a
+# %% ../../nbs/runs/80_app.ipynb #c0999974
 def demo_finished(folder:str|Path) -> bool:
     "Whether `gmail_demo` has come to its end there."
     return all((Path(folder)/name).exists() for name in ('results.jsonl', 'model/card.json'))
@@ -362,7 +365,7 @@ def open_demo(
     real = emoji('B', source='noto')
     return GenReal.from_pretrained(folder/'model'), pairs(real, load_generated(made)), DrawSettings(**draw)
 
-# %% ../../nbs/runs/80_app.ipynb #8d9d57c1
+# %% ../../nbs/runs/80_app.ipynb #4daeea13
 def open_model(
     folder:str|Path,        # of `gmail_align`
     real=None,              # a captioned set of real images
@@ -376,7 +379,7 @@ def open_model(
     if real is None: return model, drawn_pairs(embedded_pipeline(), settings.pairs, draw), draw
     return model, pairs(load_captioned(real), generated_images(generated), strict=False), draw
 
-# %% ../../nbs/runs/80_app.ipynb #ac651d2a
+# %% ../../nbs/runs/80_app.ipynb #675805ea
 def make_viewer(
     opened:tuple,        # of `open_demo` or `open_model`
     captioners:tuple|list=(), # '[NAME=]FOLDER' each
