@@ -37,6 +37,7 @@ KINDS = dict(
                      '--project-batch-size', 4, '--instruct-batch-size', 4, '--rank', 2, '--save-every', 1),
     vqa=lambda w: ('eval', 'vqa', '--model', w/'llava', '--limit', 4, '--max-new-tokens', 2),
     demo=lambda w: ('demo',),
+    tables=lambda w: ('report', '--only', 'table14'),
     eval=lambda w: ('eval', '--data', w/'test.parquet', '--model', 'embedded', '--model', f'text=tuned:{w}/text',
                     '--no-pictures'))
 ALL = dict(env=dict(PATH=''), part_rows=8, demo=True) # no Java, several parts, and a demo of two dozen images
@@ -115,9 +116,9 @@ def slow_but(*cheap, kinds=KINDS):
     return pytest.mark.parametrize('kind', [k if k in cheap else pytest.param(k, marks=slow) for k in kinds])
 
 LARGEST = dict(generate=30_000, report=30_000, embed=20_000, align=60_000, text=100_000, caption=200_000, llava=60_000,
-               vqa=10_000, demo=60_000, eval=15_000)
+               vqa=10_000, demo=60_000, eval=15_000, tables=60_000)
 
-@slow_but(*[k for k in KINDS if k not in ('generate', 'vqa', 'report', 'demo', 'llava')])
+@slow_but(*[k for k in KINDS if k not in ('generate', 'vqa', 'report', 'demo', 'llava', 'tables')])
 def test_a_run_that_meets_one_fault_after_another(world, go, tmp_path, kind):
     "Stopped, killed, and begun a second time while it runs: then it ends as an unbroken one. The demo is killed once."
     out, held, free, touches = tmp_path/kind, tmp_path/'held', tmp_path/'free', world.touches_of(kind)
