@@ -34,12 +34,11 @@ from .comparison import comparison
 from ..encoders import Encoder, NoText
 from ..features import LazyPixels, cores, embed
 from ..generate import generate
-from ..pipelines import resolve_generator
 from ..plan import Plan, make_settings, read_captions
-from ..retrieval import retrieval
+from ..retrieval import nearest
 from ..runs.align import check_common_keys, generated_images, pair_sets
 from ..settings import (AdapterSettings, AlignRunSettings, AlignSettings, DrawSettings,
-                               EmbedSettings, SourceSettings, WorkSettings)
+                               EmbedSettings, Generator, SourceSettings, WorkSettings)
 from ..sources import load_captioned
 from ..train import Alignment
 
@@ -246,7 +245,7 @@ class Painter:
     "A stand-in for a pipeline: noise of 8 x 8 pixels for each prompt."
     dtype, tokenizer, _execution_device = torch.float32, None, torch.device('cpu')
 
-    def __call__(self, prompt, generator, num_inference_steps, guidance_scale, output_type):
+    def __call__(self, prompt, generator, output_type, num_inference_steps=1, guidance_scale=1.):
         drawn = [torch.rand(8, 8, 3, generator=g).numpy() for g in generator]
         return SimpleNamespace(images=np.stack(drawn))
 
@@ -261,13 +260,14 @@ def work_stages(
         with Stage() as s: result = work()
         found.append(dict(rows=n, stage=name, seconds=s.seconds, megabytes=s.megabytes))
         return result
+    painter = Generator('painter', 'painter', '0' * 40, image_format='png')
     write_rows(home/'rows.parquet', n)
     captions = timed('read_captions', lambda: read_captions(home/'rows.parquet', how))
-    settings = make_settings(captions, resolve_generator('embedded'), DrawSettings(), 1000, 'float32')
+    settings = make_settings(captions, painter, DrawSettings(), 1000, 'float32')
     plan = Plan(captions, settings)
     timed('plan: all items', lambda: sum(len(plan.items(k)) for k in range(len(plan))))
     work = WorkSettings(shard_size=1000, batch_size=100, show_progress=False)
-    def shards(): generate(captions, out=home/'made', work=work, pipeline=Painter())
+    def shards(): generate(captions, painter, home/'made', work=work, pipeline=Painter())
     timed('shards', shards)
     timed('shards, when they are done', shards)
     quiet = EmbedSettings(show_progress=False, batch_size=512)
@@ -278,7 +278,5 @@ def work_stages(
     model = GenReal(encoder, AdapterSettings(tuning='projections'))
     job = Alignment(model, sets.pixels, sets.features, run.align, max_bank=0)
     timed('align: an epoch', lambda: [job.advance() for _ in range(len(job.plan))])
-    asked = min(n, 1000)
-    timed('ranks of 1,000 captions', lambda: retrieval(
-        features.mapped, features[:asked], torch.arange(asked)))
+    timed('nearest images of 1,000 captions', lambda: nearest(features[:1000], features.mapped))
     return found
