@@ -92,9 +92,10 @@ def same(world, kind, out):
 # ---- killed
 
 def killed_and_resumed(world, go, kind, out, kills, seed):
-    "Kill at random touches of the folder and at random times, in turn, going on after each; then let it end."
+    "Kill at random touches and at random times, in turn, going on after each, and anew when it ended; then let it end."
     rng, hits, touches = random.Random(seed), 0, world.touches_of(kind)
-    for i in range(kills):
+    for i in range(4 * kills):
+        if hits == kills: break
         if i % 2: # at a touch; of a run that goes on there are fewer
             status = go(kind, out, touch=rng.randint(1, touches), signal=KILL).status
         else:
@@ -104,6 +105,9 @@ def killed_and_resumed(world, go, kind, out, kills, seed):
             status = begun.wait().status
         assert status in (0, -KILL)
         hits += status == -KILL
+        if status == 0: # what is left to do was done before it was killed
+            assert not same(world, kind, out)
+            shutil.rmtree(out)
     done = go(kind, out)
     assert done.status == 0, done.err[-3000:]
     assert not same(world, kind, out)
