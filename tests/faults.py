@@ -63,6 +63,9 @@ def prepare(job):
         s = room.DemoSettings(align_captions=12, tune_captions=12, validation_captions=4, seeds=2)
         s = replace(s, align=replace(s.align, epochs=2, batch_size=4), tune=replace(s.tune, steps=10))
         room.headline_settings = lambda quick, seed, *more: replace(s, seed=seed, align=replace(s.align, seed=seed))
+        import gmail_nb.settings
+        from gmail_nb.experiments.parts import miniature_report
+        gmail_nb.settings.report_settings = lambda *asked: miniature_report()
     if 'threads' in job:
         import torch
         torch.set_num_threads(job['threads'])
@@ -212,7 +215,8 @@ SETS = 'target_modules', 'modules_to_save', 'exclude_modules' # peft writes them
 
 def plain(value):
     if isinstance(value, dict):
-        return {k: sorted(v) if k in SETS and v else plain(v) for k, v in value.items() if k not in VOLATILE}
+        but = VOLATILE + (('value', 'cores') if value.get('metric') == 'run_seconds' else ())
+        return {k: sorted(v) if k in SETS and v else plain(v) for k, v in value.items() if k not in but}
     return [plain(v) for v in value] if isinstance(value, list) else value
 
 def content(path):

@@ -37,7 +37,12 @@ KINDS = dict(
                      '--project-batch-size', 4, '--instruct-batch-size', 4, '--rank', 2, '--save-every', 1),
     vqa=lambda w: ('eval', 'vqa', '--model', w/'llava', '--limit', 4, '--max-new-tokens', 2),
     demo=lambda w: ('demo',),
+<<<<<<< HEAD
     eval=lambda w: ('eval', w/'test.parquet', '--model', 'embedded', '--model', f'text=tuned:{w}/text',
+=======
+    tables=lambda w: ('report', '--only', 'table14'),
+    eval=lambda w: ('eval', '--data', w/'test.parquet', '--model', 'embedded', '--model', f'text=tuned:{w}/text',
+>>>>>>> wt-kills
                     '--no-pictures'))
 ALL = dict(env=dict(PATH=''), part_rows=8, demo=True) # no Java, several parts, and a demo of two dozen images
 
@@ -91,9 +96,10 @@ def same(world, kind, out):
 # ---- killed
 
 def killed_and_resumed(world, go, kind, out, kills, seed):
-    "Kill at random touches of the folder and at random times, in turn, going on after each; then let it end."
+    "Kill at random touches and at random times, in turn, going on after each, and anew when it ended; then let it end."
     rng, hits, touches = random.Random(seed), 0, world.touches_of(kind)
-    for i in range(kills):
+    for i in range(4 * kills):
+        if hits == kills: break
         if i % 2: # at a touch; of a run that goes on there are fewer
             status = go(kind, out, touch=rng.randint(1, touches), signal=KILL).status
         else:
@@ -103,6 +109,9 @@ def killed_and_resumed(world, go, kind, out, kills, seed):
             status = begun.wait().status
         assert status in (0, -KILL)
         hits += status == -KILL
+        if status == 0: # what is left to do was done before it was killed
+            assert not same(world, kind, out)
+            shutil.rmtree(out)
     done = go(kind, out)
     assert done.status == 0, done.err[-3000:]
     assert not same(world, kind, out)
@@ -115,9 +124,9 @@ def slow_but(*cheap, kinds=KINDS):
     return pytest.mark.parametrize('kind', [k if k in cheap else pytest.param(k, marks=slow) for k in kinds])
 
 LARGEST = dict(generate=30_000, report=30_000, embed=20_000, align=60_000, text=100_000, caption=200_000, llava=60_000,
-               vqa=10_000, demo=60_000, eval=15_000)
+               vqa=10_000, demo=60_000, eval=15_000, tables=60_000)
 
-@slow_but(*[k for k in KINDS if k not in ('generate', 'vqa', 'report', 'demo', 'llava')])
+@slow_but(*[k for k in KINDS if k not in ('generate', 'vqa', 'report', 'demo', 'llava', 'tables')])
 def test_a_run_that_meets_one_fault_after_another(world, go, tmp_path, kind):
     "Stopped, killed, and begun a second time while it runs: then it ends as an unbroken one. The demo is killed once."
     out, held, free, touches = tmp_path/kind, tmp_path/'held', tmp_path/'free', world.touches_of(kind)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BATCH', 'DECODERS', 'made_photo', 'made_photos', 'PlainPhotos', 'transform', 'rate', 'plain_rate', 'our_rate',
            'bench_data', 'handed_over', 'cores_for', 'anonymous', 'Stage', 'write_rows', 'TinyTower', 'TinyPreprocess',
-           'stages', 'measured_stages']
+           'stages', 'measured_stages', 'Painter', 'work_stages']
 
 # %% ../../nbs/bench/50_data.ipynb #e2217d8f
 import gmail_nb.runtime # before torchvision
@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -32,9 +33,12 @@ from ..align import GenReal
 from .comparison import comparison
 from ..encoders import Encoder, NoText
 from ..features import LazyPixels, cores, embed
+from ..generate import generate
+from ..plan import Plan, make_settings, read_captions
+from ..retrieval import nearest
 from ..runs.align import check_common_keys, generated_images, pair_sets
-from ..settings import (AdapterSettings, AlignRunSettings, AlignSettings, EmbedSettings,
-                               SourceSettings)
+from ..settings import (AdapterSettings, AlignRunSettings, AlignSettings, DrawSettings,
+                               EmbedSettings, Generator, SourceSettings, WorkSettings)
 from ..sources import load_captioned
 from ..train import Alignment
 
@@ -226,12 +230,53 @@ def stages(
     timed('align: three steps', lambda: [job.advance() for _ in range(3)])
     return found
 
-def measured_stages(n:int) -> list[dict]:
+def measured_stages(n:int, which:str='stages') -> list[dict]: # or 'work_stages'
     "The stages in a process of their own, so that nothing else is counted."
-    code = ('import json, sys; from gmail_nb.bench.data import stages; '
-            'print(json.dumps(stages(int(sys.argv[1]), sys.argv[2])))')
+    code = (f'import json, sys; from gmail_nb.bench.data import {which}; '
+            f'print(json.dumps({which}(int(sys.argv[1]), sys.argv[2])))')
     with tempfile.TemporaryDirectory() as home:
         done = subprocess.run([sys.executable, '-c', code, str(n), home], capture_output=True,
                               text=True, env={**os.environ, 'HF_HOME': home})
     if done.returncode: raise RuntimeError(f'the stages of {n} rows failed: {done.stderr[-2000:]}')
     return json.loads(done.stdout.splitlines()[-1])
+
+# %% ../../nbs/bench/50_data.ipynb #7d20c0a2
+class Painter:
+    "A stand-in for a pipeline: noise of 8 x 8 pixels for each prompt."
+    dtype, tokenizer, _execution_device = torch.float32, None, torch.device('cpu')
+
+    def __call__(self, prompt, generator, output_type, num_inference_steps=1, guidance_scale=1.):
+        drawn = [torch.rand(8, 8, 3, generator=g).numpy() for g in generator]
+        return SimpleNamespace(images=np.stack(drawn))
+
+def work_stages(
+    n:int,      # rows
+    home:str|Path
+) -> list[dict]: # rows, stage, seconds, megabytes
+    "What `stages` leaves out: plan, shards, an epoch of alignment, ranks."
+    home, found, how = Path(home), [], SourceSettings(cache_dir=str(Path(home)/'cache'))
+    encoder = Encoder('tiny', TinyTower(), NoText(), TinyPreprocess(), NoText(), 512)
+    def timed(name, work):
+        with Stage() as s: result = work()
+        found.append(dict(rows=n, stage=name, seconds=s.seconds, megabytes=s.megabytes))
+        return result
+    painter = Generator('painter', 'painter', '0' * 40, image_format='png')
+    write_rows(home/'rows.parquet', n)
+    captions = timed('read_captions', lambda: read_captions(home/'rows.parquet', how))
+    settings = make_settings(captions, painter, DrawSettings(), 1000, 'float32')
+    plan = Plan(captions, settings)
+    timed('plan: all items', lambda: sum(len(plan.items(k)) for k in range(len(plan))))
+    work = WorkSettings(shard_size=1000, batch_size=100, show_progress=False)
+    def shards(): generate(captions, painter, home/'made', work=work, pipeline=Painter())
+    timed('shards', shards)
+    timed('shards, when they are done', shards)
+    quiet = EmbedSettings(show_progress=False, batch_size=512)
+    ds = load_captioned(home/'rows.parquet', how)
+    features = embed(ds, encoder, home/'features', settings=quiet)
+    run = AlignRunSettings(align=AlignSettings(epochs=1, batch_size=256))
+    sets = pair_sets(generated_images(home/'made', how), features, encoder.preprocess, run)
+    model = GenReal(encoder, AdapterSettings(tuning='projections'))
+    job = Alignment(model, sets.pixels, sets.features, run.align, max_bank=0)
+    timed('align: an epoch', lambda: [job.advance() for _ in range(len(job.plan))])
+    timed('nearest images of 1,000 captions', lambda: nearest(features[:1000], features.mapped))
+    return found
