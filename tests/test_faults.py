@@ -37,12 +37,8 @@ KINDS = dict(
                      '--project-batch-size', 4, '--instruct-batch-size', 4, '--rank', 2, '--save-every', 1),
     vqa=lambda w: ('eval', 'vqa', '--model', w/'llava', '--limit', 4, '--max-new-tokens', 2),
     demo=lambda w: ('demo',),
-<<<<<<< HEAD
-    eval=lambda w: ('eval', w/'test.parquet', '--model', 'embedded', '--model', f'text=tuned:{w}/text',
-=======
     tables=lambda w: ('report', '--only', 'table14'),
-    eval=lambda w: ('eval', '--data', w/'test.parquet', '--model', 'embedded', '--model', f'text=tuned:{w}/text',
->>>>>>> wt-kills
+    eval=lambda w: ('eval', w/'test.parquet', '--model', 'embedded', '--model', f'text=tuned:{w}/text',
                     '--no-pictures'))
 ALL = dict(env=dict(PATH=''), part_rows=8, demo=True) # no Java, several parts, and a demo of two dozen images
 
