@@ -795,7 +795,7 @@ class LlavaExperimentSettings:
     tested:int=60               # learned concepts that get a caption, drawn in the unseen style
     asked:int=50                # unseen concepts that questions are asked about
     max_new_tokens:int=12       # longest caption that is written, in tokens
-    seeds:int=3                 # how many, of projector, LoRA and order
+    seeds:int=3                 # whole chains: images, alignments, projector, LoRA and order
     seed:int=0
 
     def __post_init__(self):

@@ -8,7 +8,7 @@ from gmail_nb.data import emoji
 from gmail_nb.encoders import load_encoder, preprocess_images
 from gmail_nb.llava import (
     Llava, VisualTokens, chat_text, encode_prompt, from_llava, generate_answers, llava_loss, load_llava, new_projector,
-    parts_of, save_llava, spread_markers, turns_of)
+    parts_of, save_llava, spread_markers, takes_parts, turns_of)
 from gmail_nb.runtime import set_seed
 from gmail_nb.settings import AdapterSettings
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -249,3 +249,15 @@ def test_an_adapter_alone_loads_by_plain_peft(published, tmp_path, pictures):
 def test_only_a_llava_of_transformers_goes_back(tmp_path):
     _, model = embedded()
     with pytest.raises(ValueError, match='is no LLaVA of transformers'): save_llava(model, tmp_path)
+
+def test_a_template_of_texts_that_knows_tools_gets_texts():
+    "Templates of text models name a 'type' where they write tools down; it says nothing of images."
+    tools = '{% if tools %}{"type": "function"}{% endif %}'
+    joins = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
+    prints = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    chat = tiny_tokenizer()
+    for template in (tools + joins, tools + prints):
+        chat.chat_template = template
+        assert not takes_parts(chat) and '<image>' in chat_text(chat, turns_of('<image>\nwhat is it ?'), generate=False)
+    chat.chat_template = PARTS
+    assert takes_parts(chat)

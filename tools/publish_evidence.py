@@ -19,6 +19,8 @@ def publish(run):
     same = file.exists() and json.loads((home/'chosen.json').read_text())['chosen'] == json.loads(chosen)['chosen']
     records = joined(gathered(run), read_results(file) if same else []) # an older choice is no part of the page
     write_results(file, records)
+    llava = run/'llava_results.jsonl' # of gmail_experiment llava in the same folder, if it was run
+    if llava.exists(): atomic_write(home/'llava.jsonl', llava.read_text(encoding='utf-8'))
     atomic_write(home/'chosen.json', chosen)
     atomic_write(home/'page.md', evidence_page(records))
     return records

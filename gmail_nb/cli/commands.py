@@ -8,8 +8,9 @@ __all__ = ['ALIGN_RUNS', 'Arm', 'CaptionArm', 'LlavaArm', 'gmail_tune', 'gmail_e
            'gmail_tune_text', 'gmail_tune_caption', 'gmail_tune_llava', 'gmail_caption', 'gmail_chat', 'dry_page',
            'gmail_app', 'gmail_eval_vqa', 'gmail_eval', 'dry_bench_run', 'gmail_bench', 'experiment_retrieval',
            'show_file', 'experiment_alignment', 'dry_proof', 'experiment_protocol', 'experiment_curve',
-           'experiment_controls', 'experiment_pairs', 'experiment_captioning', 'experiment_ifcap', 'experiment_llava',
-           'dry_experiment_table', 'experiment_table', 'table_command', 'dry_report_run', 'gmail_report']
+           'experiment_controls', 'experiment_pairs', 'experiment_captioning', 'experiment_ifcap', 'dry_llava_arms',
+           'experiment_llava', 'dry_experiment_table', 'experiment_table', 'table_command', 'dry_report_run',
+           'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -526,10 +527,15 @@ def experiment_ifcap(
     return show_file(out, 'ifcap_table.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #1d9cb231
-@command(name='gmail_experiment llava', quick=QUICK_LLAVA, dry=dry('dry_demo'),
-         example='gmail_experiment llava --quick --out llava')
+def dry_llava_arms(**asked) -> list:
+    "What the experiment of LLaVA would do."
+    from gmail_nb.experiments.llava import dry_llava_experiment
+    return dry_llava_experiment(**asked)
+
+@command(name='gmail_experiment llava', quick=QUICK_LLAVA, dry=dry_llava_arms,
+         example='gmail_experiment llava --quick')
 def experiment_llava(
-    out:str='llava',    # results, figures, both aligned models and tokens
+    out:str='llava_experiment', # results, figures, both aligned models and tokens
     quick:bool=False,   # fewer concepts, steps and seeds
     settings:LlavaExperimentSettings=LlavaExperimentSettings()
 ):
@@ -570,7 +576,8 @@ def table_command(table:str) -> Command:
     "The command of one table."
     name, title = f'gmail_experiment {table}', TABLES[table].title
     return Command(experiment_table, name=name, fixed=dict(table=table), dry=dry_experiment_table,
-                   example=f'{name} --scale paper --root sets --dry-run',
+                   example=f'{name} --scale paper --root sets --dry-run' if TABLES[table].rows
+                   else f'gmail_report --only {table}',
                    doc=f'Table {table.removeprefix("table")} of the paper: {title}.')
 
 # %% ../../nbs/cli/10_commands.ipynb #3b1f4fd7

@@ -155,7 +155,7 @@ CAPTION_TABLES = dict(
         (Row('nothing', 'captions', 'base'),
          Row('generated, no alignment', 'captions', 'indiscriminate'),
          Row('generated, aligned', 'captions', 'gmail'), Row('real', 'captions', 'real'),
-         Row('real, both projections', why='no arm of this experiment; gmail_tune caption --arm both')),
+         Row('real with both', why='no arm of this experiment; gmail_tune caption --arm both')),
         (('generated, aligned', 'nothing'), ('generated, aligned', 'generated, no alignment'))))
 
 # %% ../../nbs/experiments/70_report.ipynb #cc260e39

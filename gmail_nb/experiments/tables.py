@@ -181,12 +181,12 @@ TABLE8 = PaperTable('SigLIP in place of CLIP', (
     FEW[:2])
 
 # %% ../../nbs/experiments/60_tables.ipynb #5ec91df4
-TABLE9 = PaperTable('What a captioner is tuned on', (
+TABLE9 = PaperTable('What a captioner is tuned on; "real with both" is our reading of that row', (
     TableRow('nothing', BASE, said(32.15, 108.35, 20.12)),
     TableRow('generated, no alignment', captioner('indiscriminate'), said(36.15, 115.35, 22.95)),
     TableRow('generated, aligned', captioner('gmail'), said(38.12, 119.53, 23.75)),
     TableRow('real', captioner('real'), said(38.24, 119.78, 23.86)),
-    TableRow('real, both projections', captioner('both'), said(38.37, 119.95, 23.98))), FEW)
+    TableRow('real with both', captioner('both'), said(38.37, 119.95, 23.98))), FEW)
 _ranks = {'2': (36.85, 117.62, 23.10), '4': (38.12, 119.53, 23.75), '6': (37.96, 119.12, 23.60)}
 TABLE11 = PaperTable('Rank of LoRA', (
     *(TableRow(f'rank {r}', captioner('gmail', rank=int(r)), said(*n)) for r, n in _ranks.items()),
@@ -240,7 +240,9 @@ def measured_table(preset:str, title:str, **how) -> PaperTable:
 # %% ../../nbs/experiments/60_tables.ipynb #1dc31276
 _synclr = 'SynCLR: gmail_eval --preset paper-table4 measures it, with an aligned SynCLR of yours'
 
-_asked = 'its steps are gmail_tune llava on COCO, and gmail_eval vqa on the questions'
+_asked = ('a LLaVA whose tower is aligned makes it, in two commands: gmail_tune llava coco --generated '
+          'drawn --model aligned --encoder llava:ID --language-model ID --plain mine, and gmail_eval vqa '
+          'derek-thomas/ScienceQA, or MMMU/MMMU, --model mine; ID is that of a published LLaVA')
 _costs = 'hours, steps and memory of a run are in its log.jsonl and done.json; operations: gmail_bench gpu'
 _pairs = 'gmail_align writes it for every alignment: paired_cosine of 1,000 pairs, before and after'
 
