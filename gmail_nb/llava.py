@@ -109,8 +109,7 @@ def chat_text(
     generate:bool=True # end where the assistant's answer begins
 ) -> str:
     "The conversation as one text. `ValueError` where there is no chat template."
-    template = getattr(chat, 'chat_template', None)
-    if not template:
+    if not getattr(chat, 'chat_template', None):
         raise ValueError(f'{type(chat).__name__} has no chat template: take a model that was tuned '
                          'to follow instructions, or set `chat_template` to the form it was tuned on')
     if takes_parts(chat):
