@@ -224,8 +224,7 @@ def with_spans(
 ) -> tuple[list[int], tuple]:   # numbers, and the spans of numbers
     "Token numbers, and which of them the spans are. `ValueError` for a tokenizer that cannot tell."
     if not tokenizer.is_fast:
-        raise ValueError(f'{type(tokenizer).__name__} does not say where its tokens are: '
-                         'take a fast one')
+        raise ValueError(f'{type(tokenizer).__name__} tells no places of tokens: take a fast one')
     coded, found = token_ids(tokenizer, text, return_offsets_mapping=True), []
     for a, b in spans:
         here = [i for i, (x, y) in enumerate(coded['offset_mapping']) if x < y and x < b and y > a]
