@@ -313,7 +313,7 @@ ALIGN_PRESETS = dict(small=AlignSettings(), paper=PAPER_ALIGN)
 # %% ../nbs/01_settings.ipynb #a90e70cc
 @dataclass(frozen=True)
 class RunSettings:
-    "Where an alignment is kept while it runs. None of it changes the result."
+    "Where a training is kept while it runs. None of it changes the result."
     checkpoints:str|None=field(default=None, metadata=dict(flag=False)) # to save into and go on from
     save_every:int=100          # steps between checkpoints
     keep:int=2                  # checkpoints

@@ -186,9 +186,8 @@ def test_settings_of_a_captioner_have_one_home():
 
 def test_base_and_arm_train_as_the_settings_say(miniature, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        room, 'train_captioner', lambda c, x, texts, steps, size, lr, noise, **_: seen.append((steps, size, lr, noise))
-    )
+    def noted(captioner, features, captions, how, seed, **_): seen.append((how.steps, how.batch_size, how.lr, how.noise))
+    monkeypatch.setattr(room, 'train_captioner', noted)
     s = replace(SHORT, captioner=replace(HOW, batch_size=5, lr=.1), tune_steps=6, tune_lr=.2)
     room.tune_arm(room.base_captioner(miniature, s), miniature.arms['gmail'], miniature, s, 0)
     assert seen == [(4, 5, .1, .3), (6, 5, .2, .3)]

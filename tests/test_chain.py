@@ -281,8 +281,6 @@ def test_a_captioner_is_not_scored_on_what_it_learns_from(way, mini, capsys, tmp
         *told(mini, '')[:3],
         '--split',
         TRAIN,
-        '--test-split',
-        TEST,
         '--test',
         mini/'coco'/'annotations'/'captions_val2017.json',
         '--encoder',

@@ -120,7 +120,7 @@ def test_differences_are_those_of_the_rows(world, capsys):
 
 def test_table4_zero_shot_on_all_eight_sets(world, capsys):
     zero_shot = '--rows', 'CLIP', '--rows', 'CLIP + GMAIL', '--rows', 'CLIP + GMAIL (f_g)'
-    sets = [part for d in EIGHT if d != 'imagenet' for part in (d)]
+    sets = [d for d in EIGHT if d != 'imagenet']
     status, _, _ = world.preset(capsys, 'paper-table4', *sets, *zero_shot, out='table4')
     one_wording = replace(CLASSIFICATION_SETS['imagenet'], templates=('a photo of a {c}.',))
     with patch.dict(CLASSIFICATION_SETS, imagenet=one_wording): # one of its 80 wordings, for time
@@ -389,7 +389,7 @@ def test_published_weights_are_converted_once(world, tmp_path):
     (('--model', 'clip'), 'unknown model'),
     (('--preset', 'paper-table2', '--rows', 'CLOP'), "unknown row 'CLOP'"),
     (('--preset', 'paper-table7', '--models', 'none', '--root', 'ROOT'), 'none of the models is there'),
-    (('flicker30k'), "did you mean 'flickr30k'"),
+    (('flicker30k',), "did you mean 'flickr30k'"),
     (('--task', 'classification', 'dtd'), 'needs the folder'),
     (('--rows', 'CLIP'), '--rows chooses rows of a --preset')])
 def test_what_a_person_gets_wrong(world, capsys, tmp_path, argv, said):

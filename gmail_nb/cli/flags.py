@@ -355,6 +355,8 @@ def place(self:Parser,
 @patch
 def parse_args(self:Parser, args=None, namespace=None) -> argparse.Namespace:
     "As `argparse` does; words behind a flag still count."
+    if {'-h', '--help'} & set(sys.argv[1:] if args is None else args): # with its usage as it is
+        return self.parse_known_args(args, namespace)[0]
     must = [a for a in self._actions if a.option_strings and a.required]
     for a in must: a.required = False # said here, once all words have their place
     try: found, rest = self.parse_known_args(args, namespace)

@@ -740,6 +740,6 @@ def dry_llava_experiment(
     rate, where = RATES['embedded']
     drawing = images * demo.draw.steps / 16 / rate
     return [look_device(), look_lm(s.language_model), look_out(out, note=f'{images:,} drawings'),
-            Look('arms', f'{arms}', 'estimate', f'{s.seeds} whole chains, two alignments in each'),
+            Look('arms', f'{arms}', 'estimate', f'whole chains: {s.seeds}, two alignments in each'),
             Look('time', time_text(drawing), 'estimate', f'drawing alone, at a rate of {where}'),
             Look('time', time_text(seconds), 'estimate', 'the arms, on one core')]

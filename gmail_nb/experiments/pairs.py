@@ -171,6 +171,7 @@ def show_fewer_pairs(records:list[dict], all_pairs:int, point:Point=GOOD) -> Fig
         left.plot(at, [100 * d.value for *_, d, _ in rows], 'o-', color=color, label=way)
         near = [nearer(records, 'aligned' if a == 'gmail' else a, point) for a, *_ in rows]
         right.plot(at, [100 * v for v in near], 'o-', color=color, label=way)
+    counts = sorted({all_pairs if a == 'gmail' else pairs_of(a) for a, *_ in pairs_rows(records, point)})
     left.axhline(0, color='black', lw=.8)
     right.axhline(100 * nearer(records, 'generated', point), color='tab:orange', ls='--',
                   label='not aligned')
@@ -178,6 +179,8 @@ def show_fewer_pairs(records:list[dict], all_pairs:int, point:Point=GOOD) -> Fig
     right.set_ylabel('partner is the nearest real drawing, %', fontsize=10)
     for ax in (left, right):
         ax.set_xscale('log')
+        ax.set_xticks(counts, [str(n) for n in counts])
+        ax.minorticks_off()
         ax.set_xlabel('pairs that were aligned', fontsize=10)
         ax.spines[['top', 'right']].set_visible(False)
     right.legend(fontsize=9)
