@@ -47,7 +47,8 @@ def fewer_settings(settings:DemoSettings, n:int, way:str) -> DemoSettings:
     s, all_pairs = settings, settings.align_captions - settings.validation_captions
     kept_out = max(2, round(n * s.validation_captions / s.align_captions))
     size = min(s.align.batch_size, n - kept_out)
-    epochs, steps = s.align.epochs, s.align.epochs * (all_pairs // min(s.align.batch_size, all_pairs))
+    epochs, at_once = s.align.epochs, min(s.align.batch_size, all_pairs)
+    steps = epochs * (all_pairs // at_once)
     if way == 'as many steps': epochs = math.ceil(steps / ((n - kept_out) // size))
     return replace(s, align_captions=n, validation_captions=kept_out,
                    align=replace(s.align, epochs=epochs, batch_size=size))
@@ -171,7 +172,8 @@ def show_fewer_pairs(records:list[dict], all_pairs:int, point:Point=GOOD) -> Fig
         left.plot(at, [100 * d.value for *_, d, _ in rows], 'o-', color=color, label=way)
         near = [nearer(records, 'aligned' if a == 'gmail' else a, point) for a, *_ in rows]
         right.plot(at, [100 * v for v in near], 'o-', color=color, label=way)
-    counts = sorted({all_pairs if a == 'gmail' else pairs_of(a) for a, *_ in pairs_rows(records, point)})
+    arms = {a for a, *_ in pairs_rows(records, point)}
+    counts = sorted(all_pairs if a == 'gmail' else pairs_of(a) for a in arms)
     left.axhline(0, color='black', lw=.8)
     right.axhline(100 * nearer(records, 'generated', point), color='tab:orange', ls='--',
                   label='not aligned')
