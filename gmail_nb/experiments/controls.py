@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LONGER', 'shuffled_pairs', 'two_styles', 'aligned_on', 'unit', 'mean_shift', 'procrustes', 'ridge', 'random_map',
-           'batch_statistics', 'control_features', 'control_records', 'control_seed', 'against', 'finished_controls',
-           'control_row', 'control_table', 'show_controls', 'controls_text', 'controls', 'evidence_page',
-           'write_controls_page']
+           'batch_statistics', 'control_features', 'control_records', 'more_of_chain', 'control_seed', 'against',
+           'finished_controls', 'control_row', 'control_table', 'show_controls', 'controls_text', 'controls',
+           'evidence_page', 'write_controls_page']
 
 # %% ../../nbs/experiments/14_controls.ipynb #3410b5dc
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -145,6 +146,24 @@ def control_records(
     return out + [g | dict(point=asdict(point)) for g in gaps]
 
 # %% ../../nbs/experiments/14_controls.ipynb #210737eb
+def more_of_chain(
+    what:str,          # begins the name of the file
+    compute:Callable,  # (encoder, a, b, x, tests, point, seed, settings) -> records
+    point:Point, seed:int, out:str|Path, chosen:dict, settings:ProofSettings, encoder:Encoder|None
+) -> list[dict]:
+    "Further records of a chain whose images are there, or what was finished before."
+    out, s = check_writable(out), chain_settings(settings, point, seed, chosen)
+    encoder = encoder or load_encoder('embedded').to(default_device())
+    generator, folder = generator_of(point, out), chain_folder(out, point, seed)
+    name = f'{what}-{folder.name}-{chain_fingerprint(encoder, s, generator)}.jsonl'
+    file = check_writable(out/'records')/name
+    if file.exists(): return read_results(file)
+    x, sides = kept_chain(encoder, point, seed, out, s)
+    a, b = sides or chain_sides(encoder, s, folder, out, generator)
+    records = compute(encoder, a, b, x, chain_tests(encoder, b, out), point, seed, s)
+    write_results(file, records)
+    return records
+
 def control_seed(
     point:Point,  # how the generator draws
     seed:int,     # of the whole chain
@@ -154,17 +173,7 @@ def control_seed(
     encoder:Encoder|None=None
 ) -> list[dict]:
     "All controls of one chain, or what was finished before."
-    out, s = check_writable(out), chain_settings(settings, point, seed, chosen)
-    encoder = encoder or load_encoder('embedded').to(default_device())
-    generator, folder = generator_of(point, out), chain_folder(out, point, seed)
-    name = f'controls-{folder.name}-{chain_fingerprint(encoder, s, generator)}.jsonl'
-    file = check_writable(out/'records')/name
-    if file.exists(): return read_results(file)
-    x, sides = kept_chain(encoder, point, seed, out, s)
-    a, b = sides or chain_sides(encoder, s, folder, out, generator)
-    records = control_records(encoder, a, b, x, chain_tests(encoder, b, out), point, seed, s)
-    write_results(file, records)
-    return records
+    return more_of_chain('controls', control_records, point, seed, out, chosen, settings, encoder)
 
 # %% ../../nbs/experiments/14_controls.ipynb #1d101d10
 def against(records:list[dict], arm:str, other:str, point:Point=GOOD, test:str='seen') -> tuple:

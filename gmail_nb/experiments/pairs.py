@@ -20,13 +20,12 @@ from matplotlib.figure import Figure
 
 from ..encoders import Encoder, load_encoder
 from .chain import (
-    Test, chain_fingerprint, chain_folder, chain_seed, chain_sides, chain_tests, generator_of,
-    kept_chain, some_of, tuned_ranks)
-from .controls import against, aligned_on
+    Test, chain_seed, chain_tests, kept_chain, some_of, tuned_ranks)
+from .controls import against, aligned_on, more_of_chain
 from .curve import KEPT_GAPS, gathered, is_stored, joined, mean_of, stored
 from .demo import Side, demo_gap_records
 from .protocol import GOOD, Point, arm_record, chain_settings, chosen_settings
-from ..files import atomic_write, check_writable, read_results, write_results
+from ..files import atomic_write, check_writable, write_results
 from ..pages import save_figure, table_text
 from ..runtime import default_device, noise_generator
 from ..settings import DemoSettings, ProofSettings
@@ -96,18 +95,9 @@ def pairs_seed(
     encoder:Encoder|None=None
 ) -> list[dict]:
     "All parts of one chain, or what was finished before."
-    out, s = check_writable(out), chain_settings(settings, point, seed, chosen)
-    encoder = encoder or load_encoder('embedded').to(default_device())
-    generator, folder = generator_of(point, out), chain_folder(out, point, seed)
-    name = f'pairs-{folder.name}-{chain_fingerprint(encoder, s, generator)}.jsonl'
-    file = check_writable(out/'records')/name
-    if file.exists(): return read_results(file)
-    x, sides = kept_chain(encoder, point, seed, out, s)
-    a, b = sides or chain_sides(encoder, s, folder, out, generator)
-    made, tests = pair_features(encoder, a, b, s), chain_tests(encoder, b, out)
-    records = pair_records(encoder, b, x, made, tests, point, seed, s)
-    write_results(file, records)
-    return records
+    def compute(encoder, a, b, x, tests, point, seed, s):
+        return pair_records(encoder, b, x, pair_features(encoder, a, b, s), tests, point, seed, s)
+    return more_of_chain('pairs', compute, point, seed, out, chosen, settings, encoder)
 
 # %% ../../nbs/experiments/16_pairs.ipynb #78402725
 def pairs_of(arm:str) -> int: return int(arm.split()[0])
