@@ -253,7 +253,7 @@ def work_stages(
     n:int,      # rows
     home:str|Path
 ) -> list[dict]: # rows, stage, seconds, megabytes
-    "What `stages` leaves out: plan, shards, an epoch of alignment, ranks."
+    "What `stages` leaves out: plan, shards, an epoch of alignment, the nearest of some captions."
     home, found, how = Path(home), [], SourceSettings(cache_dir=str(Path(home)/'cache'))
     encoder = Encoder('tiny', TinyTower(), NoText(), TinyPreprocess(), NoText(), 512)
     def timed(name, work):
