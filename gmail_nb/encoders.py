@@ -28,7 +28,7 @@ from torch import nn
 
 from .files import (asset, atomic_write, found_on_disk, plain_weights, progress, unknown_name,
                             without_hub)
-from .runtime import fingerprint, module_fingerprint, to_device
+from .runtime import copied_late, fingerprint, module_fingerprint, to_device
 from .weights import (
     check_finite, check_names, from_place, load_part, load_whole, read_tensors, read_torch)
 
@@ -602,7 +602,7 @@ def encode_images(
     batches = pixel_batches(images, preprocess, batch_size, broken)
     if desc and not preprocess:
         batches = progress(batches, desc, total=-(-len(images) // batch_size))
-    with torch.inference_mode(): features = [encode(b).float().cpu() for b in batches]
+    with torch.inference_mode(): features = list(copied_late(encode(b).float() for b in batches))
     if features: return torch.cat(features)
     if not broken: raise ValueError('there are no images to encode')
     first = next(iter(broken.values()))
@@ -627,13 +627,15 @@ def encode_texts(
     if not len(texts): raise ValueError('there are no texts to encode')
     order = list(range(len(texts)))
     if by_length: order.sort(key=lambda i: len(texts[i]))
-    features, keywords = [], _by_keywords(encode)
-    starts = range(0, len(texts), batch_size)
+    keywords, starts = _by_keywords(encode), range(0, len(texts), batch_size)
+
+    def encoded(start):
+        tokens = encoder.tokenize([texts[j] for j in order[start:start + batch_size]])
+        tokens = {k: to_device(v, encoder.device) for k, v in tokens.items()}
+        return (encode(**tokens) if keywords else encode(tokens)).float()
+
     with torch.inference_mode():
-        for i in progress(starts, desc) if desc else starts:
-            tokens = encoder.tokenize([texts[j] for j in order[i:i + batch_size]])
-            tokens = {k: to_device(v, encoder.device) for k, v in tokens.items()}
-            features.append((encode(**tokens) if keywords else encode(tokens)).float().cpu())
+        features = list(copied_late(map(encoded, progress(starts, desc) if desc else starts)))
     return torch.cat(features)[torch.tensor(order).argsort()]
 
 # %% ../nbs/20_encoders.ipynb #dd40e11a

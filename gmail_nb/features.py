@@ -41,7 +41,7 @@ from .data import column_of, decode_image
 from .encoders import Encoder, load_encoder
 from .files import (atomic_path, atomic_write, check_writable, checked_card, in_one_line, name_some, progress,
                             read_object, unknown_name, versions, write_card)
-from .runtime import default_device, fingerprint, to_device
+from .runtime import copied_late, default_device, fingerprint, to_device
 from .settings import PRECISIONS, EmbedSettings, part_of
 
 # %% ../nbs/24_features.ipynb #b7f08b8b
@@ -437,15 +437,21 @@ def embed_part(
     failed, numbers, size = [], parts.indices(part), parts.settings['batch_size']
     filled = np.full((len(numbers), parts.settings['dim']), np.nan, parts.settings['store'])
     bf16 = parts.settings['precision'] == 'bf16'
-    for start in range(0, len(numbers), size):
-        batch, after = numbers[start:start + size], numbers[start + size:start + 2 * size]
-        pixels.prefetch([*batch, *after])
-        good, images = good_images(pixels, batch, failed)
-        if good:
-            with torch.autocast(side.device.type, torch.bfloat16, enabled=bf16):
-                features = side.encode(to_device(torch.stack(images), side.device))
-            filled[np.subtract(good, numbers.start)] = features.float().cpu().numpy()
-        step(len(batch))
+    places = [] # of the features of each batch
+
+    def encoded():
+        for start in range(0, len(numbers), size):
+            batch, after = numbers[start:start + size], numbers[start + size:start + 2 * size]
+            pixels.prefetch([*batch, *after])
+            good, images = good_images(pixels, batch, failed)
+            if good:
+                places.append(np.subtract(good, numbers.start))
+                with torch.autocast(side.device.type, torch.bfloat16, enabled=bf16):
+                    features = side.encode(to_device(torch.stack(images), side.device))
+                yield features.float()
+            step(len(batch))
+
+    for i, features in enumerate(copied_late(encoded())): filled[places[i]] = features.numpy()
     parts.put(part, filled, failed)
 
 # %% ../nbs/24_features.ipynb #27ef945a

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['torchvision_library_loads', 'mend_torchvision', 'default_device', 'default_dtype', 'fast_bfloat16', 'use_all_cores',
-           'to_device', 'machine', 'stable_seed', 'noise_generator', 'set_seed', 'leave_processes', 'fingerprint',
-           'module_fingerprint']
+           'to_device', 'copied_late', 'machine', 'stable_seed', 'noise_generator', 'set_seed', 'leave_processes',
+           'fingerprint', 'module_fingerprint']
 
 # %% ../nbs/02_runtime.ipynb #d0e6f071
 import hashlib
@@ -14,6 +14,7 @@ import os
 import platform
 import struct
 import sys
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -88,6 +89,23 @@ def to_device(
     ahead = x.device.type == 'cpu' != device.type
     if ahead and device.type == 'cuda' and not x.requires_grad: x = x.pin_memory()
     return x.to(device, dtype, non_blocking=ahead)
+
+# %% ../nbs/02_runtime.ipynb #d1c0a005
+def copied_late(
+    outputs:Iterable[torch.Tensor], # batches, as a device computes them
+    ahead:int=8                     # batches that the program may be in front of the device
+) -> Iterator[torch.Tensor]: # on the CPU, in the same order
+    "Copies of what is computed batch by batch; the program waits once for `ahead` of them."
+    waiting = []
+    for x in outputs:
+        waiting.append(x.to('cpu', non_blocking=x.device.type != 'cpu'))
+        if x.device.type != 'cpu':
+            if len(waiting) < ahead: continue
+            torch.get_device_module(x.device).synchronize(x.device)
+        yield from waiting
+        waiting = []
+    if waiting: torch.get_device_module(x.device).synchronize(x.device)
+    yield from waiting
 
 # %% ../nbs/02_runtime.ipynb #52fb9dd4
 def machine() -> str:

@@ -459,9 +459,12 @@ def update(self:StepRunner,
     "Move the weights along the gradients, unless loss or gradients are no numbers."
     for group in self.optimizer.param_groups: group['lr'] = rate
     norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.clip)
-    apart = [self.accelerator.reduce(self.apart, 'mean')] if isinstance(self.apart, torch.Tensor) else []
-    read = torch.stack([loss, norm.to(loss), *(a.to(loss) for a in apart)])
-    loss, norm, *self.apart = read.tolist() # here a step waits for the device, once for all of them
+    found = dict(tau=self.tau(), token_loss=self.apart) # of a learned temperature; of aligned tokens
+    found = {k: v.detach() for k, v in found.items() if isinstance(v, torch.Tensor)}
+    if 'token_loss' in found: found['token_loss'] = self.accelerator.reduce(self.apart, 'mean')
+    read = torch.stack([x.to(loss) for x in (loss, norm, *found.values())])
+    loss, norm, *values = read.tolist() # here a step waits for the device, once for all of them
+    self.logged = dict(zip(found, values))
     good = math.isfinite(loss) and math.isfinite(norm)
     if good: self.optimizer.step()
     self.optimizer.zero_grad()
@@ -798,9 +801,7 @@ def advance(self:Alignment) -> dict: # the step's row of the history
     if not step: check_adapters(runner.parameters)
     loss, good = runner.update(loss, rate)
     if good: self.weights.move_average()
-    more = dict(tau=runner.tau_value()) if self.settings.learn_tau else {}
-    if batch.tokens: more |= dict(token_loss=runner.apart[0])
-    return self.progress.note(good, loss=loss, lr=rate, **more)
+    return self.progress.note(good, loss=loss, lr=rate, **runner.logged)
 
 # %% ../nbs/26_train.ipynb #64148fbe
 @patch

@@ -246,9 +246,19 @@ def an_alignment_step_moves_what_it_reads():
 
 @case
 def an_alignment_step_waits_once():
-    for how in ({}, dict(negatives=4), dict(loss='symmetric')):
+    for how in ({}, dict(negatives=4), dict(loss='symmetric'), dict(learn_tau=True)):
         moved, images, waits, back, shapes = step_traffic(**how)
         assert waits <= 1, f'{how}: {waits} waits in a step'
+
+@case
+def encoding_waits_once_for_eight_batches():
+    encoder = small_encoder().to(SIM)
+    with simulator.counted() as t: features = encode_images(encoder.encode_image, torch.randn(18, 3, 32, 32), batch_size=2)
+    assert len(t.to_cpu) == 9 and t.waits == 2, (len(t.to_cpu), t.waits)
+    talking = load_encoder('embedded').to(SIM)
+    with simulator.counted() as t: words = encode_texts(talking, ['a dog', 'a cat', 'a cow'], batch_size=1)
+    assert len(t.to_cpu) == 3 and t.waits == 1 + 3, (len(t.to_cpu), t.waits) # transformers looks at each mask
+    assert len(features) == 18 and len(words) == 3
 
 @case
 def a_cached_prefix():

@@ -20,7 +20,7 @@ class Traffic:
     "What crossed between the devices."
     to_device:list = field(default_factory=list) # shapes
     to_cpu:list = field(default_factory=list)  # shapes; each makes the program wait
-    waits: int = 0  # of `.item()`, `.tolist()`, `bool()`, boolean masks, copies to the CPU and plain ones from it
+    waits: int = 0  # of `.item()`, `.tolist()`, `bool()`, boolean masks, and copies between the devices that do not go ahead
 
     def clear(self):
         self.to_device, self.to_cpu, self.waits = [], [], 0
@@ -100,7 +100,7 @@ def copied(target, source, ahead=False):
 def cross(source, ahead=False): # ahead: the program goes on meanwhile
     if isinstance(source, SimTensor):
         traffic.to_cpu.append(tuple(source.shape))
-        traffic.waits += 1
+        traffic.waits += not ahead
     elif source.dim():
         traffic.to_device.append(tuple(source.shape))
         traffic.waits += not ahead
@@ -115,6 +115,9 @@ def moved(x, kwargs):
 
 def run(func, args, kwargs):
     "Compute on the CPU what was asked of the device."
+    if torch.is_inference_mode_enabled(): # there `x.to(...)` and its like arrive whole
+        out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented: return out
     if func is aten.copy_.default: return copied(*args[:3])
     if func is aten._to_copy.default: return moved(args[0], dict(kwargs))
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]

@@ -45,6 +45,7 @@ GROUPS = dict(
         'align_resumes',
         'an_alignment_step_moves_what_it_reads',
         'an_alignment_step_waits_once',
+        'encoding_waits_once_for_eight_batches',
     ),
     uses=(
         'tune_text_head',

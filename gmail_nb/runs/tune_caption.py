@@ -631,8 +631,8 @@ class Seer:
 
     @torch.inference_mode()
     def features(self, images:list[torch.Tensor]) -> torch.Tensor: # (B, D), through f_r
-        x = self.encoder.encode_image(torch.stack(images)).float().cpu()
-        return x if self.projection is None else F.normalize(x @ self.projection.T, dim=-1)
+        x = self.encoder.encode_image(torch.stack(images)).float()
+        return x if self.projection is None else F.normalize(x @ self.projection.to(x).T, dim=-1)
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #3353b7a9
 def load_seer(
