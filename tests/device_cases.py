@@ -253,7 +253,8 @@ def an_alignment_step_waits_once():
 @case
 def encoding_waits_once_for_eight_batches():
     encoder = small_encoder().to(SIM)
-    with simulator.counted() as t: features = encode_images(encoder.encode_image, torch.randn(18, 3, 32, 32), batch_size=2)
+    pixels = torch.randn(18, 3, 32, 32)
+    with simulator.counted() as t: features = encode_images(encoder.encode_image, pixels, batch_size=2)
     assert len(t.to_cpu) == 9 and t.waits == 2, (len(t.to_cpu), t.waits)
     talking = load_encoder('embedded').to(SIM)
     with simulator.counted() as t: words = encode_texts(talking, ['a dog', 'a cat', 'a cow'], batch_size=1)

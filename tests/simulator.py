@@ -20,7 +20,7 @@ class Traffic:
     "What crossed between the devices."
     to_device:list = field(default_factory=list) # shapes
     to_cpu:list = field(default_factory=list)  # shapes; each makes the program wait
-    waits: int = 0  # of `.item()`, `.tolist()`, `bool()`, boolean masks, and copies between the devices that do not go ahead
+    waits: int = 0  # of `.item()`, `.tolist()`, `bool()`, boolean masks, and copies that do not go ahead
 
     def clear(self):
         self.to_device, self.to_cpu, self.waits = [], [], 0
