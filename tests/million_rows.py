@@ -1,4 +1,5 @@
-"Alignment and text tuning over many rows of 512 numbers, with seconds of each stage and memory above the mapped files: million_rows.py FOLDER [ROWS]"
+"""Alignment, text tuning and a probe over many rows of 512 numbers, with seconds of each stage
+and memory above the mapped files: million_rows.py FOLDER [ROWS]"""
 
 import gmail_nb.runtime
 import json
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from gmail_nb.align import GenReal
+from gmail_nb.classification import Labelled, linear_probe
 from gmail_nb.encoders import Encoder
 from gmail_nb.features import Features
-from gmail_nb.settings import AdapterSettings, AlignSettings, TuneSettings
+from gmail_nb.settings import AdapterSettings, AlignSettings, ProbeSettings, TuneSettings
 from gmail_nb.train import Alignment, Order, epoch_order
 from gmail_nb.tune import check_features_fit, check_training_set, as_image_rows, split_pairs, step_order, tune_text
 
@@ -102,6 +104,10 @@ def measure(folder, n):
     stage('tune: validation split', lambda: split_pairs(n, s))
     stage('tune: all batches', lambda: sum(len(b) for b in step_order(n - n // 10, s)))
     stage('tune: all, of an epoch', lambda: tune_text(encoder, features, said, s, checkpoint=folder/'run.pt'))
+    rows, few = Labelled(features.mapped, torch.arange(n) % 1000), slice(0, 2000) # ImageNet has 1,281,167
+    once = ProbeSettings(strengths=(1.,), max_steps=1)
+    stage('probe: a step of 1,000 classes', lambda: linear_probe(
+        rows, Labelled(rows.x[few], rows.labels[few]), [str(i) for i in range(1000)], once))
     peak.going = False
     return dict(rows=n, seconds=times, align_gb=aligned, most_gb=peak.most - before, file_gb=n * WIDTH * 4 / 1e9)
 

@@ -17,6 +17,7 @@ from gmail_nb.runs.dry_run import (
     SET_FILES,
     dry_align,
     dry_generate,
+    dry_text,
     look_data,
     look_device,
     look_generated,
@@ -27,7 +28,7 @@ from gmail_nb.runs.dry_run import (
     look_set,
     rate_at,
 )
-from gmail_nb.runs.presets import EIGHT, SET_NAMES
+from gmail_nb.runs.presets import EIGHT, SET_NAMES, TEXT_RECIPES
 from gmail_nb.settings import (
     AlignRunSettings,
     AlignSettings,
@@ -291,3 +292,12 @@ def test_the_dry_run_times_with_the_settings_of_the_run(root, monkeypatch):
 def test_what_was_timed_names_precision_and_batch():
     rate, dim, size, how = dry_run.forward_rate('embedded', 4, 'bf16')
     assert rate > 0 and dim == 256 and 'bfloat16 and batches of 4' in how
+
+def test_a_recipe_that_means_other_captions_says_so(root):
+    "Its steps are one epoch of the published set; a small set would be read hundreds of times."
+    found = dry_text(str(root/'dataset_coco.json'), source=SourceSettings(split='test'), recipe=TEXT_RECIPES['gmail-clip'])
+    said = {look.what: look.note for look in found}
+    assert said['recipe'] == 'its steps are one epoch of 414,113 captions: see --steps'
+    assert said['steps'].startswith('808 of 512, ')
+    own = dry_text(str(root/'dataset_coco.json'), source=SourceSettings(split='test'), recipe=TEXT_RECIPES['small'])
+    assert 'recipe' not in {look.what for look in own}

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from unittest.mock import patch
 
+import datasets
 import pytest
 import torch
 from gmail_nb.align import GenReal
@@ -125,6 +126,21 @@ def test_the_command_makes_what_the_function_makes_and_goes_on(home, capsys):
         home/'by_command',
     )
     assert status == 2 and 'rank' in text # nothing is written over
+
+def test_a_set_of_the_hub_is_aligned_as_its_file_is(home, capsys, tmp_path, monkeypatch):
+    "A set with the names of columns of its owner, as `datasets` would load it."
+    asked = []
+    def load_dataset(name, *args, split, **kwargs):
+        if name == 'parquet': return from_files(name, *args, split=split, **kwargs)
+        asked.append((name, split))
+        return datasets.Dataset.from_parquet(str(home/'real.parquet')).rename_columns(dict(key='id', image='picture'))
+    from_files = datasets.load_dataset
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    argv = 'someone/drawings', '--generated', home/'generated', *FLAGS, '--key', 'id', '--image', 'picture'
+    status, text = answer(capsys, gmail_align, *argv, '--out', tmp_path/'hub')
+    assert status == 0 and set(asked) == {('someone/drawings', 'train')}, text
+    a, b = (GenReal.from_pretrained(f) for f in (home/'aligned', tmp_path/'hub'))
+    for p, q in zip(a.parameters(), b.parameters()): assert torch.equal(p, q)
 
 @pytest.mark.parametrize('argv, said', [
     (('other.parquet', '--generated', 'generated', '--out', 'x'), 'no generated key is among the real ones'),
