@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BATCH', 'DECODERS', 'made_photo', 'made_photos', 'PlainPhotos', 'transform', 'rate', 'plain_rate', 'our_rate',
            'bench_data', 'handed_over', 'cores_for', 'anonymous', 'Stage', 'write_rows', 'TinyTower', 'TinyPreprocess',
-           'stages', 'measured_stages', 'Painter', 'work_stages']
+           'stages', 'measured_stages', 'Painter', 'work_stages', 'slopes', 'planned_hours', 'show_costs']
 
 # %% ../../nbs/bench/50_data.ipynb #e2217d8f
 import gmail_nb.runtime # before torchvision
@@ -20,10 +20,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -280,3 +283,34 @@ def work_stages(
     timed('align: an epoch', lambda: [job.advance() for _ in range(len(job.plan))])
     timed('nearest images of 1,000 captions', lambda: nearest(features[:1000], features.mapped))
     return found
+
+# %% ../../nbs/bench/50_data.ipynb #7d20c0a6
+def slopes(
+    every:pd.DataFrame # rows, stage, seconds; of `measured_stages`, two sizes at least
+) -> pd.Series: # by stage
+    "The power of the rows with which the seconds of each stage grow, between the two largest sizes."
+    seconds = every.pivot(index='stage', columns='rows', values='seconds').loc[every.stage.unique()]
+    a, b = sorted(seconds)[-2:]
+    return np.log(seconds[b] / seconds[a]) / np.log(b / a)
+
+def planned_hours(
+    every:pd.DataFrame,
+    n:int # rows
+) -> pd.Series: # by stage
+    "Hours of one core for another number of rows, at least in proportion to the largest measured."
+    largest = every[every.rows == every.rows.max()].set_index('stage')
+    return largest.seconds * (n / largest.rows) ** slopes(every).clip(lower=1) / 3600
+
+# %% ../../nbs/bench/50_data.ipynb #7d20c0a8
+def show_costs(every:pd.DataFrame) -> Figure:
+    "Seconds of each stage against rows, on logarithmic axes, with the line of proportion."
+    found = every.pivot(index='rows', columns='stage', values='seconds')[every.stage.unique()]
+    fig, ax = plt.subplots(figsize=(7.5, 4.6), constrained_layout=True)
+    for i, (stage, seconds) in enumerate(found.items()):
+        ax.plot(found.index, seconds.clip(lower=1e-3), 'o-', label=stage, color=f'C{i % 10}',
+                ls='-' if i < 10 else '--', lw=1.5, ms=4)
+    ends = np.array([found.index.min(), found.index.max()])
+    ax.plot(ends, found.max().max() * ends / ends.max(), color='.6', ls=':', label='in proportion')
+    ax.set(xscale='log', yscale='log', xlabel='rows', ylabel='seconds that cores worked')
+    ax.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, .5), frameon=False)
+    return fig
