@@ -375,6 +375,7 @@ class EmbedSettings:
     engine:str='local'          # local, or ray for many workers
     show_progress:bool=True     # a bar over images
     most_damaged:float=MOST_DAMAGED # share of the images that may fail to decode
+    device:str|None=field(default=None, metadata=YOUNG) # cpu or cuda; the fastest present if absent
 
     def __post_init__(self):
         check_known(self, 'precision', PRECISIONS)
@@ -552,6 +553,7 @@ class CaptionSettings:
     max_new_tokens:int=24       # longest caption, in tokens; one that has not ended by then is cut
     seed:int=0                  # seed of the drawing
     most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
+    device:str|None=field(default=None, metadata=YOUNG) # cpu or cuda; the fastest present if absent
 
     def __post_init__(self):
         check_above(self, 'beams', 'batch_size', 'max_new_tokens', 'top_p', 'temperature')
@@ -649,6 +651,7 @@ class VQASettings:
     blind:bool=False            # ask again without the images, to see what can be guessed
     batch_size:int=16           # questions at a time
     max_new_tokens:int=16       # longest answer, in tokens
+    device:str|None=None        # cpu or cuda; the fastest present if absent
 
     def __post_init__(self): check_above(self, 'limit', 'batch_size', 'max_new_tokens')
 

@@ -549,10 +549,10 @@ def dry_embed(
     look = look_model(model, what='model')
     if settings.engine == 'ray' and not importlib.util.find_spec('ray'):
         rows = [*rows, Look('ray', '', 'missing', "pip install 'gmail_nb[ray]'")]
-    return [look_device(), look, *rows,
+    return [look_device(settings.device), look, *rows,
             *look_work(look, model, images, 1, out, settings.store,
                        f'features of {images:,} images',
-                       run=(settings.batch_size, settings.precision))]
+                       run=(settings.batch_size, settings.precision, settings.device))]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #06ef89bd
 def look_arm(arm:str|None, model, generated, real, arms:tuple=ARMS) -> list[Look]:
@@ -634,7 +634,8 @@ def dry_write(
     if not (folder/'card.json').exists() and (below/'card.json').exists(): folder = below
     model = str(model)
     published = model.startswith('llava:')
-    rows = [look_device(), look_lm(model.removeprefix('llava:'), 'LLaVA') if published
+    rows = [look_device(rest['settings'].device if 'settings' in rest else None),
+            look_lm(model.removeprefix('llava:'), 'LLaVA') if published
             else look_path('captioner', folder, 'card.json')]
     if published: pass
     elif rows[-1].state == 'missing':
@@ -701,7 +702,8 @@ def dry_eval(
     names = tuple(captioned) or (known.data if known else (OWN[task or 'retrieval'],))
     sets = [r for name in names for r in look_data(name, root, source)]
     more = look_generated(generated)[0] if generated else []
-    return [look_device(), *found, *sets, *more, look_out(out)]
+    device = look_device(rest['settings'].embed.device if 'settings' in rest else None)
+    return [device, *found, *sets, *more, look_out(out)]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #7c7ed0e7
 def dry_demo(

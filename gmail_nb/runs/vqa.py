@@ -109,7 +109,7 @@ def evaluate_vqa(
 ) -> VQAResult:
     "Ask, score, and write. `ValueError` for questions about images that were learned from."
     s, questions = settings, asked_set(data, settings)
-    talker = model if isinstance(model, Talker) else load_talker(model)
+    talker = model if isinstance(model, Talker) else load_talker(model, s.device)
     check_unseen(questions, talker.keys)
     how = dict(kind=s.kind, batch_size=s.batch_size, max_new_tokens=s.max_new_tokens, guess=s.guess)
     def ask(blind):
@@ -141,5 +141,5 @@ def dry_vqa(
     settings:VQASettings=VQASettings(), **rest
 ) -> list[Look]:
     "What `gmail_eval vqa` would do."
-    return [look_device(), look_llava(model), look_questions(questions, settings),
+    return [look_device(settings.device), look_llava(model), look_questions(questions, settings),
             look_out(out, note='results, answers and a picture')]
