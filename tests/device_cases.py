@@ -1,6 +1,6 @@
 """What a model goes through on the simulated device, as a process of its own: device_cases.py OUT CASE ...
 
-Writes to OUT, a JSON file, for each case None, or the error. Nothing here is told where its tensors lie but by the
+Writes to OUT, a JSON file, for each case its error, or None, and the functions of the package that it called. Nothing here is told where its tensors lie but by the
 model that it is given; what loads a model itself goes where `default_device` says, which is `sim`.
 """
 import gmail_nb.runtime
@@ -12,7 +12,9 @@ import shutil
 import sys
 import tempfile
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import open_clip
 import torch
@@ -23,25 +25,28 @@ from torch import nn
 
 import simulator
 from gmail_nb.align import GenReal
-from gmail_nb.captioning import (Captioner, CaptionTraining, caption_tokenizer, checkpointed, generate_ids,
-                                 small_decoder, train_captioner)
-from gmail_nb.classification import Labelled, fine_tune, plain_tower
+from gmail_nb.captioning import (Captioner, CaptionLearner, CaptionTraining, caption_tokenizer, checkpointed,
+                                 generate_ids, small_decoder, train_captioner)
+from gmail_nb.classification import (FineTuning, Labelled, classify, fine_tune, linear_probe, one_step, plain_tower,
+                                     zero_shot_weights)
 from gmail_nb.data import emoji
 from gmail_nb.encoders import Encoder, OpenClipVisual, encode_images, encode_texts, load_encoder, preprocess_images
 from gmail_nb.export import export, merged_tower
 from gmail_nb.features import embed
 from gmail_nb.gallery import score_quality
 from gmail_nb.generate import generate, load_generated
-from gmail_nb.ifcap import IFCap, entity_prompt, ifcap_ids, train_ifcap
+from gmail_nb.ifcap import IFCap, IFCapBatches, IFCapTraining, entity_prompt, ifcap_ids, ifcap_loss, train_ifcap
 from gmail_nb.llava import Llava, encode_prompt, generate_answers, new_projector, turns_of
 from gmail_nb.llava_training import LlavaTraining, adapt_language, example, only_trained, train_llava
+from gmail_nb.long_captions import recall_by_length, stretch_encoder
 from gmail_nb.pipelines import clip_tokenizer, load_generator
 from gmail_nb.prefix import FrozenPrefix, cache_prefix
+from gmail_nb.runs.evaluate import evaluate
 from gmail_nb.runs.models import eval_model
 from gmail_nb.runtime import set_seed
 from gmail_nb.settings import (TEXT_TUNINGS, TUNINGS, AdapterSettings, AlignSettings, CaptionerSettings, DrawSettings,
-                               EmbedSettings, FineTuneSettings, LlavaSettings, RunSettings, StageSettings, TuneSettings,
-                               WorkSettings)
+                               EmbedSettings, EvalSettings, FineTuneSettings, LlavaSettings, ProbeSettings,
+                               RunSettings, StageSettings, TuneSettings, WorkSettings)
 from gmail_nb.train import Alignment, align, processes
 from gmail_nb.tune import TextRun, advance as advance_text, as_image_rows, save_tuned, tune_text, tuned_encoder
 from test_llava import language, tiny_tokenizer
@@ -188,17 +193,22 @@ ALIGNMENTS = dict(
     symmetric=dict(loss='symmetric'), sigmoid=dict(loss='sigmoid'), cosine=dict(loss='cosine'), ema=dict(ema=.9),
     patience=dict(patience=1, evaluate=lambda model: dict(value=0.)), prefix=dict(prefix=True, share=1/2),
     ids=dict(ids=torch.arange(16) // 2), full=dict(tuning='full'), projections=dict(tuning='projections'),
-    streamed=dict(run=RunSettings(max_bank=1)))
+    streamed=dict(run=RunSettings(max_bank=1)), tokens=dict(tokens='position', accumulation=2),
+    tokens_best=dict(tokens='best', loss='symmetric'))
 
 def aligned(evaluate=None, prefix=False, share=1., ids=None, tuning='lora', run=RunSettings(), device=SIM, **how):
     "History and trained weights of a small alignment."
     generated, real = alignment_data(samples=2)
     model = GenReal(small_encoder().to(device), AdapterSettings(adapted_share=share, tuning=tuning))
     settings = AlignSettings(**(dict(epochs=2, batch_size=8) | how))
-    history = align(model, generated, encode_images(model.real_features, real), settings, evaluate,
-                    ids=ids, prefix=prefix, run=run, accelerator=accelerator(device))
+    history = align(model, generated, encode_images(model.real_features, real), settings, evaluate, ids=ids,
+                    prefix=prefix, run=run, accelerator=accelerator(device), real_tokens=tokens_of(model, real, settings))
     whole_on(model, torch.device(device))
     return [row['loss'] for row in history], model
+
+def tokens_of(model, real, settings): # on the CPU, as from their file
+    if settings.tokens == 'none': return None
+    with torch.inference_mode(): return model.encoder.image_tokens(real).cpu().half()
 
 def accelerator(device):
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -227,7 +237,8 @@ def step_traffic(**how):
     generated, real = alignment_data()
     model = GenReal(small_encoder().to(SIM))
     settings = AlignSettings(**(dict(epochs=2, batch_size=8) | how))
-    job = Alignment(model, generated, encode_images(model.real_features, real), settings, accelerator=accelerator(SIM))
+    job = Alignment(model, generated, encode_images(model.real_features, real), settings,
+                    accelerator=accelerator(SIM), real_tokens=tokens_of(model, real, settings))
     model.train()
     job.advance()
     with simulator.counted() as t: job.advance()
@@ -242,11 +253,13 @@ def an_alignment_step_moves_what_it_reads():
         assert [tuple(s) for s in back if s] in ([], [(2,)]), (
             f'{how}: {back} came back'
         )  # the loss and the norm, in one read
-
+    moved, images, _, _, shapes = step_traffic(tokens='position')
+    assert moved <= images + 8 * 16 * 64 + 6 * 16, shapes # and the tokens of their real partners
 
 @case
 def an_alignment_step_waits_once():
-    for how in ({}, dict(negatives=4), dict(loss='symmetric'), dict(learn_tau=True)):
+    for how in ({}, dict(negatives=4), dict(loss='symmetric'), dict(learn_tau=True), dict(tokens='position'),
+                dict(tokens='best', accumulation=2)):
         moved, images, waits, back, shapes = step_traffic(**how)
         assert waits <= 1, f'{how}: {waits} waits in a step'
 
@@ -387,28 +400,24 @@ def a_llava_learns_and_answers():
     prompts = [encode_prompt(model, turns_of('<image> what is this ?'), 1, 4)] * 2
     assert len(generate_answers(model, prompts, torch.randn(2, 4, 20), 3)) == 2
 
-# whole commands, as they are called from the shell
+@case
+def a_fine_tuning_step_waits_once():
+    x, y, index = torch.rand(6, 3, 32, 32), torch.tensor([0, 1] * 3), torch.arange(4)
+    for precision in ('no', 'bf16'):
+        settings = FineTuneSettings(epochs=9, batch_size=4, clip=1., precision=precision)
+        run = FineTuning(small_encoder().to(SIM).visual, Labelled(x, y), 2, settings)
+        found = waits_of(lambda: one_step(run, index))
+        assert found[0] <= 1 and found[1] == [(4, 3, 32, 32), (4,)], found
 
 @case
-def commands_from_images_to_scores():
-    from gmail_nb.cli.commands import COMMANDS
-    from gmail_nb.runs import align, embed, evaluate, generate, tune_caption, tune_text # before `on_sim` looks
-    here = Path.cwd()
-    os.chdir(tempfile.mkdtemp())
-    on_sim()
-    try:
-        drawings(48).to_parquet('real.parquet')
-        emoji('B', source='noto').select(range(12)).to_parquet('B.parquet')
-        for line in ('generate real.parquet --out drawn --steps 1 --quiet', 'embed real.parquet --out features',
-                     'align real.parquet --generated drawn --epochs 1 --batch-size 16 --out aligned',
-                     'tune text --generated drawn --model aligned --steps 2 --out tuned',
-                     'tune caption --generated drawn --model aligned --test B.parquet --steps 2 --out captions',
-                     'caption real.parquet --model captions',
-                     'eval B.parquet --model tuned:tuned --out eval --no-pictures'):
-            with simulator.counted() as t: status = COMMANDS(line.split())
-            assert not status, f'gmail_{line} ended with {status}'
-            assert t.to_device, f'gmail_{line} copied nothing to the device'
-    finally: os.chdir(here)
+def an_ifcap_step_waits_once():
+    tokenizer = caption_tokenizer([*TEXTS, entity_prompt(['x', 'y']), entity_prompt([])])
+    for noise in (0., .1):
+        model = IFCap(small_decoder(tokenizer, 2), tokenizer, 32, torch.randn(6, 32), TEXTS, k=2, k_entities=3).to(SIM)
+        read = IFCapBatches(model.train(), torch.randn(6, 32), list(range(6)), IFCapTraining(noise=noise))
+        learner = CaptionLearner(model, 9, 1e-3)
+        found = waits_of(lambda: learner.step(ifcap_loss(model, *read(torch.arange(4)))))
+        assert found[0] <= 1, f'{noise}: {found}'
 
 # evaluation
 
@@ -422,6 +431,125 @@ def fine_tuning():
         )
         assert len(losses) == 2 and len(found.best) == 6
 
+@case
+def zero_shot_and_probe():
+    here = load_encoder(registered_vit())
+    there, names = copy.deepcopy(here).to(SIM), ['cat', 'dog', 'house']
+    x, y = nn.functional.normalize(torch.randn(12, here.dim), dim=-1), torch.arange(12) % 3
+    words = zero_shot_weights(there, names, ('a photo of a {c}.', '{c}'))
+    same(words, zero_shot_weights(here, names, ('a photo of a {c}.', '{c}')), 1e-4)
+    with simulator.counted() as t: found = classify(x, words.to(SIM), y, names)
+    assert sum(torch.Size(s).numel() for s in t.to_device) <= words.numel() + x.numel(), t.to_device
+    assert torch.equal(found.best, classify(x, words.cpu(), y, names).best)
+    settings = ProbeSettings(strengths=(.1, 1.), max_steps=5)
+    probes = [linear_probe(Labelled(x, y), Labelled(x, y), names, settings, device) for device in (SIM, 'cpu')]
+    assert torch.equal(*(p.best for p in probes))
+
+@case
+def long_captions():
+    encoder = load_encoder(hf_folder('clip')).to(SIM)
+    stretched = stretch_encoder(encoder, 248)
+    whole_on(stretched)
+    plain = stretch_encoder(copy.deepcopy(encoder).to('cpu'), 248)
+    long = [' '.join(TEXTS * n) for n in (1, 6, 12)]
+    same(encode_texts(stretched, long), encode_texts(plain, long), 1e-4)
+    for text in (load_encoder(registered_vit()).to(SIM), stretched):
+        assert encode_texts(stretch_encoder(text, 300) if text is not stretched else text, long).shape == (3, text.dim)
+    found = recall_by_length(stretched, nn.functional.normalize(torch.randn(3, encoder.dim), dim=-1), long, (12, 100))
+    assert set(found) == {12, 100}
+
+@case
+def a_set_of_classes_is_evaluated():
+    root, ds = Path(tempfile.mkdtemp()), drawings(8)
+    for i, image in enumerate(ds['image']):
+        folder = root/'set'/('train' if i < 4 else 'test')/'ab'[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.convert('RGB').save(folder/f'{i}.png')
+    quiet = EvalSettings(EmbedSettings(show_progress=False, batch_size=4),
+                         ProbeSettings(strengths=(1.,), max_steps=3), FineTuneSettings(epochs=1, batch_size=4))
+    GenReal(load_encoder('timm:test_vit/random')).save_pretrained(root/'aligned')
+    models = dict(words='embedded', tower='timm:test_vit/random')
+    for how, rows in (('probe', models), ('fine-tune', dict(tower=f'aligned:{root}/aligned'))):
+        found = evaluate(rows, (str(root/'set'),), 'classification', root/how, how=how, settings=quiet,
+                         say=lambda text: None)
+        assert {r['arm'] for r in found} >= set(rows), found
+
+# a LLaVA, from the shell
+
+def small_words(folder):
+    transformers.LlamaForCausalLM(language()).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+@case
+def commands_of_a_llava():
+    from gmail_nb.runs import tune_llava, vqa # before `on_sim` looks
+    with shell_on_sim() as here:
+        for name, style in (('real', 'noto'), ('drawn', 'fluent')):
+            emoji('B', style).sort('key').select(range(12)).to_parquet(f'{name}.parquet')
+        small_words('lm')
+        GenReal(load_encoder('embedded'), AdapterSettings(rank=2, adapted_share=1/7)).save_pretrained('aligned')
+        emoji('unseen', 'noto')[0]['image'].convert('RGB').save('a.png')
+        stages = '--project-steps 2 --instruct-steps 2 --project-batch-size 4 --instruct-batch-size 4 --rank 2'
+        here('tune llava real.parquet --generated drawn.parquet --model aligned --arm both --language-model lm '
+             f'{stages} --out llava', LLAVA_BUDGETS.get('tune llava'))
+        here('chat what --image a.png --model llava --max-new-tokens 3', LLAVA_BUDGETS.get('chat'))
+        here('caption a.png --model llava --max-new-tokens 3', LLAVA_BUDGETS.get('caption'))
+        here('eval vqa --model llava --limit 4 --max-new-tokens 2 --out vqa', LLAVA_BUDGETS.get('eval vqa'))
+
+# whole commands, as they are called from the shell
+
+class Budget(NamedTuple):
+    """What a command may copy, besides the weights of the models that it loads."""
+    images:int      # pictures to the device, each time that one goes through a tower
+    numbers:int     # other numbers to the device: token numbers, features, adapters read from a folder
+    back:int        # numbers to the CPU: features, losses, pictures that were drawn, weights that are saved
+    why:str         # where these come from
+
+BUDGETS = {}
+LLAVA_BUDGETS = {}
+
+def is_picture(shape): return len(shape) == 4 and shape[1] == 3
+
+def check_budget(line, t, budget):
+    images = sum(s[0] for s in t.to_device if is_picture(s))
+    numbers = sum(torch.Size(s).numel() for s in t.to_device if not is_picture(s))
+    back = sum(torch.Size(s).numel() for s in t.to_cpu)
+    if budget is None: return print(f'{line}: Budget({images}, {numbers}, {back}), weights {t.weights}', file=sys.stderr)
+    found = f'gmail_{line}: {images} images, {numbers} numbers to the device, {back} back; allowed: {budget}'
+    assert t.weights, f'gmail_{line} moved no model to the device'
+    assert images == budget.images and numbers <= budget.numbers and back <= budget.back, found
+
+@contextmanager
+def shell_on_sim():
+    "A folder of its own, and what runs a command there and checks what it copied."
+    from gmail_nb.cli.commands import COMMANDS
+    here = Path.cwd()
+    os.chdir(tempfile.mkdtemp())
+    on_sim()
+    def run(line, budget):
+        with simulator.counted() as t: status = COMMANDS(line.split())
+        assert not status, f'gmail_{line} ended with {status}'
+        check_budget(line, t, budget)
+    try: yield run
+    finally: os.chdir(here)
+
+@case
+def commands_from_images_to_scores():
+    from gmail_nb.runs import align, embed, evaluate, generate, tune_caption, tune_text # before `on_sim` looks
+    lines = dict(
+        generate='generate real.parquet --out drawn --steps 1 --quiet',
+        embed='embed real.parquet --out features',
+        align='align real.parquet --generated drawn --epochs 1 --batch-size 16 --out aligned',
+        text='tune text --generated drawn --model aligned --steps 2 --out tuned',
+        caption='tune caption --generated drawn --model aligned --test B.parquet --steps 2 --out captions',
+        write='caption real.parquet --model captions',
+        eval='eval B.parquet --model tuned:tuned --out eval --no-pictures')
+    with shell_on_sim() as run:
+        drawings(48).to_parquet('real.parquet')
+        emoji('B', source='noto').select(range(12)).to_parquet('B.parquet')
+        for name, line in lines.items(): run(line, BUDGETS.get(name))
+
 def on_sim():
     "Let every room that asks for the fastest device, or for accelerate's, be given the simulated one."
     for name, module in list(sys.modules.items()):
@@ -429,14 +557,35 @@ def on_sim():
         if hasattr(module, 'default_device'): module.default_device = lambda: SIM
         if hasattr(module, 'processes'): module.processes = lambda *args, **how: accelerator(SIM) # as with a GPU
 
+PACKAGE = str(Path(gmail_nb.runtime.__file__).parent)
+
+class Called:
+    "Names of the functions and classes of the package that were called, such as `tune.tune_text`."
+    def __init__(self): self.names, self.known = set(), {}
+
+    def __call__(self, frame, event, arg):
+        if event != 'call': return
+        code = frame.f_code
+        if code not in self.known: self.known[code] = self.name_of(code)
+        if self.known[code]: self.names.add(self.known[code])
+
+    def name_of(self, code):
+        if not code.co_filename.startswith(PACKAGE): return None
+        room = '.'.join(Path(code.co_filename).relative_to(PACKAGE).with_suffix('').parts)
+        return f'{room}.{code.co_qualname.removesuffix(".__init__")}' # with a class for its methods
+
+def outcome(name):
+    "The error of a case, or None, and what it called."
+    called, error = Called(), None
+    sys.setprofile(called)
+    try: CASES[name]()
+    except Exception: error = traceback.format_exc()
+    finally: sys.setprofile(None)
+    return dict(error=error, called=sorted(called.names))
+
 if __name__ == '__main__' and sys.argv[1] == '--list': print(*CASES)
 elif __name__ == '__main__':
     on_sim()
     out, names = Path(sys.argv[1]), sys.argv[2:] or list(CASES)
-    found = {}
-    for name in names:
-        try:
-            CASES[name]()
-            found[name] = None
-        except Exception: found[name] = traceback.format_exc()
+    found = {name: outcome(name) for name in names}
     out.write_text(json.dumps(found))
