@@ -1,7 +1,8 @@
 """What a model goes through on the simulated device, as a process of its own: device_cases.py OUT CASE ...
 
-Writes to OUT, a JSON file, for each case its error, or None, and the functions of the package that it called. Nothing here is told where its tensors lie but by the
-model that it is given; what loads a model itself goes where `default_device` says, which is `sim`.
+Writes to OUT, a JSON file, for each case its error, or None, and the functions of the package that it called. COVERED
+says which function that takes a model is called by which case, and REASONS why others are by none. Nothing here is
+told where its tensors lie but by the model that it is given; what loads a model itself goes where `default_device` says, which is `sim`.
 """
 import gmail_nb.runtime
 import copy
@@ -35,12 +36,15 @@ from gmail_nb.export import export, merged_tower
 from gmail_nb.features import embed
 from gmail_nb.gallery import score_quality
 from gmail_nb.generate import generate, load_generated
-from gmail_nb.ifcap import IFCap, IFCapBatches, IFCapTraining, entity_prompt, ifcap_ids, ifcap_loss, train_ifcap
-from gmail_nb.llava import Llava, encode_prompt, generate_answers, new_projector, turns_of
+from gmail_nb.ifcap import (IFCap, IFCapBatches, IFCapTraining, entity_prompt, ifcap_ids, ifcap_loss, save_ifcap,
+                            train_ifcap, write_ifcap)
+from gmail_nb.llava import (Llava, encode_prompt, from_llava, generate_answers, new_projector, save_llava,
+                            turns_of)
 from gmail_nb.llava_training import LlavaTraining, adapt_language, example, only_trained, train_llava
 from gmail_nb.long_captions import recall_by_length, stretch_encoder
 from gmail_nb.pipelines import clip_tokenizer, load_generator
 from gmail_nb.prefix import FrozenPrefix, cache_prefix
+from gmail_nb.runs.app import both_features, drawing, drawn_pairs, gallery_of
 from gmail_nb.runs.evaluate import evaluate
 from gmail_nb.runs.models import eval_model
 from gmail_nb.runtime import set_seed
@@ -49,7 +53,7 @@ from gmail_nb.settings import (TEXT_TUNINGS, TUNINGS, AdapterSettings, AlignSett
                                RunSettings, StageSettings, TuneSettings, WorkSettings)
 from gmail_nb.train import Alignment, align, processes
 from gmail_nb.tune import TextRun, advance as advance_text, as_image_rows, save_tuned, tune_text, tuned_encoder
-from test_llava import language, tiny_tokenizer
+from test_llava import language, tiny_llava, tiny_tokenizer
 
 simulator.install()
 SIM = torch.device('sim', 0)
@@ -201,8 +205,9 @@ def aligned(evaluate=None, prefix=False, share=1., ids=None, tuning='lora', run=
     generated, real = alignment_data(samples=2)
     model = GenReal(small_encoder().to(device), AdapterSettings(adapted_share=share, tuning=tuning))
     settings = AlignSettings(**(dict(epochs=2, batch_size=8) | how))
+    tokens = tokens_of(model, real, settings)
     history = align(model, generated, encode_images(model.real_features, real), settings, evaluate, ids=ids,
-                    prefix=prefix, run=run, accelerator=accelerator(device), real_tokens=tokens_of(model, real, settings))
+                    prefix=prefix, run=run, accelerator=accelerator(device), real_tokens=tokens)
     whole_on(model, torch.device(device))
     return [row['loss'] for row in history], model
 
@@ -341,6 +346,8 @@ def captioning_from_text():
     whole_on(model)
     train_ifcap(model, torch.randn(6, 32), list(range(6)), 2, 4, noise=.1, desc=None)
     assert len(ifcap_ids(model, torch.randn(3, 32), max_new_tokens=4)) == 3
+    assert len(write_ifcap(model, torch.randn(3, 32), max_new_tokens=4)) == 3
+    save_ifcap(model, Path(tempfile.mkdtemp())/'ifcap')
 
 # steps of the other trainings: the program waits for a loss, and for nothing else
 
@@ -467,12 +474,40 @@ def a_set_of_classes_is_evaluated():
         image.convert('RGB').save(folder/f'{i}.png')
     quiet = EvalSettings(EmbedSettings(show_progress=False, batch_size=4),
                          ProbeSettings(strengths=(1.,), max_steps=3), FineTuneSettings(epochs=1, batch_size=4))
-    GenReal(load_encoder('timm:test_vit/random')).save_pretrained(root/'aligned')
-    models = dict(words='embedded', tower='timm:test_vit/random')
+    bare = load_encoder('timm:test_vit/random').visual.model.state_dict()
+    save_file({k: v.contiguous() for k, v in bare.items()}, root/'bare.safetensors')
+    tower = f'timm:test_vit/{root}/bare.safetensors'
+    GenReal(load_encoder(tower)).save_pretrained(root/'aligned')
+    models = dict(words='embedded', tower=tower)
     for how, rows in (('probe', models), ('fine-tune', dict(tower=f'aligned:{root}/aligned'))):
         found = evaluate(rows, (str(root/'set'),), 'classification', root/how, how=how, settings=quiet,
                          say=lambda text: None)
         assert {r['arm'] for r in found} >= set(rows), found
+
+@case
+def a_published_llava():
+    "What transformers reads goes to the device, sees, and is written from there."
+    model, processor = tiny_llava('clip')
+    llava, tower = from_llava(model, processor)
+    images = [d.convert('RGB') for d in drawings(2)['image']]
+    x = preprocess_images(tower, images)
+    here, there = copy.deepcopy(tower).image_tokens(x).detach(), tower.to(SIM)
+    whole_on(there)
+    with torch.inference_mode(): same(there.image_tokens(x), here, 1e-4)
+    aligned = GenReal(there, AdapterSettings(rank=2))
+    whole_on(aligned)
+    whole_on(llava.to(SIM))
+    assert (save_llava(llava, Path(tempfile.mkdtemp())/'plain', aligned)/'config.json').exists()
+
+@case
+def the_app():
+    pipeline, model = load_generator('embedded', device=SIM), GenReal(load_encoder('embedded').to(SIM))
+    x = preprocess_images(model.encoder, list(drawings(2)['image']))
+    same(*both_features(model, x), 1e-4)
+    drawn = list(drawing(pipeline, 'a red apple', steps=2))
+    assert drawn
+    pairs = drawn_pairs(pipeline, 2, DrawSettings(steps=1))
+    gallery_of(model, pairs, 2)
 
 # a LLaVA, from the shell
 
@@ -491,34 +526,46 @@ def commands_of_a_llava():
         GenReal(load_encoder('embedded'), AdapterSettings(rank=2, adapted_share=1/7)).save_pretrained('aligned')
         emoji('unseen', 'noto')[0]['image'].convert('RGB').save('a.png')
         stages = '--project-steps 2 --instruct-steps 2 --project-batch-size 4 --instruct-batch-size 4 --rank 2'
-        here('tune llava real.parquet --generated drawn.parquet --model aligned --arm both --language-model lm '
-             f'{stages} --out llava', LLAVA_BUDGETS.get('tune llava'))
-        here('chat what --image a.png --model llava --max-new-tokens 3', LLAVA_BUDGETS.get('chat'))
-        here('caption a.png --model llava --max-new-tokens 3', LLAVA_BUDGETS.get('caption'))
-        here('eval vqa --model llava --limit 4 --max-new-tokens 2 --out vqa', LLAVA_BUDGETS.get('eval vqa'))
+        here('tune llava', 'tune llava real.parquet --generated drawn.parquet --model aligned --arm both '
+             f'--language-model lm {stages} --out llava')
+        here('chat', 'chat what --image a.png --model llava --max-new-tokens 3')
+        here('llava caption', 'caption a.png --model llava --max-new-tokens 3')
+        here('eval vqa', 'eval vqa --model llava --limit 4 --max-new-tokens 2 --out vqa')
 
 # whole commands, as they are called from the shell
 
 class Budget(NamedTuple):
-    """What a command may copy, besides the weights of the models that it loads."""
-    images:int      # pictures to the device, each time that one goes through a tower
-    numbers:int     # other numbers to the device: token numbers, features, adapters read from a folder
-    back:int        # numbers to the CPU: features, losses, pictures that were drawn, weights that are saved
-    why:str         # where these come from
+    "What a command may copy, besides the weights of the models that it loads."
+    images:int  # pictures to the device, each time that one goes through a tower
+    numbers:int # other numbers to the device
+    reads:int   # how often all weights go to the CPU, for their fingerprint or to be saved
+    back:int    # other numbers to the CPU
+    why:str     # where the other numbers come from
 
-BUDGETS = {}
-LLAVA_BUDGETS = {}
+BUDGETS = {
+    'generate': Budget(0, 160_000, 0, 48 * 3 * 64 * 64, 'captions and noise go, pictures come'),
+    'embed': Budget(48, 0, 1, 48 * 256, 'features come'),
+    'align': Budget(92, 12_000, 1, 700_000, 'features and adapters go; features, adapters, and both moments come'),
+    'tune text': Budget(48, 320_000, 3, 0, 'features, word numbers and adapters go; features and weights come'),
+    'tune caption': Budget(60, 260_000, 1, 11_000_000, 'features, adapters go; features, weights, moments come'),
+    'caption': Budget(48, 16, 0, 48 * 24, 'word numbers come'),
+    'eval': Budget(12, 24_000, 1, 12_000, 'word numbers and maps go, features and ranks come'),
+    'tune llava': Budget(24, 600_000, 0, 8_600_000, 'tokens and adapters go; tokens, adapters and moments come'),
+    'chat': Budget(1, 48, 0, 12, 'words go and come'),
+    'llava caption': Budget(2, 64, 0, 12, 'words go and come'),
+    'eval vqa': Budget(5, 500, 0, 24, 'words go and come')}
 
 def is_picture(shape): return len(shape) == 4 and shape[1] == 3
 
-def check_budget(line, t, budget):
+def check_budget(name, t):
+    "Pictures cross as often as is stated; no more of anything else."
+    def size(shapes): return sum(torch.Size(s).numel() for s in shapes)
+    budget, there = BUDGETS[name], [s for s in t.to_device if not is_picture(s)]
     images = sum(s[0] for s in t.to_device if is_picture(s))
-    numbers = sum(torch.Size(s).numel() for s in t.to_device if not is_picture(s))
-    back = sum(torch.Size(s).numel() for s in t.to_cpu)
-    if budget is None: return print(f'{line}: Budget({images}, {numbers}, {back}), weights {t.weights}', file=sys.stderr)
-    found = f'gmail_{line}: {images} images, {numbers} numbers to the device, {back} back; allowed: {budget}'
-    assert t.weights, f'gmail_{line} moved no model to the device'
-    assert images == budget.images and numbers <= budget.numbers and back <= budget.back, found
+    said = f'{name}: {images} images, {size(there):,} numbers, {size(t.to_cpu):,} back, {t.weights:,} weights'
+    assert t.weights, f'{name} moved no model to the device'
+    assert images == budget.images and size(there) <= budget.numbers, f'{said}; allowed: {budget}'
+    assert size(t.to_cpu) <= budget.reads * t.weights + budget.back, f'{said}; allowed: {budget}'
 
 @contextmanager
 def shell_on_sim():
@@ -527,28 +574,28 @@ def shell_on_sim():
     here = Path.cwd()
     os.chdir(tempfile.mkdtemp())
     on_sim()
-    def run(line, budget):
+    def run(name, line):
         with simulator.counted() as t: status = COMMANDS(line.split())
         assert not status, f'gmail_{line} ended with {status}'
-        check_budget(line, t, budget)
+        check_budget(name, t)
     try: yield run
     finally: os.chdir(here)
 
 @case
 def commands_from_images_to_scores():
     from gmail_nb.runs import align, embed, evaluate, generate, tune_caption, tune_text # before `on_sim` looks
-    lines = dict(
-        generate='generate real.parquet --out drawn --steps 1 --quiet',
-        embed='embed real.parquet --out features',
-        align='align real.parquet --generated drawn --epochs 1 --batch-size 16 --out aligned',
-        text='tune text --generated drawn --model aligned --steps 2 --out tuned',
-        caption='tune caption --generated drawn --model aligned --test B.parquet --steps 2 --out captions',
-        write='caption real.parquet --model captions',
-        eval='eval B.parquet --model tuned:tuned --out eval --no-pictures')
+    lines = {
+        'generate': 'generate real.parquet --out drawn --steps 1 --quiet',
+        'embed': 'embed real.parquet --out features',
+        'align': 'align real.parquet --generated drawn --epochs 1 --batch-size 16 --out aligned',
+        'tune text': 'tune text --generated drawn --model aligned --steps 2 --out tuned',
+        'tune caption': 'tune caption --generated drawn --model aligned --test B.parquet --steps 2 --out captions',
+        'caption': 'caption real.parquet --model captions',
+        'eval': 'eval B.parquet --model tuned:tuned --out eval --no-pictures'}
     with shell_on_sim() as run:
         drawings(48).to_parquet('real.parquet')
         emoji('B', source='noto').select(range(12)).to_parquet('B.parquet')
-        for name, line in lines.items(): run(line, BUDGETS.get(name))
+        for name, line in lines.items(): run(name, line)
 
 def on_sim():
     "Let every room that asks for the fastest device, or for accelerate's, be given the simulated one."
@@ -556,6 +603,161 @@ def on_sim():
         if not name.startswith('gmail_nb'): continue
         if hasattr(module, 'default_device'): module.default_device = lambda: SIM
         if hasattr(module, 'processes'): module.processes = lambda *args, **how: accelerator(SIM) # as with a GPU
+
+# what takes a model, and the case that calls it: case -> room -> names of functions and classes. A case that does not
+# call what it is told to fails. Whatever else takes a model has a reason below.
+
+COVERED = {
+    'commands_from_images_to_scores': {
+        'align': (
+            'DualTower FrozenTower aligned_model card_of check_base check_plain generated_tower load_adapter '
+            'read_weights trained_parameters write_weights'
+        ),
+        'caption_metrics': 'clip_scores score_captions',
+        'captioning': (
+            'CaptionLearner CaptionLoss CaptionTraining Captioner caption_ids caption_loss caption_parts '
+            'caption_text check_captioner_input checkpointed continue_from drawn_by generate_ids has_dropout '
+            'padding_of prefixed_logits save_captioner train_captioner training_facts write_captions '
+            'write_encoded'
+        ),
+        'encoders': 'Encoder count encode_texts first_weight fit_weights',
+        'features': (
+            'embed embed_local embed_part embedder fill finish_features folder_settings model_name side_weights'
+        ),
+        'generate': 'carry_out generate number_format',
+        'lora': (
+            'block_layers check_rank chosen_targets join_qkv keep_base_weights linear_layers lora_targets '
+            'lora_tower train_beside_weights weight_side weights_read_directly'
+        ),
+        'pipelines': (
+            'call_default check_call check_format check_negative check_options encode_prompts text_windows '
+            'truncated_prompts'
+        ),
+        'retrieval': 'embed_captioned embed_texts features_made_from fill_texts set_features',
+        'runs.align': (
+            'align_sets embed_set keep_start new_model partner_tokens real_features report_alignment '
+            'train_and_judge train_pairs whole_images'
+        ),
+        'runs.embed': 'embed_shared embed_together features_place',
+        'runs.evaluate': 'chosen_models eval_retrieval evaluate_as_asked measure_row measured_task',
+        'runs.generate': 'look_at',
+        'runs.presets': 'check_arm',
+        'runs.tune_caption': (
+            'Embeddings caption_files caption_pictures caption_test captions_for encoded_below features_of '
+            'finish_captioner keep_captioner models_below score_captioner trained_projection training_features '
+            'tune_captioner'
+        ),
+        'runs.tune_text': 'Sides finish_text judge_text keep_tuned seen_by text_pictures tune_from_files tune_sets',
+        'runtime': 'module_fingerprint',
+        'shards': 'Sampler',
+        'train': 'Alignment Bank GeneratedSide align alignment_parameters check_pairs check_token_pairs fits',
+        'tune': (
+            'ProjectedTower TextRun check_features_fit check_training_set head_inputs head_module load_tuned '
+            'own_temperature save_tuned show_tuning text_parameters training_fingerprints tune_text tuned_encoder'
+        ),
+    },
+    'commands_of_a_llava': {
+        'encoders': 'preprocess_images',
+        'llava': (
+            'Llava VisualTokens answer_all earlier_answers encode_all encode_prompt generate_answers '
+            'language_part llava_loss lora_layers new_projector read_shared_words'
+        ),
+        'llava_training': (
+            'LlavaLoss LlavaTraining adapt_language adapter_config adapter_place adapter_state as_trained '
+            'embed_tokens encode_example fit_projector grid_of language_facts linear_names only_trained '
+            'projector_state put_adapter save_trained token_settings token_side token_weights train_llava '
+            'train_stage'
+        ),
+        'lora': 'block_list late_targets',
+        'runs.tune_caption': 'Seer',
+        'runs.tune_llava': (
+            'Talk Talker chat check_llava_arm keep_llava learn_from likelihoods llava_captions set_tokens started '
+            'taught train_and_judge_llava tune_llava vision_of'
+        ),
+        'runs.vqa': 'evaluate_vqa',
+        'vqa': 'ask_questions',
+    },
+    'a_set_of_classes_is_evaluated': {
+        'classification': 'FineTuned FineTuning check_trainable fine_tune plain_tower same_start zero_shot_weights',
+        'encoders': 'TimmVisual load_bare',
+        'runs.evaluate': (
+            'eval_classification file_features fine_tuned_classes learned_classes start_tower whole_files'
+        ),
+    },
+    'exported': {
+        'encoders': 'HFText HFVisual OpenClipText OpenClipVisual',
+        'export': (
+            'export export_open_clip export_transformers fold_projection last_linear merged_tower open_clip_state '
+            'put_towers'
+        ),
+    },
+    'captioning_from_text': {
+        'ifcap': 'IFCap IFCapBatches ifcap_ids ifcap_loss save_ifcap train_ifcap write_after write_ifcap',
+    },
+    'a_published_llava': {
+        'encoders': 'LlavaTower tower_encoder',
+        'llava': 'from_llava merged_language merged_state plain_state save_llava',
+    },
+    'long_captions': {
+        'long_captions': 'cut_at recall_by_length stretch_embedding stretch_encoder stretch_parameter stretch_text',
+    },
+    'the_app': {
+        'runs.app': 'both_features decoded_latents denoised drawing drawn_pairs gallery_of',
+    },
+    'align_prefix': {
+        'lora': 'lora_update',
+        'prefix': 'FrozenPrefix cache_prefix first_adapted',
+        'train': 'recorded',
+    },
+    'a_captioning_step_waits_once': {
+        'captioning': 'checkpointing_of encode_captions lora_lm lora_modules',
+    },
+    'generating_and_scoring': {
+        'gallery': 'image_caption_scores score_quality',
+    },
+    'align_tokens': {
+        'train': 'SharedBlocks',
+    },
+    'a_text_step_waits_once': {
+        'tune': 'attention_targets',
+    },
+}
+
+# ROOM.NAME, or all of a room -> why no case calls it
+REASONS = {
+    'experiments.*': 'loads its encoder to `default_device` and calls what the cases call; a run takes minutes',
+    'bench.*': 'measures on the device there is; `gmail_bench gpu` is made for a GPU',
+    'runs.dry_run.*': 'reads names of models; what it measures goes where `--device` says',
+    'runs.presets.recipe': 'takes the name of an encoder, and loads none',
+    'runs.tune_llava.dry_llava': 'reads names of models',
+    'runs.tune_llava.dry_chat': 'reads names of models',
+    'runs.tune_llava.look_llava': 'reads the name of a model',
+    'runs.vqa.dry_vqa': 'reads names of models',
+    'runs.tune_text.check_text_test_apart': 'reads the keys of a folder',
+    'encoders.fill_tower': 'reads weights from files before a tower goes to a device',
+    'export.known_facts': 'reads the card of a folder',
+    'export.push_to_hub': 'uploads what `export` wrote',
+    'runs.align.push_aligned': 'uploads a folder',
+    'features.EmbedActor': 'a worker of Ray, which the tests have not; it calls `embedder` and `embed_part`',
+    'features.embed_ray': 'hands parts to workers of Ray, which the tests have not',
+    'pipelines.use_scheduler': 'changes the scheduler, which has no weights',
+    'pipelines.count_truncated': 'counts words with the tokenizer',
+    'runs.app.Viewer': 'holds what `make_viewer` was given; its pictures go through `both_features`',
+    'runs.app.make_viewer': 'moves its model to `default_device`, and needs a finished demo',
+    'runs.evaluate.generated_training': '`set_features` through f_g, which embedding covers',
+    'runs.tune_llava.instructed': 'embeds the pictures of instructions as `learn_from` does those of captions',
+    'runs.tune_llava.aligned_tower': '`GenReal.from_pretrained` beside an encoder that is not moved yet',
+    'runs.tune_text.pairs_of_files': 'joins `Sides` and `text_pairs`, which `tune text` calls',
+    'tune.text_blocks': 'lists blocks for the tuning `last`, a case of the slow group',
+    'tune.TunedText': 'holds what `tune_text` made',
+}
+
+def told():
+    "The table as lists: names covered by each case, and reasons by name."
+    named = {c: [f'{room}.{n}' for room, ns in rooms.items() for n in ns.split()] for c, rooms in COVERED.items()}
+    return dict(covered=named, reasons=REASONS)
+
+def not_called(name, called): return sorted(set(told()['covered'].get(name, ())) - called)
 
 PACKAGE = str(Path(gmail_nb.runtime.__file__).parent)
 
@@ -581,9 +783,11 @@ def outcome(name):
     try: CASES[name]()
     except Exception: error = traceback.format_exc()
     finally: sys.setprofile(None)
+    if not error and (lost := not_called(name, called.names)): error = f'the table says that it calls {lost}'
     return dict(error=error, called=sorted(called.names))
 
 if __name__ == '__main__' and sys.argv[1] == '--list': print(*CASES)
+elif __name__ == '__main__' and sys.argv[1] == '--table': print(json.dumps(told()))
 elif __name__ == '__main__':
     on_sim()
     out, names = Path(sys.argv[1]), sys.argv[2:] or list(CASES)
