@@ -2,10 +2,12 @@
 
 Writes to OUT, a JSON file, for each case its error, or None, and the functions of the package that it called. COVERED
 says which function that takes a model is called by which case, and REASONS why others are by none. Nothing here is
-told where its tensors lie but by the model that it is given; what loads a model itself goes where `default_device` says, which is `sim`.
+told where its tensors lie but by the model that it is given; what loads a model itself goes where `default_device`
+says, which is `sim`.
 """
 import gmail_nb.runtime
 import copy
+import inspect
 import json
 import logging
 import os
@@ -238,7 +240,7 @@ def align_resumes():
     assert whole == again, (whole, again)
 
 def step_traffic(**how):
-    "What the second step of an alignment moves, and how often it waits: (numbers moved, numbers of its images, waits, to the CPU)"
+    "Of the second step: numbers moved, numbers of its images, waits, shapes to the CPU, shapes to the device"
     generated, real = alignment_data()
     model = GenReal(small_encoder().to(SIM))
     settings = AlignSettings(**(dict(epochs=2, batch_size=8) | how))
@@ -643,7 +645,7 @@ COVERED = {
         'runs.generate': 'look_at',
         'runs.presets': 'check_arm',
         'runs.tune_caption': (
-            'Embeddings caption_files caption_pictures caption_test captions_for encoded_below features_of '
+            'Seer Embeddings caption_files caption_pictures caption_test captions_for encoded_below features_of '
             'finish_captioner keep_captioner models_below score_captioner trained_projection training_features '
             'tune_captioner'
         ),
@@ -669,7 +671,6 @@ COVERED = {
             'train_stage'
         ),
         'lora': 'block_list late_targets',
-        'runs.tune_caption': 'Seer',
         'runs.tune_llava': (
             'Talk Talker chat check_llava_arm keep_llava learn_from likelihoods llava_captions set_tokens started '
             'taught train_and_judge_llava tune_llava vision_of'
@@ -768,11 +769,15 @@ class Called:
     def __call__(self, frame, event, arg):
         if event != 'call': return
         code = frame.f_code
-        if code not in self.known: self.known[code] = self.name_of(code)
+        if code not in self.known: self.known[code] = self.name_of(code, frame)
         if self.known[code]: self.names.add(self.known[code])
 
-    def name_of(self, code):
-        if not code.co_filename.startswith(PACKAGE): return None
+    def name_of(self, code, frame):
+        if code.co_filename == '<string>' and code.co_name == '__init__': # of a dataclass
+            made = type(frame.f_locals.get('self'))
+            return f'{made.__module__}.{made.__qualname__}'.removeprefix('gmail_nb.')
+        body = not code.co_flags & inspect.CO_OPTIMIZED # of a class, or of a file that is imported
+        if body or not code.co_filename.startswith(PACKAGE): return None
         room = '.'.join(Path(code.co_filename).relative_to(PACKAGE).with_suffix('').parts)
         return f'{room}.{code.co_qualname.removesuffix(".__init__")}' # with a class for its methods
 
