@@ -315,8 +315,8 @@ def test_the_dry_run_times_with_the_settings_of_the_run(root, monkeypatch):
     align = AlignSettings(batch_size=100, accumulation=3, precision='bf16')
     settings = AlignRunSettings(align=align, validation_share=.2, run=RunSettings(device='cpu'))
     rows = dry_align(root/'dataset_coco.json', root/'drawn', source=SourceSettings(split='test'), settings=settings)
-    dry_run.dry_embed(root/'dataset_coco.json', settings=EmbedSettings(batch_size=7, precision='no'))
-    assert asked == [(34, 'bf16', 'cpu'), (7, 'no')]
+    dry_run.dry_embed(root/'dataset_coco.json', settings=EmbedSettings(7, precision='no', device='cpu'))
+    assert asked == [(34, 'bf16', 'cpu'), (7, 'no', 'cpu')]
     assert any(r.what == 'time' and 'a guess from batches of 8' in r.note for r in rows)
 
 def test_what_was_timed_names_precision_and_batch():
