@@ -509,3 +509,12 @@ def test_a_gpu_that_is_too_small_says_what_to_do():
     from gmail_nb.cli.flags import one_line
     said = one_line(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'))
     assert '--accumulation' in said and 'Tried to allocate' in said and '\n' not in said
+
+def test_a_list_whose_reader_has_enough_ends_quietly():
+    "`gmail_experiment --list | head -1`"
+    code = 'import sys; from gmail_nb.cli.commands import gmail_experiment as e; sys.exit(e())'
+    command = [sys.executable, '-c', code, '--list']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as going:
+        assert going.stdout.readline().startswith('usage')
+        going.stdout.close()
+        assert 'Traceback' not in going.stderr.read() and going.wait() == 0

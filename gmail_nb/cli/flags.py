@@ -7,7 +7,7 @@ __all__ = ['SETS', 'SPELLED', 'STATUS', 'OTHER_WORDS', 'METAVARS', 'OLDER_WORDS'
            'word_or_number', 'json_object', 'reader', 'Option', 'derived', 'options_of_settings', 'preset_or',
            'is_argument', 'options_of', 'flag_names', 'Help', 'Parser', 'how_to_read', 'said_of', 'help_of', 'add_flag',
            'add_option', 'Older', 'older_words', 'tell_renamed', 'Renamed', 'add_older', 'add_options', 'with_named',
-           'ours', 'one_line', 'Terminated', 'stopped_by_sigterm', 'outcome', 'run_command', 'arguments_of',
+           'ours', 'one_line', 'Terminated', 'stopped_by_sigterm', 'outcome', 'printed', 'run_command', 'arguments_of',
            'call_with', 'add_preset', 'preset_named', 'show_plan', 'shell_name', 'complete_words', 'complete_flags',
            'completion', 'functions_of', 'Completion', 'Command', 'command', 'takes_json', 'check_typed', 'Commands']
 
@@ -447,6 +447,11 @@ def outcome(
         return 1 if ours(e) else 2, dict(error=one_line(e))
 
 # %% ../../nbs/cli/00_flags.ipynb #d0f7da86
+def printed(text:str) -> None:
+    "Print it to as much of a reader as there is: `head` closes the pipe when it has enough."
+    try: print(text, flush=True)
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 def run_command(
     name:str,                    # what the line begins with
     work:Callable[[], int|dict|None], # reads the arguments, and does what they say
@@ -716,8 +721,8 @@ class Commands:
     def __call__(self, argv:list[str]|None=None) -> int:
         argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
         if argv[:1] in ([], ['-h'], ['--help'], ['--list']):
-            print(self)
-            if argv == ['--list'] and self.listing: print(f'\n{self.listing()}')
+            more = f'\n\n{self.listing()}' if argv == ['--list'] and self.listing else ''
+            printed(f'{self}{more}')
             return 0 if argv else 2
         if argv[0] in self.commands: return self.commands[argv[0]](argv[1:])
         def other():

@@ -305,6 +305,9 @@ class TableRun:
     device:str|None=None        # for all of it; the fastest present if absent
 
     def __post_init__(self):
+        for name in ('rows', 'encoder', 'lm', 'generator', 'test'):
+            if isinstance(getattr(self, name), (list, tuple)): continue
+            raise ValueError(f'{name} is {getattr(self, name)!r}, and not a list such as {[name.upper()]}')
         check_above(self, 'seeds', 'epochs', 'steps', 'batch_size', 'max_new_tokens', 'draw_steps',
                     'accumulation')
         check_share(self, 'validation_share')

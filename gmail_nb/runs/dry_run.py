@@ -10,7 +10,7 @@ __all__ = ['RATES', 'SMALL', 'STEP', 'SLOW', 'FIRST', 'BYTES', 'SET_FILES', 'HUB
            'a_batch', 'batch_rate', 'Speed', 'forward_rate', 'encoder_speed', 'draw_size', 'look_folder', 'asdict_of',
            'dry_generate', 'some_keys', 'look_matches', 'look_work', 'look_epochs', 'dry_align', 'dry_embed',
            'look_arm', 'look_sides', 'look_steps', 'dry_text', 'dry_captioner', 'dry_write', 'look_data',
-           'asked_models', 'dry_eval', 'dry_demo']
+           'asked_models', 'counted', 'look_models', 'dry_eval', 'dry_demo']
 
 # %% ../../nbs/runs/50_dry_run.ipynb #454c80a4
 import importlib.util
@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from ..data import emoji
 from ..files import asset, name_some, unknown_name
 from ..plan import Plan, make_settings, read_captions, settings_difference, splits_of
 from ..plan import training_split
@@ -272,7 +273,7 @@ def look_pictures(source, settings:SourceSettings) -> Look|None:
 def look_hub_set(
     what:str, name:str, settings:SourceSettings, images:bool=True
 ) -> list[Look]:
-    "A captioned set of the Hub: whether it may be read, and whether its split and columns are there."
+    "A captioned set of the Hub: whether it may be read, and has the split and the columns."
     row = look_hub(what, name, kind='dataset')
     try: info = datasets.load_dataset_builder(name, cache_dir=settings.cache_dir).info
     except Exception: return [row] # the Hub has said why
@@ -282,9 +283,11 @@ def look_hub_set(
     if lost: return [row, Look(what, name, 'missing',
                                f'no column {name_some(lost)}: it has {name_some(columns, 12)}')]
     if info.splits and split not in info.splits:
-        return [row, Look(what, name, 'missing', f'no split {split}: it has {name_some(list(info.splits))}')]
+        said = f'no split {split}: it has {name_some(list(info.splits))}'
+        return [row, Look(what, name, 'missing', said)]
     if not info.splits: return [row]
-    return [row, Look(what, name, row.state, f'{info.splits[split].num_examples:,} rows, split {split}')]
+    many = f'{info.splits[split].num_examples:,} rows, split {split}'
+    return [row, Look(what, name, row.state, many)]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #5093fa4c
 def look_set(
@@ -328,7 +331,8 @@ def look_generated(
 # %% ../../nbs/runs/50_dry_run.ipynb #270e44da
 RATES = { # images a second, and where that was measured
     'embedded': (8.7, '2 cores without accelerator, float32 (bench/10_generate)'),
-    'stable-diffusion-2': (560_000 / 5 / 86_400, "one A100 of 80 GB, from the paper's days")}
+    'stable-diffusion-2': (560_000 / 5 / 86_400, "one A100 of 80 GB, from the paper's days; more than "
+                           'its 50 steps at 768 pixels would let one expect (bench/40_gpu)')}
 
 def receipts(folder:str|Path) -> tuple[int, float, int]: # images, seconds, bytes
     "What the finished shards of a run say of its speed."
@@ -344,7 +348,8 @@ def look_time(
     measured:str      # where
 ) -> Look:
     "An estimate, or that there is none."
-    if images is None: return Look('time', '', 'estimate', 'not known before the images can be counted')
+    if images is None:
+        return Look('time', '', 'estimate', 'not known before the images can be counted')
     if not images: return Look('time', '', 'estimate', 'nothing is left to do')
     if not rate: return Look('time', '', 'estimate', f'not known: {measured}')
     return Look('time', time_text(images / rate), 'estimate',
@@ -395,7 +400,8 @@ def a_batch(encoder, size:int, texts:bool=False) -> Callable: # that encodes it
         tokens = encoder.tokenize(['a photograph of two dogs that run along a beach'] * size)
         tokens = {k: v.to(encoder.device) for k, v in tokens.items()}
         return lambda: encoder.encode_text(tokens)
-    pixels = encoder.preprocess(Image.new('RGB', (64, 64)))[None].repeat(size, 1, 1, 1).to(encoder.device)
+    one = encoder.preprocess(Image.new('RGB', (64, 64)))
+    pixels = one[None].repeat(size, 1, 1, 1).to(encoder.device)
     return lambda: encoder.encode_image(pixels)
 
 @torch.inference_mode()
@@ -517,7 +523,7 @@ def dry_generate(
 
 # %% ../../nbs/runs/50_dry_run.ipynb #b2581a32
 def some_keys(folder:str|Path) -> list[str]|None:
-    "The key of every generated image, of a complete run or a captioned set; None where it cannot be read."
+    "The key of every generated image, of a complete run or a captioned set; None if it has none."
     folder = Path(folder)
     if not (folder/'manifest.json').exists():
         if (folder/'settings.json').exists(): return None
@@ -553,11 +559,13 @@ def look_work(
     speed = encoder_speed(look, encoder, *run)
     width = 2 if store == 'float16' else 4
     needed = (images if kept is None else kept) or 0
-    memory = f'at least the weights of {size_text(speed.weights)}' if speed.weights else f'the weights: {look.note}'
+    memory = f'the weights: {look.note}'
+    if speed.weights: memory = f'at least the weights of {size_text(speed.weights)}'
     if beside: memory += f', and the language model: {beside.note}'
     images = None if images is None else math.ceil(images * passes)
     time = look_time(images, speed.rate, speed.how)
-    if time.where: time = time._replace(note=f'{time.note}; decoding is not in it, see gmail_bench data')
+    without = 'decoding is not in it, see gmail_bench data'
+    if time.where: time = time._replace(note=f'{time.note}; {without}')
     return [Look('memory', '', 'estimate', memory),
             look_out(out, needed * (speed.dim or 512) * width, note), time]
 
@@ -568,10 +576,12 @@ def look_epochs(
 ) -> tuple[list[Look], int]: # rows, and the pairs that are learned from
     "How many steps an alignment takes."
     s, per = settings, f'{settings.epochs} epochs of batches of {settings.batch_size}'
-    if not pairs: return [Look('steps', '', 'estimate', f'not known before there are pairs: {per}')], 0
+    if not pairs:
+        return [Look('steps', '', 'estimate', f'not known before there are pairs: {per}')], 0
     kept_out = max(2 * (pairs > 3 and share > 0), int(pairs * share))
     learned = pairs - kept_out
-    said = f'{s.epochs * max(1, learned // s.batch_size):,} of {s.batch_size} pairs, {s.epochs} epochs'
+    steps = s.epochs * max(1, learned // s.batch_size)
+    said = f'{steps:,} of {s.batch_size} pairs, {s.epochs} epochs'
     rows = [Look('steps', '', 'estimate', said)]
     if min(kept_out, learned) > 1: return rows, learned
     refused = f'{kept_out} of {pairs} are kept out: change --validation-share'
@@ -588,8 +598,8 @@ def dry_align(
     match, pairs = look_matches(ds, generated)
     more, learned = look_epochs(pairs, settings.validation_share, s)
     real_images = None if ds is None else len(ds)
-    images = real_images and pairs and real_images + STEP * s.epochs * learned
-    said = 'features of the real images' if real_images is None else f'features of {real_images:,} real images'
+    images = real_images + STEP * s.epochs * learned if real_images and pairs else None
+    said = f'features of {"the" if real_images is None else f"{real_images:,}"} real images'
     rows += [*([match] if match else []), *more]
     return rows + look_work(look, encoder, images, 1, out, note=said, kept=real_images or 0,
                             run=(-(-s.batch_size // s.accumulation), s.precision, settings.run.device))
@@ -658,7 +668,8 @@ def dry_text(
     run = s.batch_size, s.precision, read.device
     read_texts = captions if s.tuning == 'head' else STEP * s.steps * s.batch_size
     texts = encoder_speed(look, recipe.encoder, *run, texts=True)
-    return [*rows, *look_work(look, recipe.encoder, captions, 1, out, note='features of the images', run=run),
+    work = look_work(look, recipe.encoder, captions, 1, out, note='features of the images', run=run)
+    return [*rows, *work,
             look_time(read_texts, texts.rate, f'texts; {texts.how}')._replace(what='time of texts')]
 
 def dry_captioner(
@@ -749,6 +760,31 @@ def asked_models(
         if r not in models: raise unknown_name('row', r, models)
     return {r: models[r] for r in rows or models}
 
+# %% ../../nbs/runs/50_dry_run.ipynb #dfebdb0c
+def counted(names:Iterable[str], source:SourceSettings) -> int|None: # images
+    "The images of some sets; None where one of them is not here or is a published benchmark."
+    total = 0
+    for name in names:
+        if name in SET_FILES or not name.startswith('emoji') and not Path(name).exists(): return None
+        ds = emoji('B', source='twemoji') if name.startswith('emoji') else look_set('data', name, source)[1]
+        if ds is None: return None
+        total += len(ds)
+    return total
+
+def look_models(
+    looks:Iterable[Look], specs:Iterable[str], # rows of models, and their strings
+    images:int|None
+) -> list[Look]:
+    "Memory and time of several models, one after the other, over the same images."
+    speeds = [encoder_speed(look, spec) for look, spec in zip(looks, specs)]
+    largest = max((s.weights or 0 for s in speeds), default=0)
+    memory = f'at least the weights of {size_text(largest)}' if largest else 'the weights are not here'
+    unknown = next((s.how for s in speeds if not s.rate), None)
+    rate = None if unknown else 1 / sum(1 / s.rate for s in speeds)
+    how = unknown or f'{len(speeds)} models one after the other; {speeds[0].how}'
+    return [Look('memory', '', 'estimate', memory), look_time(images, rate, how)]
+
+# %% ../../nbs/runs/50_dry_run.ipynb #dfebdb0e
 def dry_eval(
     captioned:tuple=(), preset:str|None=None, task:str|None=None, model:tuple=(), root=None,
     models:str='.', rows:tuple=(), generated=None, out:str='eval', source:SourceSettings=SourceSettings(), **rest
@@ -756,12 +792,13 @@ def dry_eval(
     "What `gmail_eval` would do. A row or set that is missing is left out, so some are enough."
     if preset and preset not in EVAL_PRESETS: raise unknown_name('preset', preset, EVAL_PRESETS)
     known = EVAL_PRESETS.get(preset)
-    found = [look_model(spec, models, f'row {row}') for row,
-             spec in asked_models(model, rows, known).items()]
+    models_of = asked_models(model, rows, known)
+    found = [look_model(spec, models, f'row {row}') for row, spec in models_of.items()]
     names = tuple(captioned) or (known.data if known else (OWN[task or 'retrieval'],))
     sets = [r for name in names for r in look_data(name, root, source)]
     more = look_generated(generated)[0] if generated else []
-    return [look_device(), *found, *sets, *more, look_out(out)]
+    work = look_models(found, models_of.values(), counted(names, source))
+    return [look_device(), *found, *sets, *more, look_out(out), *work]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #7c7ed0e7
 def dry_demo(
