@@ -119,7 +119,6 @@ def cached(
                                                       local_files_only=True))
     except Exception: return None # what it raises differs between its versions
 
-# %% ../../nbs/runs/50_dry_run.ipynb #c8007c73
 def folder_bytes(folder:Path) -> int:
     "The bytes of all files below a folder."
     return sum(p.stat().st_size for p in Path(folder).rglob('*') if p.is_file())
@@ -485,7 +484,6 @@ def some_keys(folder:str|Path, source:SourceSettings=SourceSettings()) -> list[s
     tables = (pq.read_table(folder/s['shard'], columns=['key']) for s in shards)
     return [k for table in tables for k in table['key'].to_pylist()]
 
-# %% ../../nbs/runs/50_dry_run.ipynb #daccf59b
 def look_matches(real:datasets.Dataset|None, generated:str|Path) -> tuple[Look|None, int]:
     "How many generated images have a real partner."
     keys = some_keys(generated)
@@ -575,7 +573,6 @@ def look_sides(arm, model, generated, real, source:SourceSettings, arms:tuple=AR
     if model is not None: rows.append(look_path('aligned', model, 'card.json'))
     return rows, captions
 
-# %% ../../nbs/runs/50_dry_run.ipynb #453d604e
 def look_steps(steps:int, batch_size:int, captions:int) -> Look:
     "How often a training goes through its captions."
     times = steps * batch_size / max(1, captions)
