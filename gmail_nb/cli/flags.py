@@ -104,19 +104,23 @@ def derived(
     unset = [f.name for f in fields(settings) if f.default is None]
     return {n for n in unset if getattr(settings, n) is not None and again(n) == getattr(settings, n)}
 
-# %% ../../nbs/cli/00_flags.ipynb #75bef81f
+# %% ../../nbs/cli/00_flags.ipynb #477d91fa
 HEADINGS = dict( # settings -> what stands above their flags in the help
     DrawSettings='Drawing', SourceSettings='Reading a captioned set',
     WorkSettings='Shards and workers, which change no image but for dtype',
     AfterSettings='After the drawing', AdapterSettings='Image tower', AlignSettings='Alignment',
-    AlignRunSettings='Validation and features', RunSettings='Checkpoints and device, which change no result',
-    EmbedSettings='Features', ReadSettings='Reading images', TextRecipe='Encoder', TuneSettings='Text side',
-    ProbeSettings='Linear probe', FineTuneSettings='Fine-tuning', EvalSettings='Evaluation',
-    CaptionerSettings='Captioner', CaptionSettings='Writing captions', CaptionRunSettings='Features and test',
-    StageSettings='Stages of training', LlavaSettings='LLaVA', VQASettings='Questions',
-    ChatSettings='Conversation', AppSettings='Page and server', TableRun='With --scale paper',
-    CaptionExperimentSettings='Comparison', IFCapSettings='Comparison', LlavaExperimentSettings='Comparison')
+    AlignRunSettings='Validation and features',
+    RunSettings='Checkpoints and device, which change no result',
+    EmbedSettings='Features', ReadSettings='Reading images', TextRecipe='Encoder',
+    TuneSettings='Text side', ProbeSettings='Linear probe', FineTuneSettings='Fine-tuning',
+    EvalSettings='Evaluation', CaptionerSettings='Captioner', CaptionSettings='Writing captions',
+    CaptionRunSettings='Features and test', StageSettings='Stages of training',
+    LlavaSettings='LLaVA', VQASettings='Questions', ChatSettings='Conversation',
+    AppSettings='Page and server', TableRun='With --scale paper',
+    CaptionExperimentSettings='Comparison', IFCapSettings='Comparison',
+    LlavaExperimentSettings='Comparison')
 
+# %% ../../nbs/cli/00_flags.ipynb #75bef81f
 def options_of_settings(
     settings,        # an instance: its values are the defaults
     path:tuple=()    # where it stands

@@ -155,7 +155,10 @@ def pairs_sentences(records:list[dict], all_pairs:int, point:Point=GOOD) -> list
     return said
 
 # %% ../../nbs/experiments/16_pairs.ipynb #187157ca
-def _curve_of(left, right, records:list[dict], way:str, all_pairs:int, point:Point, color:str, moved:float):
+def _curve_of(
+    left, right, # axes
+    records:list[dict], way:str, all_pairs:int, point:Point, color:str, moved:float
+):
     "One way on both axes: what is added, with intervals, and how near unseen images come."
     rows = [r for r in pairs_rows(records, point) if r[1] == way]
     at = [moved * (all_pairs if arm == 'gmail' else pairs_of(arm)) for arm, *_ in rows]
