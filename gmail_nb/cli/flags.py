@@ -107,7 +107,7 @@ def derived(
 # %% ../../nbs/cli/00_flags.ipynb #477d91fa
 HEADINGS = dict( # settings -> what stands above their flags in the help
     DrawSettings='Drawing', SourceSettings='Reading a captioned set',
-    WorkSettings='Shards and workers, which change no image but for dtype',
+    WorkSettings='Shards and workers, which change no image',
     AfterSettings='After the drawing', AdapterSettings='Image tower', AlignSettings='Alignment',
     AlignRunSettings='Validation and features',
     RunSettings='Checkpoints and device, which change no result',
