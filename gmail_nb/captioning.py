@@ -9,7 +9,7 @@ __all__ = ['MAPPERS', 'LM_TUNINGS', 'MLPMapper', 'TransformerMapper', 'Prefix', 
            'CaptionLearner', 'EncodedCaptions', 'caption_parts', 'encode_captions', 'read_encoded', 'write_encoded',
            'Sources', 'check_captioned_features', 'CaptionLoss', 'own_share', 'own_shares', 'has_dropout', 'drawn_by',
            'training_facts', 'StepTraining', 'CaptionTraining', 'checkpointing_of', 'checkpointed', 'seeded_dropout',
-           'put_dropout_back', 'tracked', 'take_steps', 'train_captioner', 'RowSampling', 'check_captioner_input',
+           'put_dropout_back', 'take_steps', 'tracked', 'train_captioner', 'RowSampling', 'check_captioner_input',
            'continue_from', 'generate_ids', 'caption_text', 'write_captions', 'save_captioner', 'captioner_settings',
            'captioner_card', 'loaded_in', 'load_captioner', 'caption_statistics']
 
@@ -780,10 +780,6 @@ def drive(self:StepTraining, run:RunSettings, notes:Log, bar) -> None:
         if checkpoints and (last or self.step % run.save_every == 0): self.save(checkpoints)
 
 # %% ../nbs/35_captioning.ipynb #0ab385ce
-def tracked(run:RunSettings) -> Accelerator:
-    "This process, with the trackers that are asked for."
-    return processes(run.trackers, run.checkpoints or Path(run.log_file or '.').parent)
-
 def take_steps(
     job:StepTraining,
     seed:int,             # of dropout
@@ -801,6 +797,10 @@ def take_steps(
         with Log(log_file, acc, job.settings, history) as notes, bar: job.drive(run, notes, bar)
 
 # %% ../nbs/35_captioning.ipynb #c482ec73
+def tracked(run:RunSettings) -> Accelerator:
+    "This process, with the trackers that are asked for."
+    return processes(run.trackers, run.checkpoints or Path(run.log_file or '.').parent)
+
 def train_captioner(
     captioner:Captioner,      # trained in place
     features,                 # (N, dim), or (S, N, dim): S images, in turn by epoch; see `Sources`
@@ -965,7 +965,6 @@ def _load_weights(captioner, file, named):
     if wrong: raise ValueError(f'{file.parent.name}/{file.name} does not fit its card: {wrong[:3]}')
     captioner.load_state_dict(weights, strict=False)
 
-# %% ../nbs/35_captioning.ipynb #faf40f95
 def loaded_in(
     card:dict,
     dtype:str|torch.dtype|None # asked for; that of the card if absent

@@ -69,7 +69,6 @@ def _short(text, n, lines=1):
     cut = textwrap.wrap(text, n, max_lines=lines, placeholder='…')
     return '\n'.join(cut) if cut else text[:n]
 
-# %% ../nbs/05_data.ipynb #e1523b63
 def _grid(rows, columns, width, height):
     "A figure with `rows` times `columns` axes; sizes in inches."
     import matplotlib.pyplot as plt
@@ -239,7 +238,6 @@ def _check_keys(ds, name):
     ids = tuple(column_of(ds, c) for c in columns)
     check_unique(ids, name, 'key' if len(columns) == 1 else f'({", ".join(columns)})')
 
-# %% ../nbs/05_data.ipynb #fe2b5455
 def _check_captions(ds, name):
     "A chunk of rows after the other: a list without text, or with an empty one, is named."
     keys, start = column_of(ds, 'key'), 0

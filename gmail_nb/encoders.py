@@ -43,7 +43,6 @@ def first_weight(
     "The first weight of a module, those that are packed into integers left out."
     return next((p for p in module.parameters() if p.is_floating_point()), otherwise)
 
-# %% ../nbs/20_encoders.ipynb #b828f3b6
 def check_pixels(pixels:torch.Tensor) -> torch.Tensor:
     "Return `pixels` when they are a float batch (B, 3, H, W); `ValueError` with the shape otherwise."
     if pixels.ndim != 4 or pixels.shape[1] != 3:
@@ -139,7 +138,6 @@ class HFTokenizer:
 def _weights(state:dict) -> dict: # without the counters of batch normalisation
     return {k: v for k, v in state.items() if not k.endswith('num_batches_tracked')}
 
-# %% ../nbs/20_encoders.ipynb #210bb95d
 def fit_weights(
     model:nn.Module,     # a timm model; its weights are replaced
     theirs:dict,         # tensors of the same architecture, in the same order under other names

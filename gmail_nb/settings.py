@@ -10,9 +10,10 @@ __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS',
            'AdapterSettings', 'described', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings',
            'AlignRunSettings', 'part_of', 'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings',
            'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
-           'CaptionRunSettings', 'StageSettings', 'LlavaSettings', 'VQASettings', 'ChatSettings', 'AppSettings',
-           'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings', 'check_small_captioner',
-           'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings', 'ReportSettings', 'report_settings']
+           'CaptionRunSettings', 'IFCapTraining', 'StageSettings', 'LlavaSettings', 'VQASettings', 'ChatSettings',
+           'AppSettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings', 'check_small_captioner',
+           'CaptionExperimentSettings', 'IFCapSettings', 'HeadSettings', 'LlavaExperimentSettings', 'ReportSettings',
+           'report_settings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -56,7 +57,8 @@ RANGES = dict( # name of a field -> least, most; above: the least is left out, b
     base_steps=_count,
     batch_size=(1, 2**24), beams=(1, 1024), blocks=(1, 4096), clip=(0, 1e12, 'above'), cycles=(1, 10**6),
     draw_steps=(1, 10**5), dropout=_share, ema=(0, 1, 'inside'), epochs=_count, every=_count,
-    extra_seeds=(0, 10**6), guidance=(0, 1e4), head_lr=_rate, height=_size, keep=_count, layers=(1, 1024),
+    extra_seeds=(0, 10**6), guidance=(0, 1e4), head_lr=_rate, height=_size, hidden=_share,
+    keep=_count, layers=(1, 1024),
     lr=_rate, max_bank=(0, 2**50), max_megabytes=(0, 1e4, 'above'), max_megapixels=(0, 1e4, 'above'),
     max_new_tokens=(1, 2**20), max_norm=(0, 1e12, 'above'), max_steps=_count,
     most_bad_steps=_several, most_damaged=(0, 1), neighbours=(1, 100), noise=(0, 1e6), pairs=(2, 10**5),
@@ -365,7 +367,7 @@ def part_of(
 class EmbedSettings:
     "How images become features on disk."
     batch_size:int=64           # images a forward pass
-    part_rows:int=4096          # rows between two markers, after which a killed run goes on
+    part_rows:int=4096          # images whose features are written at once; a killed run goes on after them
     part:str='0/1'              # i/n: only the parts whose number is i modulo n, for job arrays
     workers:int|None=None       # threads that decode, one a core if absent; of Ray, in all
     processes:int=0             # that decode, in place of threads: for one fast GPU
@@ -583,6 +585,17 @@ class CaptionRunSettings:
         check_above(self, 'workers', 'save_every')
         check_above(self, 'processes', least=-1)
 
+# %% ../nbs/01_settings.ipynb #10717a12
+@dataclass(frozen=True)
+class IFCapTraining:
+    "How `train_ifcap` teaches."
+    steps:int=300
+    batch_size:int=64
+    lr:float=2e-3    # peak learning rate
+    noise:float=0.   # of `image_like`; 0 for features of images
+    hidden:float=.4  # probability that a word is left out of the prompt
+    seed:int=0       # of order, dropout, noise and hidden words
+
 # %% ../nbs/01_settings.ipynb #2eddea7b
 @dataclass(frozen=True)
 class StageSettings:
@@ -777,6 +790,16 @@ class IFCapSettings:
     seed:int=0
 
     def __post_init__(self): check_small_captioner(self.captioner)
+
+# %% ../nbs/01_settings.ipynb #af622006
+@dataclass(frozen=True)
+class HeadSettings:
+    "How the two heads of the embedded encoder are trained under SigLIP's loss."
+    steps:int=700
+    batch_size:int=256  # concepts a step
+    lr:float=1e-3       # peak learning rate
+    weight_decay:float=.1
+    dropout:float=.3    # on what the heads read
 
 # %% ../nbs/01_settings.ipynb #f70dcc93
 @dataclass(frozen=True)

@@ -574,7 +574,6 @@ def tell(self:StopTogether, error:Exception) -> str: # the failure that came fir
         time.sleep(.1)
     return first if first != mine else ''
 
-# %% ../nbs/26_train.ipynb #f16699fc
 @patch
 def __exit__(self:StopTogether, kind, error, trace) -> None:
     first = self.tell(error) if self.several and isinstance(error, Exception) else ''
@@ -908,22 +907,18 @@ class Checkpoints:
     def __init__(self, folder:str|Path, accelerator:Accelerator, keep:int=RunSettings.keep):
         self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
 
-# %% ../nbs/26_train.ipynb #b6959c11
-@patch
-def begin(self:Checkpoints, tmp:Path) -> None:
-    "An empty folder to write into."
-    check_writable(self.folder)
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir()
+    def begin(self, tmp:Path) -> None:
+        "An empty folder to write into."
+        check_writable(self.folder)
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir()
 
-# %% ../nbs/26_train.ipynb #db5037e1
-@patch
-def publish(self:Checkpoints, tmp:Path, final:Path) -> Path:
-    "Give a whole checkpoint its name, and remove the oldest."
-    shutil.rmtree(final, ignore_errors=True)
-    tmp.rename(final)
-    for old in checkpoints_in(self.folder)[:-max(1, self.keep)]: shutil.rmtree(old)
-    return final
+    def publish(self, tmp:Path, final:Path) -> Path:
+        "Give a whole checkpoint its name, and remove the oldest."
+        shutil.rmtree(final, ignore_errors=True)
+        tmp.rename(final)
+        for old in checkpoints_in(self.folder)[:-max(1, self.keep)]: shutil.rmtree(old)
+        return final
 
 # %% ../nbs/26_train.ipynb #0f453b12
 @patch

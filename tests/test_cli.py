@@ -184,9 +184,15 @@ def test_the_column_of_images_is_told_from_their_folder(capsys):
 
 def test_flags_stand_in_groups():
     told = gmail_generate.parser().format_help()
-    for title in ('What generated images depend on', 'How a captioned set is read', 'How generating is carried out'):
-        assert title in told
+    for title in ('Drawing', 'Reading a captioned set', 'Shards and workers'):
+        assert f'\n{title}' in told
 
+def test_groups_of_flags_have_headings_and_no_comments():
+    "A few words, such as 'Image tower'; what a class of settings is for is said where it is defined."
+    for name, c in all_commands():
+        for group in (g for one in (c, *getattr(c, 'words', {}).values()) for g in one.parser()._action_groups):
+            words = group.title.split()
+            assert len(words) <= 9 and words[0] not in ('What', 'How', 'Where', 'A'), f'{name}: {group.title}'
 
 def test_what_is_left_out_says_what_happens_then(capsys):
     for c, flag, words in ((commands.gmail_align, '--no-key', 'the number of a row is its name'),

@@ -341,7 +341,7 @@ def gmail_eval(
     model:list=(),         # [ROW=]MODEL, repeatable; with --preset it replaces a row, or adds one
     root:str|None=None,    # the folder that the named sets lie below, as they are published
     models:str='.',        # the folder of tuned models and weights
-    rows:list=(),          # only these rows of a preset, repeatable
+    rows:list=(),          # only these rows of the preset's table, repeatable
     how:Literal['probe', 'fine-tune']='probe', # what gives classes to a model without a text side
     generated:str|None=None, # a folder of gmail_generate, keys CLASS/NUMBER, for a probe through f_g
     no_pictures:bool=False, # write results and tables alone
@@ -483,7 +483,6 @@ def experiment_controls(
     controls(out, proof_settings(quick, seeds), shipped=not quick)
     return show_file(out, 'controls.txt')
 
-# %% ../../nbs/cli/10_commands.ipynb #e6a10e01
 @command(name='gmail_experiment pairs', dry=dry_proof,
          example='gmail_experiment pairs --seeds 2 --out proof')
 def experiment_pairs(
@@ -500,7 +499,7 @@ def experiment_pairs(
          example='gmail_experiment captioning --quick --out captions')
 def experiment_captioning(
     out:str='captions',      # results, figures and the captioner of the GMAIL arm
-    rows:Literal['main', 'all']='main', # which rows; all has other backbones, ranks and generators too
+    rows:Literal['main', 'all']='main', # of its table; all has other backbones, ranks and generators too
     quick:bool=False,        # fewer concepts, steps and seeds
     processes:int|None=None, # how many at once; one a core if absent
     settings:CaptionExperimentSettings=CaptionExperimentSettings()
@@ -552,7 +551,6 @@ def dry_experiment_table(table:str, scale:str, out:str, settings:TableRun, **res
     from gmail_nb.runs.dry_run import dry_demo
     return tables.dry_table(table, out, settings) if scale == 'paper' else dry_demo(out)
 
-# %% ../../nbs/cli/10_commands.ipynb #4e05986a
 def experiment_table(
     table:str,           # given by the command
     scale:Literal['embedded', 'paper']='embedded', # its question there, or the table itself

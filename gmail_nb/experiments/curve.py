@@ -246,7 +246,6 @@ def curve(
         chain_seed(point, seed, out, chosen, settings, encoder)
     return write_curve(out, joined(gathered(out), known))
 
-# %% ../../nbs/experiments/12_curve.ipynb #8c6808d0
 def write_curve(out:str|Path, records:list[dict]) -> list[dict]: # the records
     "records.jsonl, curve.txt, and a picture for every axis that has points."
     out = Path(out)

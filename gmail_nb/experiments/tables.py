@@ -10,7 +10,7 @@ __all__ = ['Link', 'KINDS', 'BASE', 'FEW', 'MANY', 'LLAMA_BASE', 'LLAMA_GMAIL', 
            'needs_of', 'tables_text', 'TableRun', 'exchanged', 'as_asked', 'changed_draw', 'Step', 'chosen_rows',
            'row_links', 'paper_plan', 'source_of', 'encoder_name', 'run_drawing', 'run_aligning', 'learned_images',
            'run_text', 'run_captioner', 'run_step', 'table_miniature', 'caption_values', 'measured_values',
-           'table_records', 'mean_text', 'paper_table', 'check_runs', 'run_table', 'images_of', 'step_costs',
+           'table_records', 'paper_table', 'mean_text', 'check_runs', 'run_table', 'images_of', 'step_costs',
            'dry_table']
 
 # %% ../../nbs/experiments/60_tables.ipynb #05a01121
@@ -446,7 +446,6 @@ def run_text(step:TextTuning, folder:Path, run:TableRun, at:Callable) -> None:
                     file if known.real else None, 'gmail', source,
                     device=run.device, read=ReadSettings(str(folder.parent/'features'), 'float16'))
 
-# %% ../../nbs/experiments/60_tables.ipynb #0441ac53
 def run_captioner(step:CaptionTuning, folder:Path, run:TableRun, at:Callable) -> None:
     "Train a captioner, and score it on the test split."
     from gmail_nb.runs.tune_caption import tune_captioner
@@ -547,13 +546,7 @@ def table_records(name:str, out:Path, run:TableRun) -> list[dict]:
                                       seed, r['n']))
     return records
 
-# %% ../../nbs/experiments/60_tables.ipynb #01d180a6
-def mean_text(values:list[float]) -> str:
-    "The mean in hundredths, and the range over seeds where there are several."
-    mean = 100 * sum(values) / len(values)
-    if len(values) == 1: return f'{mean:.1f}'
-    return f'{mean:.1f} [{100 * min(values):.1f}, {100 * max(values):.1f}]'
-
+# %% ../../nbs/experiments/60_tables.ipynb #c0f24e29
 def paper_table(name:str, records:list[dict], data:str) -> list[list[str]]: # a heading and its rows
     "Ours and, below, the paper's numbers of one set."
     table, by = TABLES[name], {}
@@ -574,6 +567,13 @@ def paper_table(name:str, records:list[dict], data:str) -> list[list[str]]: # a 
             rows.append(['  in the paper', *map(str, theirs),
                          *[''] * (len(table.metrics) - len(theirs))])
     return rows
+
+# %% ../../nbs/experiments/60_tables.ipynb #01d180a6
+def mean_text(values:list[float]) -> str:
+    "The mean in hundredths, and the range over seeds where there are several."
+    mean = 100 * sum(values) / len(values)
+    if len(values) == 1: return f'{mean:.1f}'
+    return f'{mean:.1f} [{100 * min(values):.1f}, {100 * max(values):.1f}]'
 
 # %% ../../nbs/experiments/60_tables.ipynb #5a92be14
 def check_runs(

@@ -121,7 +121,6 @@ def cached(
                                                       local_files_only=True))
     except Exception: return None # what it raises differs between its versions
 
-# %% ../../nbs/runs/50_dry_run.ipynb #c8007c73
 def folder_bytes(folder:Path) -> int:
     "The bytes of all files below a folder."
     return sum(p.stat().st_size for p in Path(folder).rglob('*') if p.is_file())

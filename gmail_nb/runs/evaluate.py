@@ -491,7 +491,6 @@ def main_process_first():
     finally:
         if state.is_main_process: state.wait_for_everyone()
 
-# %% ../../nbs/runs/40_evaluate.ipynb #e66d7007
 def measured_task(
     arm:str, d:str,
     encoder:Encoder, tested:EvalSet,

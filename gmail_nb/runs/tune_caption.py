@@ -278,7 +278,6 @@ def check_start(
         raise ValueError(f'the captioner in {folder.name} is of another kind: {differ}. '
                          'Choose the settings that it has, or leave start out')
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #688e5ba6
 def started_captioner(settings:CaptionerSettings, dim:int) -> Captioner:
     "The captioner to go on from; its mapper, and its language model as it is to be tuned."
     check_start(settings, dim)
