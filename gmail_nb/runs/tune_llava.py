@@ -498,10 +498,14 @@ def is_published(name:str|Path) -> bool:
     return on_hub or (Path(name)/'config.json').exists()
 
 def learned_by(name:str|Path) -> list[str]:
-    "Keys of the images that a folder has learned from; none of a published LLaVA. Errors as `trained_card`."
-    if is_published(name): return []
-    trained_card(name)
-    return trained_on(name)
+    """Keys of the images that a folder has learned from; none of a published LLaVA. `FileNotFoundError` or
+    `ValueError` where the name is of neither."""
+    if not is_published(name):
+        trained_card(name)
+        return trained_on(name)
+    if is_llava(str(name)): return []
+    raise ValueError(f'{name} is a language model without eyes: name a folder of '
+                     'gmail_tune llava, or a published LLaVA')
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #c2122888
 def aligned_tower(name, card:dict, encoder:Encoder) -> GenReal:
@@ -516,16 +520,13 @@ def load_talker(
     generated:bool=False      # of pictures from a generator
 ) -> Talker:
     "`FileNotFoundError` or `ValueError` where the name is of neither."
-    device = device or default_device()
+    device, learned = device or default_device(), learned_by(name)
     if not is_published(name):
         model, tower, card = load_trained(name)
         encoder = tower or load_encoder(card['encoder'])
         eyes = aligned_tower(name, card, encoder) if generated else encoder
-        return Talker(model.to(device), VisualTokens(eyes.to(device)), trained_on(name), generated)
+        return Talker(model.to(device), VisualTokens(eyes.to(device)), learned, generated)
     if generated: raise ValueError(f'{name} has one tower for all pictures: leave --side generated out')
-    if not is_llava(str(name)):
-        raise ValueError(f'{name} is a language model without eyes: name a folder of '
-                         'gmail_tune llava, or a published LLaVA')
     model, tower = load_llava(str(name))
     return Talker(model.to(device), VisualTokens(tower.to(device)), [])
 
