@@ -623,7 +623,7 @@ def show_answers(
     for k, q in enumerate(questions):
         ax, below = axes[2 * (k // ncols):, k % ncols][:2]
         if q.images: ax.imshow(beside([decode_image(i, q.key) for i in q.images]))
-        ax.set_title(told_of(q), fontsize=8)
+        ax.set_title(told_of(q, 132 // ncols), fontsize=8)
         for j, (arm, said) in enumerate(answers.items()):
             mark, color = ('right', 'tab:green') if said[k].right else ('wrong', 'tab:red')
             line = f'{arm}: {textwrap.shorten(said[k].answer, 30, placeholder="...")} ({mark})'

@@ -15,7 +15,7 @@ from gmail_nb.data import emoji, quiet_datasets
 from gmail_nb.encoders import load_encoder
 from gmail_nb.llava_training import trained_card
 from gmail_nb.runs.instructions import conversation_turns, picture_key, read_conversations, scienceqa_instructions
-from gmail_nb.runs.tune_llava import LLAVA_ARMS, Talk, check_llava_arm, chat, load_talker, tune_llava
+from gmail_nb.runs.tune_llava import LLAVA_ARMS, Talk, chat, check_llava_arm, judge_llava, load_talker, tune_llava
 from gmail_nb.runs.vqa import asked_set, evaluate_vqa
 from gmail_nb.settings import AdapterSettings, ChatSettings, LlavaSettings, RunSettings, StageSettings, VQASettings
 from gmail_nb.splits import trained_on
@@ -501,3 +501,19 @@ def test_a_chat_template_that_is_missing(capsys, home, command):
                 tune=(gmail_tune, 'llava', home/'real.parquet', '--language-model', alone, '--out', home/'silent'))
     said = refused(capsys, *argv[command])
     assert 'has no chat template: take a model that was tuned to follow instructions' in said
+
+# the verdict looks at the picture
+
+@pytest.mark.parametrize('own, turned, word, says', [
+    (.5, .1, 'helps', 'Seeing the picture helps'), (.5, .5, 'unclear', 'Words were learned, and not to see'),
+    (.5, .7, 'unclear', 'Words were learned, and not to see'), (-.1, -.1, 'hurts', 'Tuning hurts'),
+    (0., -.4, 'unclear', 'Tuning makes no difference')])
+def test_the_verdict_looks_at_the_picture(own, turned, word, says):
+    noise = np.random.default_rng(0).normal(0, .05, (2, 60))
+    base = np.linspace(-3, -2, 60)
+    found = judge_llava(base, base + own + noise[0], base + turned + noise[1], 99)
+    assert found.said == word and any(s.startswith(says) for s in found.sentences)
+    assert len(found.measures) == 2 and found.facts == dict(learned_from=99)
+    d = list(found.measures.values())[1]
+    if own == .5: assert (word == 'helps') == (d.low > 0)
+    if word != 'helps': assert not any('helps' in s for s in found.sentences if s.startswith('Tuning')) and found.tries
