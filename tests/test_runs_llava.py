@@ -367,8 +367,9 @@ def test_two_kinds_take_half_of_each(home):
         datasets.Dataset.from_parquet(str(home/'drawn.parquet')).map(
             lambda r: dict(captions=r['captions'][:1])).to_parquet(home/'once.parquet')
     sets = dict.fromkeys(('real', 'generated'), home/'once.parquet') # one caption of each
-    steps = {arm: tune_llava(home/f'pass-{arm}', settings, **sets, model=home/'aligned', arm=arm,
-                             token_folder=home/'tokens', run=RunSettings(desc=None)) for arm in ('indiscriminate', 'both', 'mix')}
+    how = dict(model=home/'aligned', token_folder=home/'tokens', run=RunSettings(desc=None))
+    steps = {arm: tune_llava(home/f'pass-{arm}', settings, **sets, arm=arm, **how)
+             for arm in ('indiscriminate', 'both', 'mix')}
     assert {arm: len(s['project']) for arm, s in steps.items()} == dict(indiscriminate=3, both=3, mix=3)
     assert all(len(trained_on(home/f'pass-{arm}')) == 12 for arm in steps)
 
@@ -393,8 +394,8 @@ def test_several_models_are_asked_the_same_and_compared(capsys, home):
     lines = [json.loads(l) for l in (home/'vqa2'/'answers.jsonl').read_text(encoding='utf-8').splitlines()]
     assert [l['model'] for l in lines] == ['first'] * 12 + ['indiscriminate'] * 12
     page = (home/'vqa2'/'report.html').read_text(encoding='utf-8')
-    for part in ('Some questions, and what each model answers', 'Accuracy by subject', 'indiscriminate in place of first',
-                 'max_new_tokens', 'Versions', 'data:image/png'): assert part in page
+    for part in ('Some questions, and what each model answers', 'Accuracy by subject', 'max_new_tokens', 'Versions',
+                 'indiscriminate in place of first', 'data:image/png'): assert part in page
     for name in ('answers', 'accuracy', 'differences'): assert (home/'vqa2'/f'{name}.png').exists()
 
 def test_models_that_cannot_be_asked_are_told_before_any_is(capsys, home, real):

@@ -279,7 +279,7 @@ def gmail_caption(
 # %% ../../nbs/cli/10_commands.ipynb #824ef0b5
 @command(dry=dry('dry_chat', 'tune_llava'), example='gmail_chat --image photo.jpg "What is in the picture?"')
 def gmail_chat(
-    *question:str,           # one question; None: several turns are read, a question a line, up to an empty line
+    *question:str,           # one question; None: several turns are read, a line each, to an empty one
     image:list=(),           # a picture file, shown with the first turn; repeatable
     model:str='llava',       # a folder of gmail_tune llava, or a published LLaVA
     settings:ChatSettings=ChatSettings()
@@ -310,26 +310,26 @@ def gmail_app(
     run_app(demo, model, real, generated, captioner, llava, settings)
 
 # %% ../../nbs/cli/10_commands.ipynb #a5d04f59
-_vqa = 'gmail_eval vqa derek-thomas/ScienceQA --model plain=llava_real --model gmail=llava --images-only'
+_vqa = 'gmail_eval vqa derek-thomas/ScienceQA --model llava --model gmail=llava_g --images-only'
 
 @command(name='gmail_eval vqa', dry=dry('dry_vqa', 'vqa'), example=_vqa)
 def gmail_eval_vqa(
-    questions:str='emoji-questions', # a folder of parquet or a Hub id: ScienceQA, MMMU; or our drawings
-    model:list=(),               # [ROW=]MODEL: a folder of gmail_tune llava (llava if absent) or a published LLaVA; repeatable
-    out:str='vqa',               # results.jsonl, answers.jsonl, table.txt and report.html
+    questions:str='emoji-questions', # folder of parquet or Hub id: ScienceQA, MMMU; or our drawings
+    model:list=(),  # [ROW=]MODEL: a folder of gmail_tune llava, or a published LLaVA; repeatable
+    out:str='vqa',  # results.jsonl, answers.jsonl, table.txt and report.html
     settings:VQASettings=VQASettings()
 ):
-    """Ask LLaVAs the same questions about pictures: accuracy by subject, and each model beside the first,
-    with intervals."""
+    """Ask LLaVAs the same questions about pictures: accuracy by subject, and every further model
+    beside the first, with intervals. Without --model it asks the folder llava."""
     from gmail_nb.runs.vqa import evaluate_vqa
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
     found = evaluate_vqa(model, questions, out, settings)
     print(found, found.verdict.text(), sep='\n')
-    print(f'results: {out}/results.jsonl, every answer: {out}/answers.jsonl, report: {out}/report.html')
+    print(f'results: {out}/results.jsonl, answers: {out}/answers.jsonl, report: {out}/report.html')
     accuracies = {row: by['all']._asdict() for row, by in found.accuracies().items()}
-    return dict(out=out, results=f'{out}/results.jsonl', report=f'{out}/report.html', table=str(found),
-                accuracy=accuracies, verdict=found.verdict.card())
+    return dict(out=out, results=f'{out}/results.jsonl', report=f'{out}/report.html',
+                table=str(found), accuracy=accuracies, verdict=found.verdict.card())
 
 # %% ../../nbs/cli/10_commands.ipynb #968803c1
 _known = dict(preset=EVAL_PRESETS, task=TASKS, model=MODEL_FORMS, captioned=SET_NAMES)
@@ -565,7 +565,8 @@ def beside_the_paper(table:str, out:str, folder:str) -> dict: # for `--json`
     from gmail_nb.experiments.tables import embedded_answers
     from gmail_nb.files import atomic_write, check_writable
     from gmail_nb.pages import table_text
-    atomic_write(check_writable(Path(out)/table)/'embedded.txt', table_text(embedded_answers(table, folder)) + '\n')
+    text = table_text(embedded_answers(table, folder))
+    atomic_write(check_writable(Path(out)/table)/'embedded.txt', text + '\n')
     return show_file(f'{out}/{table}', 'embedded.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #4e05986a

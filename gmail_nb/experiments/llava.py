@@ -43,7 +43,8 @@ from .demo import draw_side, headline_settings, make_side, some_concepts
 from .protocol import Point, chain_settings
 from .retrieval import demo_aligned
 from ..files import atomic_write, check_writable, progress, record, write_results
-from ..gap import show_token_gap, side_by_side, token_centroids, token_cosines, token_distances
+from ..gap import show_token_gap, side_by_side, token_centroids, token_cosines
+from ..gap import token_distances
 from ..llava import Llava, encode_prompt, generate_answers, new_projector, padded_prompts
 from ..llava import read_shared_words, turns_of
 from ..llava_training import Example, adapt_language, example, fit_projector, train_stage
@@ -624,42 +625,47 @@ GAPS = dict(before='indiscriminate', gmail='gmail', tokens='gmail tokens')
 def token_gaps(
     tokens:dict[str, torch.Tensor],  # whole grids
     rows:list[int]                   # pictures that are compared: each drawing once
-) -> dict[str, dict[str, np.ndarray]]: # arm -> measure -> (N,), one a drawing; of centroids (T,), one a place
-    "The gap of the tokens of B to their real partners, which no alignment has seen, before and after."
+) -> dict[str, dict[str, np.ndarray]]: # arm -> measure -> (N,), one a drawing; of centroids (T,)
+    "The gap of the tokens of B, which no alignment has seen, to their real partners."
     real, found = tokens['real'][rows].float(), {}
     for arm in GAPS.values():
         drawn = tokens[arm][rows].float()
         near = (side_by_side(drawn) @ side_by_side(real).T).argmax(1) == torch.arange(len(rows))
-        values = dict(token_cosine=token_cosines(drawn, real).mean(1), token_distance=token_distances(drawn, real).mean(1),
-                      token_centroid_distance=token_centroids(drawn, real), token_gen_to_real_recall_at_1=near.float())
+        values = dict(token_cosine=token_cosines(drawn, real).mean(1),
+                      token_distance=token_distances(drawn, real).mean(1),
+                      token_centroid_distance=token_centroids(drawn, real),
+                      token_gen_to_real_recall_at_1=near.float())
         found[arm] = {k: v.numpy().astype(float) for k, v in values.items()}
     return found
 
 # %% ../../nbs/experiments/55_llava.ipynb #fbc4bf3d
-GAP_PAIRS = (('gmail', 'indiscriminate'), ('gmail tokens', 'indiscriminate'), ('gmail tokens', 'gmail'))
+GAP_PAIRS = PAIRS[:3]
 
-def pooled_gaps(chains:list[dict]) -> dict[str, dict[str, Interval]]: # arm, or a difference of two -> measure
-    "The gaps of all chains, from `token_gaps`, with intervals over drawings and chains, and paired differences."
+def pooled_gaps(
+    chains:list[dict] # from `token_gaps`
+) -> dict[str, dict[str, Interval]]: # arm, or a difference of two -> measure
+    "The gap over all chains, with intervals over drawings and chains, and paired differences."
     def of(arm, measure): return np.stack([c[arm][measure] for c in chains]) # (S, N)
     measures = list(chains[0]['gmail'])
     found = {arm: {m: bootstrap(of(arm, m)) for m in measures} for arm in GAPS.values()}
-    apart = {f'{a} - {b}': {m: paired_difference(of(a, m), of(b, m)) for m in measures} for a, b in GAP_PAIRS}
-    return found | apart
+    def apart(a, b): return {m: paired_difference(of(a, m), of(b, m)) for m in measures}
+    return found | {f'{a} - {b}': apart(a, b) for a, b in GAP_PAIRS}
 
-SHOWN_GAPS = dict(token_cosine=('token cosine', 1, 3), token_distance=('distance', 1, 2),
-                  token_centroid_distance=('of centroids', 1, 3), token_gen_to_real_recall_at_1=('R@1, %', 100, 0))
+SHOWN_GAPS = dict( # measure -> its heading, scale, and digits
+    token_cosine=('token cosine', 1, 3), token_distance=('distance', 1, 2),
+    token_centroid_distance=('of centroids', 1, 3), token_gen_to_real_recall_at_1=('R@1, %', 100, 0))
 
 def gap_rows(gaps:dict[str, dict[str, Interval]]) -> list[list[str]]: # a heading and its rows
     "The gap of every arm with its interval, and the differences of arms."
     def cell(arm, m):
         _, scale, digits = SHOWN_GAPS[m]
-        value, low, high = (f'{scale * x:{"+" if " - " in arm else ""}.{digits}f}' for x in gaps[arm][m][:3])
-        return f'{value} [{low}, {high}]'
+        return gaps[arm][m].text(scale, '+' if ' - ' in arm else '', digits)
     return [['generated images', *(s[0] for s in SHOWN_GAPS.values())],
             *([arm, *(cell(arm, m) for m in SHOWN_GAPS)] for arm in gaps)]
 
 # %% ../../nbs/experiments/55_llava.ipynb #0e459573
-GAP_CLAIMS = {'gmail - indiscriminate': 'Aligning by Eq. 1', 'gmail tokens - gmail': 'Aligning the tokens beside Eq. 1'}
+GAP_CLAIMS = {'gmail - indiscriminate': 'Aligning by Eq. 1',
+              'gmail tokens - gmail': 'Aligning the tokens beside Eq. 1'}
 
 def gap_sentences(gaps:dict[str, dict[str, Interval]], chains:int) -> list[str]:
     "What the paired intervals of the gap allow one to say."
@@ -745,7 +751,8 @@ def whole_chain(demo:DemoSettings, seed:int) -> DemoSettings:
 # %% ../../nbs/experiments/55_llava.ipynb #54dfb94c
 def check_same_drawings(keys:list[list[str]]) -> None:
     "`ValueError` where chains compare other drawings, so that their gaps cannot be pooled."
-    if any(k != keys[0] for k in keys): raise ValueError('the chains compare other drawings: they cannot be pooled')
+    if any(k != keys[0] for k in keys):
+        raise ValueError('the chains compare other drawings: they cannot be pooled')
 
 def llava_experiment(
     out:str|Path='llava_experiment',  # images, models and tokens are read here, results go here

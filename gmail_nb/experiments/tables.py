@@ -30,8 +30,9 @@ from ..runs.presets import AGAINST, B16, CAPTION_SOURCES, CLIPCAP, EVAL_PRESETS,
 from ..runs.presets import LLAMACAP, LONGCLIP, RECALLS, SAME_STEPS, SIGLIP, TEXT_RECIPES
 from ..runs.presets import TUNED_STEPS, CaptionSource, TextRecipe, recipe, with_known
 from ..settings import GENERATORS, PAPER_ALIGN, AdapterSettings, AlignRunSettings
-from ..settings import CaptionerSettings, DrawSettings, Generator, LlavaSettings, ReadSettings
-from ..settings import RunSettings, SourceSettings, StageSettings, VQASettings, WorkSettings
+from ..settings import CaptionerSettings, DrawSettings, Generator, LlavaSettings
+from ..settings import ReadSettings, RunSettings, SourceSettings, StageSettings, VQASettings
+from ..settings import WorkSettings
 from ..settings import check_above, check_share, described
 
 # %% ../../nbs/experiments/60_tables.ipynb #42d64d2e
@@ -224,8 +225,8 @@ def llava_settings(language_model:str, encoder:str, lr:float) -> LlavaSettings: 
     "One pass over COCO's captions, and twelve over the 12,726 training questions of ScienceQA."
     captions = StageSettings(steps=CAPTION_SOURCES['coco'].captions // 256, batch_size=256, lr=lr)
     questions = StageSettings(steps=12 * 12_726 // 128, batch_size=128, lr=2e-4)
-    return LlavaSettings(language_model, encoder=encoder, project=captions, instruct=questions, rank=128,
-                         dtype='bfloat16', checkpointing=True, validation_share=.01)
+    return LlavaSettings(language_model, encoder=encoder, project=captions, instruct=questions,
+                         rank=128, dtype='bfloat16', checkpointing=True, validation_share=.01)
 
 LLAVA = llava_settings(LLAVA_ID, f'llava:{LLAVA_ID}', 2e-5)
 LLAMA3 = llava_settings(LLAMA_CHAT, L14, 1e-3)
@@ -238,15 +239,18 @@ def llava_of(arm:str, settings:LlavaSettings=LLAVA) -> LlavaTuning:
 
 # %% ../../nbs/experiments/60_tables.ipynb #98629496
 QUESTION_SETS = dict( # folder below the folder of sets, Hub id, and the split that is asked
-    scienceqa=('ScienceQA', 'derek-thomas/ScienceQA', 'test'), mmmu=('MMMU', 'MMMU/MMMU', 'validation'))
+    scienceqa=('ScienceQA', 'derek-thomas/ScienceQA', 'test'),
+    mmmu=('MMMU', 'MMMU/MMMU', 'validation'))
 
 def asked_table(title:str, data:str, **reported:tuple) -> PaperTable:
     "A LLaVA in every arm, and Llama 3 beside it."
-    def row(name, last): return TableRow(name, last, {data: reported[name]} if name in reported else {})
+    def row(name, last):
+        return TableRow(name, last, {data: reported[name]} if name in reported else {})
     own = {'LLaVA as published': LLAVA_ID, 'LLaVA': llava_of('real'),
            'LLaVA, no alignment': llava_of('indiscriminate'), 'LLaVA, mix': llava_of('mix'),
            'LLaVA + GMAIL': llava_of('gmail'), 'LLaVA, real with GMAIL': llava_of('both')}
-    llama = {'Llama 3': llava_of('real', LLAMA3), 'Llama 3, no alignment': llava_of('indiscriminate', LLAMA3),
+    llama = {'Llama 3': llava_of('real', LLAMA3),
+             'Llama 3, no alignment': llava_of('indiscriminate', LLAMA3),
              'Llama 3 + GMAIL': llava_of('gmail', LLAMA3)}
     rows = tuple(row(*item) for item in (own | llama).items())
     return PaperTable(title, rows, ('accuracy',), (data,), 'vqa', 'llava')
@@ -318,8 +322,9 @@ def needs_of(table:PaperTable) -> dict[str, list[str]]:
     encoders += names(CaptionTuning|LlavaTuning, lambda s: s.settings.encoder) + whole * (not asks)
     lms = names(CaptionTuning, lambda s: s.settings.lm) + whole * asks
     lms += names(LlavaTuning, lambda s: s.settings.language_model)
-    sets = [*names(Drawing, lambda s: s.captions), *(names(LlavaTuning, lambda s: 'coco')), *table.data]
-    found = dict(generators=names(Drawing, lambda s: s.generator), encoders=encoders, lms=lms, sets=sets)
+    sets = names(Drawing, lambda s: s.captions) + names(LlavaTuning, lambda s: 'coco')
+    found = dict(generators=names(Drawing, lambda s: s.generator), encoders=encoders, lms=lms,
+                 sets=[*sets, *table.data])
     return {kind: list(dict.fromkeys(values)) for kind, values in found.items() if values}
 
 def tables_text() -> str:
@@ -381,7 +386,7 @@ def as_asked(link:Link, run:TableRun) -> Link:
     return changed_draw(out, run.draw_steps)
 
 def with_own_tower(name:str, value:str, other:str, run:TableRun) -> str:
-    "The tower of a LLaVA that has another in its place is that one's, unless a tower was named too."
+    "The tower of a LLaVA that was exchanged is that one's, unless a tower was named too."
     kind, _, rest = value.partition(':')
     if name != 'encoder' or kind != 'llava' or other != value: return other
     return f'llava:{exchanged(rest, run.lm)}'
@@ -417,8 +422,9 @@ def row_links(
     table:PaperTable, run:TableRun
 ) -> list[tuple[TableRow, int, 'Link|str']]: # row, seed, last
     "The end of every chain, for every seed."
+    names = run.lm if table.task == 'vqa' else run.encoder
     def last(row, seed):
-        if isinstance(row.last, str): return exchanged(row.last, run.lm if table.task == 'vqa' else run.encoder)
+        if isinstance(row.last, str): return exchanged(row.last, names)
         return seeded(as_asked(row.last, run), seed)
     return [(row, seed, last(row, seed)) for row in chosen_rows(table, run.rows)
             for seed in range(1 if isinstance(row.last, str) else run.seeds)]
@@ -512,7 +518,7 @@ def run_captioner(step:CaptionTuning, folder:Path, run:TableRun, at:Callable) ->
 
 # %% ../../nbs/experiments/60_tables.ipynb #c30534de
 def question_place(name:str, run:TableRun) -> str: # for `load_questions`
-    "A set of questions by name: its folder below the folder of sets if it is there, else on the Hub."
+    "A set of questions by name: below the folder of sets if it is there, else on the Hub."
     if name not in QUESTION_SETS: return name
     folder, hub, _ = QUESTION_SETS[name]
     below = Path(run.root)/folder
@@ -522,8 +528,8 @@ def run_llava(step:LlavaTuning, folder:Path, run:TableRun, at:Callable) -> None:
     "Tune a LLaVA on captions and questions."
     from gmail_nb.runs.tune_llava import tune_llava
     file, source = source_of(step.drawing.captions if step.drawing else 'coco', run)
-    tune_llava(folder, step.settings, file, at(step.drawing) if step.drawing else None,
-               at(step.aligning) if step.aligning else None, step.arm, folder.parent/'tokens', source,
+    made = [at(link) if link else None for link in (step.drawing, step.aligning)]
+    tune_llava(folder, step.settings, file, *made, step.arm, folder.parent/'tokens', source,
                RunSettings(desc='llava', device=run.device), question_place(step.instructions, run))
 
 # %% ../../nbs/experiments/60_tables.ipynb #cf86f00f
@@ -627,12 +633,13 @@ def table_records(name:str, out:Path, run:TableRun) -> list[dict]:
             models[label] = place if asks or isinstance(last, str) else f'tuned:{place}'
             rows[label] = row.name, seed
     if not models: return records
-    found = asked_values(table, models, out/name, run) if asks else measured_values(name, table, models, out/name, run)
+    if asks: found = asked_values(table, models, out/name, run)
+    else: found = measured_values(name, table, models, out/name, run)
     for r in found:
         if r['arm'] in rows and r['metric'] in table.metrics:
             arm, seed = rows[r['arm']]
-            records.append(record(name, arm, r['dataset'], r['split'], r['metric'], r['value'], seed,
-                                  r['n']))
+            records.append(record(name, arm, r['dataset'], r['split'], r['metric'], r['value'],
+                                  seed, r['n']))
     return records
 
 # %% ../../nbs/experiments/60_tables.ipynb #01d180a6
@@ -724,7 +731,8 @@ def step_costs(
     s = link.recipe.settings if isinstance(link, TextTuning) else link.settings
     images = images_of(link.drawing or Drawing(), found)
     if isinstance(link, LlavaTuning):
-        does = f'{s.project.steps:,} steps of {s.project.batch_size}, and {s.instruct.steps:,} of {s.instruct.batch_size}'
+        one, two = s.project, s.instruct
+        does = f'{one.steps:,} steps of {one.batch_size}, and {two.steps:,} of {two.batch_size}'
         return does, 0, images * TOKEN_BYTES
     return f'{s.steps:,} steps of {s.batch_size}', 0, images * 2048.
 
@@ -734,9 +742,10 @@ def look_asked(table:PaperTable, run:TableRun) -> list[tuple]: # of `Look`
     from gmail_nb.runs.vqa import look_questions
     sets = {q: QUESTION_SETS[q][2] if q in QUESTION_SETS else None for q in run.test or table.data}
     asked = [look_questions(question_place(q, run), VQASettings(split=s)) for q, s in sets.items()]
-    learned = dict.fromkeys(r.last.instructions for r in chosen_rows(table, run.rows) if not isinstance(r.last, str))
-    return asked + [look_questions(question_place(q, run), VQASettings(split='train'))._replace(what='instructions')
-                    for q in learned]
+    links = [r.last for r in chosen_rows(table, run.rows) if not isinstance(r.last, str)]
+    learned = [question_place(q, run) for q in dict.fromkeys(k.instructions for k in links)]
+    train = VQASettings(split='train')
+    return asked + [look_questions(q, train)._replace(what='instructions') for q in learned]
 
 # %% ../../nbs/experiments/60_tables.ipynb #4c7628f3
 def dry_table(
@@ -776,14 +785,16 @@ def embedded_answers(
     table:str,           # of `TABLES`, whose task is vqa
     folder:str|Path      # of the embedded experiment, with llava_results.jsonl
 ) -> list[list[str]]: # a heading and its rows
-    "Accuracy of the embedded LLaVA with its interval, beside the paper's number. `FileNotFoundError` without records."
+    "Accuracy of the embedded LLaVA beside the paper's. `FileNotFoundError` without records."
+    from gmail_nb.stats import Interval
     t, file = TABLES[table], Path(folder)/'llava_results.jsonl'
-    if not file.exists(): raise FileNotFoundError(f'{file} is missing: gmail_experiment llava writes it')
+    if not file.exists():
+        raise FileNotFoundError(f'{file} is missing: gmail_experiment llava writes it')
     by = {r['arm']: r for r in read_results(file) if r['metric'] == 'accuracy'}
     theirs = {r.name: f'{r.reported[t.data[0]][0]}' for r in t.rows if r.reported}
     def ours(arm):
         sign, r = '+' if ' - ' in arm else '', by.get(arm)
-        return f"{100 * r['value']:{sign}.1f} [{100 * r['low']:{sign}.1f}, {100 * r['high']:{sign}.1f}]" if r else ''
+        return Interval(r['value'], r['low'], r['high'], r['n']).text(100, sign) if r else ''
     rows = [[name, ours(arm), theirs.pop(name, '')] for name, arm in EMBEDDED_ARMS.items()]
     heading = [f'{table}: {t.title}', 'embedded [95%], %', 'in the paper, %']
     return [heading, *rows, *([name, '', number] for name, number in theirs.items())]

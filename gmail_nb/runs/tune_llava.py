@@ -41,9 +41,9 @@ from gmail_nb.llava_training import (
     trained_card)
 from ..pages import save_figure
 from .align import generated_images, validation_indices
-from gmail_nb.runs.dry_run import (
-    Look, first_line, look_device, look_generated, look_hub, look_lm, look_model, look_out, look_path,
-    look_set, look_steps)
+from .dry_run import (
+    Look, first_line, look_device, look_generated, look_hub, look_lm, look_model, look_out,
+    look_path, look_set, look_steps)
 from .instructions import OWN_QUESTIONS, load_instructions
 from .judge import (
     FEWEST, Measure, Verdict, judged, show_differences, spread, word_of, write_page)
@@ -175,9 +175,10 @@ def likelihoods(
 def words_alone(likelier:Interval, seeing:Interval) -> str:
     "What is said where captions became likelier and the picture has no part in it."
     def text(d): return f'{d.value:+.3f} (95% interval {d.low:+.3f} to {d.high:+.3f})'
-    return (f'Words were learned, and not to see: a word in captions of images kept out became likelier by '
-            f'{text(likelier)} in log-likelihood, but its own picture in place of another image\'s makes '
-            f'a difference of {text(seeing)}, so the picture has no part in it that {likelier.n} images can show.')
+    return ('Words were learned, and not to see: a word in captions of images kept out became '
+            f'likelier by {text(likelier)} in log-likelihood, but its own picture in place of '
+            f'another image\'s makes a difference of {text(seeing)}, so the picture has no part '
+            f'in it that {likelier.n} images can show.')
 
 def judge_llava(
     before:np.ndarray, after:np.ndarray, # (M,), of the captions of validation
@@ -197,7 +198,8 @@ def judge_llava(
         tries = 'more images', 'more steps of stage one, which teaches the projector'
         return Verdict('unclear', (words_alone(first, d),), tries, measures, facts)
     said = *found.sentences, sentence('Seeing the picture', seeing.name, d, '', 1, 'images', 3)
-    tries = () if found.said == 'helps' else (f'more examples: {learned} were learned from', 'fewer epochs')
+    tries = f'more examples: {learned} were learned from', 'fewer epochs'
+    if found.said == 'helps': tries = ()
     return Verdict(found.said, said, tries, measures, facts)
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #2768b9ba
@@ -396,7 +398,8 @@ def judge_and_write(
     "The verdict, the folder and the page."
     r, more = run, parts.more
     say_broken(r.found.broken | (more.broken if more else {}))
-    own, turned = (likelihoods(r.llava, r.found, parts.validation, r.settings, r.acc, t) for t in (0, 1))
+    def measured(t): return likelihoods(r.llava, r.found, parts.validation, r.settings, r.acc, t)
+    own, turned = measured(0), measured(1)
     verdict = judge_llava(before, own, turned, len(parts.learn))
     facts = dict(instructions=len(more.examples)) if more else {}
     keep_llava(r.llava, r.found, r.vision, history, r.out, r.settings, r.arm, r.model, parts.learn,
@@ -418,14 +421,15 @@ class Tuning:
     arm:str
     model:str|Path|None      # behind which it is tuned
 
-    def learn(self, parts:Taught, run:RunSettings) -> dict[str, list[float]]: # stage -> the loss of each step
+    def learn(self, parts:Taught, run:RunSettings) -> dict: # stage -> the loss of each step
         "Both stages, and what they were worth; the first process writes the folder."
         found, more, learn, first = self.found, parts.more, parts.learn, self.acc.is_main_process
-        def measured(): return likelihoods(self.llava, found, parts.validation, self.settings, self.acc)
-        before = measured() if first else None
+        judge = self.llava, found, parts.validation, self.settings, self.acc
+        before = likelihoods(*judge) if first else None
         some = Subset(found.examples, learn) if len(learn) < len(found.examples) else found.examples
         told, files = (more.examples, found.files | more.files) if more else (some, found.files)
-        history = train_llava(self.llava, told, files, self.settings, run, some if more else None, self.acc)
+        captions = some if more else None # of stage one
+        history = train_llava(self.llava, told, files, self.settings, run, captions, self.acc)
         if first: judge_and_write(self, parts, before, history)
         return history
 
@@ -470,7 +474,8 @@ def tune_llava(
     asked = instructions and load_instructions(instructions, instruction_images, sets, LLAVA_ARMS[arm])
     below = Path(token_folder or out/'tokens')
     it = begun_tuning(sets, settings, used, arm, below, out, acc)
-    run = replace(run, checkpoints=str(out/'checkpoints'), log_file=str(out/'log.jsonl'), desc='llava')
+    run = replace(run, checkpoints=str(out/'checkpoints'), log_file=str(out/'log.jsonl'),
+                  desc='llava')
     history = it.learn(taught(it.found, asked, it.vision, below, acc, settings), run)
     tower = it.vision if plain_side == 'generated' else None
     if acc.is_main_process and plain: save_llava(it.llava, plain, tower)
@@ -492,14 +497,14 @@ class Talker:
             return self.see(preprocess_images(encoder, pictures).to(encoder.device), kinds)
 
 def is_published(name:str|Path) -> bool:
-    "Whether a name is of transformers and not of a folder that was tuned here: by its config, or on the Hub."
+    "Whether a name is of transformers: by its config or on the Hub, and not tuned here."
     if (Path(name)/'card.json').exists(): return False
     on_hub = not Path(name).exists() and str(name).count('/') == 1
     return on_hub or (Path(name)/'config.json').exists()
 
 def learned_by(name:str|Path) -> list[str]:
-    """Keys of the images that a folder has learned from; none of a published LLaVA. `FileNotFoundError` or
-    `ValueError` where the name is of neither."""
+    """Keys of the images that a folder has learned from; none of a published LLaVA.
+    `FileNotFoundError` or `ValueError` where the name is of neither."""
     if not is_published(name):
         trained_card(name)
         return trained_on(name)
@@ -650,7 +655,9 @@ def look_stages(settings:LlavaSettings, captions:int, instructions=None) -> list
     return [look_steps(s.steps_of(captions), s.batch_size, captions)._replace(what=f'steps, {name}')
             for name, s in stages.items()]
 
-def look_images(kinds:dict, captioned, generated, source:SourceSettings) -> tuple[list[Look], int]: # and captions
+def look_images(
+    kinds:dict, captioned, generated, source:SourceSettings
+) -> tuple[list[Look], int]: # and captions
     "The sets of an arm."
     rows, captions = [], 0
     if captioned is not None and 'real' in kinds:

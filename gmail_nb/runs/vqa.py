@@ -78,14 +78,16 @@ def drawn_together(data:str, questions:Chosen) -> np.ndarray|None: # (N,), the s
 
 # %% ../../nbs/runs/70_vqa.ipynb #67bd1d53
 def named_models(model) -> dict: # row -> what `load_talker` takes
-    "Models by the names of their rows, from one or several of [ROW=]MODEL. `ValueError` for two of one name."
+    "Models by row, from one or several of [ROW=]MODEL. `ValueError` for two rows of one name."
     if isinstance(model, dict): return dict(model)
     several, found = model if isinstance(model, (list, tuple)) else [model], {}
     for m in several or ['llava']:
         named = isinstance(m, str) and '=' in m.partition(':')[0]
-        row, place = m.split('=', 1) if named else ('llava' if isinstance(m, Talker) else Path(m).name, m)
+        own = 'llava' if isinstance(m, Talker) else Path(m).name
+        row, place = m.split('=', 1) if named else (own, m)
         if row in found:
-            raise ValueError(f'two models are called {row!r}: name their rows, such as first={place}')
+            raise ValueError(f'two models are called {row!r}: name their rows, such as '
+                             f'first={place}')
         found[row] = place
     return found
 
@@ -130,9 +132,10 @@ def answered(
     if len(found) == len(files): return found
     s, device = settings, torch.device(settings.device) if settings.device else None
     talker = model if isinstance(model, Talker) else load_talker(model, device)
-    how = dict(kind=s.kind, batch_size=s.batch_size, max_new_tokens=s.max_new_tokens, guess=s.guess)
+    how = dict(kind=s.kind, batch_size=s.batch_size, max_new_tokens=s.max_new_tokens,
+               guess=s.guess, desc='answering')
     for b in files.keys() - found.keys():
-        found[b] = ask_questions(talker.model, talker.see, questions, blind=b, desc='answering', **how)
+        found[b] = ask_questions(talker.model, talker.see, questions, blind=b, **how)
         if files[b]: atomic_write(files[b], answer_lines(questions, found[b]))
     return dict(sorted(found.items()))
 
@@ -159,7 +162,8 @@ class VQAResult:
     def rows(self) -> list[list[str]]: # a heading and its rows
         found = self.accuracies()
         subjects = next(iter(found.values()))
-        lines = [[s, str(i.n), *(f[s].text(100) for f in found.values())] for s, i in subjects.items()]
+        def cells(s): return [f[s].text(100) for f in found.values()]
+        lines = [[s, str(i.n), *cells(s)] for s, i in subjects.items()]
         return [['subject', 'n', *(f'{name} [95%], %' for name in found)], *lines]
 
     def table(self) -> str: return table_text(self.rows(), width=150)
@@ -180,21 +184,23 @@ def differences(found:VQAResult) -> dict[tuple[str, str], Interval]: # by ours a
 
 def told_difference(ours:str, theirs:str, d:Interval, data:str) -> str:
     "What the interval of a difference allows to be said."
-    what = f'Seeing the pictures, for {ours},' if theirs == ours + BLIND else f'{ours} in place of {theirs}'
+    what = f'{ours} in place of {theirs}'
+    if theirs == ours + BLIND: what = f'Seeing the pictures, for {ours},'
     if d.n >= FEWEST: return sentence(what, f'accuracy on {data}', d, over='questions')
-    return (f'{what}: accuracy on {data} differs by {100 * d.value:+.1f} points, but of {d.n} questions '
-            'nothing can be told.')
+    return (f'{what}: accuracy on {data} differs by {100 * d.value:+.1f} points, but of {d.n} '
+            'questions nothing can be told.')
 
 # %% ../../nbs/runs/70_vqa.ipynb #521cb636
 def judge_answers(found:VQAResult) -> Verdict:
-    "A sentence for each difference, or the accuracy of a model alone; the word is that of the first."
+    "A sentence for each difference, or for a model alone; the word is that of the first."
     apart = differences(found)
     if not apart:
         (row, by), = found.accuracies().items()
-        text = (f'{row} answers {by["all"].text(100)}% of {by["all"].n} questions of {found.data} right '
-                '(95% interval). It was compared with nothing.')
-        return Verdict('untold', (text,), ('a second --model, named behind the one it is compared with',
-                                           '--blind, which tells what is guessed without the pictures'))
+        text = (f'{row} answers {by["all"].text(100)}% of {by["all"].n} questions of {found.data} '
+                'right (95% interval). It was compared with nothing.')
+        tries = ('a second --model, named behind the one it is compared with',
+                 '--blind, which tells what is guessed without the pictures')
+        return Verdict('untold', (text,), tries)
     first = next(iter(apart.values()))
     word = word_of(first) if first.n >= FEWEST else 'untold'
     said = tuple(told_difference(*pair, d, found.data) for pair, d in apart.items())
@@ -205,8 +211,8 @@ def result_records(found:VQAResult) -> list[dict]:
     out = [r for row, said in found.said.items()
            for r in vqa_records(row, found.data, found.split, [said])]
     def of(ours, theirs, d):
-        return record('vqa', f'{ours} - {theirs}', found.data, found.split, 'accuracy', d.value, 0, d.n,
-                      low=d.low, high=d.high, minus=theirs)
+        return record('vqa', f'{ours} - {theirs}', found.data, found.split, 'accuracy', d.value, 0,
+                      d.n, low=d.low, high=d.high, minus=theirs)
     return out + [of(*pair, d) for pair, d in differences(found).items()]
 
 # %% ../../nbs/runs/70_vqa.ipynb #97d31fbd
@@ -227,7 +233,8 @@ def show_accuracy(found:VQAResult) -> Figure:
     for j, (row, of) in enumerate(by.items()):
         y = [k + .7 * (j + 1) / (len(by) + 1) for k in range(len(subjects))]
         x = np.array([[100 * v for v in of[s][:3]] for s in subjects]) # value, low, high
-        ax.errorbar(x[:, 0], y, xerr=[x[:, 0] - x[:, 1], x[:, 2] - x[:, 0]], fmt='o', ms=4, lw=1.5, label=row)
+        sides = [x[:, 0] - x[:, 1], x[:, 2] - x[:, 0]]
+        ax.errorbar(x[:, 0], y, xerr=sides, fmt='o', ms=4, lw=1.5, label=row)
     ax.set_yticks([k + .35 for k in range(len(subjects))], subjects, fontsize=8)
     ax.set(xlabel='accuracy in % with its 95% interval', xlim=(-2, 102))
     ax.invert_yaxis()
@@ -237,7 +244,9 @@ def show_accuracy(found:VQAResult) -> Figure:
     return fig
 
 # %% ../../nbs/runs/70_vqa.ipynb #841a8d5b
-def vqa_pictures(questions:Chosen, found:VQAResult, out:Path) -> dict[str, str]: # caption -> data URI
+def vqa_pictures(
+    questions:Chosen, found:VQAResult, out:Path
+) -> dict[str, str]: # caption -> data URI
     "answers.png, accuracy.png and, where there are several, differences.png."
     numbers, figures = picked(questions, found.answers), {}
     if numbers:
@@ -249,7 +258,9 @@ def vqa_pictures(questions:Chosen, found:VQAResult, out:Path) -> dict[str, str]:
     if apart: figures['Differences of accuracy in points'] = 'differences', show_differences(apart)
     return {title: save_figure(fig, out/f'{name}.png') for title, (name, fig) in figures.items()}
 
-def write_vqa(found:VQAResult, questions:Chosen, models:dict, out:Path, settings:VQASettings) -> None:
+def write_vqa(
+    found:VQAResult, questions:Chosen, models:dict, out:Path, settings:VQASettings
+) -> None:
     "results.jsonl, answers.jsonl, table.txt, report.html and its pictures."
     write_results(out/'results.jsonl', found.records)
     seeing = {row: said for row, said in found.said.items() if not row.endswith(BLIND)}
@@ -260,24 +271,26 @@ def write_vqa(found:VQAResult, questions:Chosen, models:dict, out:Path, settings
     places = {row: 'in memory' if isinstance(m, Talker) else str(m) for row, m in models.items()}
     about = dict(questions=found.data, split=found.split, asked=len(questions), models=places,
                  settings=described(settings))
-    write_page(out, f'Questions: {found.data}', pictures, found.verdict, {'Accuracy': found.rows()}, about)
+    tables = {'Accuracy': found.rows()}
+    write_page(out, f'Questions: {found.data}', pictures, found.verdict, tables, about)
 
 # %% ../../nbs/runs/70_vqa.ipynb #413cfc6f
 def evaluate_vqa(
-    model='llava',               # as `load_talker` takes it, or a `Talker`; several: a list or a dict by row
+    model='llava',               # as `load_talker`, or a `Talker`; several: a list, or a dict by row
     data:str=OWN_QUESTIONS,      # as `asked_set`
-    out:str|Path='vqa',          # results.jsonl, answers.jsonl, table.txt, report.html and its pictures
+    out:str|Path='vqa',          # results.jsonl, answers.jsonl, table.txt, report.html, pictures
     settings:VQASettings=VQASettings(),
-    skip_existing:bool=False     # keep answers that are there, of the same model to the same questions
+    skip_existing:bool=False     # keep answers of the same model to the same questions
 ) -> VQAResult:
     """Ask every model the same, score, compare each with the first, and write. `ValueError` for
     questions about images that a model has learned from."""
     models, questions = named_models(model), asked_set(data, settings)
-    for m in models.values(): check_unseen(questions, m.keys if isinstance(m, Talker) else learned_by(m))
+    for m in models.values():
+        check_unseen(questions, m.keys if isinstance(m, Talker) else learned_by(m))
     out, said = check_writable(out), {}
     for row, m in models.items():
-        for blind, answers in answered(m, questions, settings, skip_existing and out or None).items():
-            said[row + BLIND * blind] = answers
+        found = answered(m, questions, settings, out if skip_existing else None)
+        said |= {row + BLIND * blind: answers for blind, answers in found.items()}
     found = VQAResult(said, set_name(data), questions.split, drawn_together(data, questions))
     found.verdict, found.records = judge_answers(found), result_records(found)
     write_vqa(found, questions, models, out, settings)
