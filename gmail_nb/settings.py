@@ -609,9 +609,9 @@ SMOLLM2_FROM = "SmolLM2 comes with the extra captions: pip install 'gmail_nb[cap
 @dataclass(frozen=True)
 class LlavaSettings:
     "What training a LLaVA depends on, besides the data."
-    language_model:str='smollm2' # of the extra captions; or a Hub id or a folder, of a whole LLaVA too
+    language_model:str='smollm2' # Hub id or folder, of a LLaVA too; smollm2 is in the extra captions
     revision:str|None=None      # revision of the language model on the Hub
-    encoder:str='embedded'      # image tower by name, hf:ID or llava:ID; a LLaVA and --model have theirs
+    encoder:str='embedded'      # image tower, such as hf:ID or llava:ID, where no LLaVA or --model has one
     project:StageSettings=StageSettings() # one: the projector alone, on captions
     instruct:StageSettings=_instruct # two: the projector and LoRA in the language model
     rank:int=16                 # rank of LoRA's matrices in the language model
@@ -624,7 +624,7 @@ class LlavaSettings:
     max_length:int=2048         # most tokens of an example, those of its images included
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
     accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another
-    validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, from ten images on
+    validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, if over nine
     seed:int=0                  # seed of the projector, LoRA, and the order of the examples
 
     @property
