@@ -518,3 +518,16 @@ def test_the_verdict_looks_at_the_picture(own, turned, word, says):
     d = list(found.measures.values())[1]
     if own == .5: assert (word == 'helps') == (d.low > 0)
     if word != 'helps': assert not any('helps' in s for s in found.sentences if s.startswith('Tuning')) and found.tries
+
+def test_one_text_says_where_smollm2_comes_from(monkeypatch):
+    "In the error, in a dry run, and on the front page."
+    from importlib import metadata
+    from gmail_nb.captioning import load_lm
+    from gmail_nb.runs.dry_run import look_lm
+    from gmail_nb.settings import SMOLLM2_FROM
+    def nothing(name): raise metadata.PackageNotFoundError(name)
+    monkeypatch.setattr(metadata, 'files', nothing)
+    with pytest.raises(ImportError) as e: load_lm('smollm2')
+    assert str(e.value) == look_lm('smollm2').note == SMOLLM2_FROM
+    readme = Path(__file__).parent.parent/'README.md'
+    assert SMOLLM2_FROM.partition(': ')[2] in readme.read_text(encoding='utf-8')

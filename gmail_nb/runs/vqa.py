@@ -140,6 +140,8 @@ def answered(
     return dict(sorted(found.items()))
 
 # %% ../../nbs/runs/70_vqa.ipynb #fba92654
+BLIND = ', without images'
+
 @dataclass
 class VQAResult:
     "Answers of one or several models to the same questions."
@@ -169,8 +171,6 @@ class VQAResult:
     def table(self) -> str: return table_text(self.rows(), width=150)
 
 # %% ../../nbs/runs/70_vqa.ipynb #c581bbf2
-BLIND = ', without images'
-
 def compared(said:dict) -> list[tuple[str, str]]: # ours, theirs
     "Every other model beside the first one, and each beside itself without the images."
     seeing = [name for name in said if not name.endswith(BLIND)]
@@ -182,6 +182,7 @@ def differences(found:VQAResult) -> dict[tuple[str, str], Interval]: # by ours a
     return {pair: accuracy_difference(*([found.said[name]] for name in pair), found.groups)
             for pair in compared(found.said)}
 
+# %% ../../nbs/runs/70_vqa.ipynb #fabfd215
 def told_difference(ours:str, theirs:str, d:Interval, data:str) -> str:
     "What the interval of a difference allows to be said."
     what = f'{ours} in place of {theirs}'
@@ -206,6 +207,7 @@ def judge_answers(found:VQAResult) -> Verdict:
     said = tuple(told_difference(*pair, d, found.data) for pair, d in apart.items())
     return Verdict(word, said, measures={f'{a} - {b}': d for (a, b), d in apart.items()})
 
+# %% ../../nbs/runs/70_vqa.ipynb #291aaf89
 def result_records(found:VQAResult) -> list[dict]:
     "Accuracy of every row, by subject, and the paired differences."
     out = [r for row, said in found.said.items()
@@ -225,6 +227,7 @@ def picked(questions:Chosen, answers:list[Answered], most:int=9) -> list[int]:
     rest = [i for s in some for i in s if i not in turns]
     return sorted((turns + rest)[:most])
 
+# %% ../../nbs/runs/70_vqa.ipynb #35167210
 def show_accuracy(found:VQAResult) -> Figure:
     "Accuracy by subject of every row, with its interval."
     by = found.accuracies()
@@ -258,6 +261,7 @@ def vqa_pictures(
     if apart: figures['Differences of accuracy in points'] = 'differences', show_differences(apart)
     return {title: save_figure(fig, out/f'{name}.png') for title, (name, fig) in figures.items()}
 
+# %% ../../nbs/runs/70_vqa.ipynb #a65869dc
 def write_vqa(
     found:VQAResult, questions:Chosen, models:dict, out:Path, settings:VQASettings
 ) -> None:
