@@ -191,7 +191,7 @@ def test_talks_that_cannot_begin(capsys, home, argv, said):
     status, _, err = answer(capsys, gmail_chat, *argv)
     assert status == 2 and said in err
 
-def test_questions_from_the_shell(capsys, home):
+def test_questions_from_the_shell(capsys, home, real):
     status, out, err = answer(
         capsys,
         gmail_eval,
