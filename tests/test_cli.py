@@ -143,6 +143,7 @@ OLDER = [ # as it was written, as it is written now, and what is said of it
     ('tune caption', '--real c.json --splits train+restval test', 'c.json --split train+restval --test-split test',
      '--split and --test-split in place of --splits'),
     ('tune llava', '--real photos --arm real', 'photos --arm real', 'SET, without a flag, in place of --real'),
+    ('tune llava', '--tokens kept --rank 2', '--token-folder kept --rank 2', '--token-folder in place of --tokens'),
     ('align', 'photos drawn --rank 2', 'photos --generated drawn --rank 2', '--generated drawn'),
     ('align', 'photos --rank 2 drawn', 'photos --generated drawn --rank 2', '--generated drawn'),
     ('align', 'photos --generated d --image photo', 'photos --generated d --image-column photo', ''),

@@ -9,7 +9,7 @@ __all__ = ['ALIGN_RUNS', 'Arm', 'CaptionArm', 'LlavaArm', 'gmail_tune', 'gmail_e
            'gmail_app', 'gmail_eval_vqa', 'gmail_eval', 'dry_bench_run', 'gmail_bench', 'experiment_retrieval',
            'show_file', 'experiment_alignment', 'dry_proof', 'experiment_protocol', 'experiment_curve',
            'experiment_controls', 'experiment_pairs', 'experiment_captioning', 'experiment_ifcap', 'dry_llava_arms',
-           'experiment_llava', 'dry_experiment_table', 'experiment_table', 'table_command', 'dry_report_run',
+           'experiment_llava', 'dry_experiment_table', 'beside_the_paper', 'table_command', 'dry_report_run',
            'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
@@ -232,7 +232,7 @@ def gmail_tune_llava(
     generated:str|None=None,     # a folder of gmail_generate, or a captioned set
     model:str|None=None,         # a folder of gmail_align, whose f_g sees the generated images
     arm:LlavaArm|None=None,      # what to learn from; gmail with --generated, otherwise real
-    tokens:str|None=None,        # folder of tokens that several runs share; below out if absent
+    token_folder:str|None=None,  # folder of tokens that several runs share; below out if absent
     instructions:str|None=None,  # LLaVA's JSON, ScienceQA, or emoji-questions, for stage two
     instruction_images:str|None=None, # folder of the JSON's pictures; its own if absent
     plain:str|None=None,         # a folder: also save a plain LLaVA, where the language model is one
@@ -245,8 +245,8 @@ def gmail_tune_llava(
     from gmail_nb.runs.tune_llava import tune_llava
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
-    losses = tune_llava(out, settings, captioned, generated, model, arm, tokens, source, run,
-                        instructions, instruction_images, plain, plain_side)
+    losses = tune_llava(out, settings, captioned, generated, model, arm, token_folder, source,
+                        run, instructions, instruction_images, plain, plain_side)
     for stage, found in losses.items():
         if found: print(f'{stage}: {len(found)} steps, loss {found[0]:.3f} to {found[-1]:.3f}')
     told = say_verdict(out)
@@ -279,8 +279,8 @@ def gmail_caption(
 # %% ../../nbs/cli/10_commands.ipynb #824ef0b5
 @command(dry=dry('dry_chat', 'tune_llava'), example='gmail_chat --image photo.jpg "What is in the picture?"')
 def gmail_chat(
-    *question:str,           # what is asked; None: questions are read, one a line
-    image:list=(),           # a picture file; repeatable
+    *question:str,           # one question; None: several turns are read, a line each, to an empty one
+    image:list=(),           # a picture file, shown with the first turn; repeatable
     model:str='llava',       # a folder of gmail_tune llava, or a published LLaVA
     settings:ChatSettings=ChatSettings()
 ):
@@ -310,22 +310,26 @@ def gmail_app(
     run_app(demo, model, real, generated, captioner, llava, settings)
 
 # %% ../../nbs/cli/10_commands.ipynb #a5d04f59
-@command(name='gmail_eval vqa', dry=dry('dry_vqa', 'vqa'),
-         example='gmail_eval vqa derek-thomas/ScienceQA --model llava --images-only')
+_vqa = 'gmail_eval vqa derek-thomas/ScienceQA --model llava --model gmail=llava_g --images-only'
+
+@command(name='gmail_eval vqa', dry=dry('dry_vqa', 'vqa'), example=_vqa)
 def gmail_eval_vqa(
-    questions:str='emoji-questions', # a folder of parquet or a Hub id: ScienceQA, MMMU; or our drawings
-    model:str='llava',           # a folder of gmail_tune llava, or a published LLaVA
-    out:str='vqa',               # results.jsonl, answers.jsonl, table.txt and answers.png
+    questions:str='emoji-questions', # folder of parquet or Hub id: ScienceQA, MMMU; or our drawings
+    model:list=(),  # [ROW=]MODEL: a folder of gmail_tune llava, or a published LLaVA; repeatable
+    out:str='vqa',  # results.jsonl, answers.jsonl, table.txt and report.html
     settings:VQASettings=VQASettings()
 ):
-    "Ask a LLaVA questions about pictures: accuracy by subject, with intervals."
+    """Ask LLaVAs the same questions about pictures: accuracy by subject, and every further model
+    beside the first, with intervals. Without --model it asks the folder llava."""
     from gmail_nb.runs.vqa import evaluate_vqa
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
-    table = evaluate_vqa(model, questions, out, settings)
-    print(table)
-    print(f'results: {out}/results.jsonl, every answer: {out}/answers.jsonl, a picture: {out}/answers.png')
-    return dict(out=out, results=f'{out}/results.jsonl', table=str(table))
+    found = evaluate_vqa(model, questions, out, settings)
+    print(found, found.verdict.text(), sep='\n')
+    print(f'results: {out}/results.jsonl, answers: {out}/answers.jsonl, report: {out}/report.html')
+    accuracies = {row: by['all']._asdict() for row, by in found.accuracies().items()}
+    return dict(out=out, results=f'{out}/results.jsonl', report=f'{out}/report.html',
+                table=str(found), accuracy=accuracies, verdict=found.verdict.card())
 
 # %% ../../nbs/cli/10_commands.ipynb #968803c1
 _known = dict(preset=EVAL_PRESETS, task=TASKS, model=MODEL_FORMS, captioned=SET_NAMES)
@@ -549,25 +553,20 @@ def dry_experiment_table(table:str, scale:str, out:str, settings:TableRun, **res
     "What a table would do, at either scale."
     import gmail_nb.experiments.tables as tables
     from gmail_nb.runs.dry_run import dry_demo
-    return tables.dry_table(table, out, settings) if scale == 'paper' else dry_demo(out)
-
-def experiment_table(
-    table:str,           # given by the command
-    scale:Literal['embedded', 'paper']='embedded', # its question there, or the table itself
-    out:str='tables',    # folder that all tables share
-    settings:TableRun=TableRun()
-):
-    "A table of the paper."
-    if scale == 'paper':
-        from gmail_nb.experiments.tables import run_table
-        from gmail_nb.runtime import use_all_cores
-        use_all_cores()
-        run_table(table, out, settings)
-        return show_file(f'{out}/{table}', 'paper.txt')
-    if settings != TableRun(): raise ValueError('the flags of a table go with --scale paper: add it')
+    if scale == 'paper': return tables.dry_table(table, out, settings)
     kind = TABLES[table].embedded
-    print(f'on the embedded set {table} is: gmail_experiment {kind} --out {out}/{kind}')
-    return gmail_experiment.find(kind).run(['--out', f'{out}/{kind}'])
+    return dry_llava_arms(out=f'{out}/{kind}') if kind == 'llava' else dry_demo(out)
+
+# %% ../../nbs/cli/10_commands.ipynb #f6ac5162
+def beside_the_paper(table:str, out:str, folder:str) -> dict: # for `--json`
+    "The records of an embedded experiment beside the paper's numbers, printed and written."
+    from pathlib import Path
+    from gmail_nb.experiments.tables import embedded_answers
+    from gmail_nb.files import atomic_write, check_writable
+    from gmail_nb.pages import table_text
+    text = table_text(embedded_answers(table, folder))
+    atomic_write(check_writable(Path(out)/table)/'embedded.txt', text + '\n')
+    return show_file(f'{out}/{table}', 'embedded.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #ba8ce586
 def table_command(table:str) -> Command:

