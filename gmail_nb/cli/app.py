@@ -73,6 +73,7 @@ footer {display: none !important}
 .found img {width: 100%; background: white; border-radius: 6px}
 .found .row img {aspect-ratio: 1; object-fit: contain; border: 1px solid var(--border-color-primary)}
 .found table {width: 100%; border-collapse: collapse; font-size: 14px; border: none !important}
+.found tr {border: none !important}
 .found td, .found th {text-align: left; padding: .25rem .5rem; border: none !important;
   border-bottom: 1px solid var(--border-color-primary) !important}
 '''

@@ -45,7 +45,7 @@ from gmail_nb.runs.dry_run import (
     look_set, look_steps)
 from .instructions import OWN_QUESTIONS, load_instructions
 from .judge import (
-    FEWEST, Measure, Verdict, judged, show_differences, spread, write_page)
+    FEWEST, Measure, Verdict, enough_kept_out, judged, show_differences, spread, write_page)
 from .presets import check_arm
 from .tune_caption import CaptionColumn, captioned_rows, pictures_at, places
 from ..runtime import default_device, fingerprint, set_seed, stable_seed
@@ -180,7 +180,7 @@ def judge_llava(
     ways = (name, before), ('that log-likelihood against the picture of another image', turned)
     measures = [Measure(n, after, than, unit='', scale=1, digits=3) for n, than in ways]
     found, tries = judged('Tuning', measures, 'images'), ()
-    if found.said == 'untold': tries = ('more images, or a larger --validation-share',)
+    if found.said == 'untold': tries = (enough_kept_out(learned + len(before), 'images'),)
     elif found.said != 'helps':
         tries = (f'more examples: {learned} were learned from', 'fewer epochs')
     return replace(found, tries=tries, facts=dict(learned_from=learned))
