@@ -188,13 +188,15 @@ def word_parts(gradio, viewer, upload, kind) -> list: # the output for captions,
     if viewer.talker:
         question = gradio.Textbox(label='Ask the LLaVA about it', max_length=500,
                                   value='What does the picture show?')
+        button = gradio.Button('Ask')
         answer = gradio.Textbox(label='It answers', interactive=False, lines=2)
         def ask(path, kind, question):
             picture = picture_of(path, viewer.settings)
             if picture is None: raise gradio.Error('choose a picture first', print_exception=False)
             try: return viewer.answer(viewer.look(picture, kind == 'generated'), question)
             except ValueError as e: raise gradio.Error(str(e), print_exception=False) from e
-        question.submit(ask, [upload, kind, question], answer, api_visibility='private')
+        for event in (question.submit, button.click):
+            event(ask, [upload, kind, question], answer, api_visibility='private')
     return words
 
 # %% ../../nbs/cli/05_app.ipynb #f5c8941a
