@@ -307,9 +307,10 @@ def progress(
     total:int|None=None, # number of items, where the iterable does not know
     **kwargs             # further options of tqdm
 ) -> tqdm:
-    "A tqdm bar for a person at a terminal or a notebook; a pipe or a log gets a line in `LOG_EVERY`."
+    "A tqdm bar at a terminal or in a notebook; a pipe or a log gets a line in `LOG_EVERY` seconds."
     seen = sys.stderr.isatty() or 'ipykernel' in sys.modules
-    pause = dict(mininterval=.2) if seen else dict.fromkeys(('mininterval', 'maxinterval', 'delay'), LOG_EVERY)
+    rare = dict.fromkeys(('mininterval', 'maxinterval', 'delay'), LOG_EVERY)
+    pause = dict(mininterval=.2) if seen else rare
     bar = tqdm(iterable, desc=desc, total=total, **pause | kwargs)
     if not bar.disable: # by a clock that nobody sets: put back by an hour, a bar would stand still for it
         bar._time = time.monotonic

@@ -1,4 +1,4 @@
-"The completion that commands print, in the shells themselves: keys are typed into a terminal, and what stands there is read."
+"The completion that commands print, in the shells themselves: keys are typed, and what then stands there is read."
 import os
 import pty
 import re
@@ -24,7 +24,8 @@ def folder(tmp_path_factory):
 
 def typed(folder, argv, keys, last, seconds=30):
     "What a shell shows once `keys` were typed, as soon as `last` is among it."
-    env = dict(os.environ, PS1='> ', TERM='vt100', HOME=str(folder), PATH=f'{folder}/bin:{os.environ["PATH"]}')
+    path = f'{folder}/bin:{os.environ["PATH"]}'
+    env = dict(os.environ, PS1='> ', TERM='vt100', HOME=str(folder), PATH=path)
     pid, terminal = pty.fork()
     if not pid:
         os.chdir(folder)
@@ -46,7 +47,8 @@ def typed(folder, argv, keys, last, seconds=30):
 
 @pytest.mark.skipif(not shutil.which('zsh'), reason='needs zsh')
 @pytest.mark.parametrize('line, found', [
-    ('gmail_align --gene', '--generated'), ('gmail_tune cap', 'caption'), ('gmail_tune text --arm ind', 'indiscriminate'),
+    ('gmail_align --gene', '--generated'), ('gmail_tune cap', 'caption'),
+    ('gmail_tune text --arm ind', 'indiscriminate'),
     ('gmail_align my', 'my\\ p')])
 def test_zsh_completes(folder, line, found):
     "Also where the person has set up no completion at all."
@@ -59,16 +61,18 @@ def test_bash_completes_at_a_prompt(folder, line, found):
 
 @pytest.mark.skipif(not shutil.which('fish'), reason='needs fish')
 @pytest.mark.parametrize('line, found', [
-    ('gmail_align --gene', '--generated'), ('gmail_tune ca', 'caption'), ('gmail_tune text --arm ind', 'indiscriminate'),
-    ('gmail_eval vqa --bli', '--blind'), ('gmail_eval --skip', '--skip-existing')])
+    ('gmail_align --gene', '--generated'), ('gmail_tune ca', 'caption'),
+    ('gmail_tune text --arm ind', 'indiscriminate'), ('gmail_eval vqa --bli', '--blind'),
+    ('gmail_eval --skip', '--skip-existing')])
 def test_fish_completes(folder, line, found):
-    asked = f'source words.fish; complete -C "{line}"'
-    done = subprocess.run(['fish', '--no-config', '-c', asked], cwd=folder, capture_output=True, text=True, timeout=60)
+    asked = ['fish', '--no-config', '-c', f'source words.fish; complete -C "{line}"']
+    done = subprocess.run(asked, cwd=folder, capture_output=True, text=True, timeout=60)
     assert not done.stderr and done.returncode == 0
     assert [l.split('\t')[0] for l in done.stdout.splitlines()] == ([found] if found else [])
 
 def test_a_file_with_a_space_is_one_word(folder):
-    line = '. ./words.bash; COMP_WORDS=(gmail_align my); COMP_CWORD=1; _gmail_align; printf "%s|" "${COMPREPLY[@]}"'
+    line = ('. ./words.bash; COMP_WORDS=(gmail_align my); COMP_CWORD=1; _gmail_align; '
+            'printf "%s|" "${COMPREPLY[@]}"')
     done = subprocess.run(['bash', '-c', line], cwd=folder, capture_output=True, text=True)
     assert sorted(done.stdout.strip('|').split('|')) == ['my pictures', 'my plots']
 

@@ -93,7 +93,7 @@ def local_katex(site):
         page.write_text(re.sub(r'https://[^"\s]*/katex@[\d.]+/dist/(contrib/)?', ours, text), encoding='utf-8')
 
 def no_fonts_from_elsewhere(site):
-    "Leave out the fonts that a theme asks another server for: a page offline has none of them, and its console an error."
+    "Leave out the fonts that a theme asks another server for: offline there are none, and the console has an error."
     for sheet in site.glob('site_libs/**/*.css'): # an address of a font may hold a `;` of its own
         text = sheet.read_text(encoding='utf-8')
         plain = re.sub(r'@import\s*(?:url\([^)]*\)|"[^"]*"|\'[^\']*\')\s*;',

@@ -568,8 +568,9 @@ def fish_flags(parser:argparse.ArgumentParser|None, start:str) -> list[str]:
     found = []
     for a in parser._actions if parser else []:
         if a.help == argparse.SUPPRESS: continue
-        value = f" -x -a '{' '.join(map(str, a.choices))}'" if a.choices else '' if a.nargs == 0 else ' -r'
-        for flag in (f.removeprefix('--') for f in a.option_strings if f.startswith('--')):
+        value = '' if a.nargs == 0 else ' -r'
+        if a.choices: value = f" -x -a '{' '.join(map(str, a.choices))}'"
+        for flag in (f[2:] for f in a.option_strings if f.startswith('--')):
             found.append(f'{start} -l {flag}{value} -d {fish_text(a.help)}')
     return found
 
@@ -590,7 +591,8 @@ def completion(command, shell:str) -> str: # command: a `Command`, or `Commands`
     if shell not in SHELLS: raise unknown_name('shell', shell, SHELLS)
     each = getattr(command, 'commands', None)
     if each and ' ' in command.name: # all commands, each by its own name
-        text = '\n'.join(completion(c, 'fish' if shell == 'fish' else 'bash') for c in each.values())
+        plain = 'fish' if shell == 'fish' else 'bash'
+        text = '\n'.join(completion(c, plain) for c in each.values())
     elif shell == 'fish': text = '\n'.join(fish_lines(command, command.name))
     else:
         text = functions_of(command) + f'complete -o filenames -F {shell_name(command.name)} {command.name}'
@@ -717,8 +719,9 @@ def __call__(self:Command, argv:list[str]|None=None) -> int:
     asked, own, work = '--json' in argv, takes_json(self.work), lambda: self.run(argv)
     if not asked or not own or '--dry-run' in argv:
         return run_command(self.name, work, '--debug' in argv, asked)
-    status, found = outcome(self.name, work, '--debug' in argv) # prints JSON of its own, but for an error
-    if status: print(json.dumps(dict(command=self.name, status=status) | found, ensure_ascii=False))
+    status, found = outcome(self.name, work, '--debug' in argv) # its own JSON, but for an error
+    told = dict(command=self.name, status=status) | found
+    if status: print(json.dumps(told, ensure_ascii=False))
     return status
 
 # %% ../../nbs/cli/00_flags.ipynb #2ae9d758
@@ -745,13 +748,6 @@ class Commands:
         last = f'{self.name} {word} --help explains one of them.'
         return '\n'.join([first, '', self.description, '', *rows, '', last, STATUS])
 
-    def tell_list(self, as_json:bool) -> int: # exit status
-        "What `--list` prints; with `--json`, each name with what it does."
-        said = dict(command=self.name, status=0, names={n: c.__doc__ for n, c in self.commands.items()})
-        if as_json: print(json.dumps(said, ensure_ascii=False))
-        else: print(self, *([f'\n{self.listing()}'] if self.listing else []), sep='\n')
-        return 0
-
     def find(self, kind:str) -> Command:
         "The command of that name. `ValueError` with near names."
         if kind in self.commands: return self.commands[kind]
@@ -770,3 +766,13 @@ class Commands:
             if argv[0] != '--completion': return self.find(argv[0])
             print(completion(self, argv[1] if argv[1:] else 'bash'))
         return run_command(self.name, other, '--debug' in argv, '--json' in argv)
+
+# %% ../../nbs/cli/00_flags.ipynb #aa077eb6
+@patch
+def tell_list(self:Commands, as_json:bool) -> int: # exit status
+    "What `--list` prints; with `--json`, each name with what it does."
+    names = {name: c.__doc__ for name, c in self.commands.items()}
+    said = dict(command=self.name, status=0, names=names)
+    if as_json: print(json.dumps(said, ensure_ascii=False))
+    else: print(self, *([f'\n{self.listing()}'] if self.listing else []), sep='\n')
+    return 0
