@@ -383,9 +383,9 @@ def judge_captions(
         each.append(cider(*words).each)
     measure = Measure(f'CIDEr against {than}', *each, unit='', scale=1, digits=3)
     found, tries = judged(what, [measure], 'images'), ()
-    if found.said == 'untold': # what a model below has learned from is never kept out
-        tries = (f'{enough_kept_out(learned + n, "images")}; for gmail_align first, where a --model is named',
-                 'a set of its own with --test')
+    if found.said == 'untold':
+        tries = (enough_kept_out(learned + n, 'images'), 'a set of its own with --test',
+                 'the same share for gmail_align, whose --model has learned from images not scored on here')
     elif found.said != 'helps': tries = (f'more images: {learned} were learned from', 'more --steps')
     return replace(found, tries=tries, facts=dict(learned_from=learned, cider=float(np.mean(each[0]))))
 
