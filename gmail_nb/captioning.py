@@ -15,10 +15,11 @@ __all__ = ['MAPPERS', 'LM_TUNINGS', 'MLPMapper', 'TransformerMapper', 'Prefix', 
 
 # %% ../nbs/35_captioning.ipynb #08433877
 import inspect
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -40,7 +41,7 @@ from .settings import SMOLLM2_FROM, CaptionerSettings, CaptionSettings, RunSetti
 from .train import (
     Checkpoints, Log, check_same_run, checkpoints_in, cosine_rate, epoch_order, in_precision,
     processes, read_state, run_precision)
-from .weights import load_part, load_whole, read_tensors, read_torch
+from .weights import load_part, load_whole, quiet_weights, read_tensors, read_torch
 
 # %% ../nbs/35_captioning.ipynb #caa9821f
 from peft import LoraConfig, inject_adapter_in_model
@@ -183,8 +184,8 @@ def load_lm(
     if name == 'smollm2':
         file = _smollm2_file()
         where = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
-        lm = AutoModelForCausalLM.from_pretrained(**where, **kwargs)
-        return lm, AutoTokenizer.from_pretrained(**where)
+        with quiet_weights(), redirect_stderr(io.StringIO()): # its reader has a bar of its own
+            return AutoModelForCausalLM.from_pretrained(**where, **kwargs), AutoTokenizer.from_pretrained(**where)
     lm = load_whole(AutoModelForCausalLM, name, **kwargs)
     return lm, load_part(AutoTokenizer, name, revision=revision)
 

@@ -6,7 +6,7 @@
 __all__ = ['CAPTIONED', 'FEATURES', 'SOURCES', 'SPLITS', 'FORMATS', 'MAX_PIXELS', 'IN_MEMORY', 'emoji', 'show_images',
            'decode_image', 'check_columns', 'column_of', 'repeated', 'check_unique', 'undecoded', 'check_captioned',
            'quiet_datasets', 'as_captioned', 'whole_parquet', 'check_parquet', 'read_parquet', 'parquet_files', 'Pairs',
-           'pairs', 'show_pairs', 'png_of', 'show_captioned']
+           'pairs', 'show_pairs', 'png_of', 'show_captioned', 'set_as_grid', 'show_sets_in']
 
 # %% ../nbs/05_data.ipynb #4de0071c
 import contextlib
@@ -14,6 +14,7 @@ import glob
 import io
 import os
 import struct
+import sys
 import textwrap
 import warnings
 from collections import Counter
@@ -542,3 +543,18 @@ def show_captioned(
     said = [c[0] if isinstance(c, list) else c for c in texts]
     images = [decode_image(r['image'], k) for r, k in zip(undecoded(ds), ds['key'])]
     return show_images(images, said, ncols, size)
+
+# %% ../nbs/05_data.ipynb #415d41da
+def set_as_grid(ds:datasets.Dataset) -> bytes|None: # none for a dataset that is no set of ours
+    "A captioned or generated set as a notebook shows it; `None` too where an image cannot be read."
+    names = set(ds.column_names)
+    if not len(ds) or not {'key', 'image'} <= names or not {'captions', 'caption'} & names: return None
+    try: return png_of(show_captioned(ds))
+    except (ValueError, OSError): return None
+
+def show_sets_in(shell) -> None: # shell: of IPython, or None
+    "Let a notebook show sets as grids."
+    if shell is None: return
+    shell.display_formatter.formatters['image/png'].for_type(datasets.Dataset, set_as_grid)
+
+show_sets_in(sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None)

@@ -30,7 +30,7 @@ from .files import (asset, atomic_write, found_on_disk, plain_weights, progress,
                             without_hub)
 from .runtime import copied_late, fingerprint, module_fingerprint, to_device
 from .weights import (
-    check_finite, check_names, from_place, load_part, load_whole, read_tensors, read_torch)
+    check_finite, check_names, from_place, load_part, load_whole, quiet_weights, read_tensors, read_torch)
 
 # %% ../nbs/20_encoders.ipynb #6e6e4462
 def count(module:nn.Module) -> int: # of its parameters, trained or not
@@ -196,7 +196,8 @@ class MiniLMTower(nn.Module):
     def __init__(self, dim:int=256):
         super().__init__()
         from transformers import AutoModel
-        self.trunk, self.head = AutoModel.from_pretrained(minilm_folder()), nn.Linear(384, dim)
+        with quiet_weights(): self.trunk = AutoModel.from_pretrained(minilm_folder())
+        self.head = nn.Linear(384, dim)
 
     def features(self, input_ids, attention_mask): # (B, 384)
         out = self.trunk(input_ids=input_ids, attention_mask=attention_mask)

@@ -876,7 +876,7 @@ def check_same_run(
 ) -> None:
     "`ValueError` that says what differs when the checkpoint belongs to another run."
     differ = [differences(there[k], here[k]) for k in ('settings', 'model')]
-    if there['data'] != here['data']: differ.append('the images or features are others')
+    if there['data'] != here['data']: differ.append('the images or features are others, or others are kept out')
     if any(differ):
         raise ValueError(f"{name} belongs to another run ({', '.join(filter(None, differ))}): "
                          'choose another folder, or the settings it has')
@@ -1065,8 +1065,9 @@ def show_row(
 ) -> None:
     "Put a step on the progress bar: loss, what was measured last, and images a second."
     measured |= {k: f'{v:.3f}' for k, v in row.items() if k not in ('step', 'loss', 'lr', 'tau', 'token_loss')}
-    rate = f'{images * (bar.format_dict["rate"] or 0):.0f}'
-    bar.set_postfix({'loss': f"{row['loss']:.3f}", **measured, 'images/s': rate})
+    shown = {'loss': f"{row['loss']:.3f}", **measured}
+    if rate := bar.format_dict['rate']: shown['images/s'] = f'{images * rate:.0f}' # none at first
+    bar.set_postfix(shown, refresh=False)
     bar.update()
 
 # %% ../nbs/26_train.ipynb #f988cd79

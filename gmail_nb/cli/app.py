@@ -73,6 +73,7 @@ footer {display: none !important}
 .found img {width: 100%; background: white; border-radius: 6px}
 .found .row img {aspect-ratio: 1; object-fit: contain; border: 1px solid var(--border-color-primary)}
 .found table {width: 100%; border-collapse: collapse; font-size: 14px; border: none !important}
+.found tr {border: none !important}
 .found td, .found th {text-align: left; padding: .25rem .5rem; border: none !important;
   border-bottom: 1px solid var(--border-color-primary) !important}
 '''
@@ -151,13 +152,15 @@ def word_parts(gradio, viewer, upload, kind) -> list: # the output for captions,
     if viewer.talker:
         question = gradio.Textbox(label='Ask the LLaVA about it', max_length=500,
                                   value='What does the picture show?')
+        button = gradio.Button('Ask')
         answer = gradio.Textbox(label='It answers', interactive=False, lines=2)
         def ask(path, kind, question):
             picture = picture_of(path, viewer.settings)
             if picture is None: raise gradio.Error('choose a picture first', print_exception=False)
             try: return viewer.answer(viewer.look(picture, kind == 'generated'), question)
             except ValueError as e: raise gradio.Error(str(e), print_exception=False) from e
-        question.submit(ask, [upload, kind, question], answer, api_visibility='private')
+        for event in (question.submit, button.click):
+            event(ask, [upload, kind, question], answer, api_visibility='private')
     return words
 
 # %% ../../nbs/cli/05_app.ipynb #f1ec3def

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['HEADINGS', 'SETS', 'SPELLED', 'STATUS', 'OTHER_WORDS', 'METAVARS', 'OLDER_WORDS', 'ERRORS', 'PLAN', 'SHELLS',
-           'comments', 'word_or_number', 'json_object', 'reader', 'Option', 'derived', 'options_of_settings',
-           'preset_or', 'is_argument', 'options_of', 'flag_names', 'Help', 'Parser', 'how_to_read', 'said_of',
-           'help_of', 'add_flag', 'add_option', 'Older', 'older_words', 'tell_renamed', 'Renamed', 'add_older',
-           'add_options', 'with_named', 'ours', 'one_line', 'Terminated', 'stopped_by_sigterm', 'outcome', 'printed',
-           'run_command', 'arguments_of', 'call_with', 'add_preset', 'preset_named', 'show_plan', 'shell_name',
-           'complete_words', 'complete_flags', 'completion', 'functions_of', 'Completion', 'Command', 'command',
-           'takes_json', 'check_typed', 'Commands']
+           'ZSH_FIRST', 'comments', 'word_or_number', 'json_object', 'reader', 'Option', 'derived',
+           'options_of_settings', 'preset_or', 'is_argument', 'options_of', 'flag_names', 'Help', 'Parser',
+           'how_to_read', 'said_of', 'help_of', 'add_flag', 'add_option', 'Older', 'older_words', 'tell_renamed',
+           'Renamed', 'add_older', 'add_options', 'with_named', 'ours', 'one_line', 'Terminated', 'stopped_by_sigterm',
+           'outcome', 'printed', 'run_command', 'arguments_of', 'call_with', 'add_preset', 'preset_named', 'show_plan',
+           'shell_name', 'complete_words', 'complete_flags', 'fish_text', 'fish_flags', 'fish_lines', 'completion',
+           'functions_of', 'Completion', 'Command', 'command', 'takes_json', 'check_typed', 'Commands']
 
 # %% ../../nbs/cli/00_flags.ipynb #cf690f1d
 import argparse
@@ -536,14 +536,14 @@ def show_plan(
     return 2 if bad else 0
 
 # %% ../../nbs/cli/00_flags.ipynb #291a23ba
-SHELLS = 'bash', 'zsh'
+SHELLS = 'bash', 'zsh', 'fish'
 
 _function = """{name}() {{
   local cur="${{COMP_WORDS[COMP_CWORD]}}" prev="${{COMP_WORDS[COMP_CWORD-1]}}"
 {words}  case "$prev" in
 {values}    *) case "$cur" in
       -*) COMPREPLY=($(compgen -W "{flags}" -- "$cur"));;
-      *) COMPREPLY=($(compgen -f -- "$cur"));;
+      *) local IFS=$'\\n'; COMPREPLY=($(compgen -f -- "${{cur//\\\\/}}"));;
     esac;;
   esac
 }}
@@ -575,15 +575,51 @@ def complete_flags(
     return _function.format(name=shell_name(name), words=complete_words(words), values=values,
                             flags=flags or '--help --list --completion')
 
+# %% ../../nbs/cli/00_flags.ipynb #17fbd5b4
+ZSH_FIRST = """autoload -U +X compinit bashcompinit
+(( $+functions[compdef] )) || compinit -i
+bashcompinit
+"""
+
+def fish_text(text:str) -> str: # in quotes, at most so long as one sees it beside a flag
+    "Text for a line of fish."
+    short = textwrap.shorten(text or '', 70, placeholder=' ...').replace('%%', '%')
+    return "'" + short.replace('\\', '\\\\').replace("'", "\\'") + "'"
+
+def fish_flags(parser:argparse.ArgumentParser|None, start:str) -> list[str]:
+    "A line for each flag of a parser, with its help and the values that it chooses from."
+    found = []
+    for a in parser._actions if parser else []:
+        if a.help == argparse.SUPPRESS: continue
+        value = '' if a.nargs == 0 else ' -r'
+        if a.choices: value = f" -x -a '{' '.join(map(str, a.choices))}'"
+        for flag in (f[2:] for f in a.option_strings if f.startswith('--')):
+            found.append(f'{start} -l {flag}{value} -d {fish_text(a.help)}')
+    return found
+
+def fish_lines(command, first:str, when:str='') -> list[str]: # first: the name of the program
+    "What fish reads: the words that come first, and the flags behind each of them."
+    below = getattr(command, 'commands', None) or getattr(command, 'words', {})
+    start, found, known = f'complete -c {first}', [], ' '.join(below)
+    for w, c in below.items():
+        found.append(f'{start} -n __fish_use_subcommand -a {w} -d {fish_text(c.__doc__)}')
+        found += fish_lines(c, first, f' -n "__fish_seen_subcommand_from {w}"')
+    parser = command.parser() if hasattr(command, 'parser') else None
+    own = f' -n "not __fish_seen_subcommand_from {known}"' if below else when
+    return found + fish_flags(parser, start + own)
+
+# %% ../../nbs/cli/00_flags.ipynb #6fb87d20
 def completion(command, shell:str) -> str: # command: a `Command`, or `Commands`
     "What a shell reads to complete the words of a command. `ValueError` for an unknown shell."
     if shell not in SHELLS: raise unknown_name('shell', shell, SHELLS)
     each = getattr(command, 'commands', None)
     if each and ' ' in command.name: # all commands, each by its own name
-        text = '\n'.join(completion(c, 'bash') for c in each.values())
+        plain = 'fish' if shell == 'fish' else 'bash'
+        text = '\n'.join(completion(c, plain) for c in each.values())
+    elif shell == 'fish': text = '\n'.join(fish_lines(command, command.name))
     else:
         text = functions_of(command) + f'complete -o filenames -F {shell_name(command.name)} {command.name}'
-    return 'autoload -U +X bashcompinit && bashcompinit\n' * (shell == 'zsh') + text
+    return ZSH_FIRST * (shell == 'zsh') + text
 
 # %% ../../nbs/cli/00_flags.ipynb #23e8477e
 def functions_of(command) -> str: # command: a `Command`, or `Commands`
@@ -703,8 +739,13 @@ def run(self:Command, argv:list[str]) -> int|dict|None:
 def __call__(self:Command, argv:list[str]|None=None) -> int:
     argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
     if argv[:1] and argv[0] in self.words: return self.words[argv[0]](argv[1:])
-    as_json = '--json' in argv and not takes_json(self.work)
-    return run_command(self.name, lambda: self.run(argv), '--debug' in argv, as_json)
+    asked, own, work = '--json' in argv, takes_json(self.work), lambda: self.run(argv)
+    if not asked or not own or '--dry-run' in argv:
+        return run_command(self.name, work, '--debug' in argv, asked)
+    status, found = outcome(self.name, work, '--debug' in argv) # its own JSON, but for an error
+    told = dict(command=self.name, status=status) | found
+    if status: print(json.dumps(told, ensure_ascii=False))
+    return status
 
 # %% ../../nbs/cli/00_flags.ipynb #2ae9d758
 class Commands:
@@ -739,12 +780,22 @@ class Commands:
 
     def __call__(self, argv:list[str]|None=None) -> int:
         argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
-        if argv[:1] in ([], ['-h'], ['--help'], ['--list']):
-            more = f'\n\n{self.listing()}' if argv == ['--list'] and self.listing else ''
-            printed(f'{self}{more}')
+        if '--list' in argv and set(argv) <= {'--list', '--json'}: return self.tell_list('--json' in argv)
+        if argv[:1] in ([], ['-h'], ['--help']):
+            printed(f'{self}')
             return 0 if argv else 2
         if argv[0] in self.commands: return self.commands[argv[0]](argv[1:])
         def other():
             if argv[0] != '--completion': return self.find(argv[0])
             print(completion(self, argv[1] if argv[1:] else 'bash'))
         return run_command(self.name, other, '--debug' in argv, '--json' in argv)
+
+# %% ../../nbs/cli/00_flags.ipynb #aa077eb6
+@patch
+def tell_list(self:Commands, as_json:bool) -> int: # exit status
+    "What `--list` prints; with `--json`, each name with what it does."
+    names = {name: c.__doc__ for name, c in self.commands.items()}
+    said = dict(command=self.name, status=0, names=names)
+    if as_json: print(json.dumps(said, ensure_ascii=False))
+    else: printed('\n\n'.join([f'{self}', *([self.listing()] if self.listing else [])]))
+    return 0

@@ -46,7 +46,7 @@ from .dry_run import (
     look_path, look_set, look_steps)
 from .instructions import OWN_QUESTIONS, load_instructions
 from .judge import (
-    FEWEST, Measure, Verdict, judged, show_differences, spread, word_of, write_page)
+    FEWEST, Measure, Verdict, enough_kept_out, judged, show_differences, spread, word_of, write_page)
 from .presets import check_arm
 from .tune_caption import CaptionColumn, captioned_rows, pictures_at, places
 from ..runtime import default_device, fingerprint, set_seed, stable_seed
@@ -191,7 +191,8 @@ def judge_llava(
     seeing = of('that log-likelihood beside the picture of another image', turned)
     found, facts = judged('Tuning', [likelier], 'images'), dict(learned_from=learned)
     if found.said == 'untold':
-        return replace(found, tries=('more images, or a larger --validation-share',), facts=facts)
+        tries = (enough_kept_out(learned + len(before), 'images'),)
+        return replace(found, tries=tries, facts=facts)
     d, first = seeing.difference(), found.measures[likelier.name]
     measures = found.measures | {seeing.name: d}
     if found.said == 'helps' and word_of(d) != 'helps':
