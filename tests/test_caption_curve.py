@@ -80,7 +80,8 @@ def test_the_table_of_the_curve_has_captions_where_there_are_some():
 def test_captions_of_other_settings_are_run_again():
     card = caption_curve.captioner_card(SHORT)
     records = [dict(r, captioner=card) for arm in ('gmail', 'indiscriminate') for r in made_up(arm, 1)]
-    assert caption_curve.has_captions(records, GOOD, 0, SHORT) and not caption_curve.has_captions(records, GOOD, 2, SHORT)
+    assert caption_curve.has_captions(records, GOOD, 0, SHORT)
+    assert not caption_curve.has_captions(records, GOOD, 2, SHORT)
     assert not caption_curve.has_captions(records, GOOD, 0, replace(SHORT, tune_steps=9))
     assert caption_curve.has_captions(records, GOOD, 0, replace(SHORT, seeds=1)) # how many there are changes nothing
 

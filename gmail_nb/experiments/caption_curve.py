@@ -126,7 +126,7 @@ def captions_on_curve(
     how:CaptionExperimentSettings=CaptionExperimentSettings(),
     shipped:bool=True                        # count what the package has as finished
 ) -> list[dict]: # all records
-    "Every captioner that is missing, a seed at all points before the next; records.jsonl, captions.txt."
+    "Every captioner that is missing, a seed at all points before the next; writes captions.txt."
     out, chosen = check_writable(out), chosen_settings(out)
     encoder, known = load_encoder('embedded').to(default_device()), stored() if shipped else []
     for seed in range(settings.seeds):
@@ -152,6 +152,6 @@ def dry_captions(
     asked = [(p, seed) for seed in range(seeds) for p in CAPTION_POINTS]
     todo = [(p, seed) for p, seed in asked if not has_captions(stored(), p, seed, how)]
     return [look_device(), look_out(out),
-            Look('chains', f'{len(todo)} of {len(asked)}', 'estimate', 'a base and two captioners each'),
+            Look('chains', f'{len(todo)} of {len(asked)}', 'estimate', 'a base, two captioners'),
             Look('time', time_text(CHAIN_SECONDS * len(todo)), 'estimate',
                  'the captioners, on one core; chains that are missing are drawn first')]

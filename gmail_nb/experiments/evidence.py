@@ -20,7 +20,8 @@ from ..pages import table_markdown
 # %% ../../nbs/experiments/19_evidence.ipynb #85de4cd3
 def curve_parts(records:list[dict]) -> list[str]: # of the page
     "The curve on both tests, and in captions where there are captioners."
-    titles, parts = dict(seen='Concepts learned from generated images', unseen='Unseen concepts'), []
+    titles = dict(seen='Concepts learned from generated images', unseen='Unseen concepts')
+    parts = []
     for test, title in titles.items():
         tables = [t for axis in CURVES
                   if len(t := curve_table(records, axis, test)) > 2 or axis == 'steps']
@@ -35,7 +36,8 @@ def shares_parts(records:list[dict]) -> list[str]: # of the page, none where no 
     if not finished_shares(records): return []
     tables = [seen_table(), shares_table(records), worth_table(records)]
     sentences = '\n'.join(f'- {line}' for line in best_sentences(records))
-    return ['## A few real images', worth_sentence(records), sentences, *map(table_markdown, tables)]
+    said = worth_sentence(records), sentences
+    return ['## A few real images', *said, *map(table_markdown, tables)]
 
 # %% ../../nbs/experiments/19_evidence.ipynb #0a4b6fb4
 def evidence_page(records:list[dict]) -> str: # markdown
@@ -44,8 +46,8 @@ def evidence_page(records:list[dict]) -> str: # markdown
     seeds = sorted({s for _, s in chains})
     settings = len({p for p, _ in chains})
     intro = (f'{len(chains)} whole chains at {settings} settings of the generator, '
-             f'seeds {", ".join(map(str, seeds))}. Differences are points of mean recall (of CIDEr in '
-             'claims about captions) with 95% intervals over chains and concepts; a point with one '
+             f'seeds {", ".join(map(str, seeds))}. Differences are points of mean recall (of CIDEr '
+             'in claims about captions) with 95% intervals over chains and concepts; a point with one '
              'chain varies concepts alone.')
     parts = ['# The evidence', intro, '## Failed claims', said_first(records),
              '## All claims', table_markdown(claims_table(records)), *curve_parts(records)]

@@ -44,7 +44,7 @@ def share_rows(n:int, share:float, seed:int) -> torch.Tensor: # numbers of conce
 @dataclass
 class Learned:
     "What an arm learns from."
-    features:torch.Tensor # (N, D), or (2, N, D): the generated images, and real ones where there are any
+    features:torch.Tensor # (N, D), or (2, N, D): generated, and real where there are any
     rows:torch.Tensor     # (N,), numbers of the captions
 
 def share_features(
@@ -137,9 +137,10 @@ def shares_table(
     head = ['real images', *SHARE_ARMS, 'both - mix [95%]', 'both - real [95%]', 'chains']
     rows = []
     for s in finished_shares(records, point):
-        means = [mean_of(records, share_arm(kind, s), point, split=TESTS[test]) for kind in SHARE_ARMS]
+        arms = [share_arm(kind, s) for kind in SHARE_ARMS]
+        means = [mean_of(records, arm, point, split=TESTS[test]) for arm in arms]
         more = [beside(records, s, other, point, test).text(sign='+') for other in ('mix', 'real')]
-        chains = share_scores(records, [share_arm(kind, s) for kind in SHARE_ARMS], point).shape[1]
+        chains = share_scores(records, arms, point).shape[1]
         name = f'{share_text(s)} ({share_n(s, concepts)})'
         rows.append([name, *(f'{100 * v:.1f}' for v in means), *more, str(chains)])
     return [head, *rows]
@@ -180,10 +181,10 @@ def worth_table(
     head = ['real images', 'mix is worth', 'both is worth', 'both - mix [95%]']
     rows = []
     for s in finished_shares(records, point)[:-1]: # with all of them, more is not to be had
-        arms = [share_arm(kind, s) for kind in ('both', 'mix')]
-        of = [worth(records, arm, point=point) for arm in arms[::-1]] + [worth(records, *arms, point=point)]
-        rows.append([f'{share_text(s)} ({share_n(s, concepts)})', *(v.text(concepts, digits=0) for v in of[:2]),
-                     of[2].text(concepts, '+', 0)])
+        both, mix = (share_arm(kind, s) for kind in ('both', 'mix'))
+        of = [worth(records, arm, point=point).text(concepts, digits=0) for arm in (mix, both)]
+        more = worth(records, both, mix, point=point).text(concepts, '+', 0)
+        rows.append([f'{share_text(s)} ({share_n(s, concepts)})', *of, more])
     return [head, *rows]
 
 # %% ../../nbs/experiments/18_shares.ipynb #37115142
@@ -194,10 +195,12 @@ def worth_sentence(
     before, after = (worth(records, arm, point=point) for arm in ('indiscriminate', 'gmail'))
     more = worth(records, 'gmail', 'indiscriminate', point=point)
     def real(v): return f'{v.text(concepts, digits=0)} real ones'
-    said = dict(helps='more', hurts='less').get(verdict(more), 'neither more nor less that can be told')
-    return (f'{concepts} generated images alone reach as far as {real(before)} as they are, so one is worth '
-            f'{before.text(1, digits=2)} of a real one; aligned, as far as {real(after)}, so one is worth '
-            f'{after.text(1, digits=2)}. Aligned they are worth {said}: {more.text(concepts, "+", 0)} real images.')
+    known = dict(helps='more', hurts='less')
+    said = known.get(verdict(more), 'neither more nor less that can be told')
+    return (f'{concepts} generated images alone reach as far as {real(before)} as they are, so one is '
+            f'worth {before.text(1, digits=2)} of a real one; aligned, as far as {real(after)}, so one '
+            f'is worth {after.text(1, digits=2)}. Aligned they are worth {said}: '
+            f'{more.text(concepts, "+", 0)} real images.')
 
 def best_sentences(records:list[dict], point:Point=GOOD) -> list[str]:
     "For each share with real images, what `both` has over the mix and over the real images alone."
@@ -206,7 +209,8 @@ def best_sentences(records:list[dict], point:Point=GOOD) -> list[str]:
         over = {other: beside(records, s, other, point) for other in ('mix', 'real')}
         names = dict(mix='the mix', real='the real images alone')
         parts = [f'{names[k]} by {d.text(sign="+")} ({verdict(d)})' for k, d in over.items()]
-        said.append(f'With {share_text(s)} of the real images, `both` differs from {" and from ".join(parts)}.')
+        said.append(f'With {share_text(s)} of the real images, `both` differs from '
+                    f'{" and from ".join(parts)}.')
     return said
 
 # %% ../../nbs/experiments/18_shares.ipynb #f6010da5
@@ -244,7 +248,7 @@ def draw_added(ax, records:list[dict], shares:list[float], point:Point) -> None:
 
 # %% ../../nbs/experiments/18_shares.ipynb #b306879a
 def show_shares(records:list[dict], point:Point=GOOD) -> Figure:
-    "The three arms over the share of real images, and the differences. `ValueError` without a chain."
+    "The arms over the share of real images, and the differences. `ValueError` without a chain."
     shares = finished_shares(records, point)
     if not shares: raise ValueError('no share is finished: run gmail_experiment shares')
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.9), dpi=100, layout='constrained',
@@ -266,7 +270,8 @@ def share_claims() -> tuple: # of the protocol
 def shares_text(records:list[dict]) -> str:
     "Claims, those that failed first, the two answers, and the tables."
     own = share_claims()
-    said = [textwrap.fill(line, 118) for line in (worth_sentence(records), *best_sentences(records))]
+    said = [worth_sentence(records), *best_sentences(records)]
+    said = [textwrap.fill(line, 118) for line in said]
     parts = [said_first(records, own), table_text(claims_table(records, own)), '\n'.join(said),
              table_text(seen_table(), width=118)]
     tables = [shares_table(records), shares_table(records, test='unseen'), worth_table(records)]
@@ -277,7 +282,7 @@ def real_shares(
     settings:ProofSettings=ProofSettings(),
     shipped:bool=True                        # count what the package has as finished
 ) -> list[dict]: # all records
-    "Every share that is missing at the generator's own setting; records.jsonl, shares.txt, shares.png."
+    "Every share that is missing, at the generator's own setting; writes shares.txt and shares.png."
     out, chosen = check_writable(out), chosen_settings(out)
     encoder, known = load_encoder('embedded').to(default_device()), stored() if shipped else []
     for seed in range(settings.seeds):
