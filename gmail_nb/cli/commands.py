@@ -8,9 +8,9 @@ __all__ = ['SET_FORMS', 'ALIGN_RUNS', 'Arm', 'CaptionArm', 'LlavaArm', 'gmail_tu
            'gmail_tune_text', 'gmail_tune_caption', 'gmail_tune_llava', 'gmail_caption', 'gmail_chat', 'dry_page',
            'gmail_app', 'gmail_eval_vqa', 'gmail_eval', 'dry_bench_run', 'gmail_bench', 'experiment_retrieval',
            'show_file', 'experiment_alignment', 'dry_proof', 'experiment_protocol', 'experiment_curve',
-           'experiment_controls', 'experiment_pairs', 'experiment_captioning', 'experiment_ifcap', 'dry_llava_arms',
-           'experiment_llava', 'dry_experiment_table', 'beside_the_paper', 'experiment_table', 'table_command',
-           'dry_report_run', 'gmail_report']
+           'experiment_controls', 'experiment_pairs', 'dry_caption_curve', 'experiment_shares', 'experiment_captions',
+           'experiment_captioning', 'experiment_ifcap', 'dry_llava_arms', 'experiment_llava', 'dry_experiment_table',
+           'beside_the_paper', 'experiment_table', 'table_command', 'dry_report_run', 'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -461,9 +461,9 @@ def experiment_protocol(
     "The claims of the evidence, those that failed first; and the choice of settings."
     from gmail_nb.experiments.chain import choose_settings
     from gmail_nb.experiments.protocol import chosen_settings
-    from gmail_nb.experiments.controls import write_controls_page
+    from gmail_nb.experiments.evidence import write_evidence_page
     if choose: choose_settings(out)
-    write_controls_page(out)
+    write_evidence_page(out)
     print(f'settings of the text head, chosen on validation concepts: {chosen_settings(out)}')
     return show_file(out, 'page.md')
 
@@ -503,6 +503,34 @@ def experiment_pairs(
     from gmail_nb.experiments.pairs import fewer_pairs
     fewer_pairs(out, proof_settings(False, seeds))
     return show_file(out, 'pairs.txt')
+
+# %% ../../nbs/cli/10_commands.ipynb #b7d20f43
+def dry_caption_curve(**asked) -> list:
+    "What the captioners on the curve would take."
+    from gmail_nb.experiments.caption_curve import dry_captions
+    return dry_captions(**asked)
+
+@command(name='gmail_experiment shares', dry=dry_proof,
+         example='gmail_experiment shares --seeds 2 --out proof')
+def experiment_shares(
+    out:str='proof',    # folder of the curve, whose chains are read; run it again to go on
+    seeds:int=ProofSettings().seeds # whole chains
+):
+    "A few real images and many generated ones: mixed, aligned first, or the real ones alone."
+    from gmail_nb.experiments.shares import real_shares
+    real_shares(out, proof_settings(False, seeds))
+    return show_file(out, 'shares.txt')
+
+@command(name='gmail_experiment captions', dry=dry_caption_curve,
+         example='gmail_experiment captions --seeds 2 --out proof')
+def experiment_captions(
+    out:str='proof',    # folder of the curve, whose chains are read; run it again to go on
+    seeds:int=ProofSettings().seeds # whole chains of every point
+):
+    "Captioners on the curve: what aligning first adds in CIDEr, from a poor generator to a good one."
+    from gmail_nb.experiments.caption_curve import captions_on_curve
+    captions_on_curve(out, proof_settings(False, seeds))
+    return show_file(out, 'captions.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #5d2ce686
 @command(name='gmail_experiment captioning', quick=QUICK_CAPTIONS, dry=dry('dry_demo'),
@@ -611,7 +639,7 @@ gmail_experiment = Commands(
     demo=Command(gmail_demo.work, name='gmail_experiment demo', dry=gmail_demo.dry,
                  example='gmail_experiment demo --quick'),
     protocol=experiment_protocol, curve=experiment_curve, controls=experiment_controls,
-    pairs=experiment_pairs,
+    pairs=experiment_pairs, shares=experiment_shares, captions=experiment_captions,
     retrieval=experiment_retrieval, alignment=experiment_alignment,
     captioning=experiment_captioning, ifcap=experiment_ifcap, llava=experiment_llava,
     **{table: table_command(table) for table in TABLES})
