@@ -179,9 +179,9 @@ def draw_benefit(
         color = 'tab:blue' if d.excludes_zero else 'darkgray'
         ax.plot([x, x], [100 * d.low, 100 * d.high], color=color, lw=2.5)
         ax.plot(x, 100 * d.value, 'o', ms=8, color=color)
-        chains = f'{seeds} chain' + 's'[:seeds > 1]
-        ax.annotate(chains, (x, 100 * d.high), (0, 5), textcoords='offset points', ha='center',
+        ax.annotate(str(seeds), (x, 100 * d.high), (0, 5), textcoords='offset points', ha='center',
                     fontsize=8)
+    ax.set_title('above each point: its number of chains', fontsize=8, color='.4')
     ax.axhline(0, color='black', lw=.8)
     measure = '' if metric == 'mean_recall' else f' of {metric}'
     ax.set_ylabel(f'what aligning first adds, points{measure}', fontsize=10)

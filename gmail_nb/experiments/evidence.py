@@ -11,7 +11,7 @@ from pathlib import Path
 from .controls import control_table
 from .curve import (
     caption_points, caption_table, curve_table, gathered, joined, stored)
-from .protocol import CURVES, claims_table, said_first
+from .protocol import CURVES, SHARES, claims_table, said_first
 from .shares import (
     best_sentences, finished_shares, seen_table, shares_table, worth_sentence, worth_table)
 from ..files import atomic_write, check_writable
@@ -33,7 +33,7 @@ def curve_parts(records:list[dict]) -> list[str]: # of the page
 
 def shares_parts(records:list[dict]) -> list[str]: # of the page, none where no share is finished
     "What an arm has seen, how far it came, and what a generated image is worth."
-    if not finished_shares(records): return []
+    if set(finished_shares(records)) != set(SHARES): return []
     tables = [seen_table(), shares_table(records), worth_table(records)]
     sentences = '\n'.join(f'- {line}' for line in best_sentences(records))
     said = worth_sentence(records), sentences

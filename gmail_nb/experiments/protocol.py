@@ -204,7 +204,7 @@ def by_seed(
     "Scores of an arm by seed, (N,) each."
     asked = arm, TESTS[test], asdict(point), metric
     return {r['seed']: scores(r) for r in records
-            if (r['arm'], r['split'], r['point'], r['metric']) == asked}
+            if (r['arm'], r['split'], r.get('point'), r['metric']) == asked}
 
 def claim_difference(
     records:list[dict],

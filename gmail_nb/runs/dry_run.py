@@ -330,8 +330,8 @@ def look_generated(
 # %% ../../nbs/runs/50_dry_run.ipynb #270e44da
 RATES = { # images a second, and where that was measured
     'embedded': (8.7, '2 cores without accelerator, float32 (bench/10_generate)'),
-    'stable-diffusion-2': (560_000 / 5 / 86_400, "one A100 of 80 GB, from the paper's days; more than "
-                           'its 50 steps at 768 pixels would let one expect (bench/40_gpu)')}
+    'stable-diffusion-2': (560_000 / 5 / 86_400, # more than bench/40_gpu expects of 50 steps
+                           "one A100 of 80 GB, from the paper's days; 50 steps may take longer")}
 
 def receipts(folder:str|Path) -> tuple[int, float, int]: # images, seconds, bytes
     "What the finished shards of a run say of its speed."
@@ -532,7 +532,6 @@ def some_keys(folder:str|Path) -> list[str]|None:
     tables = (pq.read_table(folder/s['shard'], columns=['key']) for s in shards)
     return [k for table in tables for k in table['key'].to_pylist()]
 
-# %% ../../nbs/runs/50_dry_run.ipynb #daccf59b
 def look_matches(
     real:datasets.Dataset|None, generated:str|Path
 ) -> tuple[Look|None, int|None]: # a row, and the pairs; None where they cannot be counted
