@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 from .files import asset, in_one_line, name_some, unknown_name
+from .pages import as_written
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -79,7 +80,7 @@ def _grid(rows, columns, width, height):
 def _finished(fig):
     "The figure, tight; closed, because the caller decides where it is shown."
     import matplotlib.pyplot as plt
-    fig.tight_layout(pad=.3)
+    as_written(fig).tight_layout(pad=.3)
     plt.close(fig)
     return fig
 

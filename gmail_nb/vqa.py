@@ -31,6 +31,7 @@ from .data import decode_image, emoji, quiet_datasets, read_parquet, parquet_fil
 from .encoders import preprocess_images
 from .files import name_some, record, unknown_name
 from .llava import Llava, VisualTokens, answer_all, turns_of
+from .pages import as_written
 from .runtime import stable_seed
 from .stats import Interval, bootstrap, paired_difference
 
@@ -631,4 +632,4 @@ def show_answers(
             below.text(.5, 1 - (j + .5) / len(answers), as_written(f'{mark} {line}'), fontsize=8,
                        ha='center', va='center', color=color)
     plt.close(fig)
-    return fig
+    return as_written(fig)

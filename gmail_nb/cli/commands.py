@@ -163,8 +163,7 @@ def gmail_embed(
     "Write the features of every image into a folder. Run the same command again to go on."
     from gmail_nb.runs.align import embed_set
     from gmail_nb.runs.claims import claimed
-    name = f'part-{settings.part.replace("/", "-of-")}' # other parts are of other jobs
-    with claimed(out, name, alone=settings.part == EmbedSettings.part):
+    with claimed(out, settings.part): # other parts are of other jobs
         found = embed_set(captioned, out, model, side, settings, source)
     damaged = f', {len(found.failed)} images damaged' if found.failed else ''
     print(f'features: {out} ({len(found)} rows of {found.shape[1]}{damaged})')

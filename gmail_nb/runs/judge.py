@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from ..data import Pairs, show_images
 from ..files import atomic_write, read_object
-from ..pages import run_page
+from ..pages import as_written, run_page
 from ..stats import Interval, paired_difference, sentence
 
 # %% ../../nbs/runs/04_judge.ipynb #ae8bdac5
@@ -131,7 +131,7 @@ def show_differences(
     ax.invert_yaxis()
     ax.margins(y=.2)
     ax.set_xlabel('difference and its 95% interval')
-    fig.tight_layout()
+    as_written(fig).tight_layout()
     plt.close(fig)
     return fig
 
