@@ -642,7 +642,6 @@ def look_sides(
     if model is not None: rows.append(look_path('aligned', model, 'card.json'))
     return rows, captions
 
-# %% ../../nbs/runs/50_dry_run.ipynb #453d604e
 def look_steps(steps:int, batch_size:int, captions:int|None) -> Look:
     "How often a training goes through its captions."
     times = steps * batch_size / max(1, captions or 1)
