@@ -314,7 +314,7 @@ def show_costs(every:pd.DataFrame) -> Figure:
     found = every.pivot(index='rows', columns='stage', values='seconds')[every.stage.unique()]
     fig, ax = plt.subplots(figsize=(7.5, 4.6), constrained_layout=True)
     for i, (stage, seconds) in enumerate(found.items()):
-        ax.plot(found.index, seconds.clip(lower=1e-3), 'o-', label=stage, color=f'C{i % 10}',
+        ax.plot(found.index, seconds.clip(lower=1e-3), marker='o', label=stage, color=f'C{i % 10}',
                 ls='-' if i < 10 else '--', lw=1.5, ms=4)
     ends = np.array([found.index.min(), found.index.max()])
     ax.plot(ends, found.max().max() * ends / ends.max(), color='.6', ls=':', label='in proportion')
