@@ -11,7 +11,7 @@ __all__ = ['LETTERS', 'MARK', 'QUESTION_KINDS', 'SPLIT_NAME', 'SCIENCEQA_COLUMNS
            'answer_tails', 'open_right', 'Answered', 'judge', 'conversation', 'ask_questions', 'right_ones', 'accuracy',
            'accuracy_difference', 'vqa_records', 'main_colour', 'drawn_times', 'shuffled_options', 'shows_one',
            'has_answer', 'placed', 'known_choices', 'others_of', 'drawing_question', 'drawing_questions', 'beside',
-           'told_of', 'as_written', 'show_answers']
+           'told_of', 'show_answers']
 
 # %% ../nbs/39_vqa.ipynb #75f3a408
 import ast
@@ -603,11 +603,7 @@ def told_of(q:Question, wide:int=44) -> str:
     "The question in a few lines of so many characters, and its right answer."
     right = f'{q.right}: {q.choices[q.answer]}' if q.choices else q.right
     lines = textwrap.wrap(textwrap.shorten(q.text, 3 * wide, placeholder=' ...'), wide)
-    return as_written('\n'.join([*lines, textwrap.shorten(right, wide, placeholder=' ...')]))
-
-def as_written(text:str) -> str:
-    "For matplotlib, which takes what stands between two dollars for a formula."
-    return text.replace('$', r'\$')
+    return '\n'.join([*lines, textwrap.shorten(right, wide, placeholder=' ...')])
 
 # %% ../nbs/39_vqa.ipynb #1bf6c0df
 def show_answers(
@@ -629,7 +625,7 @@ def show_answers(
         for j, (arm, said) in enumerate(answers.items()):
             mark, color = ('✓', 'tab:green') if said[k].right else ('✗', 'tab:red')
             line = ' '.join(f'{arm}: {said[k].answer}'.split())[:wide]
-            below.text(.5, 1 - (j + .5) / len(answers), as_written(f'{mark} {line}'), fontsize=8,
+            below.text(.5, 1 - (j + .5) / len(answers), f'{mark} {line}', fontsize=8,
                        ha='center', va='center', color=color)
     plt.close(fig)
     return as_written(fig)

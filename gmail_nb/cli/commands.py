@@ -536,7 +536,7 @@ def experiment_captions(
          example='gmail_experiment captioning --quick --out captions')
 def experiment_captioning(
     out:str='captions',      # results, figures and the captioner of the GMAIL arm
-    rows:Literal['main', 'all']='main', # of its table; all has other backbones, ranks and generators too
+    rows:Literal['main', 'all']='main', # rows of the table; all has other backbones, ranks and generators too
     quick:bool=False,        # fewer concepts, steps and seeds
     processes:int|None=None, # how many at once; one a core if absent
     settings:CaptionExperimentSettings=CaptionExperimentSettings()

@@ -392,7 +392,7 @@ def taught(
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #96dc5c46
 def judge_and_write(
-    run:'Tuning', parts:Taught,
+    run, parts:Taught, # run: a `Tuning`
     before:np.ndarray, # of captions kept out
     history:dict       # stage -> the loss of each step
 ) -> None:
