@@ -68,9 +68,6 @@ def test_exports_are_short_and_lessons_stand_between(name):
         assert n <= 40, f'cell {i} exports {n} lines'
         assert run_of <= 60, f'cell {i}: {run_of} exported lines without a lesson'
 
-THREE = ('38_llava', '39_vqa', '40_llava_training', 'runs/60_tune_llava', 'runs/70_vqa',
-         'experiments/55_llava') # still have three exported cells in a row somewhere
-
 @pytest.mark.parametrize('name', names)
 def test_a_lesson_comes_after_the_second_exported_cell_at_the_latest(name):
     "A reader sees what a definition does before the third one; markdown between them shows nothing."
@@ -78,7 +75,7 @@ def test_a_lesson_comes_after_the_second_exported_cell_at_the_latest(name):
     for i, cell in enumerate(cells_of(name)):
         if is_lesson(cell): row = []
         if is_definition(cell): row.append(i)
-        assert len(row) <= 2 + (name in THREE), f'cells {row} export, and no lesson that runs stands between'
+        assert len(row) <= 2, f'cells {row} export, and no lesson that runs stands between'
 
 def test_an_exported_cell_has_at_most_twelve_lines_in_the_middle():
     sizes = [len(lines_of(c)) for n in names for c in cells_of(n) if is_definition(c)]
