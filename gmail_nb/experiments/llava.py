@@ -471,7 +471,7 @@ def llava_table(records:list[dict]) -> list[list[str]]:
 LLAVA_CLAIMS = (('gmail', 'indiscriminate', 'Aligning the generated images by Eq. 1'),
           ('gmail tokens', 'indiscriminate', 'Aligning their tokens too'),
           ('gmail tokens', 'gmail', 'Aligning the tokens beside Eq. 1'),
-          ('both', 'real', 'Adding aligned generated images to real ones'),
+          ('both', 'real', 'Replacing half of the real images by aligned generated ones'),
           ('indiscriminate', 'words', 'Seeing generated images and not words alone'))
 
 def llava_sentences(records:list[dict]) -> list[str]:
