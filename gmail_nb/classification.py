@@ -37,6 +37,7 @@ from .data import decode_image, emoji
 from .encoders import Encoder, encode_images, encode_texts
 from .features import native_precision
 from .files import atomic_path, progress, record, unknown_name
+from .pages import as_written
 from .retrieval import check_features, feature_rows
 from .runtime import (fingerprint, module_fingerprint, noise_generator, stable_seed,
                               to_device)
@@ -181,7 +182,7 @@ def show_confusions(
         others = (p.labels == b).nonzero()[:, 0]
         if len(others): below.imshow(image(int(others[0])))
         below.set_title(p.classnames[b], fontsize=8)
-    fig.tight_layout(pad=.4, h_pad=2)
+    as_written(fig).tight_layout(pad=.4, h_pad=2)
     plt.close(fig)
     return fig
 
@@ -200,7 +201,7 @@ def show_confusion_matrix(
     for i, j in (m >= .1).nonzero().tolist():
         color = 'white' if m[i, j] > .6 else 'black'
         ax.text(j, i, f'{m[i, j]:.0%}', ha='center', va='center', fontsize=9, color=color)
-    fig.tight_layout()
+    as_written(fig).tight_layout()
     plt.close(fig)
     return fig
 

@@ -6,7 +6,7 @@
 __all__ = ['CAPTIONED', 'FEATURES', 'SOURCES', 'SPLITS', 'FORMATS', 'MAX_PIXELS', 'IN_MEMORY', 'emoji', 'show_images',
            'decode_image', 'check_columns', 'column_of', 'repeated', 'check_unique', 'undecoded', 'check_captioned',
            'quiet_datasets', 'as_captioned', 'whole_parquet', 'check_parquet', 'read_parquet', 'parquet_files', 'Pairs',
-           'pairs', 'show_pairs', 'png_of', 'show_captioned']
+           'pairs', 'show_pairs', 'png_of', 'show_captioned', 'set_as_grid', 'show_sets_in']
 
 # %% ../nbs/05_data.ipynb #4de0071c
 import contextlib
@@ -14,6 +14,7 @@ import glob
 import io
 import os
 import struct
+import sys
 import textwrap
 import warnings
 from collections import Counter
@@ -26,6 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 from .files import asset, in_one_line, name_some, unknown_name
+from .pages import as_written
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -69,7 +71,6 @@ def _short(text, n, lines=1):
     cut = textwrap.wrap(text, n, max_lines=lines, placeholder='…')
     return '\n'.join(cut) if cut else text[:n]
 
-# %% ../nbs/05_data.ipynb #e1523b63
 def _grid(rows, columns, width, height):
     "A figure with `rows` times `columns` axes; sizes in inches."
     import matplotlib.pyplot as plt
@@ -79,7 +80,7 @@ def _grid(rows, columns, width, height):
 def _finished(fig):
     "The figure, tight; closed, because the caller decides where it is shown."
     import matplotlib.pyplot as plt
-    fig.tight_layout(pad=.3)
+    as_written(fig).tight_layout(pad=.3)
     plt.close(fig)
     return fig
 
@@ -239,7 +240,6 @@ def _check_keys(ds, name):
     ids = tuple(column_of(ds, c) for c in columns)
     check_unique(ids, name, 'key' if len(columns) == 1 else f'({", ".join(columns)})')
 
-# %% ../nbs/05_data.ipynb #fe2b5455
 def _check_captions(ds, name):
     "A chunk of rows after the other: a list without text, or with an empty one, is named."
     keys, start = column_of(ds, 'key'), 0
@@ -544,3 +544,18 @@ def show_captioned(
     said = [c[0] if isinstance(c, list) else c for c in texts]
     images = [decode_image(r['image'], k) for r, k in zip(undecoded(ds), ds['key'])]
     return show_images(images, said, ncols, size)
+
+# %% ../nbs/05_data.ipynb #415d41da
+def set_as_grid(ds:datasets.Dataset) -> bytes|None: # none for a dataset that is no set of ours
+    "A captioned or generated set as a notebook shows it; `None` too where an image cannot be read."
+    names = set(ds.column_names)
+    if not len(ds) or not {'key', 'image'} <= names or not {'captions', 'caption'} & names: return None
+    try: return png_of(show_captioned(ds))
+    except (ValueError, OSError): return None
+
+def show_sets_in(shell) -> None: # shell: of IPython, or None
+    "Let a notebook show sets as grids."
+    if shell is None: return
+    shell.display_formatter.formatters['image/png'].for_type(datasets.Dataset, set_as_grid)
+
+show_sets_in(sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None)

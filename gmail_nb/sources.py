@@ -249,7 +249,6 @@ def _coco_rows(found, images): # key, (sub-folder, file), captions
     files = {str(i['id']): i['file_name'] for i in found.get('images', [])} if images else {}
     for key in files or captions: yield key, ('', files.get(key, '')), captions.get(key, [])
 
-# %% ../nbs/06_sources.ipynb #e7b09b1b
 def _rows_of(path:Path, split, images=True, training=False):
     "Rows of either form; `ValueError` for a split of COCO's own file."
     found = read_coco(path)

@@ -574,7 +574,6 @@ def tell(self:StopTogether, error:Exception) -> str: # the failure that came fir
         time.sleep(.1)
     return first if first != mine else ''
 
-# %% ../nbs/26_train.ipynb #f16699fc
 @patch
 def __exit__(self:StopTogether, kind, error, trace) -> None:
     first = self.tell(error) if self.several and isinstance(error, Exception) else ''
@@ -877,7 +876,7 @@ def check_same_run(
 ) -> None:
     "`ValueError` that says what differs when the checkpoint belongs to another run."
     differ = [differences(there[k], here[k]) for k in ('settings', 'model')]
-    if there['data'] != here['data']: differ.append('the images or features are others')
+    if there['data'] != here['data']: differ.append('the images or features are others, or others are kept out')
     if any(differ):
         raise ValueError(f"{name} belongs to another run ({', '.join(filter(None, differ))}): "
                          'choose another folder, or the settings it has')
@@ -908,22 +907,18 @@ class Checkpoints:
     def __init__(self, folder:str|Path, accelerator:Accelerator, keep:int=RunSettings.keep):
         self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
 
-# %% ../nbs/26_train.ipynb #b6959c11
-@patch
-def begin(self:Checkpoints, tmp:Path) -> None:
-    "An empty folder to write into."
-    check_writable(self.folder)
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir()
+    def begin(self, tmp:Path) -> None:
+        "An empty folder to write into."
+        check_writable(self.folder)
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir()
 
-# %% ../nbs/26_train.ipynb #db5037e1
-@patch
-def publish(self:Checkpoints, tmp:Path, final:Path) -> Path:
-    "Give a whole checkpoint its name, and remove the oldest."
-    shutil.rmtree(final, ignore_errors=True)
-    tmp.rename(final)
-    for old in checkpoints_in(self.folder)[:-max(1, self.keep)]: shutil.rmtree(old)
-    return final
+    def publish(self, tmp:Path, final:Path) -> Path:
+        "Give a whole checkpoint its name, and remove the oldest."
+        shutil.rmtree(final, ignore_errors=True)
+        tmp.rename(final)
+        for old in checkpoints_in(self.folder)[:-max(1, self.keep)]: shutil.rmtree(old)
+        return final
 
 # %% ../nbs/26_train.ipynb #0f453b12
 @patch
@@ -1070,8 +1065,9 @@ def show_row(
 ) -> None:
     "Put a step on the progress bar: loss, what was measured last, and images a second."
     measured |= {k: f'{v:.3f}' for k, v in row.items() if k not in ('step', 'loss', 'lr', 'tau', 'token_loss')}
-    rate = f'{images * (bar.format_dict["rate"] or 0):.0f}'
-    bar.set_postfix({'loss': f"{row['loss']:.3f}", **measured, 'images/s': rate})
+    shown = {'loss': f"{row['loss']:.3f}", **measured}
+    if rate := bar.format_dict['rate']: shown['images/s'] = f'{images * rate:.0f}' # none at first
+    bar.set_postfix(shown, refresh=False)
     bar.update()
 
 # %% ../nbs/26_train.ipynb #f988cd79

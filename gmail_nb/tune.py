@@ -626,7 +626,6 @@ def fingerprints(x:ImageRows|None) -> list: # a tensor stands for itself
     return [source if isinstance(source, torch.Tensor) else source.fingerprint
             for source in (x.sources if x else ())]
 
-# %% ../nbs/27_tune.ipynb #8d15f648
 def training_fingerprints(
     encoder:Encoder, x:ImageRows, captions, settings:TuneSettings, real:ImageRows|None=None
 ) -> list[str]: # today's, and that of before where it differs

@@ -11,11 +11,12 @@ __all__ = ['LETTERS', 'MARK', 'QUESTION_KINDS', 'SPLIT_NAME', 'SCIENCEQA_COLUMNS
            'answer_tails', 'open_right', 'Answered', 'judge', 'conversation', 'ask_questions', 'right_ones', 'accuracy',
            'accuracy_difference', 'vqa_records', 'main_colour', 'drawn_times', 'shuffled_options', 'shows_one',
            'has_answer', 'placed', 'known_choices', 'others_of', 'drawing_question', 'drawing_questions', 'beside',
-           'show_answers']
+           'told_of', 'show_answers']
 
 # %% ../nbs/39_vqa.ipynb #75f3a408
 import ast
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from .data import decode_image, emoji, quiet_datasets, read_parquet, parquet_fil
 from .encoders import preprocess_images
 from .files import name_some, record, unknown_name
 from .llava import Llava, VisualTokens, answer_all, turns_of
+from .pages import as_written
 from .runtime import stable_seed
 from .stats import Interval, bootstrap, paired_difference
 
@@ -444,20 +446,24 @@ def right_ones(runs:list[list[Answered]]) -> np.ndarray: # (S, N)
 
 # %% ../nbs/39_vqa.ipynb #182ce213
 def accuracy(
-    runs:list[list[Answered]] # one list of answers a seed
+    runs:list[list[Answered]], # one list of answers a seed
+    groups=None                # (N,), questions with the same number are drawn together
 ) -> dict[str, Interval]: # 'all', then by subject in the order of the alphabet
     "The share of right answers with its 95% interval over questions and seeds."
     right, subjects = right_ones(runs), np.array([a.subject for a in runs[0]])
-    found = {'all': bootstrap(right)}
+    def of(kept): return bootstrap(right[:, kept], groups=None if groups is None else groups[kept])
     named = sorted(set(subjects.tolist()) - {''})
-    return found | {s: bootstrap(right[:, subjects == s]) for s in named}
+    return dict(all=of(subjects == subjects)) | {s: of(subjects == s) for s in named}
 
 # %% ../nbs/39_vqa.ipynb #f53c9119
-def accuracy_difference(ours:list[list[Answered]], theirs:list[list[Answered]]) -> Interval:
+def accuracy_difference(
+    ours:list[list[Answered]], theirs:list[list[Answered]],
+    groups=None # as in `accuracy`
+) -> Interval:
     "Accuracy of one arm minus another's, on the same questions and seeds."
     if [a.key for a in ours[0]] != [a.key for a in theirs[0]]:
         raise ValueError('the arms answered other questions: ask both the same')
-    return paired_difference(right_ones(ours), right_ones(theirs))
+    return paired_difference(right_ones(ours), right_ones(theirs), groups)
 
 # %% ../nbs/39_vqa.ipynb #9d955044
 def vqa_records(
@@ -593,14 +599,21 @@ def beside(images:list[Image.Image], gap:int=4) -> Image.Image:
     return paper
 
 # %% ../nbs/39_vqa.ipynb #0b68c404
+def told_of(q:Question, wide:int=44) -> str:
+    "The question in a few lines of so many characters, and its right answer."
+    right = f'{q.right}: {q.choices[q.answer]}' if q.choices else q.right
+    lines = textwrap.wrap(textwrap.shorten(q.text, 3 * wide, placeholder=' ...'), wide)
+    return '\n'.join([*lines, textwrap.shorten(right, wide, placeholder=' ...')])
+
+# %% ../nbs/39_vqa.ipynb #1bf6c0df
 def show_answers(
     questions:list[Question],
     answers:dict[str, list[Answered]], # arm -> one a question
     ncols:int=3
 ) -> Figure:
-    "A picture for each question, with the answer of every arm, green where it was right."
+    "A picture for each question, with the answer of every arm: green and ticked where it was right."
     import matplotlib.pyplot as plt
-    nrows = -(-len(questions) // ncols)
+    nrows, wide = -(-len(questions) // ncols), 132 // ncols # characters of a column
     heights = [1.7, .17 * len(answers)] * nrows # a picture, and the answers below it
     fig, axes = plt.subplots(2 * nrows, ncols, figsize=(8, sum(heights)), squeeze=False,
                              height_ratios=heights, layout='constrained')
@@ -608,10 +621,11 @@ def show_answers(
     for k, q in enumerate(questions):
         ax, below = axes[2 * (k // ncols):, k % ncols][:2]
         if q.images: ax.imshow(beside([decode_image(i, q.key) for i in q.images]))
-        ax.set_title(f'{q.text}\n{q.right}: {q.choices[q.answer] if q.choices else ""}', fontsize=8)
+        ax.set_title(told_of(q, wide), fontsize=8)
         for j, (arm, said) in enumerate(answers.items()):
-            a = said[k]
-            below.text(.5, 1 - (j + .5) / len(answers), f'{arm}: {a.answer[:30]}', fontsize=8,
-                       ha='center', va='center', color='tab:green' if a.right else 'tab:red')
+            mark, color = ('✓', 'tab:green') if said[k].right else ('✗', 'tab:red')
+            line = ' '.join(f'{arm}: {said[k].answer}'.split())[:wide]
+            below.text(.5, 1 - (j + .5) / len(answers), f'{mark} {line}', fontsize=8,
+                       ha='center', va='center', color=color)
     plt.close(fig)
-    return fig
+    return as_written(fig)

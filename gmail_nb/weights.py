@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMITS', 'log', 'TOKENIZER_FILES', 'read_torch', 'check_names', 'check_finite', 'read_tensors', 'from_place',
-           'tell_unpinned', 'pinned', 'check_there', 'load_whole', 'load_part']
+           'tell_unpinned', 'pinned', 'check_there', 'quiet_weights', 'load_whole', 'load_part']
 
 # %% ../nbs/12_weights.ipynb #c36eb99f
 import gmail_nb.runtime
@@ -135,6 +135,21 @@ def check_there(
     raise FileNotFoundError(f'{folder.name}/config.json is missing: '
                             'copy or download the folder again')
 
+# %% ../nbs/12_weights.ipynb #ddabfd54
+@contextmanager
+def quiet_weights():
+    "No bar of transformers over the tensors of a model; those of downloads stay as they were."
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as said
+    shown, no_downloads = said.is_progress_bar_enabled(), are_progress_bars_disabled()
+    said.disable_progress_bar()
+    if not no_downloads: enable_progress_bars()
+    try: yield
+    finally:
+        if shown: said.enable_progress_bar()
+        if no_downloads: disable_progress_bars()
+
 # %% ../nbs/12_weights.ipynb #d6c07dda
 def load_whole(
     kind,           # of transformers, such as `AutoModel`
@@ -146,7 +161,9 @@ def load_whole(
     with from_place(name) as here:
         how = dict(trust_remote_code=False, local_files_only=here) | how
         if not here: how['revision'] = pinned(name, how.get('revision'))
-        try: model, found = kind.from_pretrained(str(name), output_loading_info=True, **how)
+        try:
+            with quiet_weights():
+                model, found = kind.from_pretrained(str(name), output_loading_info=True, **how)
         except RuntimeError as e:
             if 'ignore_mismatched_sizes' not in str(e): raise
             raise ValueError(f'weights of {Path(name).name} have other shapes than its config.json '

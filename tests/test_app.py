@@ -301,6 +301,8 @@ def test_a_browser_finds_neighbours_and_draws_and_asks_nobody_else(served, tmp_p
         page.wait("document.body.innerText.includes('cosine with the caption')")
         page.wait(f'{maps} == 2')
         assert page.run("document.body.innerText.includes('step 2')")
+        width = "getComputedStyle(e).borderLeftWidth != '0px'" # lines of the library's prose
+        assert page.run(f"[...document.querySelectorAll('.found tr')].filter(e => {width}).length") == 0
         assert not page.errors
         elsewhere = [r for r in page.requests if not r.startswith((url, 'data:', 'blob:', url.replace('http', 'ws')))]
         assert not elsewhere

@@ -143,6 +143,7 @@ OLDER = [ # as it was written, as it is written now, and what is said of it
     ('tune caption', '--real c.json --splits train+restval test', 'c.json --split train+restval --test-split test',
      '--split and --test-split in place of --splits'),
     ('tune llava', '--real photos --arm real', 'photos --arm real', 'SET, without a flag, in place of --real'),
+    ('tune llava', '--tokens kept --rank 2', '--token-folder kept --rank 2', '--token-folder in place of --tokens'),
     ('align', 'photos drawn --rank 2', 'photos --generated drawn --rank 2', '--generated drawn'),
     ('align', 'photos --rank 2 drawn', 'photos --generated drawn --rank 2', '--generated drawn'),
     ('align', 'photos --generated d --image photo', 'photos --generated d --image-column photo', ''),
@@ -184,9 +185,15 @@ def test_the_column_of_images_is_told_from_their_folder(capsys):
 
 def test_flags_stand_in_groups():
     told = gmail_generate.parser().format_help()
-    for title in ('What generated images depend on', 'How a captioned set is read', 'How generating is carried out'):
-        assert title in told
+    for title in ('Drawing', 'Reading a captioned set', 'Shards and workers'):
+        assert f'\n{title}' in told
 
+def test_groups_of_flags_have_headings_and_no_comments():
+    "A few words, such as 'Image tower'; what a class of settings is for is said where it is defined."
+    for name, c in all_commands():
+        for group in (g for one in (c, *getattr(c, 'words', {}).values()) for g in one.parser()._action_groups):
+            words = group.title.split()
+            assert len(words) <= 9 and words[0] not in ('What', 'How', 'Where', 'A'), f'{name}: {group.title}'
 
 def test_what_is_left_out_says_what_happens_then(capsys):
     for c, flag, words in ((commands.gmail_align, '--no-key', 'the number of a row is its name'),
@@ -509,3 +516,12 @@ def test_a_gpu_that_is_too_small_says_what_to_do():
     from gmail_nb.cli.flags import one_line
     said = one_line(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'))
     assert '--accumulation' in said and 'Tried to allocate' in said and '\n' not in said
+
+def test_a_list_whose_reader_has_enough_ends_quietly():
+    "`gmail_experiment --list | head -1`"
+    code = 'import sys; from gmail_nb.cli.commands import gmail_experiment as e; sys.exit(e())'
+    command = [sys.executable, '-c', code, '--list']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as going:
+        assert going.stdout.readline().startswith('usage')
+        going.stdout.close()
+        assert 'Traceback' not in going.stderr.read() and going.wait() == 0

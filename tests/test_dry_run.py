@@ -308,9 +308,9 @@ def test_a_batch_that_takes_too_long_is_not_tried():
 
 def test_the_dry_run_times_with_the_settings_of_the_run(root, monkeypatch):
     asked = []
-    def rate(name, *how):
+    def rate(name, *how, texts=False):
         asked.append(how)
-        return 10., 256, 100, 'a guess from batches of 8'
+        return dry_run.Speed(10., 256, 100, 'a guess from batches of 8')
     monkeypatch.setattr(dry_run, 'forward_rate', rate)
     align = AlignSettings(batch_size=100, accumulation=3, precision='bf16')
     settings = AlignRunSettings(align=align, validation_share=.2, run=RunSettings(device='cpu'))
@@ -320,7 +320,7 @@ def test_the_dry_run_times_with_the_settings_of_the_run(root, monkeypatch):
     assert any(r.what == 'time' and 'a guess from batches of 8' in r.note for r in rows)
 
 def test_what_was_timed_names_precision_and_batch():
-    rate, dim, size, how = dry_run.forward_rate('embedded', 4, 'bf16')
+    rate, dim, _, how = dry_run.forward_rate('embedded', 4, 'bf16')
     assert rate > 0 and dim == 256 and 'bfloat16 and batches of 4' in how
 
 def test_a_recipe_that_means_other_captions_says_so(root):

@@ -8,7 +8,7 @@ import torch
 
 from gmail_nb.data import emoji
 from gmail_nb.encoders import load_encoder
-from gmail_nb.experiments import chain, controls, curve, demo
+from gmail_nb.experiments import chain, controls, curve, demo, evidence
 from gmail_nb.experiments.chain import best_setting, chain_fingerprint
 from gmail_nb.experiments.protocol import (
     CHOOSING_STYLE, CLAIMS, CONTROLS, CURVES, GOOD, STATES, TESTS, Claim, Point, arm_record, by_seed, chain_settings,
@@ -144,7 +144,7 @@ def test_quick_is_smaller_and_keeps_the_generator():
 
 def test_the_page_is_made_of_the_records_byte_for_byte():
     page = asset('evidence', 'page.md').read_bytes()
-    assert controls.evidence_page(curve.stored()).encode() == page
+    assert evidence.evidence_page(curve.stored()).encode() == page
 
 def test_the_runs_used_the_settings_that_were_chosen():
     chosen, times = chosen_settings(), {**controls.LONGER}
@@ -166,6 +166,20 @@ def test_records_that_ship_are_whole():
     for seed, point in chains:
         arms = {r['arm'] for r in records if (r['seed'], tuple(r['point'].values())) == (seed, point)}
         assert arms >= {'base', 'indiscriminate', 'gmail', 'matched', 'real'}
+
+def test_the_page_names_what_the_records_hold():
+    "A section for captions and one for shares, where there are such records, and none where there are not."
+    records, page = curve.stored(), evidence.evidence_page(curve.stored())
+    captions, shares = (any(r['metric'] == 'CIDEr' for r in records),
+                        any(r['arm'].startswith('both, ') for r in records))
+    assert ('## Captions' in page) == captions and ('mix is worth' in page) == shares
+    plain = [r for r in records if r['metric'] != 'CIDEr' and ' of real' not in r['arm']]
+    assert '## Captions' not in evidence.evidence_page(plain)
+
+def test_the_demo_speaks_of_its_own_arms_alone():
+    "A claim about captions or shares of real images is none of a run that has neither."
+    said = demo.demo_claims(GOOD)
+    assert said and all(c.metric == 'mean_recall' and c.ours == 'gmail' for c in said)
 
 def test_every_state_has_a_place():
     states = [STATES.index(r[1].removesuffix(' so far')) for r in claims_table(curve.stored())[1:]]

@@ -69,3 +69,22 @@ def test_nothing_heavy_is_imported():
     code = 'import sys, gmail_nb.files, gmail_nb.settings; print([m for m in ("torch", "numpy", "datasets") if m in sys.modules])'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.strip() == '[]', done.stdout + done.stderr
+
+@pytest.mark.parametrize('kernel, shown', [(False, ''), (True, 'counting')])
+def test_a_bar_is_silent_where_nobody_watches(kernel, shown, monkeypatch, capsys):
+    "In a pipe a short run says nothing, also where numbers are set beside the bar; a notebook sees its bar."
+    monkeypatch.delitem(sys.modules, 'ipykernel', raising=False)
+    if kernel: monkeypatch.setitem(sys.modules, 'ipykernel', object())
+    with progress((), 'counting', total=3) as bar:
+        for _ in range(3):
+            bar.set_postfix(dict(loss=1), refresh=False)
+            bar.update()
+    said = capsys.readouterr()
+    assert not said.out and shown in said.err and bool(said.err) == kernel
+
+def test_a_long_run_in_a_log_has_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, 'ipykernel', raising=False)
+    clock = iter(range(0, 10 ** 6, 100)) # every look at it is 100 seconds later
+    monkeypatch.setattr('time.monotonic', lambda: next(clock))
+    for _ in progress(range(60), 'counting'): pass
+    assert 1 < capsys.readouterr().err.count('counting') < 60

@@ -54,9 +54,11 @@ def forked(forks, cwd, *argv):
 
 def feature_keys(folder): return sorted(pq.read_table(folder/'keys.parquet')['key'].to_pylist())
 
-@pytest.fixture(scope='module')
-def way(photos, forks, tmp_path_factory):
-    "The whole way from the folder to a tuned model, and what each command said; the first from a shell."
+@pytest.fixture(scope='module', params=['forks', pytest.param('shell', marks=pytest.mark.slow)])
+def way(request, photos, forks, tmp_path_factory):
+    """The whole way from the folder to a tuned model, and what each command said; the first from a shell.
+
+    With `-m slow` all of them start from one, as a person's do, which takes a few minutes."""
     home, folder = tmp_path_factory.mktemp('home'), photos[0]
     steps = [
         ('align', folder, '--generated', 'generated', '--epochs', 3, '--batch-size', 8, '--validation-share', .2,
@@ -69,7 +71,8 @@ def way(photos, forks, tmp_path_factory):
         ('eval', folder, '--model', 'tuned:tuned', '--model', 'embedded', '--no-pictures',
          '--equal-keys', 'allow')] # the same pictures: a measure of what was learned by heart
     said = [shell(home, 'generate', folder, '--steps', 2, '--quiet')]
-    return home, said + [forked(forks, home, *argv) for argv in steps]
+    for argv in steps: said.append(shell(home, *argv) if request.param == 'shell' else forked(forks, home, *argv))
+    return home, said
 
 def test_every_command_says_where_its_results_lie(way):
     _, said = way

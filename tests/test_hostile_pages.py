@@ -62,6 +62,39 @@ def test_nothing_of_a_stranger_runs_in_a_page(made, tmp_path):
     dom = opened(page, tmp_path)
     assert 'data-ran="yes"' not in dom.split('<head>')[0] and '<script' not in dom and '<svg' not in dom
 
+FORMULAS = ['face with $_$ eyes', '$5 #1, $3 #2', '$x_{$']
+
+def drawn_by_data(texts, image):
+    from gmail_nb.data import show_images
+    return show_images([image] * len(texts), texts)
+
+def drawn_by_retrieval(texts, image):
+    from gmail_nb.retrieval import show_retrieval
+    return show_retrieval(texts, [[image]] * len(texts), [[True]] * len(texts))
+
+def drawn_by_judge(texts, image):
+    from gmail_nb.runs.judge import show_differences
+    from gmail_nb.stats import Interval
+    return show_differences({t: Interval(.1, .0, .2) for t in texts})
+
+def drawn_by_classes(texts, image):
+    import torch
+    from gmail_nb.classification import Predictions, show_confusion_matrix
+    best = torch.arange(len(texts))[:, None]
+    return show_confusion_matrix(Predictions(best, best[:, 0], texts))
+
+def drawn_by_vqa(texts, image):
+    from gmail_nb.vqa import Answered, Question, show_answers
+    asked = [Question(t, t, 0, tuple(texts), (image,)) for t in texts]
+    return show_answers(asked, {texts[0]: [Answered(t, '', t, '-', False) for t in texts]})
+
+@pytest.mark.parametrize('draw', [drawn_by_data, drawn_by_retrieval, drawn_by_judge, drawn_by_classes,
+                                  drawn_by_vqa])
+def test_dollars_in_a_text_are_no_formula(draw, tmp_path):
+    from PIL import Image
+    from gmail_nb.pages import save_figure
+    assert save_figure(draw(FORMULAS, Image.new('RGB', (8, 8))), tmp_path/'drawn.png')
+
 def test_a_cell_of_any_length_is_text():
     long = '<b>' * 300_000
     assert '<b>' not in table_html([['a'], [long]]) and len(table_html([['a'], [long]])) > len(long)

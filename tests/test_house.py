@@ -69,13 +69,13 @@ def test_exports_are_short_and_lessons_stand_between(name):
         assert run_of <= 60, f'cell {i}: {run_of} exported lines without a lesson'
 
 @pytest.mark.parametrize('name', names)
-def test_a_lesson_comes_after_the_third_exported_cell_at_the_latest(name):
-    "A reader sees what a definition does before the fourth one; markdown between them shows nothing."
+def test_a_lesson_comes_after_the_second_exported_cell_at_the_latest(name):
+    "A reader sees what a definition does before the third one; markdown between them shows nothing."
     row = []
     for i, cell in enumerate(cells_of(name)):
         if is_lesson(cell): row = []
         if is_definition(cell): row.append(i)
-        assert len(row) <= 3, f'cells {row} export, and no lesson that runs stands between'
+        assert len(row) <= 2, f'cells {row} export, and no lesson that runs stands between'
 
 def test_an_exported_cell_has_at_most_twelve_lines_in_the_middle():
     sizes = [len(lines_of(c)) for n in names for c in cells_of(n) if is_definition(c)]

@@ -12,12 +12,12 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 from gmail_nb.align import GenReal
-from gmail_nb.cli.commands import COMMANDS, gmail_align, gmail_eval, gmail_tune
+from gmail_nb.cli.commands import COMMANDS, gmail_align, gmail_bench, gmail_eval, gmail_experiment, gmail_tune
 from gmail_nb.cli.flags import Command, Commands, completion, run_command
 from gmail_nb.data import emoji
 from gmail_nb.files import read_results
 from gmail_nb.runs.align import align_sets
-from gmail_nb.runs.judge import FEWEST, SAID, Measure, Verdict, judged, read_verdict
+from gmail_nb.runs.judge import FEWEST, SAID, Measure, Verdict, enough_kept_out, judged, read_verdict
 from gmail_nb.settings import AdapterSettings, AlignRunSettings, AlignSettings
 
 KEPT = 64
@@ -172,6 +172,38 @@ def test_a_dry_run_as_an_object(tmp_path, capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert status == found['status'] == 2 and {'what', 'where', 'state', 'note'} == set(found['plan'][0])
 
+def test_what_prints_json_of_its_own_tells_an_error_and_a_dry_run_as_an_object(capsys):
+    for argv, status in ((['algn', '--json'], 2), (['align', '--dry-run', '--json'], 0)):
+        assert gmail_bench(argv) == status
+        found = json.loads(capsys.readouterr().out)
+        assert found['command'] == 'gmail_bench' and found['status'] == status and ('error' in found) == bool(status)
+
+def test_a_list_as_an_object(capsys):
+    assert gmail_experiment(['--list', '--json']) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found['names'].keys() == gmail_experiment.commands.keys() and all(found['names'].values())
+
+@pytest.mark.parametrize('name', COMMANDS.commands)
+def test_every_command_answers_with_an_object(name, capsys, monkeypatch, tmp_path):
+    "Of an unknown flag, whatever kinds it has; and its help names --json, and what each status means."
+    monkeypatch.chdir(tmp_path)
+    command = COMMANDS.commands[name]
+    for c in [*getattr(command, 'commands', {}).values(), *getattr(command, 'words', {}).values()] or [command]:
+        assert c(['--no-such-flag', '--json']) == 2
+        found = json.loads(capsys.readouterr().out)
+        assert found['command'] == c.name and found['status'] == 2 and 'no-such-flag' in found['error']
+        assert c(['--help']) == 0
+        said = ' '.join(capsys.readouterr().out.split())
+        assert '--json' in said and 'exit status: 0 done, 1 a defect of the program, 2 not possible as asked' in said
+
+@pytest.mark.parametrize('n, share', [(60, '0.4'), (3000, '0.05'), (44, '0.5')])
+def test_a_share_that_keeps_enough_out_is_named(n, share):
+    said = enough_kept_out(n, 'pairs')
+    assert said.startswith(f'--validation-share {share},') and f'of the {n} pairs' in said
+    assert float(share) * n >= 2 * FEWEST
+
+def test_of_a_dozen_no_share_keeps_enough_out(): assert enough_kept_out(12, 'pairs').startswith('more pairs')
+
 # Completion
 
 @pytest.fixture(scope='module')
@@ -195,7 +227,7 @@ def test_every_command_prints_its_completion(capsys):
     assert gmail_tune(['--completion', 'bash']) == 0
     assert 'complete -o filenames -F _gmail_tune gmail_tune' in capsys.readouterr().out
     assert gmail_tune.commands['text'](['--completion', 'bash']) == 2 # completed with its first word
-    assert gmail_tune(['--completion', 'fish']) == 2
+    assert gmail_tune(['--completion', 'tcsh']) == 2
 
 # Tuning and measuring
 

@@ -47,6 +47,7 @@ from gmail_nb.experiments.llava import (
     token_gaps,
     written_names,
 )
+from gmail_nb.gap import token_gap_report
 from gmail_nb.runtime import set_seed
 from gmail_nb.settings import DemoSettings, LlavaExperimentSettings
 from gmail_nb.stats import bootstrap
@@ -295,9 +296,10 @@ def test_tables_and_pictures_are_made_of_the_records(results, records):
     assert [row[0] for row in table[8:]] and all(row[1].startswith(('+', '-')) for row in table[8:])
     whole = {k: torch.randn(20, 4, 6) for k in ('real', 'indiscriminate', 'gmail')}
     whole['gmail tokens'] = whole['real'].clone()
-    gaps = token_gaps(whole, list(range(12)))
-    assert gaps['gmail tokens']['token_distance'] == 0 < gaps['gmail']['token_distance']
-    assert [row[0] for row in gap_rows(records, gaps)[1:]] == ['indiscriminate', 'gmail', 'gmail tokens']
+    one = token_gaps(whole, list(range(12)))
+    assert one['gmail tokens']['token_distance'].max() == 0 < one['gmail']['token_distance'].min()
+    names = ['indiscriminate', 'gmail', 'gmail tokens', *(f'{a} - {b}' for a, b in room.GAP_PAIRS)]
+    assert [row[0] for row in gap_rows(room.pooled_gaps([one, one]))[1:]] == names
     assert [t.get_text() for t in show_llava(records).axes[0].get_yticklabels()] == list(SEVEN_ARMS)
     picked = some_questions(results.questions, each=2)
     assert [results.questions[i].subject for i in picked] == [
@@ -313,6 +315,29 @@ def test_tables_and_pictures_are_made_of_the_records(results, records):
     assert len(show_some_answers(results, picked).axes) == 16 # eight pictures, each with its answers below
     right = said_answers(results.of('gmail')[0], results.questions)
     assert all(a.right and a.read in 'ABCD' for a in right)
+
+def test_the_gap_is_that_of_all_chains():
+    "Means over chains, paired differences, and the numbers of the room that measures gaps."
+    draw = torch.Generator().manual_seed(0)
+    wholes = [{k: torch.randn(20, 4, 6, generator=draw) for k in ('real', *room.GAPS.values())} for _ in range(3)]
+    for w in wholes: w['gmail'] = w['real'] + .5 * w['indiscriminate']
+    chains = [token_gaps(w, list(range(20))) for w in wholes]
+    found = room.pooled_gaps(chains)
+    for arm in room.GAPS.values():
+        theirs = [token_gap_report(w[arm], w['real']) for w in wholes]
+        for m, d in found[arm].items():
+            assert d.value == pytest.approx(np.mean([t[m] for t in theirs]), abs=1e-6) and d.low <= d.value <= d.high
+    apart = found['gmail - indiscriminate']['token_cosine']
+    assert apart.low > 0 and apart.n == 20
+    ours, theirs = (found[arm]['token_cosine'].value for arm in ('gmail', 'indiscriminate'))
+    assert apart.value == pytest.approx(ours - theirs)
+    told = room.gap_sentences(found, 3)
+    assert told[0].startswith('Aligning by Eq. 1 helps') and '20 drawings, 3 chains' in told[0]
+    kept = room.gap_records(found, 3)
+    named = {(r['arm'], r['metric']) for r in kept}
+    assert named >= {('gmail - indiscriminate', 'token_cosine'), ('gmail', 'token_distance')}
+    assert all(r['low'] <= r['value'] <= r['high'] and r['seeds'] == 3 for r in kept)
+    with pytest.raises(ValueError, match='cannot be pooled'): room.check_same_drawings([['a'], ['b']])
 
 # the full world
 

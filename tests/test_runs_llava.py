@@ -15,11 +15,11 @@ from gmail_nb.data import emoji, quiet_datasets
 from gmail_nb.encoders import load_encoder
 from gmail_nb.llava_training import trained_card
 from gmail_nb.runs.instructions import conversation_turns, picture_key, read_conversations, scienceqa_instructions
-from gmail_nb.runs.tune_llava import LLAVA_ARMS, Talk, check_llava_arm, chat, load_talker, tune_llava
+from gmail_nb.runs.tune_llava import LLAVA_ARMS, Talk, chat, check_llava_arm, judge_llava, load_talker, tune_llava
 from gmail_nb.runs.vqa import asked_set, evaluate_vqa
 from gmail_nb.settings import AdapterSettings, ChatSettings, LlavaSettings, RunSettings, StageSettings, VQASettings
 from gmail_nb.splits import trained_on
-from gmail_nb.vqa import small_mmmu, small_scienceqa
+from gmail_nb.vqa import MMMU_COLUMNS, SCIENCEQA_COLUMNS, small_mmmu, small_scienceqa
 from test_llava import PARTS, language, processor_of, published, tiny_llava, tiny_tokenizer, trained_like
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
@@ -66,7 +66,7 @@ def tune(capsys, home, out, *more):
         home/'lm',
         '--out',
         home / out,
-        '--tokens',
+        '--token-folder',
         home/'tokens',
         *quick,
         *more,
@@ -191,7 +191,7 @@ def test_talks_that_cannot_begin(capsys, home, argv, said):
     status, _, err = answer(capsys, gmail_chat, *argv)
     assert status == 2 and said in err
 
-def test_questions_from_the_shell(capsys, home):
+def test_questions_from_the_shell(capsys, home, real):
     status, out, err = answer(
         capsys,
         gmail_eval,
@@ -211,7 +211,7 @@ def test_questions_from_the_shell(capsys, home):
     assert len(lines) == 12 and {json.loads(l)['subject'] for l in lines} == {'name', 'group', 'count', 'colour'}
     assert (home/'vqa'/'answers.png').exists() and 'subject' in (home/'vqa'/'table.txt').read_text()
     records = [json.loads(l) for l in (home/'vqa'/'results.jsonl').read_text().splitlines()]
-    assert {r['arm'] for r in records} == {'real', 'real, without images'}
+    assert {r['arm'] for r in records} == {'real', 'real, without images', 'real - real, without images'}
     assert answer(capsys, gmail_eval, 'vqa', '--model', home/'real', home/'lm')[0] == 2
 
 def test_questions_about_training_images_are_refused(home):
@@ -328,7 +328,7 @@ def test_a_published_llava_is_aligned_and_tuned_from_the_shell(capsys, home, who
     aligned = GenReal.from_pretrained(whole/'aligned') # by its base's name
     assert any(p.abs().max() > 0 for n, p in aligned.f_g.named_parameters() if 'lora_B' in n)
     how = ('--generated', home/'drawn.parquet', '--arm', 'gmail', '--language-model', whole/'llava', '--model',
-           whole/'aligned', '--tokens', whole/'tokens')
+           whole/'aligned', '--token-folder', whole/'tokens')
     plain = whole/'plain'
     status, out, err = tune(capsys, home, f'{whole.name}/tuned', *how, '--plain', plain)
     assert status == 0 and 'instruct: 4 steps' in out and f'plain LLaVA: {plain}' in out, err
@@ -367,7 +367,167 @@ def test_two_kinds_take_half_of_each(home):
         datasets.Dataset.from_parquet(str(home/'drawn.parquet')).map(
             lambda r: dict(captions=r['captions'][:1])).to_parquet(home/'once.parquet')
     sets = dict.fromkeys(('real', 'generated'), home/'once.parquet') # one caption of each
-    steps = {arm: tune_llava(home/f'pass-{arm}', settings, **sets, model=home/'aligned', arm=arm, tokens=home/'tokens',
-                             run=RunSettings(desc=None)) for arm in ('indiscriminate', 'both', 'mix')}
+    how = dict(model=home/'aligned', token_folder=home/'tokens', run=RunSettings(desc=None))
+    steps = {arm: tune_llava(home/f'pass-{arm}', settings, **sets, arm=arm, **how)
+             for arm in ('indiscriminate', 'both', 'mix')}
     assert {arm: len(s['project']) for arm, s in steps.items()} == dict(indiscriminate=3, both=3, mix=3)
     assert all(len(trained_on(home/f'pass-{arm}')) == 12 for arm in steps)
+
+# several models on one page
+
+def test_several_models_are_asked_the_same_and_compared(capsys, home):
+    for arm in ('real', 'indiscriminate'):
+        if not (home/arm/'card.json').exists():
+            more = ('--generated', home/'drawn.parquet') if arm != 'real' else ()
+            tune(capsys, home, arm, home/'real.parquet', *more, '--arm', arm)
+    how = '--limit', 12, '--max-new-tokens', 3, '--out', home/'vqa2', '--model', f'first={home/"real"}'
+    status, out, err = answer(capsys, gmail_eval, 'vqa', *how, '--model', home/'indiscriminate', '--json')
+    assert status == 0, err
+    told = json.loads(out)
+    assert set(told['accuracy']) == {'first', 'indiscriminate'} and told['accuracy']['first']['n'] == 12
+    assert list(told['verdict']['measures']) == ['indiscriminate - first'] and told['report'].endswith('report.html')
+    records = [json.loads(l) for l in (home/'vqa2'/'results.jsonl').read_text().splitlines()]
+    apart = [r for r in records if 'minus' in r]
+    by = {r['arm']: r['value'] for r in records if r['metric'] == 'accuracy'}
+    assert [r['arm'] for r in apart] == ['indiscriminate - first'] and apart[0]['low'] <= apart[0]['high']
+    assert apart[0]['value'] == pytest.approx(by['indiscriminate'] - by['first'])
+    lines = [json.loads(l) for l in (home/'vqa2'/'answers.jsonl').read_text(encoding='utf-8').splitlines()]
+    assert [l['model'] for l in lines] == ['first'] * 12 + ['indiscriminate'] * 12
+    page = (home/'vqa2'/'report.html').read_text(encoding='utf-8')
+    for part in ('Some questions, and what each model answers', 'Accuracy by subject', 'max_new_tokens', 'Versions',
+                 'indiscriminate in place of first', 'data:image/png'): assert part in page
+    for name in ('answers', 'accuracy', 'differences'): assert (home/'vqa2'/f'{name}.png').exists()
+
+def test_models_that_cannot_be_asked_are_told_before_any_is(capsys, home, real):
+    for models, said in (((home/'real', home/'lm'), 'without eyes'), ((home/'real', 'nowhere'), 'gmail_tune llava'),
+                         ((home/'real', home/'copy'/'real'), "two models are called 'real'")):
+        argv = [a for m in models for a in ('--model', m)]
+        status, _, err = answer(capsys, gmail_eval, 'vqa', '--limit', 4, '--out', home/'unasked', *argv)
+        assert status == 2 and said in err and '%|' not in err, err # nothing was loaded
+        assert not (home/'unasked'/'results.jsonl').exists()
+
+def test_answers_that_are_there_are_read(home, real, monkeypatch):
+    import gmail_nb.runs.vqa as room
+    some = VQASettings(limit=6, max_new_tokens=2)
+    first = evaluate_vqa(str(home/'real'), out=home/'again', settings=some, skip_existing=True)
+    monkeypatch.setattr(room, 'load_talker', None)
+    again = evaluate_vqa(str(home/'real'), out=home/'again', settings=some, skip_existing=True)
+    assert again.said == first.said and again.records[0]['value'] == first.records[0]['value']
+    with pytest.raises(TypeError):
+        evaluate_vqa(str(home/'real'), out=home/'again', settings=VQASettings(limit=5), skip_existing=True)
+
+def test_a_picture_with_dollars_in_its_choices_is_drawn():
+    from gmail_nb.vqa import Question, judge, show_answers
+    q = Question('q', 'Is it $6 or $7, or {x_{?', 0, ('$6', '$7'), tuple(small_scienceqa()['image'][:1]))
+    show_answers([q], dict(one=[judge(q, '$6 and $7')])).canvas.draw()
+
+# wrong input, from the shell: one line, and what to change
+
+def refused(capsys, command, *argv):
+    capsys.readouterr() # what came before
+    status, out, err = answer(capsys, command, *argv)
+    lines = [l for l in err.splitlines() if l.strip() and '%|' not in l] # without the bars of what was loaded
+    assert status == 2 and len(lines) == 1 and 'a defect' not in err, (status, out, err)
+    return lines[0]
+
+@pytest.fixture
+def real(capsys, home):
+    "A folder that was tuned."
+    if not (home/'real'/'card.json').exists(): tune(capsys, home, 'real', home/'real.parquet')
+    return home/'real'
+
+def picture(home):
+    emoji('unseen', 'noto')[0]['image'].save(home/'seen.png')
+    return home/'seen.png'
+
+@pytest.mark.parametrize('said, image, message', [
+    ('what is this ?', 'x.png', 'has 1 picture(s) and 0 <image>: one for each'),
+    ('<image> what is this ?', ['x.png', 'x.png'], 'has 2 picture(s) and 1 <image>: one for each')])
+def test_prompts_and_images_that_do_not_fit(capsys, home, said, image, message):
+    "A prompt without an image token, and more images than tokens, in a file to learn from."
+    turns = [{'from': 'human', 'value': said}, {'from': 'gpt', 'value': 'a cat'}]
+    (home/'unfit.json').write_text(json.dumps([dict(id=1, image=image, conversations=turns)]))
+    status, _, err = tune(capsys, home, 'unfit', home/'real.parquet', '--instructions', home/'unfit.json')
+    assert status == 2 and message in err and 'conversation 1' in err and len(err.strip().splitlines()) == 1
+
+def test_more_tokens_than_images_in_a_talk(capsys, home, real):
+    ask = '<image> or <image> ?', '--image', picture(home), '--model', home/'real'
+    assert 'the prompt has 2 <image> for 1 image(s): one for each' in refused(capsys, gmail_chat, *ask)
+    assert '1 <image> for 0 image' in refused(capsys, gmail_chat, '<image> ?', '--model', home/'real')
+
+@pytest.mark.parametrize('command', ['chat', 'vqa', 'tune'])
+def test_a_processor_of_another_size(capsys, home, command):
+    folder = home/'other-size'
+    for part in (tiny_llava()[0], processor_of(64)): part.save_pretrained(folder)
+    argv = dict(chat=(gmail_chat, 'what ?', '--image', picture(home), '--model', folder),
+                vqa=(gmail_eval, 'vqa', '--limit', 2, '--out', home/'sized', '--model', folder),
+                tune=(gmail_tune, 'llava', home/'real.parquet', '--language-model', folder, '--out', home/'sized'))
+    said = refused(capsys, *argv[command])
+    assert '64 pixels a side, the tower reads 32: take the processor that belongs to this model' in said
+
+def questions_with(home, kind, **change):
+    "The small set with its second question changed, in a folder."
+    made = dict(scienceqa=small_scienceqa, mmmu=small_mmmu)[kind]()
+    rows = [dict(r) for r in made]
+    rows[1] |= change
+    folder = home/f'{kind}-{len(list(home.glob(kind + "-*")))}'
+    folder.mkdir()
+    columns = dict(scienceqa=SCIENCEQA_COLUMNS, mmmu=MMMU_COLUMNS)[kind]
+    with quiet_datasets(): datasets.Dataset.from_list(rows, features=columns).to_parquet(folder/'test.parquet')
+    return folder
+
+@pytest.mark.parametrize('kind, change, said', [
+    ('scienceqa', dict(answer=4), "question '1': the answer 4 is none of its 2 choices"),
+    ('scienceqa', dict(answer=-1), "question '1': the answer -1 is none of its 2 choices"),
+    ('mmmu', dict(answer='F'), "'validation_Biology_2': the answer 'F' is none of its 4 choices"),
+    ('mmmu', dict(answer='?'), "'validation_Biology_2' has no right answer, '?' stands in its place"),
+    ('mmmu', dict(answer=None), "'validation_Biology_2' has no right answer, None stands in its place"),
+    ('scienceqa', dict(answer=None), "question '1': the answer None is none of its 2 choices")])
+def test_answers_outside_the_choices_and_none_at_all(capsys, home, real, kind, change, said):
+    folder = questions_with(home, kind, **change)
+    out = home/f'{folder.name}-out'
+    assert said in refused(capsys, gmail_eval, 'vqa', folder, '--model', home/'real', '--out', out)
+    assert not (out/'results.jsonl').exists()
+
+@pytest.mark.parametrize('command', ['chat', 'vqa', 'tune'])
+def test_a_chat_template_that_is_missing(capsys, home, command):
+    whole, alone = home/'no-template', home/'no-template-lm'
+    model, processor = tiny_llava()
+    processor.chat_template = processor.tokenizer.chat_template = None
+    for part in (model, processor): part.save_pretrained(whole)
+    LlamaForCausalLM(language()).save_pretrained(alone)
+    tiny_tokenizer(None).save_pretrained(alone)
+    argv = dict(chat=(gmail_chat, 'what ?', '--image', picture(home), '--model', whole),
+                vqa=(gmail_eval, 'vqa', '--limit', 2, '--out', home/'silent', '--model', whole),
+                tune=(gmail_tune, 'llava', home/'real.parquet', '--language-model', alone, '--out', home/'silent'))
+    said = refused(capsys, *argv[command])
+    assert 'has no chat template: take a model that was tuned to follow instructions' in said
+
+# the verdict looks at the picture
+
+@pytest.mark.parametrize('own, turned, word, says', [
+    (.5, .1, 'helps', 'Seeing the picture helps'), (.5, .5, 'unclear', 'Words were learned, and not to see'),
+    (.5, .7, 'unclear', 'Words were learned, and not to see'), (-.1, -.1, 'hurts', 'Tuning hurts'),
+    (0., -.4, 'unclear', 'Tuning makes no difference')])
+def test_the_verdict_looks_at_the_picture(own, turned, word, says):
+    noise = np.random.default_rng(0).normal(0, .05, (2, 60))
+    base = np.linspace(-3, -2, 60)
+    found = judge_llava(base, base + own + noise[0], base + turned + noise[1], 99)
+    assert found.said == word and any(s.startswith(says) for s in found.sentences)
+    assert len(found.measures) == 2 and found.facts == dict(learned_from=99)
+    d = list(found.measures.values())[1]
+    if own == .5: assert (word == 'helps') == (d.low > 0)
+    if word != 'helps': assert not any('helps' in s for s in found.sentences if s.startswith('Tuning')) and found.tries
+
+def test_one_text_says_where_smollm2_comes_from(monkeypatch):
+    "In the error, in a dry run, and on the front page."
+    from importlib import metadata
+    from gmail_nb.captioning import load_lm
+    from gmail_nb.runs.dry_run import look_lm
+    from gmail_nb.settings import SMOLLM2_FROM
+    def nothing(name): raise metadata.PackageNotFoundError(name)
+    monkeypatch.setattr(metadata, 'files', nothing)
+    with pytest.raises(ImportError) as e: load_lm('smollm2')
+    assert str(e.value) == look_lm('smollm2').note == SMOLLM2_FROM
+    readme = Path(__file__).parent.parent/'README.md'
+    assert SMOLLM2_FROM.partition(': ')[2] in readme.read_text(encoding='utf-8')

@@ -55,6 +55,17 @@ def test_pages_bring_what_they_need(site):
             assert shutil.which('quarto') or not elsewhere, f'{name} fetches {link}'
             assert elsewhere or target(out, name, link).exists(), f'{name} lacks {link}'
 
+def test_style_sheets_ask_nobody_else(site):
+    if shutil.which('quarto'): pytest.skip('what Quarto brings is its own')
+    for sheet in site[0].rglob('*.css'):
+        asked = re.findall(r'''(?:@import\s*|url\()["']?(?:https?:)?//[^;)]*''', sheet.read_text(encoding='utf-8'))
+        assert not asked, f'{sheet.name}: {asked[:2]}'
+
+def test_pages_have_a_dark_side(site):
+    "A theme for each mode on every page, and colours of ours for what the theme leaves light."
+    for page in site[0].rglob('*.html'): assert 'data-mode="dark"' in page.read_text(encoding='utf-8'), page.name
+    assert '.quarto-dark body' in (site[0]/'styles.css').read_text(encoding='utf-8')
+
 def test_no_link_is_broken(site):
     out, pages = site
     for name, page in pages.items():

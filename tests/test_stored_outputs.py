@@ -4,9 +4,13 @@ import base64
 import hashlib
 import re
 import struct
+import sys
 
 import pytest
-from house import cells_of, flags_of, names, source_of
+from house import cells_of, flags_of, names, root, source_of
+
+sys.path.insert(0, str(root/'tools'))
+from stored import digest, left_out, made_with, read_runs
 
 EXPERIMENTS = [n for n in names if n.startswith('experiments/')]
 
@@ -45,15 +49,36 @@ def test_a_cell_that_prints_stores_no_page(name):
     wrong = [c['id'] for c, out in outputs(name) if data_of(out, 'text/html') and ends_in_print(source_of(c))]
     assert not wrong, f'these print at their end, but store a table, run them again: {wrong}'
 
+RUNS = read_runs() # what tools/execute.py has noted of cells that no test runs
+
+@pytest.mark.parametrize('name', names)
+def test_an_output_that_no_test_makes_is_that_of_the_source_beside_it(name):
+    "A cell flagged slow, cuda or hub that changed since it ran, or never ran, is named here."
+    cells, noted = left_out(cells_of(name)), RUNS.get(name, {})
+    assert set(noted) <= set(cells), f'tests/stored_runs.json knows cells of {name} that are gone'
+    for i, cell in cells.items():
+        source = source_of(cell)
+        again = (f'run `python tools/execute.py nbs/{name}.ipynb --with {" ".join(sorted(flags_of(cell)))}`, '
+                 'or, where names alone changed, with `--same WHY` in place of `--with`')
+        assert i in noted, f'{name}, cell {i}: nothing says which source made its output: {again}'
+        assert made_with(noted[i]) == digest(source), f'{name}, cell {i} changed since its output was made: {again}'
+        if isinstance(noted[i], str): assert cell['outputs'], f'{name}, cell {i} has no output: {again}'
+
+def test_outputs_that_are_stale_or_absent_do_not_grow_in_number():
+    "Each says why in tests/stored_runs.json: it needs the Hub, a GPU, Ray, or most of an hour."
+    entries = [e for cells in RUNS.values() for e in cells.values() if isinstance(e, dict)]
+    stale = [e['stale'] for e in entries if 'stale' in e]
+    assert all(len(e) == 2 and (e.get('stale') or e.get('same')) for e in entries)
+    assert len(stale) <= 9, stale
+
 @pytest.mark.parametrize('name', names)
 def test_no_prose_excuses_what_is_stored(name):
     excuse = re.compile(r'present form|run of version|has\s+not\s+been\s+repeated')
     wrong = [c['id'] for c in cells_of(name) if c['cell_type'] == 'markdown' and excuse.search(source_of(c))]
     assert not wrong, f'run the cells again and take out what {wrong} says of an older run'
 
-WIDE = {'11_splits', '37_gallery', 'bench/10_generate', 'bench/40_gpu', 'bench/60_llava', 'runs/60_tune_llava',
-        'runs/70_vqa', 'tutorials/10_your_pictures', 'tutorials/20_new_encoder',
-        'tutorials/30_new_generator'} # their stored lines are still wider
+WIDE = {'37_gallery', 'bench/10_generate', 'bench/40_gpu', 'bench/60_llava', 'runs/60_tune_llava', 'runs/70_vqa',
+        'tutorials/20_new_encoder'} # their stored lines are still wider
 
 def as_it_came(cell):
     "Whether a cell shows what a shell printed, or what a long run left: neither is cut for the page."

@@ -243,3 +243,9 @@ def test_rows_and_seeds_share_features(monkeypatch):
     for row in TABLES['table6'].rows:
         tables.run_captioner(row.last, Path('out')/'x', TableRun(), lambda link: Path('out'))
     assert set(asked) == {str(Path('out')/'features')}
+
+@pytest.mark.parametrize('field', ['encoder', 'rows', 'test'])
+def test_a_name_in_place_of_a_list_is_refused(field):
+    "A string would be read letter by letter."
+    with pytest.raises(ValueError, match=f"{field} is 'embedded', and not a list"): TableRun(**{field: 'embedded'})
+    with pytest.raises(ValueError, match='not a list'): TableRun(**{field: dict(a='b')})

@@ -62,7 +62,7 @@ def test_an_image_without_a_mark_stands_in_front():
     words, order = with_markers('Which?', Question('q', 'Which?', 0, ('a', 'b'), ('one',)))
     assert words == '<image>\nWhich?' and order == ['one']
 
-# Forty answers of the kind that models give, each judged by hand
+# Thirty-nine answers of the kind that models give, each judged by hand
 SCIENCE = {
     'A': 0,
     'B.': None,

@@ -1,7 +1,9 @@
 """Run notebooks from the top and store their outputs: `python tools/execute.py nbs/21_losses.ipynb ... [--with slow]`.
 
 Cells flagged slow, cuda or hub keep the output they have unless their flag is named. What is written is clean:
-no counts, no metadata, no state of progress bars.
+no counts, no metadata, no state of progress bars. The source of a flagged cell that ran is noted in
+tests/stored_runs.json. Where a flagged cell changed in nothing but names or line breaks,
+`--same 'names alone changed' nbs/...` runs nothing, keeps the output, and notes the reason.
 """
 import argparse, os, re, subprocess, sys
 from pathlib import Path
@@ -9,9 +11,9 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from stored import FLAGS, flags_of, left_out, name_of, note_run, source_of
 
 root = Path(__file__).resolve().parent.parent
-FLAGS = ('slow', 'cuda', 'hub')
 
 class Client(NotebookClient):
     "Passes over cells with a flag that was not named."
@@ -20,8 +22,7 @@ class Client(NotebookClient):
         self.named = set(named)
 
     async def async_execute_cell(self, cell, cell_index, **kwargs):
-        flags = set(re.findall(r'^#\|\s*(\w+)\s*$', cell.source, re.M)) & set(FLAGS)
-        if flags - self.named: return cell
+        if flags_of(cell.source) - self.named: return cell
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
 BAR = r'\d+%\||it/s|s/it|\?it|: 0it|IProgress not found|as notebook_tqdm'
@@ -59,13 +60,19 @@ def execute(path, named):
     subprocess.run(
         [sys.executable, '-c', f'from nbdev.clean import nbdev_clean; nbdev_clean({str(path)!r})'], cwd=root, check=True
     )
+    ran = {i for i, cell in left_out(nb.cells).items() if not flags_of(source_of(cell)) - set(named)}
+    note_run(name_of(path), nb.cells, ran)
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('notebooks', nargs='+', type=lambda p: Path(p).resolve())
     parser.add_argument('--with', dest='named', nargs='*', default=[], choices=FLAGS, help='flags whose cells run too')
+    parser.add_argument('--same', metavar='WHY', help='run nothing: changed cells would give the output they have')
     args = parser.parse_args()
     for path in args.notebooks:
+        if args.same:
+            note_run(name_of(path), nbformat.read(path, as_version=4).cells, (), args.same)
+            continue
         execute(path, args.named)
         print(f'executed {path.name}')

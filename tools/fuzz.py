@@ -4,7 +4,7 @@ Images, caption files and the files of a generated folder are taken as people ha
 doubled or swapped, and the result is read. A reader may return, or refuse with a `ValueError` or `FileNotFoundError`
 of one line; everything else, and a file that takes longer than 20 seconds, is a finding: the bytes are kept, and the
 traceback is printed once for each place. `--engine atheris` lets coverage choose the changes where Atheris is
-installed; the loop here needs nothing. Ends with status 1 when something was found.
+installed; the loop here needs nothing. Ends with a line of counts, and with status 1 when something was found.
 """
 import argparse
 import csv
@@ -170,10 +170,11 @@ def changed(data, others, rng):
 
 class Findings:
     "What was read, what was refused, and what went wrong, kept in a folder."
-    def __init__(self, keep): self.keep, self.counts, self.places = Path(keep), Counter(), {}
+    def __init__(self, keep): self.keep, self.counts, self.places, self.tried = Path(keep), Counter(), {}, Counter()
 
     def attempt(self, target, name, data):
         "Read one file; anything but an answer or a refusal is kept."
+        self.tried[type(target).__name__.lower()] += 1
         signal.alarm(TOO_LONG)
         try: target.read(name, data)
         except REFUSED: self.counts['refused'] += 1
@@ -202,28 +203,48 @@ def late(*_): raise TimeoutError(f'a file took longer than {TOO_LONG} seconds')
 
 def by_chance(targets, found, end, rng):
     "The loop that needs nothing: a file of a target, changed and read, until the time is over."
-    tried = Counter()
     while time.time() < end:
         target = rng.choice(targets)
         name = rng.choice(list(target.seeds))
         found.attempt(target, name, changed(target.seeds[name], list(target.seeds.values()), rng))
-        tried[type(target).__name__.lower()] += 1
-    return tried
 
-def by_coverage(targets, found, seconds, seed):
-    "The same with Atheris, which looks at the lines that a file reaches."
+def guided(targets, found, seconds, seed, home):
+    "Let Atheris choose; it ends the process when the time is over."
     import atheris
     names = [(t, n) for t in targets for n in t.seeds]
-    corpus = Path(tempfile.mkdtemp(prefix='corpus-'))
+    (corpus := home/'corpus').mkdir()
     for i, (t, n) in enumerate(names): (corpus/f'{i:03}').write_bytes(bytes([i]) + t.seeds[n])
 
     def one(data):
         if not data: return
         target, name = names[data[0] % len(names)]
         found.attempt(target, name, data[1:])
+        state = dict(counts=found.counts, tried=found.tried, places=[[*k, v] for k, v in found.places.items()])
+        (home/'state').write_text(json.dumps(state))
+        os.replace(home/'state', home/'seen.json')
+    # of libFuzzer no alarm, for that is ours
     atheris.Setup(['fuzz', str(corpus), f'-seed={seed + 1}', f'-max_total_time={seconds}', '-max_len=8192',
-                   '-timeout=60'], one)
-    atheris.Fuzz() # ends the process
+                   '-timeout=0', '-rss_limit_mb=8192', f'-artifact_prefix={home}/ended-'], one)
+    atheris.Fuzz()
+
+def by_coverage(targets, found, seconds, seed, home):
+    "The same with Atheris, which looks at the lines that a file reaches, in a process that it may end."
+    sys.stdout.flush()
+    if not (child := os.fork()):
+        try: guided(targets, found, seconds, seed, home)
+        finally: os._exit(1) # it did not begin
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if (home/'seen.json').exists():
+        seen = json.loads((home/'seen.json').read_text())
+        found.counts.update(seen['counts'])
+        found.tried.update(seen['tried'])
+        found.places.update({tuple(place): name for *place, name in seen['places']})
+    if not status: return
+    print(f'FOUND the process ended with status {status}')
+    found.counts['found'] += 1
+    found.places['the process', status] = 'ended'
+    found.keep.mkdir(parents=True, exist_ok=True)
+    for file in home.glob('ended-*'): shutil.copy(file, found.keep) # what it read last, after a byte that names the target
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -244,10 +265,10 @@ def main():
     kinds = [k for k in (Images, Captions, Folders) if not a.only or k.__name__.lower() in a.only]
     targets, found = [k(home) for k in kinds], Findings(a.keep)
     try:
-        if a.engine == 'atheris': by_coverage(targets, found, int(a.minutes * 60), a.seed)
-        tried = by_chance(targets, found, time.time() + a.minutes * 60, random.Random(a.seed))
+        if a.engine == 'atheris': by_coverage(targets, found, int(a.minutes * 60), a.seed, home)
+        else: by_chance(targets, found, time.time() + a.minutes * 60, random.Random(a.seed))
     finally: shutil.rmtree(home, ignore_errors=True)
-    counts = f'{sum(tried.values())} files ({dict(tried)}): {dict(found.counts)}'
+    counts = f'{sum(found.tried.values())} files ({dict(found.tried)}): {dict(found.counts)}'
     print(f'seed {a.seed}: {counts}; places: {len(found.places)}')
     return 1 if found.places else 0
 

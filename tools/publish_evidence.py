@@ -1,15 +1,16 @@
 """Put the finished chains of a run into the package: `python tools/publish_evidence.py FOLDER`.
 
 Writes assets/evidence: records.jsonl, chosen.json, and page.md, which is made from them. Then run the pages again:
-`python tools/execute.py nbs/experiments/11_chain.ipynb nbs/experiments/12_curve.ipynb nbs/experiments/14_controls.ipynb`.
+`python tools/execute.py` with nbs/experiments/ 11_chain, 12_curve, 14_controls, 16_pairs, 18_shares, 19_evidence and
+45_caption_curve.
 """
 import argparse
 import json
 from importlib import resources
 from pathlib import Path
 
-from gmail_nb.experiments.controls import evidence_page
 from gmail_nb.experiments.curve import gathered, joined
+from gmail_nb.experiments.evidence import evidence_page
 from gmail_nb.files import atomic_write, check_writable, read_results, write_results
 
 def publish(run):

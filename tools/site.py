@@ -92,6 +92,14 @@ def local_katex(site):
         ours = f'{to_top(page, site)}site_libs/katex/'
         page.write_text(re.sub(r'https://[^"\s]*/katex@[\d.]+/dist/(contrib/)?', ours, text), encoding='utf-8')
 
+def no_fonts_from_elsewhere(site):
+    "Leave out the fonts that a theme asks another server for: offline there are none, and the console has an error."
+    for sheet in site.glob('site_libs/**/*.css'): # an address of a font may hold a `;` of its own
+        text = sheet.read_text(encoding='utf-8')
+        plain = re.sub(r'@import\s*(?:url\([^)]*\)|"[^"]*"|\'[^\']*\')\s*;',
+                       lambda m: '' if '//' in m[0] else m[0], text)
+        if plain != text: sheet.write_text(plain, encoding='utf-8')
+
 def methods_to_classes(site):
     "Let a link to a method that has no entry of its own lead to its class, whose source shows it."
     texts = {p.resolve(): p.read_text(encoding='utf-8') for p in site.glob('**/*.html')}
@@ -112,6 +120,7 @@ def render(done, doc_path):
     rename_outputs(done)
     subprocess.run([sys.executable, '-m', 'smalldocs.cli', 'render', '.'], cwd=done, check=True)
     local_katex(done/doc_path)
+    no_fonts_from_elsewhere(done/doc_path)
     methods_to_classes(done/doc_path)
     return done/doc_path
 

@@ -85,6 +85,7 @@ BENCHES = dict(
                     'counting beside a sorted matrix of scores', 40),
     llava=Bench(f'{_room}.llava:bench_llava', 'tokens in a file beside a tower in every step',
                 53),
+    data=Bench(f'{_room}.data:bench_data', 'pictures read beside torchvision and a DataLoader', 60),
     gpu=Bench(f'{_room}.gpu:gpu_page', "all of it in published models' shapes", None, cuda=True))
 
 def bench_named(name:str) -> Bench:

@@ -60,6 +60,7 @@ def made_photo(
     Image.fromarray((128 + picture).clip(0, 255).astype(np.uint8)).save(file, 'JPEG', quality=90)
     return file.getvalue()
 
+# %% ../../nbs/bench/50_data.ipynb #f508fbd1
 def made_photos(
     folder:Path,
     n:int,
@@ -105,6 +106,7 @@ def plain_rate(folder:Path) -> float:
     "Images a second and core of a `DataLoader`."
     return rate(DataLoader(PlainPhotos(folder, transform()), BATCH))
 
+# %% ../../nbs/bench/50_data.ipynb #38590a9c
 def our_rate(
     folder:Path,
     **how # of `LazyPixels`: workers, processes, draft
@@ -140,6 +142,7 @@ def bench_data(
                       for name in DECODERS]
     return found
 
+# %% ../../nbs/bench/50_data.ipynb #830f4a9a
 def handed_over(n:int=160, size:int=256) -> float:
     "Images a second that one process takes from others that decode."
     with tempfile.TemporaryDirectory() as home:
@@ -160,6 +163,7 @@ def anonymous() -> float: # MB
     line = next(l for l in lines if l.startswith('RssAnon'))
     return int(line.split()[1]) / 1024
 
+# %% ../../nbs/bench/50_data.ipynb #1d255680
 class Stage:
     "Seconds that cores worked in a block, and how many MB it took more than there were, at most."
     def __enter__(self):
@@ -190,6 +194,7 @@ def write_rows(path:Path, n:int) -> None:
                     for i in range(start, min(n, start + 10_000))]
             writer.write_table(pa.Table.from_pylist(rows, schema))
 
+# %% ../../nbs/bench/50_data.ipynb #f1b7e0cf
 class TinyTower(nn.Module):
     "From 8 x 8 pixels to 512 numbers."
     def __init__(self):
@@ -233,6 +238,7 @@ def stages(
     timed('align: three steps', lambda: [job.advance() for _ in range(3)])
     return found
 
+# %% ../../nbs/bench/50_data.ipynb #8f629c4e
 def measured_stages(n:int, which:str='stages') -> list[dict]: # or 'work_stages'
     "The stages in a process of their own, so that nothing else is counted."
     code = (f'import json, sys; from gmail_nb.bench.data import {which}; '
@@ -252,6 +258,7 @@ class Painter:
         drawn = [torch.rand(8, 8, 3, generator=g).numpy() for g in generator]
         return SimpleNamespace(images=np.stack(drawn))
 
+# %% ../../nbs/bench/50_data.ipynb #63e3b5dc
 def work_stages(
     n:int,      # rows
     home:str|Path
@@ -307,7 +314,7 @@ def show_costs(every:pd.DataFrame) -> Figure:
     found = every.pivot(index='rows', columns='stage', values='seconds')[every.stage.unique()]
     fig, ax = plt.subplots(figsize=(7.5, 4.6), constrained_layout=True)
     for i, (stage, seconds) in enumerate(found.items()):
-        ax.plot(found.index, seconds.clip(lower=1e-3), 'o-', label=stage, color=f'C{i % 10}',
+        ax.plot(found.index, seconds.clip(lower=1e-3), marker='o', label=stage, color=f'C{i % 10}',
                 ls='-' if i < 10 else '--', lw=1.5, ms=4)
     ends = np.array([found.index.min(), found.index.max()])
     ax.plot(ends, found.max().max() * ends / ends.max(), color='.6', ls=':', label='in proportion')

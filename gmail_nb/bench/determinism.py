@@ -50,6 +50,7 @@ def threads(n:int):
     try: yield
     finally: torch.set_num_threads(before)
 
+# %% ../../nbs/bench/70_determinism.ipynb #d6d3a766
 @contextmanager
 def stopped_at(
     holder, name:str, # a module or a class, and a function of it
@@ -77,6 +78,7 @@ def images(out:Path, way:Way=Way()) -> np.ndarray: # (N, H, W, 3), levels from 0
     for part in parts: generate(captions, 'embedded', out, draw, work=replace(work, part=part))
     return np.stack([np.asarray(i) for i in load_generated(out)['image']]).astype(float)
 
+# %% ../../nbs/bench/70_determinism.ipynb #2d8b8f3e
 def plain_features(out:Path, way:Way=Way()) -> np.ndarray: # (N, D), unit length
     "Images through the encoder. A run that is stopped has one of its parts."
     settings = EmbedSettings(way.batch_size, part_rows=8, processes=way.processes,
@@ -103,6 +105,7 @@ def aligned_features(out:Path, way:Way=Way()) -> np.ndarray: # (N, D), unit leng
     pixels = preprocess_images(model.encoder, list(drawn['image']))
     return encode_images(model.encode_generated, pixels).numpy()
 
+# %% ../../nbs/bench/70_determinism.ipynb #8e072316
 def text_side(out:Path, way:Way=Way()) -> np.ndarray: # every weight of the head
     "The text side after twelve steps."
     encoder, ds = load_encoder('embedded'), some_emoji()
@@ -130,6 +133,7 @@ PROMISES = {
     ('alignment', 'batch'): 1e-5, ('alignment', 'threads'): 1e-3,
     ('text', 'again'): 0, ('text', 'restart'): 0, ('text', 'threads'): 1e-5}
 
+# %% ../../nbs/bench/70_determinism.ipynb #09bad31a
 def distance_to_plain(
     out:Path,      # runs are kept below it
     result:str,    # of `RESULTS`

@@ -399,7 +399,6 @@ def see(
     with torch.no_grad(), in_precision(on.precision, on.device):
         return encoder.encode_image(pixels).float()
 
-# %% ../../nbs/bench/40_gpu.ipynb #4446250e
 def seen_once(encoder:Encoder, pixels:torch.Tensor, on:Target) -> tuple[torch.Tensor, float]:
     "The same features, on the CPU, and the seconds that they took."
     start = time.perf_counter()
@@ -576,7 +575,6 @@ def generation_page(on:Target) -> dict: # name -> (name) -> a line
         return compare_generation(name, sdxl_sized(on.device, on.dtype), on, n=4, batch_size=4, size=1024)
     return {'generate, Stable Diffusion 2': sd2, 'generate, SDXL': sdxl}
 
-# %% ../../nbs/bench/40_gpu.ipynb #2d2c40af
 def towers_page(on:Target) -> dict: # likewise
     "Alignment and tuning of ViT-B/32 and ViT-L/14."
     def align(tower, share):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEEDED', 'QUIET', 'STYLE', 'INTRO', 'NEAR', 'MAP_TEXT', 'CHOICES', 'CAPTIONS', 'PRIVATE', 'check_gradio',
            'check_port', 'quiet_gradio', 'picture_of', 'png_uri', 'pictures_html', 'enlarged', 'findings_html',
-           'found_here', 'choice', 'picture_tab', 'connect_picture', 'captions_html', 'word_parts', 'caption_tab',
+           'found_here', 'choice', 'captions_html', 'word_parts', 'picture_tab', 'connect_picture', 'caption_tab',
            'drawn_findings', 'build_page', 'start', 'serve', 'opened', 'run_app', 'dry_app']
 
 # %% ../../nbs/cli/05_app.ipynb #9e6e7583
@@ -73,6 +73,7 @@ footer {display: none !important}
 .found img {width: 100%; background: white; border-radius: 6px}
 .found .row img {aspect-ratio: 1; object-fit: contain; border: 1px solid var(--border-color-primary)}
 .found table {width: 100%; border-collapse: collapse; font-size: 14px; border: none !important}
+.found tr {border: none !important}
 .found td, .found th {text-align: left; padding: .25rem .5rem; border: none !important;
   border-bottom: 1px solid var(--border-color-primary) !important}
 '''
@@ -139,6 +140,30 @@ def choice(gradio, shown:list, label:str):
                           height='auto', allow_preview=False, interactive=False, buttons=[],
                           object_fit='contain')
 
+# %% ../../nbs/cli/05_app.ipynb #85e0abea
+def captions_html(viewer, seen) -> str: # seen: None shows nothing
+    "A table of what each arm writes."
+    if seen is None: return ''
+    return '<h3>What captioners write</h3>' + table_html([['arm', 'caption'], *viewer.captions(seen)])
+
+def word_parts(gradio, viewer, upload, kind) -> list: # the output for captions, if there is one
+    "A table for captions, and a question for a LLaVA."
+    words = [found_here(gradio)] if viewer.writers else []
+    if viewer.talker:
+        question = gradio.Textbox(label='Ask the LLaVA about it', max_length=500,
+                                  value='What does the picture show?')
+        button = gradio.Button('Ask')
+        answer = gradio.Textbox(label='It answers', interactive=False, lines=2)
+        def ask(path, kind, question):
+            picture = picture_of(path, viewer.settings)
+            if picture is None: raise gradio.Error('choose a picture first', print_exception=False)
+            try: return viewer.answer(viewer.look(picture, kind == 'generated'), question)
+            except ValueError as e: raise gradio.Error(str(e), print_exception=False) from e
+        for event in (question.submit, button.click):
+            event(ask, [upload, kind, question], answer, api_visibility='private')
+    return words
+
+# %% ../../nbs/cli/05_app.ipynb #f1ec3def
 CHOICES = dict(real='Or choose a real drawing', generated='Or a generated one')
 
 def picture_tab(gradio, viewer) -> None:
@@ -174,27 +199,6 @@ def connect_picture(gradio, viewer, upload, kind, drawings:dict, found, words:li
     for side, (gallery, some) in drawings.items():
         gallery.select(chooser(side, some), None, [upload, kind], **how)
     for event in (upload.change, kind.input): event(look, [upload, kind], [found, *words], **how)
-
-# %% ../../nbs/cli/05_app.ipynb #85e0abea
-def captions_html(viewer, seen) -> str: # seen: None shows nothing
-    "A table of what each arm writes."
-    if seen is None: return ''
-    return '<h3>What captioners write</h3>' + table_html([['arm', 'caption'], *viewer.captions(seen)])
-
-def word_parts(gradio, viewer, upload, kind) -> list: # the output for captions, if there is one
-    "A table for captions, and a question for a LLaVA."
-    words = [found_here(gradio)] if viewer.writers else []
-    if viewer.talker:
-        question = gradio.Textbox(label='Ask the LLaVA about it', max_length=500,
-                                  value='What does the picture show?')
-        answer = gradio.Textbox(label='It answers', interactive=False, lines=2)
-        def ask(path, kind, question):
-            picture = picture_of(path, viewer.settings)
-            if picture is None: raise gradio.Error('choose a picture first', print_exception=False)
-            try: return viewer.answer(viewer.look(picture, kind == 'generated'), question)
-            except ValueError as e: raise gradio.Error(str(e), print_exception=False) from e
-        question.submit(ask, [upload, kind, question], answer, api_visibility='private')
-    return words
 
 # %% ../../nbs/cli/05_app.ipynb #f5c8941a
 CAPTIONS = 'a red apple with a green leaf', 'a smiling sun', 'a blue whale', 'a slice of pizza'
@@ -236,7 +240,6 @@ def drawn_findings(gradio, viewer, caption:str, steps:int, seed:int):
     lands = f'<h3>Where it lands</h3>{table_html(viewer.landing(seen, caption))}'
     yield [*shown, lands + findings_html(viewer, seen, 'the drawing')]
 
-# %% ../../nbs/cli/05_app.ipynb #8cdf4e70
 def build_page(gradio, viewer): # viewer: of `make_viewer` -> gradio's Blocks
     "Both tabs. Uploads are removed an hour after they came."
     n, base = len(viewer.gallery), viewer.model.encoder.name

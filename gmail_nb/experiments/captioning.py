@@ -43,7 +43,8 @@ from .retrieval import FIVE_ARMS
 from ..files import atomic_write, check_writable, progress, record, write_results
 from ..pages import save_figure, table_text
 from ..runtime import default_device, fingerprint, noise_generator, set_seed, stable_seed
-from ..settings import CaptionerSettings, CaptionExperimentSettings, DemoSettings, described
+from ..settings import CaptionerSettings, CaptionExperimentSettings, DemoSettings, HeadSettings
+from ..settings import described
 from ..stats import DRAWS, Interval, sentence
 from ..train import align
 
@@ -488,23 +489,23 @@ def train_sigmoid_heads(
     images:torch.Tensor,   # (N, 1280), from `drawing_inputs`
     texts:torch.Tensor,    # (2, N, 384)
     keys:list[str],        # N; a batch holds each concept once
-    steps:int=700,
-    batch_size:int=256,
-    dropout:float=.3,      # on what the heads read
-    seed:int=0
+    settings:HeadSettings=HeadSettings(),
+    seed:int=0,
+    **changes              # fields of the settings, such as steps=40, in place of theirs
 ) -> nn.ModuleDict: # visual and text
     "An image head and a text head under SigLIP's loss."
     set_seed(seed)
+    s = replace(settings, **changes)
     rng, concepts = np.random.default_rng(seed), _concepts(keys)
     heads = nn.ModuleDict(dict(visual=nn.Linear(images.shape[-1], 256),
                                text=nn.Linear(texts.shape[-1], 256)))
     scale = nn.ParameterList([torch.tensor(10.).log(), torch.tensor(-10.)])
-    optimizer = torch.optim.AdamW([*heads.parameters(), *scale], 1e-3, weight_decay=.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    for _ in progress(range(steps), 'sigmoid heads'):
-        index = [rng.choice(concepts[c]) for c in rng.permutation(len(concepts))[:batch_size]]
+    optimizer = torch.optim.AdamW([*heads.parameters(), *scale], s.lr, weight_decay=s.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, total_steps=s.steps)
+    for _ in progress(range(s.steps), 'sigmoid heads'):
+        index = [rng.choice(concepts[c]) for c in rng.permutation(len(concepts))[:s.batch_size]]
         which = torch.from_numpy(rng.integers(0, len(texts), len(index)))
-        x, t = (F.dropout(v, dropout) for v in (images[index], texts[which, index]))
+        x, t = (F.dropout(v, s.dropout) for v in (images[index], texts[which, index]))
         loss = pair_loss(heads['visual'](x), heads['text'](t), *scale)
         optimizer.zero_grad()
         loss.backward()

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['LONGER', 'shuffled_pairs', 'two_styles', 'aligned_on', 'unit', 'mean_shift', 'procrustes', 'ridge', 'random_map',
            'batch_statistics', 'control_features', 'control_records', 'more_of_chain', 'control_seed', 'against',
-           'finished_controls', 'control_row', 'control_table', 'show_controls', 'controls_text', 'controls',
-           'evidence_page', 'write_controls_page']
+           'finished_controls', 'control_row', 'control_table', 'show_controls', 'controls_text', 'controls']
 
 # %% ../../nbs/experiments/14_controls.ipynb #3410b5dc
 import copy
@@ -29,13 +28,13 @@ from gmail_nb.experiments.chain import (
     Test, chain_fingerprint, chain_folder, chain_seed, chain_sides, chain_tests, generator_of,
     kept_chain, tuned_ranks)
 from .curve import (
-    KEPT_GAPS, curve_table, gathered, is_stored, joined, mean_of, shown_number, stored)
+    KEPT_GAPS, gathered, is_stored, joined, mean_of, shown_number, stored)
 from .demo import Side, align_side, demo_gap_records
 from .protocol import (
-    CLAIMS, CONTROLS, CURVES, GOOD, Claim, Point, arm_record, chain_settings, chosen_settings,
+    CLAIMS, CONTROLS, GOOD, Claim, Point, arm_record, chain_settings, chosen_settings,
     claims_table, claim_difference, said_first)
 from ..files import atomic_write, check_writable, read_results, write_results
-from ..pages import save_figure, table_markdown, table_text
+from ..pages import save_figure, table_text
 from ..runtime import default_device, noise_generator
 from ..settings import DemoSettings, ProofSettings
 from ..tune import head_inputs
@@ -253,29 +252,3 @@ def controls(
     atomic_write(out/'controls.txt', controls_text(records))
     save_figure(show_controls(records), out/'controls.png')
     return records
-
-# %% ../../nbs/experiments/14_controls.ipynb #eae9170b
-def evidence_page(records:list[dict]) -> str: # markdown
-    "Failed claims, every claim, the curve and the controls, from records alone."
-    chains = {(tuple(r['point'].values()), r['seed']) for r in records}
-    seeds = sorted({s for _, s in chains})
-    settings = len({p for p, _ in chains})
-    intro = (f'{len(chains)} whole chains at {settings} settings of the generator, '
-             f'seeds {", ".join(map(str, seeds))}. Differences are points of mean recall with 95% '
-             'intervals over chains and concepts; a point with one chain varies concepts alone.')
-    parts = ['# The evidence', intro, '## Failed claims', said_first(records),
-             '## All claims', table_markdown(claims_table(records))]
-    titles = dict(seen='Concepts learned from generated images', unseen='Unseen concepts')
-    for test, title in titles.items():
-        tables = [t for axis in CURVES
-                  if len(t := curve_table(records, axis, test)) > 2 or axis == 'steps']
-        parts += [f'## {title}', *map(table_markdown, tables)]
-    return '\n\n'.join([*parts, '## Controls', table_markdown(control_table(records))]) + '\n'
-
-# %% ../../nbs/experiments/14_controls.ipynb #fa677c28
-def write_controls_page(
-    out:str|Path # of a run, with or without records of its own
-) -> Path:
-    "page.md from what ships, and from what this run has added to it."
-    out = check_writable(out)
-    return atomic_write(out/'page.md', evidence_page(joined(stored(), gathered(out))))

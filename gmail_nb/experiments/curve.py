@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'KEPT_GAPS', 'SHOWN_ARMS', 'CURVE_COLORS', 'LABELS', 'AXES', 'curve_points', 'chains', 'slim', 'record_key',
-           'gathered', 'stored', 'mean_of', 'benefit', 'shown_number', 'curve_row', 'curve_table', 'spread_apart',
-           'draw_arms', 'draw_benefit', 'show_curve', 'show_gap_closed', 'is_stored', 'joined', 'curve_text', 'curve',
-           'write_curve', 'dry_curve']
+           'gathered', 'stored', 'mean_of', 'benefit', 'shown_number', 'curve_row', 'curve_table', 'caption_points',
+           'caption_table', 'spread_apart', 'draw_arms', 'draw_benefit', 'show_curve', 'show_gap_closed', 'is_stored',
+           'joined', 'curve_text', 'curve', 'write_curve', 'dry_curve']
 
 # %% ../../nbs/experiments/12_curve.ipynb #3f33f7ed
 from collections.abc import Iterable
@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from ..encoders import load_encoder
 from .chain import chain_seed
 from gmail_nb.experiments.protocol import (
-    CLAIMS, CURVES, GOOD, TESTS, Claim, Point, by_seed, chosen_settings, claims_table, claim_difference,
-    said_first)
+    CAPTION_POINTS, CLAIMS, CURVES, GOOD, TESTS, Claim, Point, chosen_settings, claims_table,
+    claim_difference, said_first)
 from ..files import asset, atomic_write, check_writable, read_results, write_results
 from ..pages import save_figure, table_text
 from ..runtime import default_device
@@ -51,7 +51,7 @@ def slim(
     records:list[dict] # of one chain
 ) -> list[dict]:
     "What is shipped of a chain."
-    kept = [r for r in records if r['metric'] in ('mean_recall', *KEPT_GAPS)]
+    kept = [r for r in records if r['metric'] in ('mean_recall', 'CIDEr', *KEPT_GAPS)]
     return [{k: v for k, v in r.items() if i == 0 or k != 'versions'} for i, r in enumerate(kept)]
 
 def record_key(r:dict) -> tuple:
@@ -81,9 +81,11 @@ def mean_of(
              if (r['arm'], r['point'], r['metric'], r['split']) == asked]
     return float(np.mean(found)) if found else None
 
-def benefit(records:list[dict], point:Point, test:str='seen') -> tuple[Interval|None, int]:
+def benefit(
+    records:list[dict], point:Point, test:str='seen', metric:str='mean_recall' # or CIDEr
+) -> tuple[Interval|None, int]:
     "GMAIL minus indiscriminate over whole chains and concepts, and how many chains."
-    return claim_difference(records, Claim('', 'gmail', 'indiscriminate', point, test))
+    return claim_difference(records, Claim('', 'gmail', 'indiscriminate', point, test, metric=metric))
 
 # %% ../../nbs/experiments/12_curve.ipynb #07f2182c
 SHOWN_ARMS = ('base', 'indiscriminate', 'gmail', 'matched', 'real')
@@ -98,7 +100,8 @@ def curve_row(records:list[dict], point:Point, test:str) -> list[str]:
     gap = [shown_number(v, 1 if i < 2 else 100, 2 if i < 2 else 1) for i, v in enumerate(gap)]
     arms = [shown_number(mean_of(records, a, point, split=TESTS[test]), 100, 1) for a in SHOWN_ARMS]
     d, seeds = benefit(records, point, test)
-    return [point.name, *gap, *arms, d.text(sign='+') if d else '', str(seeds)]
+    c = benefit(records, point, test, 'CIDEr')[0]
+    return [point.name, *gap, *arms, *(v.text(sign='+') if v else '' for v in (d, c)), str(seeds)]
 
 # %% ../../nbs/experiments/12_curve.ipynb #04897d9e
 def curve_table(
@@ -106,11 +109,29 @@ def curve_table(
     axis:str,          # of `CURVES`
     test:str='seen'    # of `TESTS`
 ) -> list[list[str]]: # a heading and a row a point that was run
-    "The gap before and after, mean recall of every arm in percent, and the paired difference."
+    "The gap before and after, mean recall of every arm in percent, and the paired differences."
     gap = ['cosine before', 'after', 'R@1 to real before', 'after ']
-    head = [axis, *gap, *SHOWN_ARMS, 'gmail - indiscriminate [95%]', 'seeds']
-    rows = [curve_row(records, p, test) for p in CURVES[axis]]
-    return [head, *(r for r in rows if r[-1] != '0')]
+    head = [axis, *gap, *SHOWN_ARMS, 'gmail - indiscriminate [95%]', 'the same in CIDEr', 'seeds']
+    rows = [head, *(curve_row(records, p, test) for p in CURVES[axis])]
+    rows = [r for r in rows if r[-1] != '0']
+    if any(r[-2] for r in rows[1:]): return rows
+    return [[*r[:-2], r[-1]] for r in rows] # no captioner was trained on these chains
+
+# %% ../../nbs/experiments/12_curve.ipynb #883e28d5
+def caption_points(records:list[dict]) -> list[Point]:
+    "Those at which both arms have a captioner."
+    return [p for p in CAPTION_POINTS if benefit(records, p, metric='CIDEr')[0]]
+
+def caption_table(
+    records:list[dict]
+) -> list[list[str]]: # a heading and a row a point
+    "CIDEr (times 100) of the base and of both arms, and the paired difference."
+    arms, rows = ('base', 'indiscriminate', 'gmail'), []
+    for p in caption_points(records):
+        d, seeds = benefit(records, p, metric='CIDEr')
+        values = [shown_number(mean_of(records, a, p, 'CIDEr'), 100, 1) for a in arms]
+        rows.append([p.name, *values, d.text(sign='+'), str(seeds)])
+    return [['CIDEr x 100', *arms, 'gmail - indiscriminate [95%]', 'chains'], *rows]
 
 # %% ../../nbs/experiments/12_curve.ipynb #a57fcb68
 CURVE_COLORS = dict(base='gray', indiscriminate='tab:orange', gmail='tab:blue', matched='tab:purple',
@@ -148,18 +169,22 @@ def draw_arms(
     ax.set_ylabel('mean recall on real drawings, %', fontsize=10)
 
 # %% ../../nbs/experiments/12_curve.ipynb #179f0c61
-def draw_benefit(ax, records:list[dict], points:list[Point], at:list[float]) -> None:
+def draw_benefit(
+    ax, records:list[dict], points:list[Point], at:list[float], metric:str='mean_recall'
+) -> None:
     "The paired differences with their intervals, and the number of chains of each."
     for x, p in zip(at, points):
-        d, seeds = benefit(records, p)
+        d, seeds = benefit(records, p, metric=metric)
+        if d is None: continue
         color = 'tab:blue' if d.excludes_zero else 'darkgray'
         ax.plot([x, x], [100 * d.low, 100 * d.high], color=color, lw=2.5)
         ax.plot(x, 100 * d.value, 'o', ms=8, color=color)
-        chains = f'{seeds} chain' + 's'[:seeds > 1]
-        ax.annotate(chains, (x, 100 * d.high), (0, 5), textcoords='offset points', ha='center',
+        ax.annotate(str(seeds), (x, 100 * d.high), (0, 5), textcoords='offset points', ha='center',
                     fontsize=8)
+    ax.set_title('above each point: its number of chains', fontsize=8, color='.4')
     ax.axhline(0, color='black', lw=.8)
-    ax.set_ylabel('what aligning first adds, points', fontsize=10)
+    measure = '' if metric == 'mean_recall' else f' of {metric}'
+    ax.set_ylabel(f'what aligning first adds, points{measure}', fontsize=10)
 
 # %% ../../nbs/experiments/12_curve.ipynb #48782207
 def show_curve(
@@ -171,18 +196,21 @@ def show_curve(
     if not points:
         raise ValueError(f'no point of the curve {axis!r} is finished: run gmail_experiment curve')
     title, of = AXES[axis]
-    at = list(range(len(points)))
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8), dpi=100,
-                                      gridspec_kw=dict(width_ratios=[1.5, 1]))
+    at, shown = list(range(len(points))), ['mean_recall']
+    if set(points) & set(caption_points(records)) - {GOOD}: shown.append('CIDEr') # along this axis
+    widths = dict(width_ratios=[1.1 + .4 * len(shown)] + [1] * len(shown))
+    fig, (left, *right) = plt.subplots(1, 1 + len(shown), figsize=(10.5, 3.8), dpi=100,
+                                       gridspec_kw=widths)
     draw_arms(left, records, points, at)
-    draw_benefit(right, records, points, at)
-    for ax in (left, right):
+    for ax, metric in zip(right, shown): draw_benefit(ax, records, points, at, metric)
+    for ax in (left, *right):
         ax.set_xticks(at, [f'{of(p):g}' for p in points])
         ax.set_xlabel(title, fontsize=10)
         ax.spines[['top', 'right']].set_visible(False)
     left.set_xlim(-.2, len(at) - 1 + .75 * max(1, len(at) - 1))
-    right.set_xlim(-.5, len(at) - .5)
-    right.margins(y=.15)
+    for ax in right:
+        ax.set_xlim(-.5, len(at) - .5)
+        ax.margins(y=.15)
     fig.tight_layout()
     plt.close(fig)
     return fig
@@ -225,11 +253,12 @@ def joined(records:list[dict], more:list[dict]) -> list[dict]:
 # %% ../../nbs/experiments/12_curve.ipynb #bbd72a09
 def curve_text(records:list[dict]) -> str:
     "Claims that failed, and the tables of every axis that has points."
-    own = tuple(c for c in CLAIMS if c.theirs in SHOWN_ARMS)
+    own = tuple(c for c in CLAIMS if {c.ours, c.theirs} <= set(SHOWN_ARMS))
     tables = [table_text(t, width=118) for test in TESTS for axis in CURVES
               if len(t := curve_table(records, axis, test)) > 2 or axis == 'steps']
     claims = [said_first(records, own), table_text(claims_table(records, own))]
-    return '\n\n'.join([*claims, *tables]) + '\n'
+    captions = [table_text(caption_table(records))] if caption_points(records) else []
+    return '\n\n'.join([*claims, *tables, *captions]) + '\n'
 
 # %% ../../nbs/experiments/12_curve.ipynb #b4801c5f
 def curve(
@@ -246,7 +275,6 @@ def curve(
         chain_seed(point, seed, out, chosen, settings, encoder)
     return write_curve(out, joined(gathered(out), known))
 
-# %% ../../nbs/experiments/12_curve.ipynb #8c6808d0
 def write_curve(out:str|Path, records:list[dict]) -> list[dict]: # the records
     "records.jsonl, curve.txt, and a picture for every axis that has points."
     out = Path(out)

@@ -274,7 +274,8 @@ def demo_claims(
     point:Point # how the run drew
 ) -> list[Claim]:
     "Claims of the protocol that one chain can speak of, at this point."
-    own = [c for c in CLAIMS if c.point == GOOD and c.theirs in DEMO_ARMS and not c.less]
+    own = [c for c in CLAIMS if c.point == GOOD and {c.ours, c.theirs} <= set(DEMO_ARMS)
+           and c.metric == 'mean_recall' and not c.less]
     return [replace(c, point=point, said=c.said.partition(', at')[0]) for c in own]
 
 def said_of_claim(records:list[dict], claim:Claim) -> tuple[bool, str]: # confirmed, in words

@@ -41,6 +41,7 @@ def fewer_rows(n:int, share:float, seed:int) -> list[int]: # numbers of concepts
     order = torch.randperm(n, generator=noise_generator('fewer pairs', seed))
     return sorted(order[:round(share * n)].tolist())
 
+# %% ../../nbs/experiments/16_pairs.ipynb #52984f2a
 def fewer_settings(settings:DemoSettings, n:int, way:str) -> DemoSettings:
     "Settings of an alignment on n concepts instead of all, as `WAYS_TO_ALIGN` has it."
     s, all_pairs = settings, settings.align_captions - settings.validation_captions
@@ -86,6 +87,7 @@ def pair_records(
         out += [g | dict(point=asdict(point)) for g in gaps]
     return out
 
+# %% ../../nbs/experiments/16_pairs.ipynb #698387d1
 def pairs_seed(
     point:Point,  # how the generator draws
     seed:int,     # of the whole chain
@@ -111,6 +113,7 @@ def nearer(records:list[dict], arm:str, point:Point=GOOD) -> float|None: # 0 to 
     "How often the nearest real drawing of a generated image is its partner."
     return mean_of(records, arm, point, KEPT_GAPS[1], 'B')
 
+# %% ../../nbs/experiments/16_pairs.ipynb #04363b9f
 def pairs_rows(records:list[dict], point:Point=GOOD) -> list[tuple[str, str, Interval, int]]:
     "Arm, way, what it adds to unaligned images, and chains; all pairs stand last in each way."
     def row(arm, way): return arm, way, *against(records, arm, 'indiscriminate', point)
@@ -133,6 +136,7 @@ def pairs_table(records:list[dict], point:Point=GOOD) -> list[list[str]]: # a he
                      d.text(sign='+'), str(seeds)])
     return [head, first, *rows]
 
+# %% ../../nbs/experiments/16_pairs.ipynb #62946978
 def pairs_sentences(records:list[dict], all_pairs:int, point:Point=GOOD) -> list[str]:
     "From how many pairs on an alignment helps, for each way: as far as the intervals allow."
     said, before = [], nearer(records, 'generated', point)
@@ -151,17 +155,25 @@ def pairs_sentences(records:list[dict], all_pairs:int, point:Point=GOOD) -> list
     return said
 
 # %% ../../nbs/experiments/16_pairs.ipynb #187157ca
+def _curve_of(
+    left, right, # axes
+    records:list[dict], way:str, all_pairs:int, point:Point, color:str, moved:float
+):
+    "One way on both axes: what is added, with intervals, and how near unseen images come."
+    rows = [r for r in pairs_rows(records, point) if r[1] == way]
+    at = [moved * (all_pairs if arm == 'gmail' else pairs_of(arm)) for arm, *_ in rows]
+    for x, (*_, d, _) in zip(at, rows):
+        left.plot([x, x], [100 * d.low, 100 * d.high], color=color, lw=2)
+    left.plot(at, [100 * d.value for *_, d, _ in rows], 'o-', color=color, label=way)
+    near = [nearer(records, 'aligned' if a == 'gmail' else a, point) for a, *_ in rows]
+    right.plot(at, [100 * v for v in near], 'o-', color=color, label=way)
+
+# %% ../../nbs/experiments/16_pairs.ipynb #934b1151
 def show_fewer_pairs(records:list[dict], all_pairs:int, point:Point=GOOD) -> Figure:
     "What an alignment adds, and how near unseen images come, over the number of pairs."
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=100, layout='constrained')
     for way, color, moved in zip(WAYS_TO_ALIGN, ('tab:blue', 'tab:purple'), (.97, 1.03)):
-        rows = [r for r in pairs_rows(records, point) if r[1] == way]
-        at = [moved * (all_pairs if arm == 'gmail' else pairs_of(arm)) for arm, *_ in rows]
-        for x, (*_, d, _) in zip(at, rows):
-            left.plot([x, x], [100 * d.low, 100 * d.high], color=color, lw=2)
-        left.plot(at, [100 * d.value for *_, d, _ in rows], 'o-', color=color, label=way)
-        near = [nearer(records, 'aligned' if a == 'gmail' else a, point) for a, *_ in rows]
-        right.plot(at, [100 * v for v in near], 'o-', color=color, label=way)
+        _curve_of(left, right, records, way, all_pairs, point, color, moved)
     arms = {a for a, *_ in pairs_rows(records, point)}
     counts = sorted(all_pairs if a == 'gmail' else pairs_of(a) for a in arms)
     left.axhline(0, color='black', lw=.8)
@@ -189,6 +201,7 @@ def pairs_text(records:list[dict], settings:ProofSettings) -> str:
     return '\n\n'.join(['\n'.join(pairs_sentences(records, all_aligned(settings))),
                         table_text(pairs_table(records), width=118)]) + '\n'
 
+# %% ../../nbs/experiments/16_pairs.ipynb #6f09dcac
 def fewer_pairs(
     out:str|Path='proof',                    # as for `curve`, whose chains are read
     settings:ProofSettings=ProofSettings(),

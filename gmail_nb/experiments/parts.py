@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Found', 'LONG', 'TEXT_ARMS', 'LLAVA_TABLE_ARMS', 'PARTS', 'NEEDS', 'ONCE', 'interval', 'chains_difference',
            'joined_chains', 'part_records', 'chain_demo', 'shipped_weights', 'report_chain', 'kept_scores',
-           'described_inputs', 'described_ranks', 'recall_scores', 'class_scores', 'text_scores', 'share_name',
-           'share_scores', 'pair_scores', 'gap_scores', 'dealt', 'caption_found', 'caption_jobs', 'captioner_scores',
-           'variant_scores', 'ifcap_scores', 'llava_scores', 'cost_scores', 'part_name', 'part_file', 'Clock',
-           'run_part', 'miniature_report']
+           'miniature_report', 'described_inputs', 'described_ranks', 'recall_scores', 'class_scores', 'text_scores',
+           'share_name', 'share_scores', 'pair_scores', 'gap_scores', 'dealt', 'caption_found', 'caption_jobs',
+           'captioner_scores', 'variant_scores', 'ifcap_scores', 'llava_scores', 'cost_scores', 'part_name',
+           'part_file', 'Clock', 'run_part']
 
 # %% ../../nbs/experiments/66_parts.ipynb #2e03ca28
 import functools
@@ -111,6 +111,15 @@ def kept_scores(file:Path, compute:Callable[[], Found]) -> Found:
         arm, split, metric = name.split('|')
         out.setdefault(arm, {})[split, metric] = v.numpy()
     return out
+
+# %% ../../nbs/experiments/66_parts.ipynb #81b61030
+def miniature_report() -> ReportSettings:
+    "A chain so small that its numbers mean nothing: for tests and lessons."
+    d = DemoSettings()
+    demo = replace(d, align_captions=16, tune_captions=8, validation_captions=4, seeds=1,
+                   draw=replace(d.draw, samples=1, steps=1), tune=replace(d.tune, steps=5),
+                   align=replace(d.align, epochs=1, batch_size=8))
+    return ReportSettings(demo=demo, chosen=False, shares=(1/2,), shown=2, samples=2)
 
 # %% ../../nbs/experiments/66_parts.ipynb #3d73112e
 LONG = ', described'
@@ -322,12 +331,3 @@ def run_part(
     write_results(file, records)
     say(f'{part}: {wall:.0f} s, {cores:.0f} s of one core')
     return records
-
-# %% ../../nbs/experiments/66_parts.ipynb #81b61030
-def miniature_report() -> ReportSettings:
-    "A chain so small that its numbers mean nothing: for tests and lessons."
-    d = DemoSettings()
-    demo = replace(d, align_captions=16, tune_captions=8, validation_captions=4, seeds=1,
-                   draw=replace(d.draw, samples=1, steps=1), tune=replace(d.tune, steps=5),
-                   align=replace(d.align, epochs=1, batch_size=8))
-    return ReportSettings(demo=demo, chosen=False, shares=(1/2,), shown=2, samples=2)

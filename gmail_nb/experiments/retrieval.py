@@ -42,7 +42,6 @@ class SeenImages:
     features:torch.Tensor   # (M, D), through f_r and proj_real
     features_g:torch.Tensor # (M, D), through f_g and proj_real
 
-# %% ../../nbs/experiments/20_retrieval.ipynb #fb45744e
 @dataclass
 class World:
     "Everything between the images and the text side."

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['Link', 'KINDS', 'BASE', 'FEW', 'MANY', 'LLAMA_BASE', 'LLAMA_GMAIL', 'SIGLIP_BASE', 'TABLE1', 'TABLE6', 'TABLE8',
-           'TABLE9', 'TABLE11', 'TABLE13', 'TABLE16', 'TABLE17', 'LONG_ALIGNED', 'TABLES', 'RUNNERS', 'Drawing',
-           'Aligning', 'TextTuning', 'CaptionTuning', 'needed', 'folder_name', 'chain', 'changed', 'seeded', 'TableRow',
-           'PaperTable', 'aligning', 'captioner', 'said', 'text_row', 'measured_rows', 'measured_table', 'unrun',
-           'needs_of', 'tables_text', 'TableRun', 'exchanged', 'as_asked', 'changed_draw', 'Step', 'chosen_rows',
-           'row_links', 'paper_plan', 'source_of', 'encoder_name', 'run_drawing', 'run_aligning', 'learned_images',
-           'run_text', 'run_captioner', 'run_step', 'table_miniature', 'caption_values', 'measured_values',
-           'table_records', 'mean_text', 'paper_table', 'check_runs', 'run_table', 'images_of', 'step_costs',
-           'dry_table']
+           'TABLE9', 'TABLE11', 'TABLE13', 'TABLE16', 'TABLE17', 'LLAVA_ID', 'LLAMA_CHAT', 'LLAVA', 'LLAMA3',
+           'QUESTION_SETS', 'TABLE10', 'TABLE15', 'LONG_ALIGNED', 'TABLES', 'RUNNERS', 'TOKEN_BYTES', 'EMBEDDED_ARMS',
+           'Drawing', 'Aligning', 'TextTuning', 'CaptionTuning', 'LlavaTuning', 'needed', 'folder_name', 'chain',
+           'changed', 'seeded', 'TableRow', 'PaperTable', 'aligning', 'captioner', 'said', 'llava_settings', 'llava_of',
+           'asked_table', 'text_row', 'measured_rows', 'measured_table', 'unrun', 'needs_of', 'tables_text', 'TableRun',
+           'exchanged', 'as_asked', 'with_own_tower', 'changed_draw', 'Step', 'chosen_rows', 'row_links', 'paper_plan',
+           'source_of', 'encoder_name', 'run_drawing', 'run_aligning', 'learned_images', 'run_text', 'run_captioner',
+           'question_place', 'run_llava', 'run_step', 'table_miniature', 'caption_values', 'measured_values',
+           'asked_values', 'table_records', 'paper_table', 'mean_text', 'check_runs', 'run_table', 'images_of',
+           'step_costs', 'look_asked', 'dry_table', 'embedded_answers']
 
 # %% ../../nbs/experiments/60_tables.ipynb #05a01121
 import hashlib
@@ -29,7 +31,8 @@ from ..runs.presets import LLAMACAP, LONGCLIP, RECALLS, SAME_STEPS, SIGLIP, TEXT
 from ..runs.presets import TUNED_STEPS, CaptionSource, TextRecipe, recipe, with_known
 from ..settings import GENERATORS, PAPER_ALIGN, AdapterSettings, AlignRunSettings
 from ..settings import CaptionerSettings, DrawSettings, EmbedSettings, EvalSettings
-from ..settings import Generator, ReadSettings, SourceSettings, WorkSettings
+from ..settings import Generator, LlavaSettings, ReadSettings, RunSettings, SourceSettings
+from ..settings import StageSettings, VQASettings, WorkSettings
 from ..settings import check_above, check_share, described
 
 # %% ../../nbs/experiments/60_tables.ipynb #42d64d2e
@@ -69,10 +72,20 @@ class CaptionTuning:
     start:'CaptionTuning|None'=None # that it goes on from
     seed:int=0
 
-Link = Drawing|Aligning|TextTuning|CaptionTuning
+@dataclass(frozen=True)
+class LlavaTuning:
+    "A LLaVA of one arm: its captions in stage one, questions with their answers in stage two."
+    arm:str='gmail'
+    settings:LlavaSettings=LlavaSettings()
+    aligning:Aligning|None=None
+    drawing:Drawing|None=None
+    instructions:str='scienceqa'    # of `QUESTION_SETS`, whose training questions stage two learns
+
+Link = Drawing|Aligning|TextTuning|CaptionTuning|LlavaTuning
 
 # %% ../../nbs/experiments/60_tables.ipynb #37dc6adf
-KINDS = {Drawing: 'drawing', Aligning: 'aligned', TextTuning: 'text', CaptionTuning: 'captioner'}
+KINDS = {Drawing: 'drawing', Aligning: 'aligned', TextTuning: 'text', CaptionTuning: 'captioner',
+         LlavaTuning: 'llava'}
 
 def needed(link:Link) -> list[Link]: # those directly before it
     "The links that a link holds."
@@ -126,7 +139,7 @@ class PaperTable:
     rows:tuple[TableRow, ...]
     metrics:tuple                # in the order of the reported numbers
     data:tuple=('coco',)         # sets that it is measured on
-    task:str='caption'           # or retrieval, classification, long
+    task:str='caption'           # or retrieval, classification, long, vqa
     embedded:str='captioning'    # the experiment on the embedded set that asks the same
     left_out:str=''              # rows of the paper that are not run, and why
 
@@ -205,6 +218,47 @@ TABLE17 = PaperTable('FLUX as generator', (
              said(37.20, 117.82, 23.40)),
     TableRow('GMAIL', captioner('gmail', generator='flux-dev'), said(39.54, 122.36, 24.15))), FEW)
 
+# %% ../../nbs/experiments/60_tables.ipynb #b2b169c8
+LLAVA_ID, LLAMA_CHAT = 'llava-hf/llava-1.5-7b-hf', 'meta-llama/Meta-Llama-3-8B-Instruct'
+
+def llava_settings(language_model:str, encoder:str, lr:float) -> LlavaSettings: # lr: of stage one
+    "One pass over COCO's captions, and twelve over the 12,726 training questions of ScienceQA."
+    captions = StageSettings(steps=CAPTION_SOURCES['coco'].captions // 256, batch_size=256, lr=lr)
+    questions = StageSettings(steps=12 * 12_726 // 128, batch_size=128, lr=2e-4)
+    return LlavaSettings(language_model, encoder=encoder, project=captions, instruct=questions,
+                         rank=128, dtype='bfloat16', checkpointing=True, validation_share=.01)
+
+LLAVA = llava_settings(LLAVA_ID, f'llava:{LLAVA_ID}', 2e-5)
+LLAMA3 = llava_settings(LLAMA_CHAT, L14, 1e-3)
+
+def llava_of(arm:str, settings:LlavaSettings=LLAVA) -> LlavaTuning:
+    "A LLaVA of one arm; what it is aligned behind is its own tower."
+    a = aligning(settings.encoder)
+    return LlavaTuning(arm, settings, a if arm in ('gmail', 'both') else None,
+                       None if arm == 'real' else a.drawing)
+
+# %% ../../nbs/experiments/60_tables.ipynb #98629496
+QUESTION_SETS = dict( # folder below the folder of sets, Hub id, and the split that is asked
+    scienceqa=('ScienceQA', 'derek-thomas/ScienceQA', 'test'),
+    mmmu=('MMMU', 'MMMU/MMMU', 'validation'))
+
+def asked_table(title:str, data:str, **reported:tuple) -> PaperTable:
+    "A LLaVA in every arm, and Llama 3 beside it."
+    def row(name, last):
+        return TableRow(name, last, {data: reported[name]} if name in reported else {})
+    own = {'LLaVA as published': LLAVA_ID, 'LLaVA': llava_of('real'),
+           'LLaVA, no alignment': llava_of('indiscriminate'), 'LLaVA, mix': llava_of('mix'),
+           'LLaVA + GMAIL': llava_of('gmail'), 'LLaVA, real with GMAIL': llava_of('both')}
+    llama = {'Llama 3': llava_of('real', LLAMA3),
+             'Llama 3, no alignment': llava_of('indiscriminate', LLAMA3),
+             'Llama 3 + GMAIL': llava_of('gmail', LLAMA3)}
+    rows = tuple(row(*item) for item in (own | llama).items())
+    return PaperTable(title, rows, ('accuracy',), (data,), 'vqa', 'llava')
+
+TABLE10 = asked_table('ScienceQA', 'scienceqa', **{
+    'LLaVA': (85.2,), 'LLaVA + GMAIL': (87.6,), 'Llama 3': (88.5,), 'Llama 3 + GMAIL': (91.2,)})
+TABLE15 = asked_table('MMMU', 'mmmu', **{'LLaVA': (44.7,), 'LLaVA + GMAIL': (48.3,)})
+
 # %% ../../nbs/experiments/60_tables.ipynb #d5327405
 LONG_ALIGNED = 'longclip:longclip-B.pt' # converted before it is aligned
 
@@ -240,9 +294,6 @@ def measured_table(preset:str, title:str, **how) -> PaperTable:
 # %% ../../nbs/experiments/60_tables.ipynb #1dc31276
 _synclr = 'SynCLR: gmail_eval --preset paper-table4 measures it, with an aligned SynCLR of yours'
 
-_asked = ('a LLaVA whose tower is aligned makes it, in two commands: gmail_tune llava coco --generated '
-          'drawn --model aligned --encoder llava:ID --language-model ID --plain mine, and gmail_eval vqa '
-          'derek-thomas/ScienceQA, or MMMU/MMMU, --model mine; ID is that of a published LLaVA')
 _costs = 'hours, steps and memory of a run are in its log.jsonl and done.json; operations: gmail_bench gpu'
 _pairs = 'gmail_align writes it for every alignment: paired_cosine of 1,000 pairs, before and after'
 
@@ -256,21 +307,24 @@ TABLES = dict(
     table4=measured_table('paper-table4', 'Zero-shot classification', left_out=_synclr),
     table5=measured_table('paper-table5', 'Retrieval with long captions'), table6=TABLE6,
     table7=measured_table('paper-table7', 'More captions'), table8=TABLE8, table9=TABLE9,
-    table10=unrun('ScienceQA', _asked, 'llava'), table11=TABLE11,
+    table10=TABLE10, table11=TABLE11,
     table12=unrun('What training costs', _costs, 'alignment'), table13=TABLE13,
     table14=unrun('Paired similarity before and after', _pairs, 'alignment'),
-    table15=unrun('MMMU', _asked, 'llava'), table16=TABLE16, table17=TABLE17)
+    table15=TABLE15, table16=TABLE16, table17=TABLE17)
 
+# %% ../../nbs/experiments/60_tables.ipynb #0cde9a51
 def needs_of(table:PaperTable) -> dict[str, list[str]]:
     "What has to be there: weights by their names, and sets."
     steps = chain(r.last for r in table.rows if not isinstance(r.last, str))
     def names(kind, get): return [get(s) for s in steps if isinstance(s, kind)]
+    whole, asks = [r.last for r in table.rows if isinstance(r.last, str)], table.task == 'vqa'
     encoders = names(Aligning, lambda s: s.encoder)
-    encoders += names(CaptionTuning, lambda s: s.settings.encoder)
-    encoders += [r.last for r in table.rows if isinstance(r.last, str)]
-    found = dict(generators=names(Drawing, lambda s: s.generator), encoders=encoders,
-                 lms=names(CaptionTuning, lambda s: s.settings.lm),
-                 sets=[*names(Drawing, lambda s: s.captions), *table.data])
+    encoders += names(CaptionTuning|LlavaTuning, lambda s: s.settings.encoder) + whole * (not asks)
+    lms = names(CaptionTuning, lambda s: s.settings.lm) + whole * asks
+    lms += names(LlavaTuning, lambda s: s.settings.language_model)
+    sets = names(Drawing, lambda s: s.captions) + names(LlavaTuning, lambda s: 'coco')
+    found = dict(generators=names(Drawing, lambda s: s.generator), encoders=encoders, lms=lms,
+                 sets=[*sets, *table.data])
     return {kind: list(dict.fromkeys(values)) for kind, values in found.items() if values}
 
 def tables_text() -> str:
@@ -305,6 +359,9 @@ class TableRun:
     device:str|None=None        # for all of it; the fastest present if absent
 
     def __post_init__(self):
+        for name in ('rows', 'encoder', 'lm', 'generator', 'test'):
+            if isinstance(getattr(self, name), (list, tuple)): continue
+            raise ValueError(f'{name} is {getattr(self, name)!r}, and not a list such as {[name.upper()]}')
         check_above(self, 'seeds', 'epochs', 'steps', 'batch_size', 'max_new_tokens', 'draw_steps',
                     'accumulation')
         check_share(self, 'validation_share')
@@ -320,16 +377,22 @@ def exchanged(value:str, pairs:tuple) -> str: # pairs: '[NAME=]OTHER' each
 # %% ../../nbs/experiments/60_tables.ipynb #2e1a543c
 def as_asked(link:Link, run:TableRun) -> Link:
     "A chain with the names and numbers of a run in place of the paper's."
-    names = dict(encoder=run.encoder, lm=run.lm, generator=run.generator)
+    names = dict(encoder=run.encoder, lm=run.lm, language_model=run.lm, generator=run.generator)
     numbers = dict(epochs=run.epochs, batch_size=run.batch_size, steps=run.steps,
                    validation_share=run.validation_share, max_new_tokens=run.max_new_tokens,
                    accumulation=run.accumulation)
     def change(name, value):
-        if name in names: return exchanged(value, names[name])
+        if name in names: return with_own_tower(name, value, exchanged(value, names[name]), run)
         return value if value is None or numbers.get(name) is None else numbers[name]
     out = changed(link, change)
     if run.draw_steps is None: return out
     return changed_draw(out, run.draw_steps)
+
+def with_own_tower(name:str, value:str, other:str, run:TableRun) -> str:
+    "The tower of a LLaVA that was exchanged is that one's, unless a tower was named too."
+    kind, _, rest = value.partition(':')
+    if name != 'encoder' or kind != 'llava' or other != value: return other
+    return f'llava:{exchanged(rest, run.lm)}'
 
 # %% ../../nbs/experiments/60_tables.ipynb #2f85e73d
 def changed_draw(value, steps:int):
@@ -362,8 +425,9 @@ def row_links(
     table:PaperTable, run:TableRun
 ) -> list[tuple[TableRow, int, 'Link|str']]: # row, seed, last
     "The end of every chain, for every seed."
+    names = run.lm if table.task == 'vqa' else run.encoder
     def last(row, seed):
-        if isinstance(row.last, str): return exchanged(row.last, run.encoder)
+        if isinstance(row.last, str): return exchanged(row.last, names)
         return seeded(as_asked(row.last, run), seed)
     return [(row, seed, last(row, seed)) for row in chosen_rows(table, run.rows)
             for seed in range(1 if isinstance(row.last, str) else run.seeds)]
@@ -443,7 +507,6 @@ def run_text(step:TextTuning, folder:Path, run:TableRun, at:Callable) -> None:
                     file if known.real else None, 'gmail', source,
                     device=run.device, read=ReadSettings(str(folder.parent/'features'), 'float16'))
 
-# %% ../../nbs/experiments/60_tables.ipynb #0441ac53
 def run_captioner(step:CaptionTuning, folder:Path, run:TableRun, at:Callable) -> None:
     "Train a captioner, and score it on the test split."
     from gmail_nb.runs.tune_caption import tune_captioner
@@ -455,9 +518,25 @@ def run_captioner(step:CaptionTuning, folder:Path, run:TableRun, at:Callable) ->
                    source=source, seed=step.seed, device=run.device, store='float16',
                    features=str(folder.parent/'features'))
 
+# %% ../../nbs/experiments/60_tables.ipynb #c30534de
+def question_place(name:str, run:TableRun) -> str: # for `load_questions`
+    "A set of questions by name: below the folder of sets if it is there, else on the Hub."
+    if name not in QUESTION_SETS: return name
+    folder, hub, _ = QUESTION_SETS[name]
+    below = Path(run.root)/folder
+    return str(below) if below.is_dir() else hub
+
+def run_llava(step:LlavaTuning, folder:Path, run:TableRun, at:Callable) -> None:
+    "Tune a LLaVA on captions and questions."
+    from gmail_nb.runs.tune_llava import tune_llava
+    file, source = source_of(step.drawing.captions if step.drawing else 'coco', run)
+    made = [at(link) if link else None for link in (step.drawing, step.aligning)]
+    tune_llava(folder, step.settings, file, *made, step.arm, folder.parent/'tokens', source,
+               RunSettings(desc='llava', device=run.device), question_place(step.instructions, run))
+
 # %% ../../nbs/experiments/60_tables.ipynb #cf86f00f
 RUNNERS = {Drawing: run_drawing, Aligning: run_aligning, TextTuning: run_text,
-           CaptionTuning: run_captioner}
+           CaptionTuning: run_captioner, LlavaTuning: run_llava}
 
 def run_step(step:Step, run:TableRun, say:Callable=print) -> float: # seconds
     "Run a step unless it is done; its folder says what it was made from."
@@ -524,10 +603,28 @@ def measured_values(
                     below=run.models, settings=how,
                     experiment=name, against=None, pictures=False, skip_existing=True)
 
+# %% ../../nbs/experiments/60_tables.ipynb #0665dab8
+def asked_values(
+    table:PaperTable,
+    models:dict[str, str], # row and seed -> a folder or a model
+    out:Path, run:TableRun
+) -> list[dict]: # records
+    "The questions of a table, asked of all its models."
+    from gmail_nb.runs.vqa import evaluate_vqa
+    records, longest = [], run.max_new_tokens or VQASettings.max_new_tokens
+    for name in run.test or table.data:
+        split = QUESTION_SETS[name][2] if name in QUESTION_SETS else None
+        asks = VQASettings(split=split, max_new_tokens=longest, device=run.device)
+        found = evaluate_vqa(models, question_place(name, run), out/name.replace('/', '_'), asks,
+                             skip_existing=True)
+        records += [r | dict(dataset=name) for r in found.records if 'minus' not in r]
+    return records
+
 # %% ../../nbs/experiments/60_tables.ipynb #a814543f
 def table_records(name:str, out:Path, run:TableRun) -> list[dict]:
     "A record for each row, seed, set and metric, from steps that are done."
     table, records, models, rows = TABLES[name], [], {}, {}
+    asks = table.task == 'vqa'
     for row, seed, last in row_links(table, run):
         if table.task == 'caption':
             for m, r in caption_values(out/folder_name(last), table.metrics).items():
@@ -535,23 +632,20 @@ def table_records(name:str, out:Path, run:TableRun) -> list[dict]:
                                       r['n']))
         else:
             label = f'{row.name}, seed {seed}'
-            model = last if isinstance(last, str) else f'tuned:{(out/folder_name(last)).resolve()}'
-            models[label], rows[label] = model, (row.name, seed)
-    if models:
-        for r in measured_values(name, table, models, out/name, run):
-            if r['arm'] in rows and r['metric'] in table.metrics:
-                arm, seed = rows[r['arm']]
-                records.append(record(name, arm, r['dataset'], r['split'], r['metric'], r['value'],
-                                      seed, r['n']))
+            place = last if isinstance(last, str) else str((out/folder_name(last)).resolve())
+            models[label] = place if asks or isinstance(last, str) else f'tuned:{place}'
+            rows[label] = row.name, seed
+    if not models: return records
+    if asks: found = asked_values(table, models, out/name, run)
+    else: found = measured_values(name, table, models, out/name, run)
+    for r in found:
+        if r['arm'] in rows and r['metric'] in table.metrics:
+            arm, seed = rows[r['arm']]
+            records.append(record(name, arm, r['dataset'], r['split'], r['metric'], r['value'],
+                                  seed, r['n']))
     return records
 
-# %% ../../nbs/experiments/60_tables.ipynb #01d180a6
-def mean_text(values:list[float]) -> str:
-    "The mean in hundredths, and the range over seeds where there are several."
-    mean = 100 * sum(values) / len(values)
-    if len(values) == 1: return f'{mean:.1f}'
-    return f'{mean:.1f} [{100 * min(values):.1f}, {100 * max(values):.1f}]'
-
+# %% ../../nbs/experiments/60_tables.ipynb #c0f24e29
 def paper_table(name:str, records:list[dict], data:str) -> list[list[str]]: # a heading and its rows
     "Ours and, below, the paper's numbers of one set."
     table, by = TABLES[name], {}
@@ -572,6 +666,13 @@ def paper_table(name:str, records:list[dict], data:str) -> list[list[str]]: # a 
             rows.append(['  in the paper', *map(str, theirs),
                          *[''] * (len(table.metrics) - len(theirs))])
     return rows
+
+# %% ../../nbs/experiments/60_tables.ipynb #01d180a6
+def mean_text(values:list[float]) -> str:
+    "The mean in hundredths, and the range over seeds where there are several."
+    mean = 100 * sum(values) / len(values)
+    if len(values) == 1: return f'{mean:.1f}'
+    return f'{mean:.1f} [{100 * min(values):.1f}, {100 * max(values):.1f}]'
 
 # %% ../../nbs/experiments/60_tables.ipynb #5a92be14
 def check_runs(
@@ -615,6 +716,9 @@ def images_of(
     ds = found.get(link.captions, (None, None))[1]
     return CAPTION_SOURCES[link.captions].captions if ds is None else sum(map(len, ds['captions']))
 
+# %% ../../nbs/experiments/60_tables.ipynb #44424fe9
+TOKEN_BYTES = 2 * 576 * 1024 # of an image through the ViT-L/14 of LLaVA 1.5, in 16 bits
+
 def step_costs(
     link:Link, found:dict # as in `images_of`
 ) -> tuple[str, int, float]: # in words, images to draw, bytes on disk
@@ -630,9 +734,24 @@ def step_costs(
         return f'{s.epochs} times through at most {images:,} pairs, {s.batch_size} at once', 0, images * 2048.
     s = link.recipe.settings if isinstance(link, TextTuning) else link.settings
     images = images_of(link.drawing or Drawing(), found)
+    if isinstance(link, LlavaTuning):
+        one, two = s.project, s.instruct
+        does = f'{one.steps:,} steps of {one.batch_size}, and {two.steps:,} of {two.batch_size}'
+        return does, 0, images * TOKEN_BYTES
     return f'{s.steps:,} steps of {s.batch_size}', 0, images * 2048.
 
 # %% ../../nbs/experiments/60_tables.ipynb #da623d4b
+def look_asked(table:PaperTable, run:TableRun) -> list[tuple]: # of `Look`
+    "The questions that are asked, and those that are learned from."
+    from gmail_nb.runs.vqa import look_questions
+    sets = {q: QUESTION_SETS[q][2] if q in QUESTION_SETS else None for q in run.test or table.data}
+    asked = [look_questions(question_place(q, run), VQASettings(split=s)) for q, s in sets.items()]
+    links = [r.last for r in chosen_rows(table, run.rows) if not isinstance(r.last, str)]
+    learned = [question_place(q, run) for q in dict.fromkeys(k.instructions for k in links)]
+    train = VQASettings(split='train')
+    return asked + [look_questions(q, train)._replace(what='instructions') for q in learned]
+
+# %% ../../nbs/experiments/60_tables.ipynb #4c7628f3
 def dry_table(
     table:str, out:str|Path='tables', run:TableRun=TableRun(), **rest
 ) -> list[tuple]: # of `Look`
@@ -650,7 +769,8 @@ def dry_table(
     found = {c: look_set(f'captions of {c}', *source_of(c, run),
                          images=CAPTION_SOURCES[c].real) for c in captions}
     rows += [r for looks, _ in found.values() for r in looks]
-    if t.task != 'caption': rows += [r for d in run.test or t.data for r in look_data(d, run.root)]
+    if t.task == 'vqa': rows += look_asked(t, run)
+    elif t.task != 'caption': rows += [r for d in run.test or t.data for r in look_data(d, run.root)]
     for step in steps:
         does, images, size = step_costs(step.link, found)
         state, note = ('there', 'done') if step.done else ('to write', does)
@@ -659,3 +779,26 @@ def dry_table(
         needed += size
         if images: rows.append(look_time(images, *RATES.get(step.link.generator, (None, 'not measured'))))
     return [*rows, look_out(out, needed, 'images, and features of 16 bits')]
+
+# %% ../../nbs/experiments/60_tables.ipynb #5aea4bfb
+EMBEDDED_ARMS = {'LLaVA': 'base', 'LLaVA, no alignment': 'indiscriminate', 'LLaVA + GMAIL': 'gmail',
+                 'LLaVA, real with GMAIL': 'both', 'words alone': 'words', 'real images': 'real',
+                 'GMAIL minus no alignment': 'gmail - indiscriminate'} # row -> arm of the experiment
+
+def embedded_answers(
+    table:str,           # of `TABLES`, whose task is vqa
+    folder:str|Path      # of the embedded experiment, with llava_results.jsonl
+) -> list[list[str]]: # a heading and its rows
+    "Accuracy of the embedded LLaVA beside the paper's. `FileNotFoundError` without records."
+    from gmail_nb.stats import Interval
+    t, file = TABLES[table], Path(folder)/'llava_results.jsonl'
+    if not file.exists():
+        raise FileNotFoundError(f'{file} is missing: gmail_experiment llava writes it')
+    by = {r['arm']: r for r in read_results(file) if r['metric'] == 'accuracy'}
+    theirs = {r.name: f'{r.reported[t.data[0]][0]}' for r in t.rows if r.reported}
+    def ours(arm):
+        sign, r = '+' if ' - ' in arm else '', by.get(arm)
+        return Interval(r['value'], r['low'], r['high'], r['n']).text(100, sign) if r else ''
+    rows = [[name, ours(arm), theirs.pop(name, '')] for name, arm in EMBEDDED_ARMS.items()]
+    heading = [f'{table}: {t.title}', 'embedded [95%], %', 'in the paper, %']
+    return [heading, *rows, *([name, '', number] for name, number in theirs.items())]

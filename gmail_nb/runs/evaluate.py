@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEVELS', 'EMOJI_WORDS', 'MISSING', 'TOLD', 'EvalRun', 'write_queries', 'shared_queries', 'opened_queries',
            'read_queries', 'query_difference', 'difference_records', 'EvalSet', 'eval_retrieval', 'possible_ks',
-           'retrieval_keys', 'retrieval_pictures', 'labelled_set', 'file_features', 'some_files', 'whole_files',
-           'probe_splits', 'generated_training', 'start_tower', 'fine_tuned_classes', 'learned_classes',
+           'retrieval_keys', 'draw_if_asked', 'retrieval_pictures', 'labelled_set', 'file_features', 'some_files',
+           'whole_files', 'probe_splits', 'generated_training', 'start_tower', 'fine_tuned_classes', 'learned_classes',
            'classification_pictures', 'eval_classification', 'set_fingerprint', 'read_set', 'picture_name',
            'compared_names', 'check_leaks', 'read_sets', 'load_or_say', 'reason', 'Results', 'main_process_first',
            'measured_task', 'measure_row', 'compare_rows', 'load_rows', 'evaluate_rows', 'evaluate', 'short_name',
@@ -35,8 +35,8 @@ from ..classification import zero_shot_weights
 from ..data import decode_image, emoji, undecoded
 from ..encoders import Encoder, NoText
 from ..features import LazyPixels
-from ..files import atomic_path, atomic_write, check_writable, read_results, record, unknown_name
-from ..files import write_results
+from ..files import atomic_path, atomic_write, check_writable, in_one_line, read_results, record
+from ..files import unknown_name, write_results
 from ..generate import load_generated
 from ..pages import data_uri, save_figure, table_html, table_text
 from ..retrieval import RETRIEVAL_SETS, WAYS, embed_captioned, image_identity, load_retrieval_set
@@ -185,7 +185,7 @@ def eval_retrieval(
     else: ranks = e.ranks(device=encoder.device)
     ks = possible_ks(min(ranks.gallery), arm, name, run.say)
     write_queries(run.queries(name, arm), retrieval_keys(e), per_query(ranks, ks))
-    if run.pictures: retrieval_pictures(e, ds, ranks, arm, run.out/stem)
+    draw_if_asked(run, stem, retrieval_pictures, e, ds, ranks, arm, run.out/stem)
     return retrieval_records(run.experiment, arm, name, known.split, ranks, ks=ks, **extra)
 
 # %% ../../nbs/runs/40_evaluate.ipynb #1c55ce03
@@ -202,6 +202,12 @@ def retrieval_keys(e) -> dict[str, list[str]]: # e: from `embed_captioned`
     number = torch.arange(len(e.captions)) - torch.searchsorted(e.image_of_text, e.image_of_text)
     captions = zip(e.image_of_text.tolist(), number.tolist())
     return dict(text_to_image=[f'{e.keys[i]}\t{j}' for i, j in captions], image_to_text=e.keys)
+
+def draw_if_asked(run:EvalRun, stem:str, draw:Callable, *of) -> None:
+    "Draw a row's pictures. What cannot be drawn is told, and the row keeps its numbers."
+    if not run.pictures: return
+    try: draw(*of)
+    except (ValueError, RuntimeError) as e: run.say(f'{stem}: no pictures ({in_one_line(e)})')
 
 def retrieval_pictures(e, ds, ranks, arm:str, stem:Path) -> None:
     "Answers to some queries in both directions, and recall by k."
@@ -360,7 +366,8 @@ def eval_classification(
     values = per_image(p)
     write_queries(run.queries(name, arm), dict(image=image_names(files.files)),
                   values | dict(main=values[known.metric]))
-    if run.pictures: classification_pictures(p, files.files, f'{run.out/run.stem(name, arm)}')
+    stem = run.stem(name, arm)
+    draw_if_asked(run, stem, classification_pictures, p, files.files, f'{run.out/stem}')
     more = dict(how=how, **p.facts, **extra)
     records = classification_records(run.experiment, arm, name, 'test', p, **more)
     main = next(r for r in records if r['metric'] == known.metric)
@@ -492,7 +499,6 @@ def main_process_first():
     finally:
         if state.is_main_process: state.wait_for_everyone()
 
-# %% ../../nbs/runs/40_evaluate.ipynb #e66d7007
 def measured_task(
     arm:str, d:str,
     encoder:Encoder, tested:EvalSet,

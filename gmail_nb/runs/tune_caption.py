@@ -39,7 +39,8 @@ from .align import generated_images, set_name, validation_indices
 from ..pages import ResultTable, save_figure
 from ..plan import training_split
 from .embed import embed_shared, features_place, tell_skipped
-from .judge import Measure, Verdict, judged, show_differences, spread, write_page
+from .judge import (
+    Measure, Verdict, enough_kept_out, judged, show_differences, spread, write_page)
 from .models import chosen_device
 from .presets import CAPTION_ARMS, check_arm
 from ..runtime import set_seed
@@ -279,7 +280,6 @@ def check_start(
         raise ValueError(f'the captioner in {folder.name} is of another kind: {differ}. '
                          'Choose the settings that it has, or leave start out')
 
-# %% ../../nbs/runs/30_tune_caption.ipynb #688e5ba6
 def started_captioner(settings:CaptionerSettings, dim:int) -> Captioner:
     "The captioner to go on from; its mapper, and its language model as it is to be tuned."
     check_start(settings, dim)
@@ -383,7 +383,9 @@ def judge_captions(
         each.append(cider(*words).each)
     measure = Measure(f'CIDEr against {than}', *each, unit='', scale=1, digits=3)
     found, tries = judged(what, [measure], 'images'), ()
-    if found.said == 'untold': tries = ('a larger --validation-share, or a set of its own with --test',)
+    if found.said == 'untold':
+        tries = (enough_kept_out(learned + n, 'images'), 'a set of its own with --test',
+                 'the same share for gmail_align, whose --model has learned from images not scored on here')
     elif found.said != 'helps': tries = (f'more images: {learned} were learned from', 'more --steps')
     return replace(found, tries=tries, facts=dict(learned_from=learned, cider=float(np.mean(each[0]))))
 

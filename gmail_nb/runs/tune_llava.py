@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LLAVA_ARMS', 'JUDGED', 'check_llava_arm', 'set_tokens', 'Learned', 'arm_sets', 'learn_from', 'keys_of',
-           'half_of_each', 'held_out', 'likelihoods', 'judge_llava', 'show_losses', 'llava_pictures', 'vision_of',
-           'started', 'decode_blank', 'keep_llava', 'say_broken', 'write_llava_page', 'Instructed', 'instructed',
-           'check_plain_llava', 'Taught', 'taught', 'train_and_judge_llava', 'tune_llava', 'Talker', 'aligned_tower',
-           'load_talker', 'Aloud', 'Talk', 'chat', 'typed', 'is_talker', 'decoded_pictures', 'llava_captions',
-           'look_told', 'dry_llava', 'look_llava', 'dry_chat']
+           'half_of_each', 'split_examples', 'likelihoods', 'words_alone', 'judge_llava', 'show_losses', 'Judged',
+           'llava_pictures', 'vision_of', 'token_width', 'started', 'keep_llava', 'say_broken', 'write_llava_page',
+           'Instructed', 'instructed', 'check_plain_llava', 'Taught', 'taught', 'judge_and_write', 'Tuning',
+           'begun_tuning', 'tune_llava', 'Talker', 'is_published', 'learned_by', 'aligned_tower', 'load_talker',
+           'Aloud', 'Talk', 'typed', 'chat', 'is_talker', 'decoded_pictures', 'how_captions', 'llava_captions',
+           'look_told', 'look_stages', 'look_images', 'dry_llava', 'look_llava', 'dry_chat']
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #f00c8d48
 import gmail_nb.runtime
@@ -36,16 +37,16 @@ from ..llava import (
     Llava, VisualTokens, answer_all, encode_all, generate_answers, load_llava, save_llava, turns_of)
 from gmail_nb.llava_training import (
     DESCRIBE, CaptionExamples, GridTokens, LlavaLoss, embed_tokens, encode_example, fit_projector,
-    grid_of, is_llava, load_trained, new_llava, save_trained, token_side, mixed_tokens,
-    train_llava)
+    grid_of, is_llava, load_trained, mixed_tokens, new_llava, save_trained, token_side, train_llava,
+    trained_card)
 from ..pages import save_figure
 from .align import generated_images, validation_indices
-from gmail_nb.runs.dry_run import (
-    Look, first_line, look_device, look_generated, look_hub, look_lm, look_model, look_out, look_path,
-    look_set, look_steps)
+from .dry_run import (
+    Look, first_line, look_device, look_generated, look_hub, look_lm, look_model, look_out,
+    look_path, look_set, look_steps)
 from .instructions import OWN_QUESTIONS, load_instructions
 from .judge import (
-    FEWEST, Measure, Verdict, judged, show_differences, spread, write_page)
+    FEWEST, Measure, Verdict, enough_kept_out, judged, show_differences, spread, word_of, write_page)
 from .models import chosen_device
 from .presets import check_arm
 from .tune_caption import CaptionColumn, captioned_rows, pictures_at, places
@@ -54,6 +55,7 @@ from gmail_nb.settings import (
     CaptionSettings, ChatSettings, EmbedSettings, LlavaSettings, RunSettings, SourceSettings,
     described)
 from ..splits import trained_on, write_trained_on
+from ..stats import Interval, sentence
 from ..train import processes, run_precision
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #a96a7570
@@ -83,6 +85,7 @@ def set_tokens(
     quiet = replace(settings, show_progress=settings.show_progress and acc.is_main_process)
     with acc.main_process_first(): return embed_tokens(ds, model, place, side, quiet)
 
+# %% ../../nbs/runs/60_tune_llava.ipynb #ea625796
 @dataclass
 class Learned:
     "What an arm learns from."
@@ -91,7 +94,6 @@ class Learned:
     keys:list[str]              # of all images
     broken:dict[str, str]       # images that do not decode -> why
 
-# %% ../../nbs/runs/60_tune_llava.ipynb #ea625796
 def arm_sets(arm:str, real, generated, source:SourceSettings=SourceSettings()) -> dict:
     "The images of an arm: kind -> a set with `key`, `image` and its captions, unopened."
     kinds = LLAVA_ARMS[arm]
@@ -99,6 +101,7 @@ def arm_sets(arm:str, real, generated, source:SourceSettings=SourceSettings()) -
                 generated=lambda: generated_images(generated))
     return {kind: read[kind]() for kind in kinds}
 
+# %% ../../nbs/runs/60_tune_llava.ipynb #2197904c
 def learn_from(
     sets:dict,                # from `arm_sets`
     arm:str,
@@ -137,28 +140,26 @@ def half_of_each(found:Learned, learn:list[int]) -> list[int]: # of these exampl
 # %% ../../nbs/runs/60_tune_llava.ipynb #7725cb7e
 JUDGED = 100 # images that judge, at most
 
-
-
-def held_out(
+def split_examples(
     found:Learned,
     share:float # of the keys
-) -> tuple[list[int], list[int]]: # examples to learn from, and those that judge
-    "By their keys; the first caption of each image that judges, real ones where there are any."
+) -> tuple[list[int], list[int]]: # examples to learn from, and those of validation
+    "By their keys; of validation the first caption of each image, a real one where there are any."
     keys = keys_of(found)
     known = sorted(set(keys))
-    held = {known[i] for i in validation_indices(known, share)}
-    if len(held) < FEWEST: return list(range(len(keys))), []
+    kept_out = {known[i] for i in validation_indices(known, share)}
+    if len(kept_out) < FEWEST: return list(range(len(keys))), []
     own = {}
     for i, k in enumerate(keys):
-        if k in held: own.setdefault(k, i)
+        if k in kept_out: own.setdefault(k, i)
     first = list(own.values())
-    judges = [first[i] for i in spread(len(first), JUDGED)]
-    return [i for i, k in enumerate(keys) if k not in held], judges
+    validation = [first[i] for i in spread(len(first), JUDGED)]
+    return [i for i, k in enumerate(keys) if k not in kept_out], validation
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #bbb05ec0
 @torch.no_grad()
 def likelihoods(
-    llava:Llava, found:Learned, judges:list[int],
+    llava:Llava, found:Learned, validation:list[int],
     settings:LlavaSettings, acc:Accelerator,
     turned:int=0 # places by which the pictures are dealt on: each example gets that of another
 ) -> np.ndarray: # (M,), of each caption, the mean over its tokens
@@ -166,25 +167,42 @@ def likelihoods(
     llava.eval()
     loss = LlavaLoss(llava, run_precision(settings, acc, llava.device))
     grid, out = next(iter(found.files.values())).grid[0], []
-    for i, other in zip(judges, np.roll(judges, turned).tolist()):
+    for i, other in zip(validation, np.roll(validation, turned).tolist()):
         prompt = encode_example(llava, found.examples[i], grid, settings.max_length)
         out.append(-loss([prompt], mixed_tokens(found.examples[other].images, found.files)).item())
     return np.array(out)
 
+# %% ../../nbs/runs/60_tune_llava.ipynb #6c71444a
+def words_alone(likelier:Interval, seeing:Interval) -> str:
+    "What is said where captions became likelier and the picture has no part in it."
+    def text(d): return f'{d.value:+.3f} (95% interval {d.low:+.3f} to {d.high:+.3f})'
+    return ('Words were learned, and not to see: a word in captions of images kept out became '
+            f'likelier by {text(likelier)} in log-likelihood, but its own picture in place of '
+            f'another image\'s makes a difference of {text(seeing)}, so the picture has no part '
+            f'in it that {likelier.n} images can show.')
+
 def judge_llava(
-    before:np.ndarray, after:np.ndarray, # (M,), of the captions that judge
+    before:np.ndarray, after:np.ndarray, # (M,), of the captions of validation
     turned:np.ndarray, # (M,), with the pictures of others
     learned:int        # examples
 ) -> Verdict:
-    "Whether captions of images kept out have become likelier, and whether the picture counts."
-    name = 'the log-likelihood of a word in captions of images kept out'
-    ways = (name, before), ('that log-likelihood against the picture of another image', turned)
-    measures = [Measure(n, after, than, unit='', scale=1, digits=3) for n, than in ways]
-    found, tries = judged('Tuning', measures, 'images'), ()
-    if found.said == 'untold': tries = ('more images, or a larger --validation-share',)
-    elif found.said != 'helps':
-        tries = (f'more examples: {learned} were learned from', 'fewer epochs')
-    return replace(found, tries=tries, facts=dict(learned_from=learned))
+    "Whether captions of images kept out became likelier, and whether the picture has a part in it."
+    def of(name, than): return Measure(name, after, than, unit='', scale=1, digits=3)
+    likelier = of('the log-likelihood of a word in captions of images kept out', before)
+    seeing = of('that log-likelihood beside the picture of another image', turned)
+    found, facts = judged('Tuning', [likelier], 'images'), dict(learned_from=learned)
+    if found.said == 'untold':
+        tries = (enough_kept_out(learned + len(before), 'images'),)
+        return replace(found, tries=tries, facts=facts)
+    d, first = seeing.difference(), found.measures[likelier.name]
+    measures = found.measures | {seeing.name: d}
+    if found.said == 'helps' and word_of(d) != 'helps':
+        tries = 'more images', 'more steps of stage one, which teaches the projector'
+        return Verdict('unclear', (words_alone(first, d),), tries, measures, facts)
+    said = *found.sentences, sentence('Seeing the picture', seeing.name, d, '', 1, 'images', 3)
+    tries = f'more examples: {learned} were learned from', 'fewer epochs'
+    if found.said == 'helps': tries = ()
+    return Verdict(found.said, said, tries, measures, facts)
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #2768b9ba
 def show_losses(history:dict[str, list[float]]) -> Figure: # stage -> the loss of each step
@@ -198,25 +216,39 @@ def show_losses(history:dict[str, list[float]]) -> Figure: # stage -> the loss o
     plt.close(fig)
     return fig
 
-def llava_pictures(
-    out:Path, found:Learned, sets:dict, judges:list[int],
-    before:np.ndarray, after:np.ndarray, history:dict, verdict:Verdict
-) -> dict[str, str]: # caption -> data URI
-    "gained.png and worst.png: captions that became likelier, and the least likely; loss.png."
-    figures = {}
-    def grid(which):
-        images = [found.examples[judges[i]].images[0] for i in which] # kind and row
-        rows = [sets[kind][int(places(found.files[kind].features)[row])] for kind, row in images]
-        said = [found.examples[judges[i]].turns[-1]['content'] for i in which]
-        titles = [f'{before[i]:.1f} to {after[i]:.1f}: {s}' for i, s in zip(which, said)]
+# %% ../../nbs/runs/60_tune_llava.ipynb #21b95a08
+@dataclass
+class Judged:
+    "What tuning was worth, by captions of images kept out."
+    found:Learned
+    sets:dict            # from `arm_sets`
+    validation:list[int] # examples
+    before:np.ndarray    # (M,), log-likelihoods of a word
+    after:np.ndarray     # (M,)
+    verdict:Verdict
+
+    def show(self, which:list[int]) -> Figure: # numbers below M
+        "Images with their captions, and how likely these were before and after."
+        rows, titles = [], []
+        for i in which:
+            one = self.found.examples[self.validation[i]]
+            kind, row = one.images[0]
+            rows.append(self.sets[kind][int(places(self.found.files[kind].features)[row])])
+            titles.append(f'{self.before[i]:.1f} to {self.after[i]:.1f}: {one.turns[-1]["content"]}')
         return show_images([decode_image(r['image']) for r in rows], titles, ncols=4, size=1.9)
 
-    if judges:
-        gained, last = np.argsort(before - after)[:8].tolist(), np.argsort(after)[:8].tolist()
+# %% ../../nbs/runs/60_tune_llava.ipynb #0dbde841
+def llava_pictures(
+    out:Path, it:Judged,
+    history:dict # stage -> the loss of each step
+) -> dict[str, str]: # caption -> data URI
+    "gained.png and worst.png: captions that became likelier, and the least likely; loss.png."
+    figures, told = {}, it.verdict.measures
+    if it.validation:
+        gained, last = (np.argsort(x)[:8].tolist() for x in (it.before - it.after, it.after))
         title = 'Captions kept out that gained most, in log-likelihood a word'
-        figures[title] = 'gained', grid(gained)
-        figures['Those that are least likely after tuning'] = 'worst', grid(last)
-    told = verdict.measures
+        figures[title] = 'gained', it.show(gained)
+        figures['Those that are least likely after tuning'] = 'worst', it.show(last)
     if told: figures['Differences'] = 'difference', show_differences(told, 1)
     figures['The loss by step'] = 'loss', show_losses(history)
     return {t: save_figure(fig, out/f'{name}.png', dpi=80) for t, (name, fig) in figures.items()}
@@ -232,6 +264,14 @@ def vision_of(
     encoder = tower or (None if model else load_encoder(settings.encoder))
     return (GenReal.from_pretrained(model, encoder) if model else encoder).to(device)
 
+def token_width(vision:GenReal|Encoder) -> int:
+    "How wide a token is, seen from a white picture."
+    encoder = vision.encoder if isinstance(vision, GenReal) else vision
+    with torch.inference_mode():
+        size = preprocess_images(encoder, [Image.new('RGB', (64, 64), 'white')]).shape[1:]
+    return grid_of(vision, tuple(size))[1]
+
+# %% ../../nbs/runs/60_tune_llava.ipynb #ac71f2b5
 def started(
     settings:LlavaSettings,
     model:str|Path|None,
@@ -242,14 +282,7 @@ def started(
         llava, tower = new_llava(settings)
         return llava.to(device), vision_of(settings, tower, model, device)
     vision = vision_of(settings, None, model, device)
-    encoder = vision.encoder if isinstance(vision, GenReal) else vision
-    with torch.inference_mode():
-        blank = preprocess_images(encoder, [decode_blank()]).shape[1:]
-    return new_llava(settings, grid_of(vision, tuple(blank))[1])[0].to(device), vision
-
-def decode_blank():
-    "A white picture, from which the size of an encoder's inputs is seen."
-    return Image.new('RGB', (64, 64), 'white')
+    return new_llava(settings, token_width(vision))[0].to(device), vision
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #9526c807
 def keep_llava(
@@ -262,7 +295,7 @@ def keep_llava(
     asked:list[str]=(),      # keys of the pictures of instructions
     **facts                  # more for the card
 ) -> None:
-    "Write the folder: what was learned, from which images, and behind which encoder."
+    "Write the folder, and the keys of the images that it has learned from."
     encoder = vision.encoder if isinstance(vision, GenReal) else vision
     below = trained_on(model_folder(model)) if model else []
     every = found.keys if learn is None else keys_of(found)
@@ -280,19 +313,20 @@ def say_broken(broken:dict[str, str]) -> None:
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #bbac867b
 def write_llava_page(
-    out:Path, found:Learned, sets:dict, judges:list[int], before:np.ndarray, after:np.ndarray,
-    history:dict, verdict:Verdict, settings:LlavaSettings, arm:str
+    out:Path, it:Judged,
+    history:dict, # stage -> the loss of each step
+    settings:LlavaSettings, arm:str
 ) -> None:
     "report.html, and its pictures as files."
-    pictures = llava_pictures(out, found, sets, judges, before, after, history, verdict)
+    pictures = llava_pictures(out, it, history)
     def ends(x): return [f'{np.mean(part):.3f}' for part in (x[:20], x[-20:])]
     rows = [[name, str(len(losses)), *ends(losses)] for name, losses in history.items() if losses]
     tables = {'Stages': [['stage', 'steps', 'loss, first 20 steps', 'last 20 steps'], *rows]}
-    if judges:
-        means = [f'{x.mean():.3f}' for x in (before, after)]
+    if it.validation:
+        means = [f'{x.mean():.3f}' for x in (it.before, it.after)]
         tables['Captions kept out, log-likelihood a word'] = [['untuned', 'tuned'], means]
     about = dict(arm=arm, settings=described(settings))
-    write_page(out, f'LLaVA: {out.name}', pictures, verdict, tables, about)
+    write_page(out, f'LLaVA: {out.name}', pictures, it.verdict, tables, about)
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #c48839ff
 @dataclass
@@ -308,7 +342,7 @@ def instructed(
     model:GenReal|Encoder,
     below:Path,              # for tokens
     acc:Accelerator,
-    leave:set[str]=frozenset() # keys that judge
+    leave:set[str]=frozenset() # keys of validation
 ) -> Instructed:
     "Tokens of the pictures, and an example for each conversation whose pictures decode."
     out = Instructed([], {}, [], {})
@@ -326,6 +360,7 @@ def instructed(
     if out.examples: return out
     raise ValueError('no instruction is left to learn from: its pictures do not decode, or all judge')
 
+# %% ../../nbs/runs/60_tune_llava.ipynb #ab65cf37
 def check_plain_llava(settings:LlavaSettings, plain, side:str, used) -> None:
     "`ValueError` where no plain LLaVA can be saved, before anything is trained."
     if plain is None: return
@@ -341,7 +376,7 @@ def check_plain_llava(settings:LlavaSettings, plain, side:str, used) -> None:
 class Taught:
     "What both stages learn, and what judges."
     learn:list[int]          # examples of captions
-    judges:list[int]
+    validation:list[int]
     more:Instructed|None     # of stage two
 
 def taught(
@@ -349,32 +384,71 @@ def taught(
     vision:GenReal|Encoder, below:Path, acc:Accelerator,
     settings:LlavaSettings
 ) -> Taught:
-    "Captions and instructions without the images that judge."
+    "Captions and instructions without the images of validation."
     every = keys_of(found)
-    learn, judges = held_out(found, settings.validation_share)
-    held = set(every) - {every[i] for i in learn}
-    more = instructed(asked, vision, below, acc, held) if asked else None
-    return Taught(half_of_each(found, learn), judges, more)
+    learn, validation = split_examples(found, settings.validation_share)
+    kept_out = set(every) - {every[i] for i in learn}
+    more = instructed(asked, vision, below, acc, kept_out) if asked else None
+    return Taught(half_of_each(found, learn), validation, more)
 
-def train_and_judge_llava(
-    llava:Llava, found:Learned, vision:GenReal|Encoder, parts:Taught, out:Path,
-    settings:LlavaSettings, run:RunSettings, acc:Accelerator, arm:str, model, sets:dict
-) -> dict[str, list[float]]: # stage -> the loss of each step
-    "Both stages, and what they were worth; the first process writes the folder."
-    learn, judges, more = parts.learn, parts.judges, parts.more
-    before = likelihoods(llava, found, judges, settings, acc) if acc.is_main_process else None
-    some = Subset(found.examples, learn) if len(learn) < len(found.examples) else found.examples
-    told, files = (more.examples, found.files | more.files) if more else (some, found.files)
-    history = train_llava(llava, told, files, settings, run, some if more else None, acc)
-    if not acc.is_main_process: return history
-    say_broken(found.broken | (more.broken if more else {}))
-    seen = [likelihoods(llava, found, judges, settings, acc, turned) for turned in (0, 1)]
-    verdict = judge_llava(before, *seen, len(learn))
+# %% ../../nbs/runs/60_tune_llava.ipynb #96dc5c46
+def judge_and_write(
+    run, parts:Taught, # run: a `Tuning`
+    before:np.ndarray, # of captions kept out
+    history:dict       # stage -> the loss of each step
+) -> None:
+    "The verdict, the folder and the page."
+    r, more = run, parts.more
+    say_broken(r.found.broken | (more.broken if more else {}))
+    def measured(t): return likelihoods(r.llava, r.found, parts.validation, r.settings, r.acc, t)
+    own, turned = measured(0), measured(1)
+    verdict = judge_llava(before, own, turned, len(parts.learn))
     facts = dict(instructions=len(more.examples)) if more else {}
-    keep_llava(llava, found, vision, history, out, settings, arm, model, learn,
+    keep_llava(r.llava, r.found, r.vision, history, r.out, r.settings, r.arm, r.model, parts.learn,
                more.keys if more else (), verdict=verdict.card(), **facts)
-    write_llava_page(out, found, sets, judges, before, seen[0], history, verdict, settings, arm)
-    return history
+    it = Judged(r.found, r.sets, parts.validation, before, own, verdict)
+    write_llava_page(r.out, it, history, r.settings, r.arm)
+
+# %% ../../nbs/runs/60_tune_llava.ipynb #be0d97c0
+@dataclass
+class Tuning:
+    "What one run of an arm has at hand."
+    llava:Llava
+    vision:GenReal|Encoder
+    found:Learned
+    sets:dict                # from `arm_sets`
+    out:Path
+    settings:LlavaSettings
+    acc:Accelerator
+    arm:str
+    model:str|Path|None      # behind which it is tuned
+
+    def learn(self, parts:Taught, run:RunSettings) -> dict: # stage -> the loss of each step
+        "Both stages, and what they were worth; the first process writes the folder."
+        found, more, learn, first = self.found, parts.more, parts.learn, self.acc.is_main_process
+        judge = self.llava, found, parts.validation, self.settings, self.acc
+        before = likelihoods(*judge) if first else None
+        some = Subset(found.examples, learn) if len(learn) < len(found.examples) else found.examples
+        told, files = (more.examples, found.files | more.files) if more else (some, found.files)
+        captions = some if more else None # of stage one
+        history = train_llava(self.llava, told, files, self.settings, run, captions, self.acc)
+        if first: judge_and_write(self, parts, before, history)
+        return history
+
+# %% ../../nbs/runs/60_tune_llava.ipynb #80e3db0a
+def begun_tuning(
+    sets:dict,               # from `arm_sets`
+    settings:LlavaSettings,
+    model:str|Path|None, arm:str,
+    below:Path,              # for tokens
+    out:Path, acc:Accelerator
+) -> Tuning:
+    "The model, what it looks through, and the tokens of all images."
+    llava, vision = started(settings, model, acc.device)
+    found = learn_from(sets, arm, vision, below, acc)
+    if not is_llava(settings.language_model, settings.revision): # whose projector has learned
+        fit_projector(llava, next(iter(found.files.values()))[:256])
+    return Tuning(llava, vision, found, sets, out, settings, acc, arm, model)
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #32af56b9
 def tune_llava(
@@ -384,7 +458,7 @@ def tune_llava(
     generated=None,                  # a folder of generated images, or a captioned set of them
     model:str|Path|None=None,        # a folder of an aligned model, whose f_g sees generated images
     arm:str|None=None,               # of `LLAVA_ARMS`; gmail where images are generated, else real
-    tokens:str|Path|None=None,       # folder of tokens that several runs share; below out if absent
+    token_folder:str|Path|None=None, # of tokens that several runs share; below out if absent
     source:SourceSettings=SourceSettings(),
     run:RunSettings=RunSettings(desc='llava'),
     instructions=None,               # of stage two, as of `load_instructions`; captions if absent
@@ -399,19 +473,14 @@ def tune_llava(
     check_plain_llava(settings, plain, plain_side, used)
     out, acc = check_writable(out), processes(run.trackers, out, run.device)
     sets = arm_sets(arm, real, generated, source)
-    asked = None
-    if instructions:
-        asked = load_instructions(instructions, instruction_images, sets, LLAVA_ARMS[arm])
-    llava, vision = started(settings, used, acc.device)
-    below = Path(tokens or out/'tokens')
-    found = learn_from(sets, arm, vision, below, acc)
-    if not is_llava(settings.language_model, settings.revision): # whose projector has learned
-        fit_projector(llava, next(iter(found.files.values()))[:256])
-    run = replace(run, checkpoints=str(out/'checkpoints'), log_file=str(out/'log.jsonl'), desc='llava')
-    parts = taught(found, asked, vision, below, acc, settings)
-    history = train_and_judge_llava(llava, found, vision, parts, out, settings, run, acc, arm, used, sets)
-    tower = vision if plain_side == 'generated' else None
-    if acc.is_main_process and plain: save_llava(llava, plain, tower)
+    asked = instructions and load_instructions(instructions, instruction_images, sets, LLAVA_ARMS[arm])
+    below = Path(token_folder or out/'tokens')
+    it = begun_tuning(sets, settings, used, arm, below, out, acc)
+    run = replace(run, checkpoints=str(out/'checkpoints'), log_file=str(out/'log.jsonl'),
+                  desc='llava')
+    history = it.learn(taught(it.found, asked, it.vision, below, acc, settings), run)
+    tower = it.vision if plain_side == 'generated' else None
+    if acc.is_main_process and plain: save_llava(it.llava, plain, tower)
     acc.wait_for_everyone()
     return history
 
@@ -429,6 +498,23 @@ class Talker:
         with torch.inference_mode():
             return self.see(preprocess_images(encoder, pictures).to(encoder.device), kinds)
 
+def is_published(name:str|Path) -> bool:
+    "Whether a name is of transformers: by its config or on the Hub, and not tuned here."
+    if (Path(name)/'card.json').exists(): return False
+    on_hub = not Path(name).exists() and str(name).count('/') == 1
+    return on_hub or (Path(name)/'config.json').exists()
+
+def learned_by(name:str|Path) -> list[str]:
+    """Keys of the images that a folder has learned from; none of a published LLaVA.
+    `FileNotFoundError` or `ValueError` where the name is of neither."""
+    if not is_published(name):
+        trained_card(name)
+        return trained_on(name)
+    if is_llava(str(name)): return []
+    raise ValueError(f'{name} is a language model without eyes: name a folder of '
+                     'gmail_tune llava, or a published LLaVA')
+
+# %% ../../nbs/runs/60_tune_llava.ipynb #c2122888
 def aligned_tower(name, card:dict, encoder:Encoder) -> GenReal:
     "The aligned model behind which a folder was tuned. `ValueError` where there was none."
     if card.get('aligned'): return GenReal.from_pretrained(card['aligned'], encoder)
@@ -441,21 +527,15 @@ def load_talker(
     generated:bool=False      # of pictures from a generator
 ) -> Talker:
     "`FileNotFoundError` or `ValueError` where the name is of neither."
-    device = chosen_device(device)
-    if (Path(name)/'card.json').exists() or not _has_config(name):
+    device, learned = chosen_device(device), learned_by(name)
+    if not is_published(name):
         model, tower, card = load_trained(name)
         encoder = tower or load_encoder(card['encoder'])
         eyes = aligned_tower(name, card, encoder) if generated else encoder
-        return Talker(model.to(device), VisualTokens(eyes.to(device)), trained_on(name), generated)
+        return Talker(model.to(device), VisualTokens(eyes.to(device)), learned, generated)
     if generated: raise ValueError(f'{name} has one tower for all pictures: leave --side generated out')
-    if not is_llava(str(name)):
-        raise ValueError(f'{name} is a language model without eyes: name a folder of '
-                         'gmail_tune llava, or a published LLaVA')
     model, tower = load_llava(str(name))
     return Talker(model.to(device), VisualTokens(tower.to(device)), [])
-
-def _has_config(name): # of transformers: a folder with one, or an id on the Hub
-    return (Path(name)/'config.json').exists() or (not Path(name).exists() and str(name).count('/') == 1)
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #e32d30ba
 class Aloud(TextStreamer):
@@ -468,6 +548,7 @@ class Aloud(TextStreamer):
         self.stream.write(text + ('\n' if stream_end else ''))
         self.stream.flush()
 
+# %% ../../nbs/runs/60_tune_llava.ipynb #b537134e
 class Talk:
     "A conversation about some pictures."
     def __init__(self, talker:Talker, pictures:list, max_new_tokens:int=ChatSettings.max_new_tokens,
@@ -488,6 +569,16 @@ class Talk:
         return answer
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #3b658dac
+def typed(lines):
+    "Questions as they are typed, until an empty line or the end; a sign asks for each at a terminal."
+    asks = getattr(lines, 'isatty', lambda: False)()
+    while True:
+        if asks: print('? ', end='', file=sys.stderr, flush=True)
+        line = lines.readline().strip()
+        if not line: return
+        yield line
+
+# %% ../../nbs/runs/60_tune_llava.ipynb #e8a9a8c4
 def chat(
     images,                  # picture files
     question:str|None=None,  # one question; several turns are read from `lines` if absent
@@ -503,15 +594,6 @@ def chat(
     asked = [question] if question else typed(lines or sys.stdin)
     for q in asked: talk.ask(q)
     return talk.turns
-
-def typed(lines):
-    "Questions as they are typed, until an empty line or the end; a sign asks for each at a terminal."
-    asks = getattr(lines, 'isatty', lambda: False)()
-    while True:
-        if asks: print('? ', end='', file=sys.stderr, flush=True)
-        line = lines.readline().strip()
-        if not line: return
-        yield line
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #e6a10d02
 def is_talker(name:str|Path) -> bool:
@@ -529,6 +611,11 @@ def decoded_pictures(pictures:datasets.Dataset, rows:Iterable[int]) -> tuple[dic
     return found, broken
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #e6a10d04
+def how_captions(s:CaptionSettings) -> dict:
+    "What `generate` takes: beams, or words that are drawn."
+    if not s.top_p: return dict(num_beams=s.beams)
+    return dict(top_p=s.top_p, temperature=s.temperature, top_k=0, do_sample=True)
+
 def llava_captions(
     images,                    # picture files, folders of pictures, captioned sets; one or a list
     model:str|Path='llava',    # as `is_talker`
@@ -536,21 +623,18 @@ def llava_captions(
     source:SourceSettings=SourceSettings() # how sets are read
 ) -> tuple[dict[str, str], dict[str, str]]: # name -> caption; name -> why it was left out
     "Captions through `f_r` and a LLaVA, as `caption_files`. `ValueError` when no image decodes."
-    talker = load_talker(str(model).removeprefix('llava:'), settings.device)
+    s, batch = settings, settings.batch_size
+    talker = load_talker(str(model).removeprefix('llava:'), s.device)
     several = [images] if isinstance(images, (str, Path)) else images
     read = replace(source, decoded=0)
     found = datasets.concatenate_datasets([pictures_at(place, read) for place in several])
-    s, batch_size = settings, settings.batch_size
-    drawn = dict(top_p=s.top_p, temperature=s.temperature, top_k=0, do_sample=True)
-    how = drawn if s.top_p else dict(num_beams=s.beams)
     turns, written, broken = turns_of(f'{talker.model.marker}\n{DESCRIBE[0]}'), {}, {}
-    for start in progress(range(0, len(found), batch_size), 'captions'):
-        good, bad = decoded_pictures(found, range(start, min(start + batch_size, len(found))))
+    for start in progress(range(0, len(found), batch), 'captions'):
+        good, bad = decoded_pictures(found, range(start, min(start + batch, len(found))))
         broken |= bad
         set_seed(stable_seed('captions', s.seed, start))
         asked = [(turns, [picture]) for picture in good.values()]
-        said = answer_all(talker.model, asked, talker.look, batch_size,
-                          s.max_new_tokens, **how)
+        said = answer_all(talker.model, asked, talker.look, batch, s.max_new_tokens, **how_captions(s))
         written |= dict(zip(good, said))
     if written: return written, broken
     first = next(iter(broken.values()))
@@ -566,42 +650,54 @@ def look_told(told:str) -> Look:
     return look_path(what, told)
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #d33475b5
-def dry_llava(
-    captioned=None, out:str='llava', generated=None, model=None, arm=None,
-    source:SourceSettings=SourceSettings(), settings:LlavaSettings=LlavaSettings(),
-    run:RunSettings=RunSettings(), instructions=None, plain=None, **rest
-) -> list[Look]:
-    "What `gmail_tune llava` would do."
-    arm, captions, rows = arm or ('real' if generated is None else 'gmail'), 0, []
-    try: check_llava_arm(arm, model, generated, captioned)
-    except ValueError as e: rows.append(Look('arm', arm, 'refused', first_line(e)))
-    if instructions: rows.append(look_told(str(instructions)))
-    kinds = LLAVA_ARMS.get(arm, {})
-    ways = [f'{k} through {dict(real="f_r", generated="f_g")[side]}' for k, side in kinds.items()]
-    if not any(r.what == 'arm' for r in rows):
-        rows.insert(0, Look('arm', arm, 'there', ', '.join(ways)))
+def look_stages(settings:LlavaSettings, captions:int, instructions=None) -> list[Look]:
+    "Steps of the stages whose examples are known."
+    stages = dict(project=settings.project, instruct=settings.instruct)
+    if instructions: del stages['instruct']
+    return [look_steps(s.steps_of(captions), s.batch_size, captions)._replace(what=f'steps, {name}')
+            for name, s in stages.items()]
+
+def look_images(
+    kinds:dict, captioned, generated, source:SourceSettings
+) -> tuple[list[Look], int]: # and captions
+    "The sets of an arm."
+    rows, captions = [], 0
     if captioned is not None and 'real' in kinds:
         more, ds = look_set('real', captioned, source, learned=True)
         rows, captions = rows + more, 0 if ds is None else sum(map(len, ds['captions']))
     if generated is not None and 'generated' in kinds:
         more, manifest = look_generated(generated)
         rows, captions = rows + more, captions + (manifest or dict(rows=0))['rows']
+    return rows, -(-captions // max(1, len(kinds))) # of two kinds, half of each
+
+# %% ../../nbs/runs/60_tune_llava.ipynb #c032c2c3
+def dry_llava(
+    captioned=None, out:str='llava', generated=None, model=None, arm=None,
+    source:SourceSettings=SourceSettings(), settings:LlavaSettings=LlavaSettings(),
+    run:RunSettings=RunSettings(), instructions=None, plain=None, **rest
+) -> list[Look]:
+    "What `gmail_tune llava` would do."
+    arm, refused = arm or ('real' if generated is None else 'gmail'), []
+    try: check_llava_arm(arm, model, generated, captioned)
+    except ValueError as e: refused = [Look('arm', arm, 'refused', first_line(e))]
+    kinds = LLAVA_ARMS.get(arm, {})
+    ways = [f'{k} through {dict(real="f_r", generated="f_g")[side]}' for k, side in kinds.items()]
+    rows = refused or [Look('arm', arm, 'there', ', '.join(ways))]
+    if instructions: rows.append(look_told(str(instructions)))
+    more, captions = look_images(kinds, captioned, generated, source)
+    rows += more
     if model is not None: rows.append(look_path('aligned', model, 'card.json'))
-    captions = -(-captions // max(1, len(kinds))) # of two kinds, half of each
-    stages = dict(project=settings.project, instruct=settings.instruct)
-    if instructions: del stages['instruct']
-    steps = [look_steps(s.steps_of(captions), s.batch_size, captions)._replace(what=f'steps, {name}')
-             for name, s in stages.items()]
-    if plain: steps.append(look_out(plain, note='a LLaVA of transformers'))
+    rows += look_stages(settings, captions, instructions)
+    if plain: rows.append(look_out(plain, note='a LLaVA of transformers'))
     eyes = [] if model else [look_model(settings.encoder)]
-    return [look_device(run.device), *eyes, look_lm(settings.language_model), *rows, *steps,
+    return [look_device(run.device), *eyes, look_lm(settings.language_model), *rows,
             look_out(out, note='tokens of the images, projector and adapter')]
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #0b741abf
 def look_llava(model:str) -> Look:
     "A trained folder, or a published LLaVA."
-    published = not (Path(model)/'card.json').exists() and _has_config(model)
-    return look_lm(str(model), 'LLaVA') if published else look_path('LLaVA', model, 'card.json')
+    if is_published(model): return look_lm(str(model), 'LLaVA')
+    return look_path('LLaVA', model, 'card.json')
 
 def dry_chat(
     image=(), model:str='llava', settings:ChatSettings=ChatSettings(), **rest

@@ -244,7 +244,6 @@ def keys_asked_for(generated, real) -> set[str]: # of datasets, or None
     sides = [set(ds['key']) for ds in (generated, real) if ds is not None]
     return set.intersection(*sides)
 
-# %% ../../nbs/runs/20_tune_text.ipynb #6fc9e13b
 def check_text_test_apart(
     keys:Iterable[str],           # that would be learned from
     model,                        # a folder of an aligned model, or None
