@@ -672,10 +672,10 @@ COVERED = {
         ),
         'lora': 'block_list late_targets',
         'runs.tune_llava': (
-            'Talk Talker chat check_llava_arm keep_llava learn_from likelihoods llava_captions set_tokens started '
-            'taught train_and_judge_llava tune_llava vision_of'
+            'Talk Talker Tuning begun_tuning chat check_llava_arm keep_llava learn_from likelihoods llava_captions '
+            'set_tokens started taught token_width tune_llava vision_of'
         ),
-        'runs.vqa': 'evaluate_vqa',
+        'runs.vqa': 'answered evaluate_vqa named_models',
         'vqa': 'ask_questions',
     },
     'a_set_of_classes_is_evaluated': {
@@ -734,6 +734,7 @@ REASONS = {
     'runs.tune_llava.dry_chat': 'reads names of models',
     'runs.tune_llava.look_llava': 'reads the name of a model',
     'runs.vqa.dry_vqa': 'reads names of models',
+    'runs.vqa.answers_file': 'reads the card of a folder',
     'runs.tune_text.check_text_test_apart': 'reads the keys of a folder',
     'encoders.fill_tower': 'reads weights from files before a tower goes to a device',
     'export.known_facts': 'reads the card of a folder',
