@@ -37,7 +37,8 @@ from gmail_nb.encoders import Encoder, OpenClipVisual, encode_images, encode_tex
 from gmail_nb.export import export, merged_tower
 from gmail_nb.features import embed
 from gmail_nb.gallery import score_quality
-from gmail_nb.gap import gap_report, paired_cosines, show_cosines, show_gap, show_token_gap, token_cosines, token_gap_report
+from gmail_nb.gap import (gap_report, paired_cosines, show_cosines, show_gap, show_token_gap, token_cosines,
+                          token_gap_report)
 from gmail_nb.generate import generate, load_generated
 from gmail_nb.ifcap import (IFCap, IFCapBatches, IFCapTraining, entity_prompt, ifcap_ids, ifcap_loss, save_ifcap,
                             train_ifcap, write_ifcap)
@@ -325,7 +326,7 @@ def generating_and_scoring():
     work = WorkSettings(show_progress=False, shard_size=8, device='sim', dtype='float32')
     generate(drawings(4), 'embedded', out, DrawSettings(steps=2), work=work)
     assert len(load_generated(out)) == 4
-    for encoder in ('embedded', load_encoder('embedded').to(SIM)): # by its name, and as `gmail_generate --quality` has it
+    for encoder in ('embedded', load_encoder('embedded').to(SIM)): # as `--quality` has it
         with simulator.counted() as t: score_quality(out, encoder, show_progress=False)
         assert t.to_device, 'the scores were measured on the CPU'
     with simulator.counted() as t: score_quality(out, load_encoder('embedded'), show_progress=False) # --device cpu

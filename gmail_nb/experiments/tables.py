@@ -765,6 +765,7 @@ def passes_of(
     real = images if ds is None else len(ds)
     return real + STEP * s.epochs * images
 
+# %% ../../nbs/experiments/60_tables.ipynb #5f1d2a05
 def texts_of(link:TextTuning, found:dict) -> int: # forward passes of the text tower
     "A head learns from texts that went through once."
     from gmail_nb.runs.dry_run import STEP

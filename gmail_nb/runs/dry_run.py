@@ -560,6 +560,7 @@ def look_pass(
     if time.where: time = time._replace(note=f'{time.note}; decoding is not in it')
     return [Look('memory', '', 'estimate', memory), time]
 
+# %% ../../nbs/runs/50_dry_run.ipynb #59b2e891
 def look_work(
     look:Look, encoder:str,  # the encoder and its row
     images:int|None, passes:float, # images that go through it, None if not known, and how often
@@ -588,6 +589,7 @@ def some_files(path:Path, settings:SourceSettings, n:int) -> list[Path]:
         files += [folder/i.get('filepath', '')/name, folder/name]
     return [f for f in files if f.is_file()]
 
+# %% ../../nbs/runs/50_dry_run.ipynb #59b2e893
 def some_pictures(
     source, settings:SourceSettings=SourceSettings(), n:int=16
 ) -> list[bytes]: # encoded; none where a set has to be read for them
@@ -613,6 +615,7 @@ def decode_rate(pictures:list[bytes], seconds:float=.2) -> float: # images a sec
         n += 1
     return n / max(1e-6, time.process_time() - started)
 
+# %% ../../nbs/runs/50_dry_run.ipynb #59b2e895
 def look_decoding(
     images:int|None,          # that are opened
     source, settings:SourceSettings=SourceSettings(),
