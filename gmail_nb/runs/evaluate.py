@@ -45,9 +45,9 @@ from ..retrieval import show_recall
 from .claims import is_no_room
 from .embed import tell_skipped, undecodable
 from .judge import FEWEST, Verdict, show_differences, word_of, write_page
-from .models import eval_model, safe_name, spec_of, trained_keys
+from .models import chosen_device, eval_model, safe_name, spec_of, trained_keys
 from .presets import AGAINST, EVAL_PRESETS, OWN, TASKS, EvalPreset
-from ..runtime import default_device, fingerprint
+from ..runtime import fingerprint
 from ..settings import EvalSettings, SourceSettings, described
 from ..sources import IMAGE_SUFFIXES
 from ..splits import check_apart
@@ -453,8 +453,9 @@ def read_sets(
                             'Name the folder that holds them with --root')
 
 def load_or_say(arm:str, spec:str, below:Path, run:EvalRun) -> Encoder|None:
-    "The model of a row; None when it is not there, which is said."
-    try: return eval_model(spec, below, run.out).to(default_device())
+    "The model of a row, on its device; None when it is not there, which is said."
+    device = chosen_device(run.settings.embed.device)
+    try: return eval_model(spec, below, run.out).to(device)
     except MISSING as e: run.say(f'{arm} left out: {str(e).splitlines()[0]}')
 
 def reason(error:Exception) -> str:
