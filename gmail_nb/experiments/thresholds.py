@@ -6,11 +6,10 @@
 __all__ = ['WAYS', 'THRESHOLD_SHARES', 'RIGHT_SHARES', 'HARD', 'wrong_pictures', 'way_settings', 'half_way', 'begun_elsewhere',
            'threshold_features', 'threshold_arm', 'threshold_cells', 'threshold_records', 'is_of',
            'finished_thresholds', 'threshold_row', 'threshold_table', 'hard_case', 'threshold_sentences',
-           'ways_sentences', 'show_thresholds', 'ways_axis', 'thresholds_text', 'thresholds']
+           'ways_sentences', 'shares_axis', 'ways_axis', 'show_thresholds', 'thresholds_text', 'thresholds']
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #b909c8c1
+# %% ../../nbs/experiments/17_thresholds.ipynb #cce501bc
 import copy
-import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -92,7 +91,8 @@ def threshold_features(
 ) -> torch.Tensor: # (N, D) of generated B
     "Generated images of B through an `f_g` that was aligned on this part of A in this way."
     rows = fewer_rows(len(a.keys), share, settings.seed)
-    side, s = wrong_pictures(some_of(a, rows), right, settings.seed), way_settings(settings, len(rows), way)
+    side = wrong_pictures(some_of(a, rows), right, settings.seed)
+    s = way_settings(settings, len(rows), way)
     start = begun_elsewhere(encoder, a, rows, settings) if way == 'begun elsewhere' else None
     model, _ = align_side(copy.deepcopy(encoder), side, s, start, way == 'best step')
     if way == 'half way': half_way(model)
@@ -117,7 +117,7 @@ def threshold_records(
     encoder:Encoder, a:Side, b:Side, x:dict, tests:dict[str, Test],
     point:Point, seed:int, settings:DemoSettings
 ) -> list[dict]:
-    "Every alignment of `threshold_cells` on both tests, and how near its features are to real ones."
+    "Every alignment of `threshold_cells` on both tests, and how near its features are."
     inputs, out = head_inputs(encoder, b.captions), []
     how = dict(tune=dict(steps=settings.tune.steps, lr=settings.tune.lr))
     for share, right, way in threshold_cells():
@@ -173,17 +173,17 @@ def hard_case(arms:list[str]) -> tuple[int, float]|None: # concepts and share of
 def threshold_sentences(records:list[dict], point:Point=GOOD) -> list[str]:
     "Where the plain way harms, from where on it helps, and which ways are better in the hard case."
     arms = finished_thresholds(records, point)
-    def gain(arm): return against(records, arm, 'indiscriminate', point)[0]
-    def named(arms): return '; '.join(f'{n} concepts, {r:.1%} right' for n, r, _ in map(is_of, arms))
-    plain = [a for a in arms if is_of(a)[2] == 'plain']
-    harms, open_ = ([a for a in plain if test(gain(a))] for test in
-                    (lambda d: d.high < 0, lambda d: d.low <= 0 <= d.high))
-    said = [f'The plain way harms the text side with {named(harms) or "none of them"}.',
-            f'It makes no difference that can be shown with {named(open_) or "none of them"}.']
-    for n in sorted({is_of(a)[0] for a in plain}):
-        helps = [is_of(a)[1] for a in plain if is_of(a)[0] == n and gain(a).low > 0]
-        from_ = f'from {min(helps):.1%} right pictures on' if helps else 'with no share of right pictures'
-        said.append(f'With {n} concepts it helps {from_}.')
+    plain = {is_of(a)[:2]: against(records, a, 'indiscriminate', point)[0]
+             for a in arms if is_of(a)[2] == 'plain'}
+    def those(test):
+        return '; '.join(f'{n} concepts, {r:.1%} right' for (n, r), d in plain.items() if test(d))
+    harms, unclear = those(lambda d: d.high < 0), those(lambda d: d.low <= 0 <= d.high)
+    said = [f'The plain way harms the text side with {harms or "none of them"}.',
+            f'It makes no difference that can be shown with {unclear or "none of them"}.']
+    for count in sorted({n for n, _ in plain}):
+        helps = [r for (n, r), d in plain.items() if n == count and d.low > 0]
+        said.append(f'With {count} concepts it helps ' + (
+            f'from {min(helps):.1%} right pictures on.' if helps else 'with no share of right pictures.'))
     return said + ways_sentences(records, arms, point)
 
 def ways_sentences(records:list[dict], arms:list[str], point:Point) -> list[str]:
@@ -197,31 +197,25 @@ def ways_sentences(records:list[dict], arms:list[str], point:Point) -> list[str]
         said.append(f'{is_of(arm)[2]}, beside the plain way: {word} ({d.text(sign="+")} points).')
     return said
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #b0bd55d5
-def show_thresholds(records:list[dict], point:Point=GOOD) -> Figure:
-    "What an alignment adds over the share of right pictures, and by way in the hard case."
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), dpi=100, layout='constrained')
-    arms = finished_thresholds(records, point)
-    plain = [a for a in arms if is_of(a)[2] == 'plain']
-    counts = sorted({is_of(a)[0] for a in plain})
+# %% ../../nbs/experiments/17_thresholds.ipynb #88f63b09
+def shares_axis(ax, records:list[dict], arms:list[str], point:Point) -> None:
+    "A line for each number of concepts: what the plain way adds over the share of right pictures."
+    counts = sorted({is_of(a)[0] for a in arms})
     for i, n in enumerate(counts):
-        own = [a for a in plain if is_of(a)[0] == n]
-        at = [100 * is_of(a)[1] * 1.03**(i - 1) for a in own]
+        own = [a for a in arms if is_of(a)[0] == n]
+        at = [100 * is_of(a)[1] * 1.03**(i - 1) for a in own] # a little apart
         gains = [against(records, a, 'indiscriminate', point)[0] for a in own]
-        for p, d in zip(at, gains): left.plot([p, p], [100 * d.low, 100 * d.high], color=f'C{i}', lw=2)
-        left.plot(at, [100 * d.value for d in gains], 'o-', color=f'C{i}', label=f'{n} concepts')
-    ways_axis(right, records, [a for a in arms if is_of(a)[:2] == hard_case(arms)], point)
-    left.set(xscale='log', xlabel='pictures that show their caption, %', ylabel='added to mean recall, points')
-    left.set_xticks([12.5, 25, 50, 100], ['12.5', '25', '50', '100'])
-    left.minorticks_off()
-    left.legend(fontsize=9)
-    for ax in (left, right): ax.spines[['top', 'right']].set_visible(False)
-    left.axhline(0, color='black', lw=.8)
-    plt.close(fig)
-    return fig
+        for p, d in zip(at, gains): ax.plot([p, p], [100 * d.low, 100 * d.high], f'C{i}', lw=2)
+        ax.plot(at, [100 * d.value for d in gains], f'C{i}o-', label=f'{n} concepts')
+    ax.set(xscale='log', xlabel='pictures that show their caption, %',
+           ylabel='added to mean recall, points')
+    ax.set_xticks([12.5, 25, 50, 100], ['12.5', '25', '50', '100'])
+    ax.minorticks_off()
+    ax.axhline(0, color='black', lw=.8)
+    if counts: ax.legend(fontsize=9)
 
 def ways_axis(ax, records:list[dict], arms:list[str], point:Point) -> None:
-    "A line a way: what it adds, with its interval."
+    "A line for each way: what it adds, with its interval."
     for y, arm in enumerate(reversed(arms)):
         d = against(records, arm, 'indiscriminate', point)[0]
         color = 'tab:blue' if is_of(arm)[2] == 'plain' else 'tab:gray'
@@ -229,11 +223,22 @@ def ways_axis(ax, records:list[dict], arms:list[str], point:Point) -> None:
         ax.plot(100 * d.value, y, 'o', color=color)
     ax.set_yticks(range(len(arms)), [is_of(a)[2] for a in reversed(arms)], fontsize=9)
     ax.axvline(0, color='black', lw=.8)
-    n, right = is_of(arms[0])[:2] if arms else (0, 0)
     ax.set_xlabel('added to mean recall, points')
-    ax.set_title(f'{n} concepts, {right:.0%} of the pictures right', fontsize=10)
+    for n, right, _ in map(is_of, arms[:1]):
+        ax.set_title(f'{n} concepts, {right:.0%} of the pictures right', fontsize=10)
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #5c7333ae
+# %% ../../nbs/experiments/17_thresholds.ipynb #0a534c95
+def show_thresholds(records:list[dict], point:Point=GOOD) -> Figure:
+    "What an alignment adds over the share of right pictures, and by way in the hard case."
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), dpi=100, layout='constrained')
+    arms = finished_thresholds(records, point)
+    shares_axis(left, records, [a for a in arms if is_of(a)[2] == 'plain'], point)
+    ways_axis(right, records, [a for a in arms if is_of(a)[:2] == hard_case(arms)], point)
+    for ax in (left, right): ax.spines[['top', 'right']].set_visible(False)
+    plt.close(fig)
+    return fig
+
+# %% ../../nbs/experiments/17_thresholds.ipynb #df29a904
 def thresholds_text(records:list[dict]) -> str:
     "The sentences and both tables."
     tables = [table_text(threshold_table(records, ways), width=118) for ways in (False, True)]
@@ -244,7 +249,7 @@ def thresholds(
     settings:ProofSettings=ProofSettings(),
     shipped:bool=True                        # count what the package has as finished
 ) -> list[dict]: # all records
-    "Every alignment that is missing at the generator's own setting; records.jsonl, thresholds.txt and .png."
+    "Every alignment that is missing at GOOD; writes records.jsonl, thresholds.txt, thresholds.png."
     out, chosen = check_writable(out), chosen_settings(out)
     encoder, known = load_encoder('embedded').to(default_device()), stored() if shipped else []
     share, right, way = threshold_cells()[-1]
