@@ -143,6 +143,7 @@ AXES = dict(steps=('inference steps of the generator', lambda p: p.steps),
             guidance=('guidance of the generator', lambda p: p.guidance),
             training=("share of the generator's training", lambda p: p.trained))
 
+# %% ../../nbs/experiments/12_curve.ipynb #f8f974c6
 def spread_apart(heights:list[float], apart:float) -> list[float]:
     "Heights of labels that lie near these and at least so far apart."
     out = np.array(heights, dtype=float)
@@ -252,7 +253,7 @@ def joined(records:list[dict], more:list[dict]) -> list[dict]:
 
 # %% ../../nbs/experiments/12_curve.ipynb #bbd72a09
 def curve_text(records:list[dict]) -> str:
-    "Claims that failed, and the tables of every axis that has points."
+    "Claims, those that were not confirmed first, and the tables of every axis that has points."
     own = tuple(c for c in CLAIMS if {c.ours, c.theirs} <= set(SHOWN_ARMS))
     tables = [table_text(t, width=118) for test in TESTS for axis in CURVES
               if len(t := curve_table(records, axis, test)) > 2 or axis == 'steps']
