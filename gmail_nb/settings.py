@@ -146,7 +146,7 @@ class WorkSettings:
     device:str|None=None        # cuda, cuda:1, mps or cpu; the fastest present if absent
     dtype:str|None=None         # float32, float16 or bfloat16; that of the device if absent
     attention:str='sdpa'        # sdpa (fused), or sliced where memory is short
-    compile:bool=False          # compile the denoiser with torch.compile: slower at first, then faster
+    compile:bool=False          # compile the denoiser by torch.compile: slow at first, then faster
     retry_failed:bool=False     # draw again the images that an earlier run could not draw
     verify:bool=True            # read the checksums of finished shards, not only their sizes
     show_progress:bool=True     # show a bar that counts the images
@@ -339,8 +339,8 @@ class AlignRunSettings:
     validation_limit:int=5000    # at most so many of the pairs kept out are measured
     equal_captions:str='apart'   # apart: all other images are negatives; together: not those of an equal caption
     workers:int|None=None        # threads that decode; as many as cores if absent
-    processes:int=0              # processes that decode images, in place of threads; 0: threads alone
-    features:str|None=field(default=None, metadata=YOUNG) # folder of features that runs share; below out if absent
+    processes:int=0              # processes that decode images, in place of threads
+    features:str|None=field(default=None, metadata=YOUNG) # folder of features that runs share
     store:str=field(default='float32', metadata=YOUNG) # number format of features on disk; float16 takes half of it
     keep_best:bool=field(default=True, metadata=YOUNG) # end with the weights that were best on the validation pairs
     most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
@@ -370,7 +370,7 @@ class EmbedSettings:
     part_rows:int=4096          # images whose features are written at once; a killed run goes on after them
     part:str='0/1'              # i/n: only the parts whose number is i modulo n, for job arrays
     workers:int|None=None       # threads that decode, one a core if absent; of Ray, in all
-    processes:int=0             # processes that decode images, in place of threads; 0: threads alone
+    processes:int=0             # processes that decode images, in place of threads
     draft:bool=False            # JPEG at a fraction of its size: faster, other features
     precision:str='auto'        # bf16 for autocast, no for float32; auto: bf16 where it is fast
     store:str='float32'         # number format on disk: float32, or float16 for half the room
@@ -396,7 +396,7 @@ class ReadSettings:
     features:str|None=None      # folder of features that several runs share; below out if absent
     store:str='float32'         # number format of features on disk; float16 takes half of it
     workers:int|None=None       # threads that decode; as many as cores if absent
-    processes:int=0             # processes that decode images, in place of threads; 0: threads alone
+    processes:int=0             # processes that decode images, in place of threads
     most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     test_split:str|None=None    # split of the test set, where that is a file with splits
     device:str|None=None        # cpu or cuda; the fastest present if absent
@@ -434,7 +434,7 @@ class TuneSettings:
     validation_limit:int=5000   # at most so many of the captions kept out are looked at
     every:int=20                # steps between two looks at them
     max_norm:float|None=None    # gradients longer than this are cut to it
-    patience:int|None=5         # checks without a better one until it stops; None: it never stops early
+    patience:int|None=5         # checks without a better one until it stops; None: to the end
     precision:str='auto'        # bf16 for autocast, no for float32; auto: bf16 where it is fast
     seed:int=0                  # seed of order, noise and which captions are kept out
 
@@ -573,7 +573,7 @@ class CaptionRunSettings:
     features:str|None=None      # folder of features that several runs share; below out if absent
     store:str='float32'         # number format of features on disk; float16 takes half of it
     workers:int|None=None       # threads that decode; as many as cores if absent
-    processes:int=0             # processes that decode images, in place of threads; 0: threads alone
+    processes:int=0             # processes that decode images, in place of threads
     most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     device:str|None=None        # cpu or cuda; the fastest present if absent
     save_every:int=1000         # steps of training from one checkpoint to the next

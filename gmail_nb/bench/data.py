@@ -36,7 +36,7 @@ from torchvision import transforms
 from ..align import GenReal
 from .comparison import comparison
 from ..encoders import Encoder, NoText
-from ..features import Features, LazyPixels, cores, embed
+from ..features import Features, LazyPixels, embed
 from ..generate import generate
 from ..plan import Plan, make_settings, read_captions
 from ..retrieval import nearest

@@ -12,7 +12,7 @@ __all__ = ['CHOOSING_POINTS', 'chain_folder', 'generator_of', 'Test', 'Chain', '
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save
 
-from ..align import GenReal
 from ..encoders import Encoder, load_encoder
 from .demo import Side, demo_tests, make_side
 from .protocol import GOOD, Point, chain_settings

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save
 
 from ..caption_metrics import Score, score_difference, score_interval
@@ -272,7 +271,6 @@ def ifcap_scores(out:Path, settings:ReportSettings, seed:int) -> Found:
     t = text_world(caption_world(out, chain_demo(settings, seed)), encoder)
     return caption_found(ifcap_runs(t, 0, replace(settings.ifcap, seeds=1, seed=seed), out))
 
-# %% ../../nbs/experiments/66_parts.ipynb #4ce093e3
 def llava_scores(out:Path, settings:ReportSettings, seed:int) -> Found:
     "CIDEr of captions, and whether questions about unseen concepts were answered right."
     world, _, _ = llava_world(out, settings.llava, chain_demo(settings, seed))

@@ -10,7 +10,6 @@ __all__ = ['SIDES', 'MAPS', 'read_upload', 'Gallery', 'small', 'both_features', 
 # %% ../../nbs/runs/80_app.ipynb #b82a51e4
 import copy
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from PIL import Image
 from ..data import FORMATS, decode_image
 from ..encoders import encode_texts
 from ..gap import draw_pairs
-from .tune_caption import Seer
 from .tune_llava import Talker
 from ..settings import AppSettings
 

@@ -27,12 +27,11 @@ from typing import NamedTuple
 
 import datasets
 import huggingface_hub
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from .presets import EVAL_PRESETS, OWN
-from ..runtime import default_device, default_dtype, machine
+from ..runtime import default_device, machine
 from ..settings import EmbedSettings, demo_settings
 
 # %% ../../nbs/runs/50_dry_run.ipynb #671b9a6e

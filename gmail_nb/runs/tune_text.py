@@ -22,7 +22,7 @@ from ..encoders import Encoder, load_encoder
 from ..features import Features
 from .align import generated_images
 from .embed import embed_shared, embed_together, tell_skipped
-from .presets import ARMS, check_arm
+from .presets import check_arm
 from ..settings import ReadSettings
 from ..train import processes
 from ..tune import ImageRows
