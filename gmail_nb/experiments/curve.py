@@ -159,7 +159,7 @@ def draw_arms(
 ) -> None:
     "A line an arm over the points, named at its end."
     ends = [100 * mean_of(records, a, points[-1]) for a in CURVE_COLORS]
-    labels = dict(zip(CURVE_COLORS, spread_apart(ends, .06 * (max(ends) - min(ends)))))
+    labels = dict(zip(CURVE_COLORS, spread_apart(ends, .075 * (max(ends) - min(ends)))))
     for arm, color in CURVE_COLORS.items():
         y = [100 * mean_of(records, arm, p) for p in points]
         flat = arm in ('base', 'real')
@@ -182,10 +182,10 @@ def draw_benefit(
         ax.plot(x, 100 * d.value, 'o', ms=8, color=color)
         ax.annotate(str(seeds), (x, 100 * d.high), (0, 5), textcoords='offset points', ha='center',
                     fontsize=9)
-    ax.set_title('above each point: its number of whole chains', fontsize=9, color='.3')
+    ax.set_title('above each point: its whole chains', fontsize=9, color='.3')
     ax.axhline(0, color='black', lw=.8)
     measure = 'mean recall' if metric == 'mean_recall' else metric
-    ax.set_ylabel(f'what aligning first adds, points of {measure}', fontsize=10)
+    ax.set_ylabel(f'what aligning first adds,\npoints of {measure}', fontsize=10)
 
 # %% ../../nbs/experiments/12_curve.ipynb #48782207
 def show_curve(
