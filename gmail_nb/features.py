@@ -36,13 +36,8 @@ from fastcore.basics import patch
 from filelock import FileLock
 from numpy.lib.format import open_memmap
 
-from .align import FrozenTower, GenReal
 from .data import column_of, decode_image
-from .encoders import Encoder, load_encoder
-from .files import (atomic_path, atomic_write, check_writable, checked_card, in_one_line, name_some, progress,
-                            read_object, unknown_name, versions, write_card)
-from .runtime import copied_late, default_device, fingerprint, to_device
-from .settings import PRECISIONS, EmbedSettings, part_of
+from .runtime import fingerprint
 
 # %% ../nbs/24_features.ipynb #b7f08b8b
 def check_image_set(ds:datasets.Dataset, *columns:str) -> None:
@@ -241,6 +236,13 @@ def fingerprint(self:LazyPixels) -> str: # 16 hexadecimal digits
     how = repr(self.preprocess) + (', draft' if self.draft else '')
     return fingerprint(OneByOne(self.keys), how, stored)
 
+# %% ../nbs/24_features.ipynb #515c2f70
+from .align import FrozenTower, GenReal
+from .encoders import Encoder, load_encoder
+from .files import atomic_write, unknown_name
+from .runtime import default_device
+from .settings import PRECISIONS, part_of
+
 # %% ../nbs/24_features.ipynb #b56e2e8d
 def check_same(
     folder:Path,
@@ -408,6 +410,13 @@ def native_precision(
     if precision != 'auto': return precision
     if torch.device(device).type != 'cuda': return 'no'
     return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'
+
+# %% ../nbs/24_features.ipynb #82493800
+from .files import (
+    atomic_path, check_writable, checked_card, in_one_line, name_some, progress, read_object,
+    versions, write_card)
+from .runtime import copied_late, to_device
+from .settings import EmbedSettings
 
 # %% ../nbs/24_features.ipynb #2c5c4a93
 def good_images(

@@ -28,6 +28,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 from transformers import TextStreamer
 
+# %% ../../nbs/runs/60_tune_llava.ipynb #270806f1
 from ..align import GenReal, model_folder
 from ..data import decode_image, show_images
 from ..encoders import Encoder, load_encoder, preprocess_images
