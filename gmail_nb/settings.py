@@ -377,6 +377,7 @@ class EmbedSettings:
     engine:str='local'          # local, or ray for many workers
     show_progress:bool=True     # show a bar that counts the images
     most_damaged:float=MOST_DAMAGED # share of the images that may fail to decode
+    device:str|None=field(default=None, metadata=YOUNG) # cpu or cuda; the fastest present if absent
 
     def __post_init__(self):
         check_known(self, 'precision', PRECISIONS)
@@ -554,6 +555,7 @@ class CaptionSettings:
     max_new_tokens:int=24       # longest caption, in tokens; one that has not ended by then is cut
     seed:int=0                  # seed of captions that are drawn by chance
     most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
+    device:str|None=field(default=None, metadata=YOUNG) # cpu or cuda; the fastest present if absent
 
     def __post_init__(self):
         check_above(self, 'beams', 'batch_size', 'max_new_tokens', 'top_p', 'temperature')

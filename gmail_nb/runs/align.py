@@ -36,8 +36,8 @@ from ..pages import ResultTable, save_figure
 from .embed import embed_shared, embed_together, tell_skipped, undecodable
 from .judge import (
     FEWEST, Measure, Verdict, enough_kept_out, judged, show_judged, spread, write_page)
-from .models import kind_of_folder, model_at
-from ..runtime import default_device, set_seed, stable_seed
+from .models import chosen_device, kind_of_folder, model_at
+from ..runtime import set_seed, stable_seed
 from ..settings import AlignRunSettings, EmbedSettings, SourceSettings, described
 from ..sources import is_generated, load_captioned
 from ..splits import write_trained_on
@@ -502,11 +502,12 @@ def embed_set(
 ) -> Features:
     """Features of every image, in a folder; call it again to go on where it was stopped. Images that
     do not decode are named and counted; `ValueError` when they are more than `most_damaged`."""
-    reader = str(model)
+    reader, ray = str(model), settings.engine == 'ray'
+    device = None if ray else chosen_device(settings.device)
     if kind_of_folder(model) == 'tuned':
-        if settings.engine == 'ray':
+        if ray:
             raise ValueError(f'{model} is a tuned folder, which Ray workers cannot load: leave engine out')
-        reader = model_at(model).to(default_device())
+        reader = model_at(model).to(device)
     found = embed(pictures_of(pictures, replace(source, decoded=0)), reader, out, side, settings)
     tell_skipped(found.failed, len(found) + len(found.failed), Path(out), settings.most_damaged)
     return found

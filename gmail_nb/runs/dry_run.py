@@ -630,15 +630,15 @@ def dry_embed(
     look = look_model(model, what='model')
     if settings.engine == 'ray' and not importlib.util.find_spec('ray'):
         rows = [*rows, Look('ray', '', 'missing', "pip install 'gmail_nb[ray]'")]
-    return [look_device(), look, *rows,
+    return [look_device(settings.device), look, *rows,
             *look_work(look, model, images, 1, out, settings.store,
                        'features' if images is None else f'features of {images:,} images',
-                       run=(settings.batch_size, settings.precision))]
+                       run=(settings.batch_size, settings.precision, settings.device))]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #22574289
 from ..plan import splits_of
 from .presets import ARMS, CAPTION_ARMS, CAPTION_SOURCES, check_arm
-from ..settings import CaptionRunSettings, ReadSettings
+from ..settings import CaptionRunSettings, CaptionSettings, EvalSettings, ReadSettings
 
 # %% ../../nbs/runs/50_dry_run.ipynb #06ef89bd
 def look_arm(arm:str|None, model, generated, real, arms:tuple=ARMS) -> list[Look]:
@@ -715,7 +715,7 @@ def dry_captioner(
 
 # %% ../../nbs/runs/50_dry_run.ipynb #4662e8fe
 def dry_write(
-    images:tuple, model:str='captions', **rest
+    images:tuple, model:str='captions', settings:CaptionSettings=CaptionSettings(), **rest
 ) -> list[Look]:
     "What `gmail_caption` would do."
     lost = [i for i in images if not Path(i).exists()]
@@ -724,7 +724,8 @@ def dry_write(
     if not (folder/'card.json').exists() and (below/'card.json').exists(): folder = below
     model = str(model)
     published = model.startswith('llava:')
-    rows = [look_device(), look_lm(model.removeprefix('llava:'), 'LLaVA') if published
+    rows = [look_device(settings.device),
+            look_lm(model.removeprefix('llava:'), 'LLaVA') if published
             else look_path('captioner', folder, 'card.json')]
     if published: pass
     elif rows[-1].state == 'missing':
@@ -794,10 +795,12 @@ def counted(names:Iterable[str], source:SourceSettings) -> int|None: # images
 # %% ../../nbs/runs/50_dry_run.ipynb #8e1d9274
 def look_models(
     looks:Iterable[Look], specs:Iterable[str], # rows of models, and their strings
-    images:int|None
+    images:int|None,
+    embed:EmbedSettings=EmbedSettings()
 ) -> list[Look]:
     "Memory and time of several models, one after the other, over the same images."
-    speeds = [encoder_speed(look, spec) for look, spec in zip(looks, specs)]
+    run = embed.batch_size, embed.precision, embed.device
+    speeds = [encoder_speed(look, spec, *run) for look, spec in zip(looks, specs)]
     largest = max((s.weights or 0 for s in speeds), default=0)
     memory = f'at least the weights of {size_text(largest)}' if largest else 'the weights are not here'
     unknown = next((s.how for s in speeds if not s.rate), None)
@@ -808,7 +811,8 @@ def look_models(
 # %% ../../nbs/runs/50_dry_run.ipynb #dfebdb0e
 def dry_eval(
     captioned:tuple=(), preset:str|None=None, task:str|None=None, model:tuple=(), root=None,
-    models:str='.', rows:tuple=(), generated=None, out:str='eval', source:SourceSettings=SourceSettings(), **rest
+    models:str='.', rows:tuple=(), generated=None, out:str='eval',
+    source:SourceSettings=SourceSettings(), settings:EvalSettings=EvalSettings(), **rest
 ) -> list[Look]:
     "What `gmail_eval` would do. A row or set that is missing is left out, so some are enough."
     if preset and preset not in EVAL_PRESETS: raise unknown_name('preset', preset, EVAL_PRESETS)
@@ -818,8 +822,8 @@ def dry_eval(
     names = tuple(captioned) or (known.data if known else (OWN[task or 'retrieval'],))
     sets = [r for name in names for r in look_data(name, root, source)]
     more = look_generated(generated)[0] if generated else []
-    work = look_models(found, models_of.values(), counted(names, source))
-    return [look_device(), *found, *sets, *more, look_out(out), *work]
+    work = look_models(found, models_of.values(), counted(names, source), settings.embed)
+    return [look_device(settings.embed.device), *found, *sets, *more, look_out(out), *work]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #7c7ed0e7
 def dry_demo(

@@ -457,9 +457,9 @@ def check_leaks(
 # %% ../../nbs/runs/40_evaluate.ipynb #6f763b04
 from ..files import read_results, write_results
 from .claims import is_no_room
-from .models import spec_of
+from .models import chosen_device, spec_of
 from .presets import TASKS
-from ..runtime import default_device
+
 
 # %% ../../nbs/runs/40_evaluate.ipynb #3a2964e3
 MISSING = OSError, RuntimeError, pickle.UnpicklingError # weights that cannot be had, or are none
@@ -479,8 +479,9 @@ def read_sets(
 
 # %% ../../nbs/runs/40_evaluate.ipynb #c86e8cb7
 def load_or_say(arm:str, spec:str, below:Path, run:EvalRun) -> Encoder|None:
-    "The model of a row; None when it is not there, which is said."
-    try: return eval_model(spec, below, run.out).to(default_device())
+    "The model of a row, on its device; None when it is not there, which is said."
+    device = chosen_device(run.settings.embed.device)
+    try: return eval_model(spec, below, run.out).to(device)
     except MISSING as e: run.say(f'{arm} left out: {str(e).splitlines()[0]}')
 
 def reason(error:Exception) -> str:

@@ -612,7 +612,7 @@ def tune_captioner(
 # %% ../../nbs/runs/30_tune_caption.ipynb #a73be54d
 from ..data import parquet_files
 from ..features import LazyPixels, cores, good_images
-from ..runtime import default_device
+from .models import chosen_device
 from ..settings import CaptionSettings
 from ..sources import IMAGE_SUFFIXES, TABLE_SUFFIXES
 
@@ -663,13 +663,14 @@ class Seer:
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #3353b7a9
 def load_seer(
-    folder:str|Path # of a captioner, or of a run that holds it as `captioner/`
+    folder:str|Path, # of a captioner, or of a run that holds it as `captioner/`
+    device:torch.device|str|None=None # the fastest present if absent
 ) -> Seer:
-    "A captioner and the encoder that its card names, on the fastest device."
+    "A captioner and the encoder that its card names. `ValueError` for a device that is not there."
     folder, card = captioner_card(folder)
     encoder, file = load_encoder(card.get('encoder', 'embedded')), folder/'projection.safetensors'
     projection = load_file(file)['weight'] if file.exists() else None
-    device = default_device()
+    device = chosen_device(device)
     return Seer(encoder.to(device), load_captioner(folder).to(device), projection)
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #395ab4ac
@@ -704,10 +705,10 @@ def caption_files(
     **changes                  # fields of the settings, such as beams=4, in place of theirs
 ) -> tuple[dict[str, str], dict[str, str]]: # name -> caption; name -> why it was left out
     "Captions through `f_r`. `ValueError` when no image decodes."
-    seer = load_seer(captioner)
     places = [images] if isinstance(images, (str, Path)) else images
     found = datasets.concatenate_datasets([pictures_at(i, replace(source, decoded=0)) for i in places])
     written, broken, how = {}, {}, replace(settings, **changes)
+    seer = load_seer(captioner, how.device)
     for key, caption, why in caption_pictures(found, seer, how, workers):
         if why is None: written[key] = caption
         else: broken[key] = why
