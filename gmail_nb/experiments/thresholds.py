@@ -18,21 +18,20 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ..align import GenReal
-from ..encoders import Encoder, encode_images, load_encoder
+from ..encoders import Encoder, encode_images
 
 # %% ../../nbs/experiments/17_thresholds.ipynb #3149508d
-from .chain import Test, chain_seed, some_of, tuned_ranks
-from .controls import against, more_of_chain
-from .curve import (
-    KEPT_GAPS, gathered, is_stored, joined, mean_of, shown_number, stored)
+from .chain import Chain, some_of, tuned_ranks
+from .controls import against, every_chain
+from .curve import KEPT_GAPS, mean_of, shown_number
 from .demo import Side, align_side, demo_gap_records
 from .pairs import fewer_rows, fewer_settings
-from .protocol import GOOD, Point, arm_record, chosen_settings
+from .protocol import GOOD, Point, arm_record
 
 # %% ../../nbs/experiments/17_thresholds.ipynb #0134cbd0
-from ..files import atomic_write, check_writable, write_results
+from ..files import atomic_write
 from ..pages import save_figure, table_text
-from ..runtime import default_device, noise_generator
+from ..runtime import noise_generator
 from ..settings import DemoSettings, ProofSettings
 from ..tune import head_inputs
 
@@ -113,20 +112,18 @@ def threshold_cells() -> list[tuple[float, float, str]]: # share, right, way
     return grid + [(*HARD, w) for w in WAYS if w != 'plain']
 
 # %% ../../nbs/experiments/17_thresholds.ipynb #e3e15fee
-def threshold_records(
-    encoder:Encoder, a:Side, b:Side, x:dict, tests:dict[str, Test],
-    point:Point, seed:int, settings:DemoSettings
-) -> list[dict]:
+def threshold_records(chain:Chain) -> list[dict]:
     "Every alignment of `threshold_cells` on both tests, and how near its features are."
-    inputs, out = head_inputs(encoder, b.captions), []
-    how = dict(tune=dict(steps=settings.tune.steps, lr=settings.tune.lr))
+    c, out = chain, []
+    inputs = head_inputs(c.encoder, c.b.captions)
+    how = dict(tune=dict(steps=c.settings.tune.steps, lr=c.settings.tune.lr))
     for share, right, way in threshold_cells():
-        arm = threshold_arm(round(share * len(a.keys)), right, way)
-        features = threshold_features(encoder, a, b, settings, share, right, way)
-        ranks = tuned_ranks(encoder, features, b.captions, settings, tests, inputs)
-        out += [arm_record(point, arm, seed, t, r, **how) for t, r in ranks.items()]
-        gaps = demo_gap_records('chain', arm, features, x['b_real'], seed)
-        out += [g | dict(point=asdict(point)) for g in gaps]
+        arm = threshold_arm(round(share * len(c.a.keys)), right, way)
+        features = threshold_features(c.encoder, c.a, c.b, c.settings, share, right, way)
+        ranks = tuned_ranks(c.encoder, features, c.b.captions, c.settings, c.tests, inputs)
+        out += [arm_record(c.point, arm, c.seed, t, r, **how) for t, r in ranks.items()]
+        gaps = demo_gap_records('chain', arm, features, c.x['b_real'], c.seed)
+        out += [g | dict(point=asdict(c.point)) for g in gaps]
     return out
 
 # %% ../../nbs/experiments/17_thresholds.ipynb #b939f120
@@ -250,17 +247,9 @@ def thresholds(
     shipped:bool=True                        # count what the package has as finished
 ) -> list[dict]: # all records
     "Every alignment that is missing at GOOD; writes records.jsonl, thresholds.txt, thresholds.png."
-    out, chosen = check_writable(out), chosen_settings(out)
-    encoder, known = load_encoder('embedded').to(default_device()), stored() if shipped else []
     share, right, way = threshold_cells()[-1]
     arm = threshold_arm(round(share * settings.chain.align_captions), right, way)
-    for seed in range(settings.seeds):
-        if not is_stored(known, GOOD, seed, chosen):
-            chain_seed(GOOD, seed, out, chosen, settings, encoder)
-        if not is_stored(known, GOOD, seed, chosen, arm):
-            more_of_chain('thresholds', threshold_records, GOOD, seed, out, chosen, settings, encoder)
-    records = joined(gathered(out), known)
-    write_results(out/'records.jsonl', records)
-    atomic_write(out/'thresholds.txt', thresholds_text(records))
-    save_figure(show_thresholds(records), out/'thresholds.png')
+    records = every_chain('thresholds', threshold_records, arm, out, settings, shipped)
+    atomic_write(Path(out)/'thresholds.txt', thresholds_text(records))
+    save_figure(show_thresholds(records), Path(out)/'thresholds.png')
     return records
