@@ -19,23 +19,18 @@ from matplotlib.figure import Figure
 
 from ..align import GenReal
 from ..encoders import Encoder, encode_images
-
-# %% ../../nbs/experiments/17_thresholds.ipynb #3149508d
-from .chain import Chain, some_of, tuned_ranks
+from .chain import Chain, some_of
 from .controls import against, every_chain
-from .curve import KEPT_GAPS, mean_of, shown_number
-from .demo import Side, align_side, demo_gap_records
-from .pairs import fewer_rows, fewer_settings
-from .protocol import GOOD, Point, arm_record
-
-# %% ../../nbs/experiments/17_thresholds.ipynb #0134cbd0
+from .curve import KEPT_GAPS, mean_of, shown_number, stored
+from .demo import Side, align_side
+from .pairs import fewer_rows, fewer_settings, pair_records
+from .protocol import GOOD, Point
 from ..files import atomic_write
 from ..pages import save_figure, table_text
 from ..runtime import noise_generator
 from ..settings import DemoSettings, ProofSettings
-from ..tune import head_inputs
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #5ff30b58
+# %% ../../nbs/experiments/17_thresholds.ipynb #feda2f59
 def wrong_pictures(side:Side, right:float, seed:int) -> Side:
     "Only a share of the concepts keep the pictures that were drawn for them."
     n = len(side.keys)
@@ -46,7 +41,7 @@ def wrong_pictures(side:Side, right:float, seed:int) -> Side:
     return replace(side, generated_pixels=side.generated_pixels[:, partner],
                    generated_features=side.generated_features[partner])
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #10e10ed2
+# %% ../../nbs/experiments/17_thresholds.ipynb #dae403a6
 WAYS = {'plain': 'as the whole chain, with as many steps',
         'as many epochs': 'fewer steps with fewer pairs (what `gmail_align` does)',
         'smaller rate': 'a third of the rate (`--lr`)',
@@ -68,7 +63,7 @@ def way_settings(settings:DemoSettings, n:int, way:str) -> DemoSettings:
     if way == 'best step': return replace(s, validation_captions=max(2, n // 4))
     return s
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #a2c0142b
+# %% ../../nbs/experiments/17_thresholds.ipynb #fb800f4a
 @torch.no_grad()
 def half_way(model:GenReal) -> GenReal: # the same model
     "Adapters and projection in the middle between where they began and where they are."
@@ -78,7 +73,7 @@ def half_way(model:GenReal) -> GenReal: # the same model
     w.lerp_(torch.eye(len(w)).to(w), .5)
     return model
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #874ce44f
+# %% ../../nbs/experiments/17_thresholds.ipynb #75e63382
 def begun_elsewhere(encoder:Encoder, a:Side, rows:list[int], settings:DemoSettings) -> GenReal:
     "Aligned on the concepts of A that are not among the rows."
     others = [i for i in range(len(a.keys)) if i not in set(rows)]
@@ -97,8 +92,8 @@ def threshold_features(
     if way == 'half way': half_way(model)
     return encode_images(model.encode_generated, b.generated_pixels[0], desc='f_g of generated B')
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #63ba5c2a
-THRESHOLD_SHARES = (1/32, 1/16, 1/4) # of A's concepts
+# %% ../../nbs/experiments/17_thresholds.ipynb #94ec17fb
+THRESHOLD_SHARES = (1/16, 1/4)       # of A's concepts
 RIGHT_SHARES = (1., 1/2, 1/4, 1/8)   # of the pictures
 HARD = 1/16, 1/4                     # where the ways are compared
 
@@ -111,22 +106,19 @@ def threshold_cells() -> list[tuple[float, float, str]]: # share, right, way
     grid = [(n, r, 'plain') for n in THRESHOLD_SHARES for r in RIGHT_SHARES]
     return grid + [(*HARD, w) for w in WAYS if w != 'plain']
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #e3e15fee
-def threshold_records(chain:Chain) -> list[dict]:
-    "Every alignment of `threshold_cells` on both tests, and how near its features are."
-    c, out = chain, []
-    inputs = head_inputs(c.encoder, c.b.captions)
-    how = dict(tune=dict(steps=c.settings.tune.steps, lr=c.settings.tune.lr))
-    for share, right, way in threshold_cells():
+# %% ../../nbs/experiments/17_thresholds.ipynb #a1721e0a
+def threshold_records(
+    chain:Chain,
+    cells:list|None=None # of `threshold_cells`, which are all
+) -> list[dict]:
+    "Alignments on both tests, and how near their features are to the real ones."
+    c, made = chain, {}
+    for share, right, way in threshold_cells() if cells is None else cells:
         arm = threshold_arm(round(share * len(c.a.keys)), right, way)
-        features = threshold_features(c.encoder, c.a, c.b, c.settings, share, right, way)
-        ranks = tuned_ranks(c.encoder, features, c.b.captions, c.settings, c.tests, inputs)
-        out += [arm_record(c.point, arm, c.seed, t, r, **how) for t, r in ranks.items()]
-        gaps = demo_gap_records('chain', arm, features, c.x['b_real'], c.seed)
-        out += [g | dict(point=asdict(c.point)) for g in gaps]
-    return out
+        made[arm] = threshold_features(c.encoder, c.a, c.b, c.settings, share, right, way)
+    return pair_records(chain, made)
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #b939f120
+# %% ../../nbs/experiments/17_thresholds.ipynb #9fb59dff
 def is_of(arm:str) -> tuple[int, float, str]: # concepts, share of right pictures, way
     "What `threshold_arm` has put into a name."
     n, right, way = arm.split(', ')
@@ -139,7 +131,7 @@ def finished_thresholds(records:list[dict], point:Point=GOOD) -> list[str]:
     ways = list(WAYS)
     return sorted(done, key=lambda a: (*is_of(a)[:2], ways.index(is_of(a)[2])))
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #30e332ca
+# %% ../../nbs/experiments/17_thresholds.ipynb #f077dd71
 def threshold_row(records:list[dict], arm:str, point:Point) -> list[str]:
     "Concepts, right pictures, way, how near, mean recall, what it adds, and chains."
     n, right, way = is_of(arm)
@@ -166,7 +158,7 @@ def hard_case(arms:list[str]) -> tuple[int, float]|None: # concepts and share of
     "The one that was aligned in other ways too."
     return next((is_of(a)[:2] for a in arms if is_of(a)[2] != 'plain'), None)
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #1726dbe8
+# %% ../../nbs/experiments/17_thresholds.ipynb #ff9988da
 def threshold_sentences(records:list[dict], point:Point=GOOD) -> list[str]:
     "Where the plain way harms, from where on it helps, and which ways are better in the hard case."
     arms = finished_thresholds(records, point)
@@ -194,7 +186,7 @@ def ways_sentences(records:list[dict], arms:list[str], point:Point) -> list[str]
         said.append(f'{is_of(arm)[2]}, beside the plain way: {word} ({d.text(sign="+")} points).')
     return said
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #88f63b09
+# %% ../../nbs/experiments/17_thresholds.ipynb #dc71bdc2
 def shares_axis(ax, records:list[dict], arms:list[str], point:Point) -> None:
     "A line for each number of concepts: what the plain way adds over the share of right pictures."
     counts = sorted({is_of(a)[0] for a in arms})
@@ -224,7 +216,7 @@ def ways_axis(ax, records:list[dict], arms:list[str], point:Point) -> None:
     for n, right, _ in map(is_of, arms[:1]):
         ax.set_title(f'{n} concepts, {right:.0%} of the pictures right', fontsize=10)
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #0a534c95
+# %% ../../nbs/experiments/17_thresholds.ipynb #fc293c1e
 def show_thresholds(records:list[dict], point:Point=GOOD) -> Figure:
     "What an alignment adds over the share of right pictures, and by way in the hard case."
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), dpi=100, layout='constrained')
@@ -235,7 +227,7 @@ def show_thresholds(records:list[dict], point:Point=GOOD) -> Figure:
     plt.close(fig)
     return fig
 
-# %% ../../nbs/experiments/17_thresholds.ipynb #df29a904
+# %% ../../nbs/experiments/17_thresholds.ipynb #63e8c074
 def thresholds_text(records:list[dict]) -> str:
     "The sentences and both tables."
     tables = [table_text(threshold_table(records, ways), width=118) for ways in (False, True)]
@@ -246,7 +238,7 @@ def thresholds(
     settings:ProofSettings=ProofSettings(),
     shipped:bool=True                        # count what the package has as finished
 ) -> list[dict]: # all records
-    "Every alignment that is missing at GOOD; writes records.jsonl, thresholds.txt, thresholds.png."
+    "Every alignment that is missing at the generator's own setting; thresholds.txt and .png too."
     share, right, way = threshold_cells()[-1]
     arm = threshold_arm(round(share * settings.chain.align_captions), right, way)
     records = every_chain('thresholds', threshold_records, arm, out, settings, shipped)
