@@ -258,7 +258,7 @@ def curve_text(records:list[dict]) -> str:
     own = tuple(c for c in CLAIMS if {c.ours, c.theirs} <= set(SHOWN_ARMS))
     tables = [table_text(t, width=118) for test in TESTS for axis in CURVES
               if len(t := curve_table(records, axis, test)) > 2 or axis == 'steps']
-    claims = [said_first(records, own), table_text(claims_table(records, own))]
+    claims = [said_first(records, own), table_text(claims_table(records, own), width=118)]
     captions = [table_text(caption_table(records))] if caption_points(records) else []
     return '\n\n'.join([*claims, *tables, *captions]) + '\n'
 
