@@ -201,7 +201,7 @@ def show_curve(
     at, shown = list(range(len(points))), ['mean_recall']
     if captions and set(points) & set(caption_points(records)) - {GOOD}: shown.append('CIDEr')
     widths = dict(width_ratios=[1.1 + .4 * len(shown)] + [1] * len(shown))
-    size = 5.5 + 2.7 * len(shown), 3.8
+    size = 5.7 + 2.5 * len(shown), 3.8
     fig, (left, *right) = plt.subplots(1, 1 + len(shown), figsize=size, dpi=100,
                                        gridspec_kw=widths, layout='constrained')
     draw_arms(left, records, points, at)
