@@ -122,7 +122,7 @@ def caption_claims() -> tuple: # of the protocol
 def captions_text(records:list[dict]) -> str:
     "Claims about captions, those that were not confirmed first, and the table."
     own = caption_claims()
-    parts = [said_first(records, own), table_text(claims_table(records, own)),
+    parts = [said_first(records, own), table_text(claims_table(records, own), width=118),
              table_text(caption_table(records))]
     return '\n\n'.join(parts) + '\n'
 

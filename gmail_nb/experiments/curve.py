@@ -182,7 +182,7 @@ def draw_benefit(
         ax.plot(x, 100 * d.value, 'o', ms=8, color=color)
         ax.annotate(str(seeds), (x, 100 * d.high), (0, 5), textcoords='offset points', ha='center',
                     fontsize=9)
-    ax.set_title('above each point: its whole chains', fontsize=9, color='.3')
+    ax.set_title('numbers count whole chains', fontsize=9, color='.3')
     ax.axhline(0, color='black', lw=.8)
     measure = 'mean recall' if metric == 'mean_recall' else metric
     ax.set_ylabel(f'what aligning first adds,\npoints of {measure}', fontsize=10)
@@ -201,19 +201,19 @@ def show_curve(
     at, shown = list(range(len(points))), ['mean_recall']
     if captions and set(points) & set(caption_points(records)) - {GOOD}: shown.append('CIDEr')
     widths = dict(width_ratios=[1.1 + .4 * len(shown)] + [1] * len(shown))
-    fig, (left, *right) = plt.subplots(1, 1 + len(shown), figsize=(5.4 + 2.6 * len(shown), 3.8), dpi=100,
-                                       gridspec_kw=widths)
+    size = 5.7 + 2.5 * len(shown), 3.8
+    fig, (left, *right) = plt.subplots(1, 1 + len(shown), figsize=size, dpi=100,
+                                       gridspec_kw=widths, layout='constrained')
     draw_arms(left, records, points, at)
     for ax, metric in zip(right, shown): draw_benefit(ax, records, points, at, metric)
     for ax in (left, *right):
         ax.set_xticks(at, [f'{of(p):g}' for p in points])
         ax.set_xlabel(title, fontsize=10)
         ax.spines[['top', 'right']].set_visible(False)
-    left.set_xlim(-.2, len(at) - 1 + .75 * max(1, len(at) - 1))
+    left.set_xlim(-.2, len(at) - 1 + 1.05 * max(1, len(at) - 1))
     for ax in right:
         ax.set_xlim(-.5, len(at) - .5)
         ax.margins(y=.15)
-    fig.tight_layout()
     plt.close(fig)
     return fig
 
@@ -258,7 +258,7 @@ def curve_text(records:list[dict]) -> str:
     own = tuple(c for c in CLAIMS if {c.ours, c.theirs} <= set(SHOWN_ARMS))
     tables = [table_text(t, width=118) for test in TESTS for axis in CURVES
               if len(t := curve_table(records, axis, test)) > 2 or axis == 'steps']
-    claims = [said_first(records, own), table_text(claims_table(records, own))]
+    claims = [said_first(records, own), table_text(claims_table(records, own), width=118)]
     captions = [table_text(caption_table(records))] if caption_points(records) else []
     return '\n\n'.join([*claims, *tables, *captions]) + '\n'
 
