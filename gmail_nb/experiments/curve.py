@@ -250,7 +250,7 @@ def show_gap_closed(records:list[dict], axes:Iterable[str]=CURVES) -> Figure:
         heads[p.name] = after, y
     ax.axhline(0, color='black', lw=.8)
     name_at_the_right(ax, heads)
-    ax.set_xlim(right=max(x for x, _ in heads.values()) * 1.5)
+    ax.set_xlim(right=max(x for x, _ in heads.values()) * 1.4)
     ax.set_xlabel('generated images of B whose partner is the nearest real drawing, %', fontsize=10)
     ax.set_ylabel('what aligning first adds, points', fontsize=10)
     ax.spines[['top', 'right']].set_visible(False)
