@@ -255,8 +255,8 @@ _settled = ("The tuning of a text side on real images, on a mix, and GMAIL's: th
 # %% ../../nbs/experiments/70_report.ipynb #379936e6
 OTHER_TABLES = dict(
     table10=Counterpart('ScienceQA', 'Questions about drawings of unseen concepts: name, group, '
-        'count and colour, four choices each; SmolLM2 on the embedded tower. The mix and real images are '
-        'not run here: gmail_experiment llava has them.', _asked,
+        'count and colour, four choices each; SmolLM2 on the embedded tower. Real images, alone and with '
+        'aligned ones, are not run here: gmail_experiment llava has them.', _asked,
         (*_pair('LLaVA', 'llava'), Row(_mine, 'llava', 'indiscriminate'),
          Row('Llama 3', why='there is no second language model here'),
          Row('Llama 3 + GMAIL', why='as above')),
@@ -685,7 +685,7 @@ def dry_parts(names:list[str], out:str, settings:ReportSettings) -> list[Look]:
     timed = [l.what for l in found if l.state == 'to write' and l.what in known]
     if not timed: return found
     total = sum(known[p] * (1 if p in ONCE else settings.seeds) for p in timed)
-    note = f'of one core, of {len(timed)} parts, where they were measured: {where}'
+    note = f'of one core, for {", ".join(timed)}; measured on: {where}'
     return [*found, Look('time', f'about {time_text(total)}', 'estimate', note)]
 
 # %% ../../nbs/experiments/70_report.ipynb #d3fafa20
