@@ -227,6 +227,6 @@ def test_the_front_page_says_what_the_records_say():
         kept = [out['data']['text/markdown'] for out in cell['outputs'] if 'text/markdown' in out.get('data', {})]
         assert len(kept) == isinstance(value, names['Markdown'] if 'Markdown' in names else ()), cell['id']
         for text in kept:
-            assert value.data == ''.join(text), f"{cell['id']}: run tools/execute.py nbs/index.ipynb, then tools/readme.py"
+            assert value.data == ''.join(text), f"{cell['id']}: run index again, then tools/readme.py"
             compared += 1
     assert compared and {'stored', 'CLAIMS'} & {*names}

@@ -1,7 +1,8 @@
 """Put the seconds that the parts of a report took into the package: `python tools/publish_times.py FOLDER`.
 
-FOLDER is that of `gmail_report --scale embedded`, with or without --quick, run on the machine where this is called. Parts that it has not
-finished keep what was measured of them before. Writes assets/evidence/part_seconds.json, which `gmail_report --dry-run` reads.
+FOLDER is that of `gmail_report --scale embedded`, with or without --quick, run on the machine where this is called.
+Parts that it has not finished keep what was measured of them before. Writes assets/evidence/part_seconds.json, which
+`gmail_report --dry-run` reads.
 """
 import argparse
 import json

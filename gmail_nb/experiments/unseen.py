@@ -43,7 +43,10 @@ WAYS_TO_KEEP = {
     'LoRA in the tower': 'LoRA in the text tower learns, and its head stays as it is'}
 BESIDE_THEM = {'indiscriminate, half of the base': 'the unaligned arm, with half of each weight',
                'A alone': 'real drawings of A with their captions, and no image of B'}
-AVERAGES = {'a quarter of the base': 1/4, 'half of the base': 1/2, 'three quarters of the base': 3/4}
+
+# %% ../../nbs/experiments/15_unseen.ipynb #5e8e51c4
+AVERAGES = {'a quarter of the base': 1/4, 'half of the base': 1/2,
+            'three quarters of the base': 3/4}
 
 def kept_arm(way:str) -> str: # of `WAYS_TO_KEEP`
     "As records call it."
@@ -59,7 +62,7 @@ def average_head(
         for p, q in zip(out.parameters(), base.parameters(), strict=True): p.lerp_(q.to(p), share)
     return out
 
-# %% ../../nbs/experiments/15_unseen.ipynb #859beaa4
+# %% ../../nbs/experiments/15_unseen.ipynb #e0838153
 def kept_heads(
     encoder:Encoder, a:Side, b:Side, x:dict[str, torch.Tensor], settings:DemoSettings
 ) -> dict[str, tuple[nn.Linear, dict]]: # arm -> its head, and how it was tuned
@@ -72,21 +75,25 @@ def kept_heads(
     gmail, replayed = tuned(x['b_aligned'], of_b, in_b), tuned(replay, of_both, in_both)
     slow = replace(tune, lr=tune.lr / 10)
     heads = {way: average_head(base, gmail, share) for way, share in AVERAGES.items()}
-    heads |= {'a tenth of the rate': tuned(x['b_aligned'], of_b, in_b, slow), 'A replayed': replayed,
+    heads |= {'a tenth of the rate': tuned(x['b_aligned'], of_b, in_b, slow),
+              'A replayed': replayed,
               'A replayed, half of the base': average_head(base, replayed, 1/2)}
     heads = {kept_arm(way): head for way, head in heads.items()}
     unaligned = average_head(base, tuned(x['b_generated'], of_b, in_b), 1/2)
     alone = tuned(x['a_real'], a.captions, in_both[len(of_b):])
     heads |= dict(zip(BESIDE_THEM, (unaligned, alone)))
     how = {kept_arm('a tenth of the rate'): slow}
-    return {arm: (head, dict(steps=tune.steps, lr=how.get(arm, tune).lr)) for arm, head in heads.items()}
+    return {arm: (head, dict(steps=tune.steps, lr=how.get(arm, tune).lr))
+            for arm, head in heads.items()}
 
-# %% ../../nbs/experiments/15_unseen.ipynb #e1e67180
+# %% ../../nbs/experiments/15_unseen.ipynb #b993d913
 def lora_tune(settings:DemoSettings) -> TuneSettings:
     "How LoRA in the text tower is trained."
     steps, batch = max(1, settings.tune.steps // 8), settings.tune.batch_size // 2
-    return replace(settings.tune, tuning='lora', steps=steps, batch_size=batch, lr=TuneSettings().lr)
+    return replace(settings.tune, tuning='lora', steps=steps, batch_size=batch,
+                   lr=TuneSettings().lr)
 
+# %% ../../nbs/experiments/15_unseen.ipynb #9c981062
 def lora_records(
     encoder:Encoder, a:Side, b:Side, x:dict, tests:dict[str, Test],
     point:Point, seed:int, settings:DemoSettings
@@ -102,7 +109,7 @@ def lora_records(
     return [arm_record(point, kept_arm('LoRA in the tower'), seed, t, r, **how)
             for t, r in ranks.items()]
 
-# %% ../../nbs/experiments/15_unseen.ipynb #ca86f225
+# %% ../../nbs/experiments/15_unseen.ipynb #5ca4a6b3
 def kept_records(
     encoder:Encoder, a:Side, b:Side, x:dict, tests:dict[str, Test],
     point:Point, seed:int, settings:DemoSettings
@@ -114,7 +121,7 @@ def kept_records(
 
 KEPT_PARTS = {'unseen': kept_records, 'unseen-lora': lora_records} # by the name of their file
 
-# %% ../../nbs/experiments/15_unseen.ipynb #b54487ea
+# %% ../../nbs/experiments/15_unseen.ipynb #0d89cda0
 MARGIN = next(c.margin for c in CLAIMS if c.test == 'unseen' and c.margin) # of the protocol's claim
 
 def finished_ways(records:list[dict], point:Point=GOOD) -> list[str]: # arms
@@ -122,7 +129,10 @@ def finished_ways(records:list[dict], point:Point=GOOD) -> list[str]: # arms
     arms = [*map(kept_arm, WAYS_TO_KEEP), *BESIDE_THEM]
     return [a for a in arms if against(records, a, 'gmail', point)[1]]
 
-def kept_table(records:list[dict], point:Point=GOOD) -> list[list[str]]: # a heading and a row an arm
+# %% ../../nbs/experiments/15_unseen.ipynb #fe0c42b6
+def kept_table(
+    records:list[dict], point:Point=GOOD
+) -> list[list[str]]: # a heading and a row an arm
     "Mean recall on both tests in percent, and the paired differences."
     head = ['arm', 'named', 'unseen', 'named: arm - gmail', 'unseen: arm - gmail',
             'unseen: arm - base', 'chains']
@@ -137,23 +147,23 @@ def kept_table(records:list[dict], point:Point=GOOD) -> list[list[str]]: # a hea
         rows.append([arm, *(f'{100 * m:.1f}' for m in means), *cells, str(d[1][1])])
     return [head, *rows]
 
-# %% ../../nbs/experiments/15_unseen.ipynb #9da670d7
+# %% ../../nbs/experiments/15_unseen.ipynb #5a5d38da
 def kept_sentences(records:list[dict], point:Point=GOOD) -> list[str]:
     "What each way does on both tests, and which lose neither: as far as the intervals allow."
     said, safe = [], []
     for arm in finished_ways(records, point):
         named, unseen, base = (against(records, arm, other, point, test)[0] for other, test in
                                (('gmail', 'seen'), ('gmail', 'unseen'), ('base', 'unseen')))
-        said.append(f'{arm}: on unseen concepts {unseen.text(sign="+")} from gmail ({verdict(unseen)}) and '
-                    f'{base.text(sign="+")} from the base ({verdict(base)}); on named ones '
-                    f'{named.text(sign="+")} from gmail ({verdict(named)}).')
+        said.append(f'{arm}: on unseen concepts {unseen.text(sign="+")} from gmail '
+                    f'({verdict(unseen)}) and {base.text(sign="+")} from the base ({verdict(base)}); '
+                    f'on named ones {named.text(sign="+")} from gmail ({verdict(named)}).')
         if base.low > -MARGIN and named.high >= 0: safe.append(arm)
     if not said: return ['No chain of this page is stored yet.']
     found = '; '.join(safe) or 'none of them'
-    return [*said, f'Of unseen concepts no more than {100 * MARGIN:g} points are lost, whatever the interval '
-                   f'holds, and of the named ones none that can be told, with: {found}.']
+    return [*said, f'Of unseen concepts no more than {100 * MARGIN:g} points are lost, whatever the '
+                   f'interval holds, and of the named ones none that can be told, with: {found}.']
 
-# %% ../../nbs/experiments/15_unseen.ipynb #d8af0421
+# %% ../../nbs/experiments/15_unseen.ipynb #f2f2a8a7
 def show_kept(records:list[dict], point:Point=GOOD) -> Figure:
     "Differences from `gmail` on both tests, a line an arm. `ValueError` without a chain."
     arms = finished_ways(records, point)
@@ -177,25 +187,27 @@ def show_kept(records:list[dict], point:Point=GOOD) -> Figure:
     plt.close(fig)
     return fig
 
-# %% ../../nbs/experiments/15_unseen.ipynb #bb42436f
+# %% ../../nbs/experiments/15_unseen.ipynb #8cd5ae8b
 def kept_text(records:list[dict]) -> str:
     "The sentences and the table."
     said = '\n'.join(textwrap.fill(line, 118) for line in kept_sentences(records))
     return f'{said}\n\n{table_text(kept_table(records), width=118)}\n'
 
+# %% ../../nbs/experiments/15_unseen.ipynb #2d960e28
 def keep_unseen(
     out:str|Path='proof',                    # as for `curve`, whose chains are read
     settings:ProofSettings=ProofSettings(),
     shipped:bool=True                        # count what the package has as finished
 ) -> list[dict]: # all records
-    "Every way that is missing, at the generator's own setting; records.jsonl, unseen.txt, unseen.png."
+    "Every way that is missing, at the generator's own setting; unseen.txt and unseen.png."
     out, chosen = check_writable(out), chosen_settings(out)
     encoder, known = load_encoder('embedded').to(default_device()), stored() if shipped else []
     lora = lora_tune(replace(settings.chain, tune=replace(settings.chain.tune, **chosen)))
     tuned = {'unseen': (chosen, 'half of the base'),
              'unseen-lora': (dict(steps=lora.steps, lr=lora.lr), 'LoRA in the tower')}
     for seed in range(settings.seeds):
-        if not is_stored(known, GOOD, seed, chosen): chain_seed(GOOD, seed, out, chosen, settings, encoder)
+        if not is_stored(known, GOOD, seed, chosen):
+            chain_seed(GOOD, seed, out, chosen, settings, encoder)
         for what, compute in KEPT_PARTS.items():
             how, way = tuned[what]
             if is_stored(known, GOOD, seed, how, kept_arm(way)): continue
