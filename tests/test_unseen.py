@@ -67,7 +67,8 @@ def test_every_way_learns_from_what_it_says(tunings):
     with torch.no_grad(): [p.fill_(0.) for p in base.parameters()]
     a, b = side(5, 'a', 10), side(7, 'b', 20)
     x = dict(b_aligned=rows(7, 1), b_generated=rows(7, 2), a_real=a.real_features)
-    heads = unseen.kept_heads(SimpleNamespace(text=SimpleNamespace(head=base)), a, b, x, settings())
+    encoder = SimpleNamespace(text=SimpleNamespace(head=base))
+    heads = unseen.kept_heads(chain.Chain(encoder, a, b, x, {}, GOOD, 0, settings()))
     assert {*heads} == {unseen.kept_arm(w) for w in unseen.WAYS_TO_KEEP if 'LoRA' not in w} | {*unseen.BESIDE_THEM}
     by = {i: t for i, t in enumerate(tunings, 1)} # a head holds the number of its tuning
     def tuning(arm, times=1): return by[round(times * heads[arm][0].weight[0, 0].item())]
@@ -88,14 +89,15 @@ def test_every_way_learns_from_what_it_says(tunings):
 def test_lora_leaves_the_head_and_is_tested_through_its_own_tower(monkeypatch):
     encoder, seen = load_encoder('embedded'), []
     head, query = encoder.text.head.weight.clone(), next(iter(encoder.text.parameters())).clone()
-    b = side(6, 'word', 0)
+    b = side(12, 'word', 0)
     def inputs(e, captions):
         seen.append((e, list(captions)))
         return torch.zeros(len(captions), e.text.head.in_features)
     monkeypatch.setattr(unseen, 'head_inputs', inputs)
-    tests = {t: chain.Test(rows(n, 3), None) for t, n in (('seen', 6), ('unseen', 130))}
+    tests = {t: chain.Test(rows(n, 3), None) for t, n in (('seen', 12), ('unseen', 130))}
     s = replace(settings(), tune=replace(settings().tune, steps=8, batch_size=4))
-    records = unseen.lora_records(encoder, None, b, dict(b_aligned=rows(6, 5)), tests, GOOD, 0, s)
+    whole = chain.Chain(encoder, None, b, dict(b_aligned=rows(12, 5)), tests, GOOD, 0, s)
+    records = unseen.lora_records(whole)
     how = unseen.lora_tune(s)
     assert (how.tuning, how.steps, how.batch_size, how.lr) == ('lora', 1, 2, TuneSettings().lr)
     assert {r['arm'] for r in records} == {'gmail, LoRA in the tower'}
@@ -105,7 +107,7 @@ def test_lora_leaves_the_head_and_is_tested_through_its_own_tower(monkeypatch):
     assert any(not torch.equal(p, q) for p, q in zip(tower.parameters(), encoder.text.parameters()))
     assert torch.equal(encoder.text.head.weight, head)
     assert torch.equal(next(iter(encoder.text.parameters())), query)
-    assert [len(c) for _, c in seen] == [6, 130] and seen[1][1] == list(emoji('unseen', source='twemoji')['label'])
+    assert [len(c) for _, c in seen] == [12, 130] and seen[1][1] == list(emoji('unseen', source='twemoji')['label'])
 
 def made_up(way, named, others):
     "Two chains whose arms answer so many concepts of 60: named ones, and others."

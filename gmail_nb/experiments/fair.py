@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'FAIR_ALIGNED', 'FAIR_NAMES', 'target_rows', 'targets_through', 'fewer_aligned', 'fair_arm', 'fair_features',
-           'fair_records', 'fair_seed', 'fair_scores', 'fair_benefit', 'fair_difference', 'fair_table',
+           'fair_records', 'fair_part', 'fair_compute', 'fair_scores', 'fair_benefit', 'fair_difference', 'fair_table',
            'fair_sentences', 'show_fair', 'fair_text', 'fair_targets']
 
 # %% ../../nbs/experiments/17_fair.ipynb #574ab20c
@@ -18,18 +18,18 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ..data import emoji
-from ..encoders import Encoder, encode_images, load_encoder
+from ..encoders import Encoder, encode_images
 from .chain import (
-    Test, blind_encoder, chain_seed, chain_tests, some_of, tuned_ranks)
-from .controls import aligned_on, more_of_chain, two_styles
-from .curve import gathered, is_stored, joined, mean_of, stored
+    Chain, Test, blind_encoder, chain_tests, some_of, tuned_ranks)
+from .controls import aligned_on, every_chain, two_styles
+from .curve import mean_of
 from .demo import Side, kept_features
 from .pairs import WAYS_TO_ALIGN, fewer_settings
 from .protocol import (
-    GOOD, TESTS, Point, arm_record, by_seed, chosen_settings, without_validation)
-from ..files import atomic_write, check_writable, write_results
+    GOOD, TESTS, Point, arm_record, by_seed, without_validation)
+from ..files import atomic_write, check_writable
 from ..pages import save_figure, table_text
-from ..runtime import default_device, noise_generator
+from ..runtime import noise_generator
 from ..settings import DemoSettings, ProofSettings
 from ..stats import Interval, paired_difference, verdict
 from ..tune import head_inputs
@@ -91,37 +91,41 @@ def fair_features(
         found[fair_arm(heads, targets)] = heads, x
     return found
 
-# %% ../../nbs/experiments/17_fair.ipynb #c722923b
+# %% ../../nbs/experiments/17_fair.ipynb #4139fcfb
 def fair_records(
-    encoders:dict[str, Encoder], made:dict, b:Side, tests:dict[str, dict[str, Test]], # by heads
-    point:Point, seed:int, settings:DemoSettings
+    chain:Chain,
+    encoders:dict[str, Encoder], tests:dict[str, dict[str, Test]], # by heads
+    made:dict # from `fair_features`
 ) -> list[dict]:
     "Every arm on both tests, each under its own heads."
-    inputs = {heads: head_inputs(e, b.captions) for heads, e in encoders.items()}
-    how, out = dict(tune=dict(steps=settings.tune.steps, lr=settings.tune.lr)), []
+    c, inputs = chain, {heads: head_inputs(e, chain.b.captions) for heads, e in encoders.items()}
+    how, out = dict(tune=dict(steps=c.settings.tune.steps, lr=c.settings.tune.lr)), []
     for arm, (heads, features) in made.items():
         encoder, asked, read = encoders[heads], tests[heads], inputs[heads]
-        ranks = tuned_ranks(encoder, features, b.captions, settings, asked, read)
-        out += [arm_record(point, arm, seed, t, r, **how) for t, r in ranks.items()]
+        ranks = tuned_ranks(encoder, features, c.b.captions, c.settings, asked, read)
+        out += [arm_record(c.point, arm, c.seed, t, r, **how) for t, r in ranks.items()]
     return out
 
-# %% ../../nbs/experiments/17_fair.ipynb #f6cf701d
-def fair_seed(
-    point:Point, seed:int,
-    out:Path,   # as for `chain_seed`, whose images and features are read; blind heads are kept here
-    chosen:dict, settings:ProofSettings, encoder:Encoder
-) -> list[dict]:
-    "All arms of one chain, or what was finished before."
-    part = settings.validation_part
-    what = f'fair-{part}-{settings.head_steps}'
-    def compute(encoder, a, b, x, tests, point, seed, s):
-        home, blind = out/what, blind_encoder(out, settings).to(encoder.device)
-        encoders = dict(blind=blind, ordinary=encoder)
-        sides = dict(blind=targets_through(blind, a, home), ordinary=a)
-        made = fair_features(encoders, sides, b, target_rows(a.keys, seed, part), s)
-        tests = dict(ordinary=tests, blind=chain_tests(blind, b, home))
-        return fair_records(encoders, made, b, tests, point, seed, s)
-    return more_of_chain(what, compute, point, seed, out, chosen, settings, encoder)
+# %% ../../nbs/experiments/17_fair.ipynb #87890441
+def fair_part(settings:ProofSettings) -> str: # begins the name of its files
+    return f'fair-{settings.validation_part}-{settings.head_steps}'
+
+def fair_compute(
+    out:str|Path, # of a run: blind heads and features through them are kept here
+    settings:ProofSettings
+): # -> what `chain_seed` takes
+    "All arms of a chain."
+    out = check_writable(out)
+    home = out/fair_part(settings)
+    def compute(c:Chain):
+        blind = blind_encoder(out, settings).to(c.encoder.device)
+        encoders = dict(blind=blind, ordinary=c.encoder)
+        sides = dict(blind=targets_through(blind, c.a, home), ordinary=c.a)
+        rows = target_rows(c.a.keys, c.seed, settings.validation_part)
+        made = fair_features(encoders, sides, c.b, rows, c.settings)
+        tests = dict(ordinary=c.tests, blind=chain_tests(blind, c.b, home))
+        return fair_records(c, encoders, tests, made)
+    return compute
 
 # %% ../../nbs/experiments/17_fair.ipynb #69c1c439
 def fair_scores(
@@ -227,15 +231,9 @@ def fair_targets(
     shipped:bool=True                        # count what the package has as finished
 ) -> list[dict]: # all records
     "Every alignment that is missing, at the generator's own setting; fair.txt and fair.png."
-    out, chosen = check_writable(out), chosen_settings(out)
-    encoder, known = load_encoder('embedded').to(default_device()), stored() if shipped else []
-    for seed in range(settings.seeds):
-        if not is_stored(known, GOOD, seed, chosen):
-            chain_seed(GOOD, seed, out, chosen, settings, encoder)
-        if not is_stored(known, GOOD, seed, chosen, fair_arm('blind')):
-            fair_seed(GOOD, seed, out, chosen, settings, encoder)
-    records = joined(gathered(out), known)
-    write_results(out/'records.jsonl', records)
+    part = fair_part(settings), fair_compute(out, settings)
+    records = every_chain(*part, fair_arm('blind'), out, settings, shipped)
+    out = check_writable(out)
     atomic_write(out/'fair.txt', fair_text(records))
     save_figure(show_fair(records), out/'fair.png')
     return records

@@ -19,15 +19,14 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ..data import emoji
-from ..encoders import Encoder, load_encoder
-from .chain import Test, chain_seed, side_inputs
-from .controls import against, more_of_chain
-from .curve import gathered, is_stored, joined, mean_of, stored
-from .demo import Side, arm_ranks
+from ..encoders import Encoder
+from .chain import Chain, chain_seed, side_inputs
+from .controls import against, every_chain
+from .curve import gathered, is_stored, joined, mean_of
+from .demo import arm_ranks
 from .protocol import CLAIMS, GOOD, TESTS, Point, arm_record, chosen_settings
 from ..files import atomic_write, check_writable, write_results
 from ..pages import save_figure, table_text
-from ..runtime import default_device
 from ..settings import DemoSettings, ProofSettings, TuneSettings
 from ..stats import verdict
 from ..tune import head_inputs, head_module, tune_text
@@ -62,16 +61,17 @@ def average_head(
         for p, q in zip(out.parameters(), base.parameters(), strict=True): p.lerp_(q.to(p), share)
     return out
 
-# %% ../../nbs/experiments/15_unseen.ipynb #e0838153
+# %% ../../nbs/experiments/15_unseen.ipynb #7a5200a7
 def kept_heads(
-    encoder:Encoder, a:Side, b:Side, x:dict[str, torch.Tensor], settings:DemoSettings
+    chain:Chain
 ) -> dict[str, tuple[nn.Linear, dict]]: # arm -> its head, and how it was tuned
     "A head for every arm but LoRA, on the features of one chain."
-    texts, base, tune = side_inputs(encoder, a, b), encoder.text.head, settings.tune
+    c, base, tune = chain, chain.encoder.text.head, chain.settings.tune
+    x, texts = c.x, side_inputs(c.encoder, c.a, c.b)
     (of_b, in_b), (of_both, in_both) = texts['B'], texts['BA']
     replay = torch.cat([x['b_aligned'], x['a_real']])
     def tuned(features, captions, inputs, tune=tune):
-        return head_module(tune_text(encoder, features, captions, tune, inputs).text)
+        return head_module(tune_text(c.encoder, features, captions, tune, inputs).text)
     gmail, replayed = tuned(x['b_aligned'], of_b, in_b), tuned(replay, of_both, in_both)
     slow = replace(tune, lr=tune.lr / 10)
     heads = {way: average_head(base, gmail, share) for way, share in AVERAGES.items()}
@@ -80,7 +80,7 @@ def kept_heads(
               'A replayed, half of the base': average_head(base, replayed, 1/2)}
     heads = {kept_arm(way): head for way, head in heads.items()}
     unaligned = average_head(base, tuned(x['b_generated'], of_b, in_b), 1/2)
-    alone = tuned(x['a_real'], a.captions, in_both[len(of_b):])
+    alone = tuned(x['a_real'], c.a.captions, in_both[len(of_b):])
     heads |= dict(zip(BESIDE_THEM, (unaligned, alone)))
     how = {kept_arm('a tenth of the rate'): slow}
     return {arm: (head, dict(steps=tune.steps, lr=how.get(arm, tune).lr))
@@ -93,31 +93,26 @@ def lora_tune(settings:DemoSettings) -> TuneSettings:
     return replace(settings.tune, tuning='lora', steps=steps, batch_size=batch,
                    lr=TuneSettings().lr)
 
-# %% ../../nbs/experiments/15_unseen.ipynb #9c981062
-def lora_records(
-    encoder:Encoder, a:Side, b:Side, x:dict, tests:dict[str, Test],
-    point:Point, seed:int, settings:DemoSettings
-) -> list[dict]:
+# %% ../../nbs/experiments/15_unseen.ipynb #384d01dc
+def lora_records(chain:Chain) -> list[dict]:
     "The arm with LoRA in the text tower, on both tests."
-    e, tune = encoder, lora_tune(settings)
-    text = tune_text(e, x['b_aligned'], b.captions, tune).text
+    c, e, tune = chain, chain.encoder, lora_tune(chain.settings)
+    text = tune_text(e, c.x['b_aligned'], c.b.captions, tune).text
     tuned = Encoder(f'{e.name}+lora', e.visual, text, e.preprocess, e.tokenizer, e.dim,
                     e.logit_scale.item())
-    captions = dict(seen=b.captions, unseen=list(emoji('unseen', source='twemoji')['label']))
+    captions = dict(seen=c.b.captions, unseen=list(emoji('unseen', source='twemoji')['label']))
     how, head = dict(tune=dict(steps=tune.steps, lr=tune.lr)), head_module(text)
-    ranks = {t: arm_ranks(head, tests[t].features, head_inputs(tuned, captions[t])) for t in TESTS}
-    return [arm_record(point, kept_arm('LoRA in the tower'), seed, t, r, **how)
+    read = {t: head_inputs(tuned, captions[t]) for t in TESTS}
+    ranks = {t: arm_ranks(head, c.tests[t].features, read[t]) for t in TESTS}
+    return [arm_record(c.point, kept_arm('LoRA in the tower'), c.seed, t, r, **how)
             for t, r in ranks.items()]
 
-# %% ../../nbs/experiments/15_unseen.ipynb #5ca4a6b3
-def kept_records(
-    encoder:Encoder, a:Side, b:Side, x:dict, tests:dict[str, Test],
-    point:Point, seed:int, settings:DemoSettings
-) -> list[dict]:
+# %% ../../nbs/experiments/15_unseen.ipynb #f7c73e26
+def kept_records(chain:Chain) -> list[dict]:
     "Every other arm on both tests."
-    return [arm_record(point, arm, seed, t, arm_ranks(head, test.features, test.inputs), tune=how)
-            for arm, (head, how) in kept_heads(encoder, a, b, x, settings).items()
-            for t, test in tests.items()]
+    c = chain
+    return [arm_record(c.point, arm, c.seed, t, arm_ranks(head, test.features, test.inputs), tune=how)
+            for arm, (head, how) in kept_heads(c).items() for t, test in c.tests.items()]
 
 KEPT_PARTS = {'unseen': kept_records, 'unseen-lora': lora_records} # by the name of their file
 
@@ -157,7 +152,8 @@ def kept_sentences(records:list[dict], point:Point=GOOD) -> list[str]:
         said.append(f'{arm}: on unseen concepts {unseen.text(sign="+")} from gmail '
                     f'({verdict(unseen)}) and {base.text(sign="+")} from the base ({verdict(base)}); '
                     f'on named ones {named.text(sign="+")} from gmail ({verdict(named)}).')
-        if base.low > -MARGIN and named.high >= 0: safe.append(arm)
+        keeps = base.low > -MARGIN and named.high >= 0
+        if keeps and arm not in BESIDE_THEM: safe.append(arm)
     if not said: return ['No chain of this page is stored yet.']
     found = '; '.join(safe) or 'none of them'
     return [*said, f'Of unseen concepts no more than {100 * MARGIN:g} points are lost, whatever the '
@@ -200,19 +196,16 @@ def keep_unseen(
     shipped:bool=True                        # count what the package has as finished
 ) -> list[dict]: # all records
     "Every way that is missing, at the generator's own setting; unseen.txt and unseen.png."
-    out, chosen = check_writable(out), chosen_settings(out)
-    encoder, known = load_encoder('embedded').to(default_device()), stored() if shipped else []
+    asked, chosen = (out, settings, shipped), chosen_settings(out)
+    heads, towers = KEPT_PARTS.items()
+    records = every_chain(*heads, kept_arm('half of the base'), *asked)
     lora = lora_tune(replace(settings.chain, tune=replace(settings.chain.tune, **chosen)))
-    tuned = {'unseen': (chosen, 'half of the base'),
-             'unseen-lora': (dict(steps=lora.steps, lr=lora.lr), 'LoRA in the tower')}
-    for seed in range(settings.seeds):
-        if not is_stored(known, GOOD, seed, chosen):
-            chain_seed(GOOD, seed, out, chosen, settings, encoder)
-        for what, compute in KEPT_PARTS.items():
-            how, way = tuned[what]
-            if is_stored(known, GOOD, seed, how, kept_arm(way)): continue
-            more_of_chain(what, compute, GOOD, seed, out, chosen, settings, encoder)
-    records = joined(gathered(out), known)
+    arm, how = kept_arm('LoRA in the tower'), dict(steps=lora.steps, lr=lora.lr)
+    for seed in range(settings.seeds): # its steps and rate are its own
+        if is_stored(records, GOOD, seed, how, arm): continue
+        chain_seed(GOOD, seed, out, chosen, settings, None, *towers)
+    out = check_writable(out)
+    records = joined(gathered(out), records)
     write_results(out/'records.jsonl', records)
     atomic_write(out/'unseen.txt', kept_text(records))
     save_figure(show_kept(records), out/'unseen.png')
