@@ -43,7 +43,8 @@ def curve_claims() -> tuple: # of the protocol
 
 def claims_text(records:list[dict], claims:tuple) -> str:
     "How many were tested, those that were not confirmed, and all of them with their intervals."
-    return f'{said_first(records, claims)}\n\n{table_text(claims_table(records, claims))}'
+    rows = [[*r[:2], f'{r[2]} ({r[3]})' if r[3] else ''] for r in claims_table(records, claims)]
+    return f'{said_first(records, claims)}\n\n{table_text(rows)}'
 
 # %% ../../nbs/experiments/12_curve.ipynb #11830f7e
 ORDER = (3, 16, 8, 1, 5, 2) # steps: the poor and the good first
