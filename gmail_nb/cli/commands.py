@@ -9,8 +9,9 @@ __all__ = ['SET_FORMS', 'ALIGN_RUNS', 'Arm', 'CaptionArm', 'LlavaArm', 'gmail_tu
            'gmail_app', 'gmail_eval_vqa', 'gmail_eval', 'dry_bench_run', 'gmail_bench', 'experiment_retrieval',
            'show_file', 'experiment_alignment', 'dry_proof', 'experiment_protocol', 'experiment_curve',
            'experiment_controls', 'experiment_pairs', 'dry_caption_curve', 'experiment_shares', 'experiment_captions',
-           'experiment_captioning', 'experiment_ifcap', 'dry_llava_arms', 'experiment_llava', 'dry_experiment_table',
-           'beside_the_paper', 'experiment_table', 'table_command', 'dry_report_run', 'gmail_report']
+           'experiment_unseen', 'experiment_fair', 'experiment_thresholds', 'experiment_captioning', 'experiment_ifcap',
+           'dry_llava_arms', 'experiment_llava', 'dry_experiment_table', 'beside_the_paper', 'experiment_table',
+           'table_command', 'dry_report_run', 'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -544,6 +545,40 @@ def experiment_captions(
     captions_on_curve(out, proof_settings(False, seeds))
     return show_file(out, 'captions.txt')
 
+# %% ../../nbs/cli/10_commands.ipynb #d3868584
+@command(name='gmail_experiment unseen', dry=dry_proof,
+         example='gmail_experiment unseen --seeds 2 --out proof')
+def experiment_unseen(
+    out:str='proof',    # folder of the curve, whose chains are read; run it again to go on
+    seeds:int=ProofSettings().seeds # whole chains
+):
+    "What keeps the names of concepts that no caption names, and what it costs."
+    from gmail_nb.experiments.unseen import keep_unseen
+    keep_unseen(out, proof_settings(False, seeds))
+    return show_file(out, 'unseen.txt')
+
+@command(name='gmail_experiment fair', dry=dry_proof,
+         example='gmail_experiment fair --seeds 2 --out proof')
+def experiment_fair(
+    out:str='proof',    # folder of the curve, whose chains are read; run it again to go on
+    seeds:int=ProofSettings().seeds # whole chains
+):
+    "Aligning on targets that the encoder's heads never saw, and on targets that they did see."
+    from gmail_nb.experiments.fair import fair_targets
+    fair_targets(out, proof_settings(False, seeds))
+    return show_file(out, 'fair.txt')
+
+@command(name='gmail_experiment thresholds', dry=dry_proof,
+         example='gmail_experiment thresholds --seeds 2 --out proof')
+def experiment_thresholds(
+    out:str='proof',    # folder of the curve, whose chains are read; run it again to go on
+    seeds:int=ProofSettings().seeds # whole chains
+):
+    "Few pairs and pictures of something else: where aligning helps, and what makes it help."
+    from gmail_nb.experiments.thresholds import thresholds
+    thresholds(out, proof_settings(False, seeds))
+    return show_file(out, 'thresholds.txt')
+
 # %% ../../nbs/cli/10_commands.ipynb #5d2ce686
 @command(name='gmail_experiment captioning', quick=QUICK_CAPTIONS, dry=dry('dry_demo'),
          example='gmail_experiment captioning --quick --out captions')
@@ -652,7 +687,8 @@ gmail_experiment = Commands(
     demo=Command(gmail_demo.work, name='gmail_experiment demo', dry=gmail_demo.dry,
                  example='gmail_experiment demo --quick'),
     protocol=experiment_protocol, curve=experiment_curve, controls=experiment_controls,
-    pairs=experiment_pairs, shares=experiment_shares, captions=experiment_captions,
+    pairs=experiment_pairs, shares=experiment_shares, unseen=experiment_unseen,
+    fair=experiment_fair, thresholds=experiment_thresholds, captions=experiment_captions,
     retrieval=experiment_retrieval, alignment=experiment_alignment,
     captioning=experiment_captioning, ifcap=experiment_ifcap, llava=experiment_llava,
     **{table: table_command(table) for table in TABLES})
@@ -664,24 +700,25 @@ def dry_report_run(**asked) -> list:
     return room.dry_report(**asked)
 
 # %% ../../nbs/cli/10_commands.ipynb #5a700e0d
-@command(leave=('rows', 'test'), dry=dry_report_run,
+@command(leave=('rows', 'test', 'seeds'), dry=dry_report_run,
          example='gmail_report --scale embedded --quick --only table2,figure3 --out report')
 def gmail_report(
     scale:Literal['embedded', 'paper']='embedded', # the embedded set, or the paper's own sets
     only:str|None=None,  # tables and figures with commas between, such as table2,figure3
     out:str='report',    # report.html, report.json and report.md, and all that was made for them
     quick:bool=False,    # on the embedded set: one small chain, for a first look
+    seeds:int=1,         # whole chains of the embedded set; at the paper's scale they share their images
     settings:TableRun=TableRun()
 ):
     "Every table and figure of the paper with ours beside it, on one page. Run it again to go on."
     from gmail_nb.experiments.report import all_claims, counted, report
     from gmail_nb.runtime import use_all_cores
     from gmail_nb.settings import report_settings
-    if scale == 'embedded' and settings != TableRun(seeds=settings.seeds):
+    if scale == 'embedded' and settings != TableRun():
         raise ValueError('the flags of a table go with --scale paper: add it')
     if scale == 'paper' and quick: raise ValueError('--quick is of the embedded set: leave it out')
     use_all_cores()
-    asked = settings if scale == 'paper' else report_settings(quick, settings.seeds)
+    asked = replace(settings, seeds=seeds) if scale == 'paper' else report_settings(quick, seeds)
     shown = report(out, scale, only, asked)
     claims = counted(all_claims(shown))
     print(f'\nclaims: {claims}\nreport: {out}/report.html')
