@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAYS', 'THRESHOLD_SHARES', 'RIGHT_SHARES', 'HARD', 'wrong_pictures', 'way_settings', 'half_way', 'begun_elsewhere',
            'threshold_features', 'threshold_arm', 'threshold_cells', 'threshold_records', 'is_of',
-           'finished_thresholds', 'threshold_row', 'threshold_table', 'hard_case', 'threshold_sentences',
+           'finished_thresholds', 'hard_case', 'threshold_row', 'threshold_table', 'threshold_sentences',
            'ways_sentences', 'shares_axis', 'ways_axis', 'show_thresholds', 'thresholds_text', 'thresholds']
 
 # %% ../../nbs/experiments/17_thresholds.ipynb #cce501bc
@@ -131,6 +131,11 @@ def finished_thresholds(records:list[dict], point:Point=GOOD) -> list[str]:
     ways = list(WAYS)
     return sorted(done, key=lambda a: (*is_of(a)[:2], ways.index(is_of(a)[2])))
 
+# %% ../../nbs/experiments/17_thresholds.ipynb #7d1e44a0
+def hard_case(arms:list[str]) -> tuple[int, float]|None: # concepts and share of right pictures
+    "The one that was aligned in other ways too."
+    return next((is_of(a)[:2] for a in arms if is_of(a)[2] != 'plain'), None)
+
 # %% ../../nbs/experiments/17_thresholds.ipynb #f077dd71
 def threshold_row(records:list[dict], arm:str, point:Point) -> list[str]:
     "Concepts, right pictures, way, how near, mean recall, what it adds, and chains."
@@ -153,10 +158,6 @@ def threshold_table(
     base = shown_number(mean_of(records, 'indiscriminate', point), 100, 1)
     return [head, ['', '', 'not aligned', before, base, '', ''],
             *(threshold_row(records, a, point) for a in kept)]
-
-def hard_case(arms:list[str]) -> tuple[int, float]|None: # concepts and share of right pictures
-    "The one that was aligned in other ways too."
-    return next((is_of(a)[:2] for a in arms if is_of(a)[2] != 'plain'), None)
 
 # %% ../../nbs/experiments/17_thresholds.ipynb #ff9988da
 def threshold_sentences(records:list[dict], point:Point=GOOD) -> list[str]:
