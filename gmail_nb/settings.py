@@ -638,6 +638,7 @@ class LlavaSettings:
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
     accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another
     validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, if over nine
+    most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     seed:int=0                  # seed of the projector, LoRA, and the order of the examples
 
     @property
@@ -664,6 +665,7 @@ class VQASettings:
     blind:bool=False            # ask again without the images, to see what can be guessed
     batch_size:int=16           # questions at a time
     max_new_tokens:int=16       # longest answer, in tokens
+    most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     device:str|None=field(default=None, metadata=YOUNG) # cpu or cuda; the fastest present if absent
 
     def __post_init__(self): check_above(self, 'limit', 'batch_size', 'max_new_tokens')

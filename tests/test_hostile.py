@@ -465,6 +465,11 @@ def test_captions_are_written_and_too_many_damaged_pictures_end_badly(capsys, mo
     assert ended == status and out.count('a dog') == good and err.count('left out: ') == bad
     assert f'{bad} of {good + bad} images left out' in err
 
+def test_a_set_to_learn_from_is_opened_with_its_damaged_pictures(tmp_path):
+    "They are named where all images are read; looking at the first thousand ended the command."
+    from gmail_nb.runs.tune_caption import captioned_rows
+    assert len(captioned_rows(pictures_of(tmp_path/'photos', 3, 1))) == 4
+
 def test_features_of_a_stranger_are_read_or_refused(tmp_path):
     from test_saved import tiny
     from gmail_nb.features import embed, load_features
