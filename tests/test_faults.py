@@ -419,6 +419,17 @@ def test_a_damaged_file_is_made_anew_or_named(world, others, go, tmp_path, kind,
         assert any(n in said[0] for n in (path.name, path.stem, path.parent.name)), said
         assert path.read_bytes() == damaged
 
+FEATURES = dict(embed='features.npy', align='real_features/features.npy', text='features/*/features.npy',
+                caption='features/*/features.npy', llava='tokens/*/features.npy', eval='features/*/features.npy')
+
+@slow_but('align', kinds=FEATURES)
+def test_a_flipped_byte_of_features_is_named_before_they_are_used(world, go, tmp_path, kind):
+    "In the middle of the file. The part is made anew from its images, and the command says so."
+    out, path = damaged_copy(world, None, tmp_path, kind, FEATURES[kind], 'middle')
+    done = go(kind, out)
+    assert done.status == 0 and not same(world, kind, out), done.err[-2000:]
+    assert f'{path.parent.name}/features.npy: rows ' in done.err and 'not as they were written' in done.err
+
 # ---- Ray, where it is installed
 
 @pytest.mark.slow
