@@ -101,6 +101,7 @@ def check_value(
         if '\0' in value: raise ValueError(f'{name} holds a character that no name has (number 0)')
         if not value.strip() and name not in MAY_BE_EMPTY:
             raise ValueError(f'{name} is empty: name something, or leave it out')
+        if name == 'part': part_of(value)
         if value not in TEXTS.get(name, (value,)): raise unknown_name(name, value, TEXTS[name])
 
 # %% ../nbs/01_settings.ipynb #79e5d976
@@ -359,7 +360,7 @@ def part_of(
 ) -> tuple[int, int]: # (3, 8)
     "Read `i/n`; `ValueError` unless 0 <= i < n."
     i, _, n = text.partition('/')
-    if i.isdigit() and n.isdigit() and int(i) < int(n): return int(i), int(n)
+    if text.isascii() and i.isdigit() and n.isdigit() and int(i) < int(n): return int(i), int(n)
     raise ValueError(f'part is {text!r}: expected i/n with 0 <= i < n, such as 0/4')
 
 # %% ../nbs/01_settings.ipynb #9eff8e33

@@ -229,6 +229,21 @@ def test_a_folder_that_can_only_be_read_is_named(world, go, tmp_path, kind):
         remount('rw')
         assert go(kind, out).status == 0 and not same(world, kind, out)
 
+# ---- one of two processes that train together
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind, step', [('align', 'checkpoints/step-000002'), ('text', 'checkpoint.pt')])
+def test_when_one_of_two_is_killed_the_command_ends_with_a_line_and_goes_on(world, zygote, tmp_path, kind, step):
+    "Smaller trainings, and both processes killed in turn, are in tests/test_train.py and tests/test_tune.py."
+    def command(out): return *KINDS[kind](world), '--out', out
+    def pair(out): return [b.wait() for b in zygote.begin_together(*command(out), **ALL)]
+    for done in pair(tmp_path/'whole'/kind): assert done.status == 0, done.err[-3000:]
+    out = tmp_path/kind
+    other = zygote.killed_in_a_pair(1, (out/step).exists, *command(out), **ALL)
+    assert other.status == 2 and 'has ended without a word' in other.said[-1], other.err[-3000:]
+    for done in pair(out): assert done.status == 0, done.err[-3000:]
+    assert not differing(left(tmp_path/'whole'/kind), left(out))
+
 # ---- two at once, and clocks
 
 def told_who_is_there(done, out, pid):
