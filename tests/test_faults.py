@@ -173,6 +173,15 @@ def stopped_and_resumed(world, go, out, kind, sign, at):
 def test_a_stop_at_ten_moments(world, go, tmp_path, kind, sign):
     for i in range(10): stopped_and_resumed(world, go, tmp_path/f'{i}'/kind, kind, sign, at=.05 + i / 10.6)
 
+@slow_but('llava', kinds=('llava', 'tables'))
+def test_each_signal_once(world, go, tmp_path, kind):
+    "Ctrl-C, SIGTERM and SIGKILL on one folder, and then it goes on to its end. Of a table of the report it is slow."
+    out, touches = tmp_path/kind, world.touches_of(kind)
+    stopped(go, out, kind, INT, touch=touches // 2)
+    stopped(go, out, kind, TERM, touch=25) # of a run that goes on there are fewer touches
+    assert go(kind, out, touch=30, signal=KILL).status == -KILL
+    assert go(kind, out).status == 0 and not same(world, kind, out) and not half_written(out)
+
 # ---- no room, and no permission
 
 def no_room(done):
