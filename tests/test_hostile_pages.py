@@ -184,8 +184,46 @@ def drawn_by_vqa(texts, image):
     asked = [Question(t, t, 0, tuple(texts), (image,)) for t in texts]
     return show_answers(asked, {texts[0]: [Answered(t, '', t, '-', False) for t in texts]})
 
-@pytest.mark.parametrize('draw', [drawn_by_data, drawn_by_retrieval, drawn_by_judge, drawn_by_classes,
-                                  drawn_by_vqa])
+def drawn_by_accuracy(texts, image):
+    "A subject and a row are named by whoever made the questions and the model."
+    from gmail_nb.runs.vqa import VQAResult, show_accuracy
+    from gmail_nb.vqa import Answered
+    said = [Answered(t, t, '', '-', i % 2 == 0) for i, t in enumerate(texts * 2)]
+    return show_accuracy(VQAResult({texts[0]: said}, 'set', 'test'))
+
+def drawn_by_captions(texts, image):
+    from gmail_nb.experiments.captioning import show_captions
+    return show_captions([image] * len(texts), texts, {texts[0]: texts})
+
+def drawn_by_caption_scores(texts, image):
+    from gmail_nb.experiments.captioning import show_intervals
+    found = [dict(arm=t, metric=m, value=.1, low=.0, high=.2) for t in texts for m in ('CIDEr mean', 'CIDEr')]
+    return show_intervals(found)
+
+def drawn_by_arms(texts, image):
+    from gmail_nb.experiments.retrieval import WAYS, show_arms
+    return show_arms([dict(arm=t, split=texts[0], metric=f'{w}_recall_at_1', value=.1, low=.0, high=.2)
+                      for t in texts for w in WAYS])
+
+FIGURES = [drawn_by_data, drawn_by_retrieval, drawn_by_judge, drawn_by_classes, drawn_by_vqa, drawn_by_accuracy,
+           drawn_by_captions, drawn_by_caption_scores, drawn_by_arms]
+OUR_TEXTS = set('''show_comparison show_costs _grid show_controls show_curve show_gap_closed show_place show_llava
+    show_fewer_pairs show_scaling show_shares quality_sections show_cosines show_gap show_token_gap show_lengths
+    show_losses show_history show_tuning'''.split()) # names of measures, settings and arms; `_grid` ends in `_finished`
+
+def figures_of(tree):
+    "Functions that open a figure, and whether its texts are drawn as they are written."
+    for f in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
+        calls = {getattr(c.func, 'id', getattr(c.func, 'attr', '')) for c in ast.walk(f) if isinstance(c, ast.Call)}
+        if calls & {'subplots', 'Figure', 'figure'}: yield f.name, 'as_written' in calls
+
+def test_figures_draw_texts_as_they_are_written():
+    "All but those whose every text is ours."
+    home = Path(gmail_nb.__file__).parent
+    found = dict(f for room in home.rglob('*.py') for f in figures_of(ast.parse(room.read_text(encoding='utf-8'))))
+    assert {name for name, written in found.items() if not written} == OUR_TEXTS
+
+@pytest.mark.parametrize('draw', FIGURES)
 def test_dollars_in_a_text_are_no_formula(draw, tmp_path):
     from PIL import Image
     from gmail_nb.pages import save_figure

@@ -31,6 +31,7 @@ from ..files import progress, read_object
 from ..gap import draw_pairs
 from ..generate import load_generated
 from ..llava_training import DESCRIBE
+from ..pages import as_written
 from ..pipelines import EmojiPipeline, load_emoji_pipeline
 from .align import generated_images
 from .tune_caption import Seer, load_seer
@@ -194,7 +195,7 @@ def show_on_map(
     ax.set_xlabel('along the gap before alignment', fontsize=9)
     ax.set_ylabel('across it', fontsize=9)
     fig.legend(fontsize=8, loc='outside lower center', ncols=3, frameon=False)
-    return fig
+    return as_written(fig)
 
 # %% ../../nbs/runs/80_app.ipynb #788edeca
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from ..data import decode_image, emoji
 from ..files import atomic_write, check_writable, record, write_results
-from ..pages import save_figure, table_text
+from ..pages import as_written, save_figure, table_text
 from .align import set_name
 from .dry_run import Look, first_line, look_device, look_hub, look_out
 from .embed import tell_skipped
@@ -273,7 +273,7 @@ def show_accuracy(found:VQAResult) -> Figure:
     ax.set(xlabel='accuracy in % with its 95% interval', xlim=(-2, 102))
     ax.invert_yaxis()
     ax.legend(fontsize=8, loc='best')
-    fig.tight_layout()
+    as_written(fig).tight_layout()
     plt.close(fig)
     return fig
 
