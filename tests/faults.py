@@ -48,6 +48,7 @@ def wait_for(path, seconds=120):
 
 def prepare(job):
     "What is to happen to this child."
+    signal.signal(INT, signal.default_int_handler) # a shell has it ignored by what it starts in the background
     if 'cwd' in job: os.chdir(job['cwd'])
     if job.get('fsize'): resource.setrlimit(resource.RLIMIT_FSIZE, (job['fsize'], resource.RLIM_INFINITY))
     if job.get('clock'):
