@@ -77,12 +77,12 @@ def _which(which) -> str|int:
     if which in ('first', 'all') or isinstance(which, int) and which >= 0: return which
     raise ValueError(f"which is {which!r}: expected 'first', 'all' or a number from 0")
 
-# %% ../nbs/08_plan.ipynb #f4c2907d
 def _check_long_enough(short, which:int, name:str) -> None: # short: keys
     if not len(short): return
     raise ValueError(f'{name}: there is no caption number {which} (counted from 0) '
                      f'for the key {name_some(list(short))}')
 
+# %% ../nbs/08_plan.ipynb #f4c2907d
 def _chosen(captions:dict, which:str|int, name:str) -> pa.Table: # captions: key -> texts
     "The table of the captions asked for; `ValueError` for a key that has fewer."
     if isinstance(which, int):

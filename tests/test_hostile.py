@@ -73,11 +73,12 @@ def test_a_limit_that_is_none_is_told_in_a_line(limit):
     refused(lambda: data._pixel_limit(limit), f'GMAIL_MAX_PIXELS is {limit!r}', 'a whole number above 0')
 
 def test_a_command_with_a_limit_that_is_none_ends_with_a_line(tmp_path):
-    done = subprocess.run([sys.executable, '-m', 'gmail_nb.cli.commands', 'embed', str(tmp_path), '--out', str(tmp_path/'out')],
-                          capture_output=True, text=True, env={**os.environ, 'GMAIL_MAX_PIXELS': 'abc'})
+    command = '-m', 'gmail_nb.cli.commands', 'embed', str(tmp_path), '--out', str(tmp_path/'out')
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env={**os.environ, 'GMAIL_MAX_PIXELS': 'abc'})
     assert done.returncode == 2 and not done.stdout and not (tmp_path/'out').exists(), done.stderr
-    assert done.stderr.splitlines() == ["gmail_embed: GMAIL_MAX_PIXELS is 'abc': it is the largest image that is opened, in "
-                                        'pixels, a whole number above 0 such as 400000000']
+    told, = done.stderr.splitlines()
+    assert told == ("gmail_embed: GMAIL_MAX_PIXELS is 'abc': it is the largest image that is opened, in pixels, "
+                    'a whole number above 0 such as 400000000')
 
 @pytest.mark.parametrize('data', [
     b'', b'\0' * 100, b'not an image', b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',

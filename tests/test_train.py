@@ -480,7 +480,8 @@ def test_when_one_of_two_is_killed_the_other_ends_and_the_same_command_goes_on(f
     checkpoints = tmp_path/'checkpoints'
     whole, weights = run(forks, tmp_path/'whole', tmp_path/'others', processes=2)['kept']
     other = forks.killed_in_a_pair(victim, lambda: newest(checkpoints) > 8, tmp_path, checkpoints, script=script)
-    assert other.status != 0 and 'another process of this run has ended without a word' in other.err, other.err[-2000:]
+    assert other.status != 0, other.err[-2000:]
+    assert 'another process of this run has ended without a word' in other.err, other.err[-2000:]
     assert 8 < newest(checkpoints) < len(whole)
     killed, found = run(forks, tmp_path/'killed', checkpoints, processes=2)['kept']
     assert killed == whole and all(torch.equal(found[k], weights[k]) for k in weights)

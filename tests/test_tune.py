@@ -402,7 +402,8 @@ def test_when_one_of_two_is_killed_the_other_ends_and_the_same_command_goes_on(f
     whole, weights = kept('whole')
     checkpoint = tmp_path/'killed.pt'
     other = forks.killed_in_a_pair(victim, checkpoint.exists, tmp_path, checkpoint, script=script)
-    assert other.status != 0 and 'another process of this run has ended without a word' in other.err, other.err[-2000:]
+    assert other.status != 0, other.err[-2000:]
+    assert 'another process of this run has ended without a word' in other.err, other.err[-2000:]
     again, found = kept('killed')
     assert again == whole and all(torch.equal(found[k], weights[k]) for k in weights)
 
