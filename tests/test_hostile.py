@@ -74,7 +74,8 @@ def test_a_limit_that_is_none_is_told_in_a_line(limit):
 
 def test_a_command_with_a_limit_that_is_none_ends_with_a_line(tmp_path):
     command = '-m', 'gmail_nb.cli.commands', 'embed', str(tmp_path), '--out', str(tmp_path/'out')
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env={**os.environ, 'GMAIL_MAX_PIXELS': 'abc'})
+    env = {**os.environ, 'GMAIL_MAX_PIXELS': 'abc'}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
     assert done.returncode == 2 and not done.stdout and not (tmp_path/'out').exists(), done.stderr
     told, = done.stderr.splitlines()
     assert told == ("gmail_embed: GMAIL_MAX_PIXELS is 'abc': it is the largest image that is opened, in pixels, "

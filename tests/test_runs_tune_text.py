@@ -135,7 +135,8 @@ def test_images_that_do_not_decode_are_left_out_with_their_captions(files, capsy
 def test_real_images_that_do_not_decode_are_left_out_up_to_a_share(tmp_path, capsys, bad, share, fails):
     "They were an error of the first of them, whatever the share."
     with quiet_datasets():
-        rows = [dict(r) for r in emoji('B', 'noto').select(range(12)).cast_column('image', datasets.Image(decode=False))]
+        some = emoji('B', 'noto').select(range(12)).cast_column('image', datasets.Image(decode=False))
+        rows = [dict(r) for r in some]
         for r in rows[:bad]: r['image'] = dict(bytes=b'no picture', path=None)
         datasets.Dataset.from_list(rows, features=emoji('B', 'noto').features).to_parquet(tmp_path/'set.parquet')
     def run(): return tune_from_files(tmp_path/'out', brief, real=tmp_path/'set.parquet', most_damaged=share, desc=None)

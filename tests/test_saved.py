@@ -199,7 +199,8 @@ def test_a_spoiled_row_of_features_is_seen_where_it_is_looked_at(saved, tmp_path
     array.flush()
     assert len(load_features(folder, verify=False)) == 10 # its values are numbers: the checksums know better
     for verify in (None, True):
-        with pytest.raises(ValueError, match='rows 4 to 7 are not as they were written'): load_features(folder, verify=verify)
+        with pytest.raises(ValueError, match='rows 4 to 7 are not as they were written'):
+            load_features(folder, verify=verify)
 
 # Cards
 

@@ -397,7 +397,8 @@ def test_when_one_of_two_is_killed_the_other_ends_and_the_same_command_goes_on(f
     "As of an alignment, in tests/test_train.py."
     def kept(name):
         (tmp_path/name).mkdir()
-        for done in forks.together(script, tmp_path/name, tmp_path/f'{name}.pt'): assert done.status == 0, done.err[-3000:]
+        for done in forks.together(script, tmp_path/name, tmp_path/f'{name}.pt'):
+            assert done.status == 0, done.err[-3000:]
         return json.loads((tmp_path/name/'kept.json').read_text()), load_file(tmp_path/name/'kept.safetensors')
     whole, weights = kept('whole')
     checkpoint = tmp_path/'killed.pt'
