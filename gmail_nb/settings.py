@@ -101,6 +101,7 @@ def check_value(
         if '\0' in value: raise ValueError(f'{name} holds a character that no name has (number 0)')
         if not value.strip() and name not in MAY_BE_EMPTY:
             raise ValueError(f'{name} is empty: name something, or leave it out')
+        if name == 'part': part_of(value)
         if value not in TEXTS.get(name, (value,)): raise unknown_name(name, value, TEXTS[name])
 
 # %% ../nbs/01_settings.ipynb #79e5d976
@@ -359,7 +360,7 @@ def part_of(
 ) -> tuple[int, int]: # (3, 8)
     "Read `i/n`; `ValueError` unless 0 <= i < n."
     i, _, n = text.partition('/')
-    if i.isdigit() and n.isdigit() and int(i) < int(n): return int(i), int(n)
+    if text.isascii() and i.isdigit() and n.isdigit() and int(i) < int(n): return int(i), int(n)
     raise ValueError(f'part is {text!r}: expected i/n with 0 <= i < n, such as 0/4')
 
 # %% ../nbs/01_settings.ipynb #9eff8e33
@@ -640,6 +641,7 @@ class LlavaSettings:
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
     accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another
     validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, if over nine
+    most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     seed:int=0                  # seed of the projector, LoRA, and the order of the examples
 
     @property
@@ -666,6 +668,7 @@ class VQASettings:
     blind:bool=False            # ask again without the images, to see what can be guessed
     batch_size:int=16           # questions at a time
     max_new_tokens:int=16       # longest answer, in tokens
+    most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     device:str|None=field(default=None, metadata=YOUNG) # cpu or cuda; the fastest present if absent
 
     def __post_init__(self): check_above(self, 'limit', 'batch_size', 'max_new_tokens')

@@ -139,6 +139,9 @@ class Questions:
     ):
         self.kind, self.name, self.split = question_kind(ds.column_names, name), name, split
         image = 'image' if self.kind == 'scienceqa' else 'image_1'
+        for name, column in ds.features.items(): # decoded where they are asked about, one by one
+            if isinstance(column, datasets.Image):
+                ds = ds.cast_column(name, datasets.Image(decode=False))
         self.ds = ds.filter(has_image, input_columns=image) if images_only else ds
 
     def __len__(self) -> int: return len(self.ds)

@@ -531,3 +531,38 @@ def test_one_text_says_where_smollm2_comes_from(monkeypatch):
     assert str(e.value) == look_lm('smollm2').note == SMOLLM2_FROM
     readme = Path(__file__).parent.parent/'README.md'
     assert SMOLLM2_FROM.partition(': ')[2] in readme.read_text(encoding='utf-8')
+
+# pictures that do not decode
+
+def spoiled(ds, numbers):
+    rows = [dict(r) for r in ds.cast_column('image', datasets.Image(decode=False))]
+    for i in numbers: rows[i]['image'] = dict(bytes=b'no picture', path=None)
+    return datasets.Dataset.from_list(rows, features=ds.features)
+
+@pytest.mark.parametrize('bad, more, status', [(1, (), 0), (2, (), 2), (2, ('--most-damaged', '.5'), 0),
+                                               (1, ('--most-damaged', '0'), 2)])
+def test_training_leaves_out_what_does_not_decode_up_to_a_share(capsys, home, tmp_path, bad, more, status):
+    with quiet_datasets():
+        spoiled(datasets.Dataset.from_parquet(str(home/'real.parquet')), range(bad)).to_parquet(home/'spoiled.parquet')
+    ended, _, err = tune(capsys, home, tmp_path/'out', home/'spoiled.parquet', *more)
+    lost = [json.loads(l) for l in (tmp_path/'out'/'skipped.jsonl').read_text().splitlines()]
+    assert ended == status and len(lost) == bad and err.count('left out: ') == bad, err
+    assert f'{bad} of 12 images left out' in err and {r['side'] for r in lost} == {'real'}
+    assert (tmp_path/'out'/'card.json').exists() == (not status) and ('--most-damaged' in err) == bool(status)
+    if not status: assert not {r['key'] for r in lost} & set(trained_on(tmp_path/'out'))
+
+@pytest.mark.parametrize('bad, more, status', [(1, (), 0), (2, (), 2), (2, ('--most-damaged', '.9'), 0),
+                                               (4, ('--most-damaged', '1', '--images-only'), 2)])
+def test_questions_are_asked_without_pictures_that_do_not_decode(capsys, home, tmp_path, bad, more, status):
+    "Of six questions, four have a picture."
+    if not (home/'real'/'card.json').exists(): tune(capsys, home, 'real', home/'real.parquet')
+    science = small_scienceqa()
+    seen = [i for i, r in enumerate(science['image']) if r is not None]
+    with quiet_datasets(): spoiled(science, seen[:bad]).to_parquet(tmp_path/'test.parquet')
+    ended, out, err = answer(capsys, gmail_eval, 'vqa', tmp_path/'test.parquet', '--model', home/'real',
+                             '--max-new-tokens', 2, '--out', tmp_path/'vqa', *more)
+    assert ended == status and 'Traceback' not in err and err.count('left out: ') == bad, err
+    assert f'{bad} of 4 images left out' in err and (tmp_path/'vqa'/'results.jsonl').exists() == (not status)
+    lost = [json.loads(l)['key'] for l in (tmp_path/'vqa'/'skipped.jsonl').read_text().splitlines()]
+    assert lost == [str(i) for i in (range(bad) if '--images-only' in more else seen[:bad])]
+    if not status: assert len((tmp_path/'vqa'/'answers.jsonl').read_text().splitlines()) == 6 - bad

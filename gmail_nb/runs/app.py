@@ -192,7 +192,7 @@ def show_on_map(
     ax.set_xlabel('along the gap before alignment', fontsize=9)
     ax.set_ylabel('across it', fontsize=9)
     fig.legend(fontsize=8, loc='outside lower center', ncols=3, frameon=False)
-    return fig
+    return as_written(fig)
 
 # %% ../../nbs/runs/80_app.ipynb #788edeca
 @torch.inference_mode()

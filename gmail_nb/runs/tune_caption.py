@@ -74,7 +74,8 @@ def captioned_rows(
     if is_coco and settings.images:
         rows = coco_rows(source, settings.images, settings.split)
         return datasets.Dataset.from_list(rows, features=CAPTIONED_ROWS)
-    ds = load_captioned(source, settings).select_columns(['key', 'image', 'captions'])
+    every = replace(settings, decoded=0) # what does not decode is named with the features
+    ds = load_captioned(source, every).select_columns(['key', 'image', 'captions'])
     return ds.cast_column('image', DatasetImage(decode=False))
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #638bf176

@@ -312,7 +312,7 @@ def tune_from_files(
     out, acc = check_writable(out), processes(device=read.device)
     with StopTogether(acc):
         drawn = None if generated is None or arm == 'real' else generated_images(generated)
-        captioned = None if real is None else load_captioned(real, source)
+        captioned = None if real is None else load_captioned(real, replace(source, decoded=0))
         if test is not None:
             how = replace(source, split=read.test_split)
             check_text_test_apart(keys_asked_for(drawn, captioned), model, test, how)
