@@ -25,6 +25,7 @@ from PIL import Image
 from ..data import FORMATS, decode_image
 from ..encoders import encode_texts
 from ..gap import draw_pairs
+from ..pages import as_written
 from .tune_llava import Talker
 from ..settings import AppSettings
 
