@@ -265,7 +265,8 @@ def served(tmp_path_factory, arms):
     home, port = tmp_path_factory.mktemp('app'), free_port()
     env = os.environ | dict(TMPDIR=str(home), PYTHONUNBUFFERED='1')
     env.pop('HF_HUB_OFFLINE', None) # nothing is asked without it either
-    done = subprocess.Popen([sys.executable, '-c', SERVER, str(port), str(arms)], stdout=subprocess.PIPE, text=True, env=env,
+    command = [sys.executable, '-c', SERVER, str(port), str(arms)]
+    done = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env,
                             stderr=(home/'errors').open('w'))
     said = []
     for line in done.stdout:
@@ -335,9 +336,11 @@ def test_a_browser_finds_neighbours_and_draws_and_asks_nobody_else(served, tmp_p
         assert page.run("document.documentElement.scrollWidth") <= 390, beyond
 
 ROWS = "[...document.querySelectorAll('.found tr')].map(r => [...r.cells].map(c => c.innerText.trim()))"
-BOX = """[...document.querySelectorAll('label')].find(l => l.innerText.trim().startsWith('{}')).querySelector('textarea, input')"""
+BOX = """[...document.querySelectorAll('label')].find(l => l.innerText.trim().startsWith('{}'))
+  .querySelector('textarea, input')"""
 TYPE = """(() => {{ const box = {}; const of = Object.getPrototypeOf(box)
-  Object.getOwnPropertyDescriptor(of, 'value').set.call(box, {!r}); box.dispatchEvent(new Event('input', {{bubbles: true}})) }})()"""
+  Object.getOwnPropertyDescriptor(of, 'value').set.call(box, {!r})
+  box.dispatchEvent(new Event('input', {{bubbles: true}})) }})()"""
 
 @needs_gradio
 @needs_browser

@@ -1,4 +1,4 @@
-"Cards of what gmail_tune writes, as tools/cards.py makes them: the numbers and the verdict of the run, how it is used, and what it must not be tested on."
+"Cards of what gmail_tune writes, by tools/cards.py: numbers and verdict of the run, how it is used, what is no test."
 
 import json
 import subprocess
@@ -12,11 +12,13 @@ from gmail_nb.splits import write_trained_on
 
 def weight(item): return 10
 
-VERDICT = dict(said='hurts', sentences=['Tuning hurts: R@1 differs by -9.0 points.'], tries=['more captions'], measures={})
+VERDICT = dict(said='hurts', sentences=['Tuning hurts: R@1 differs by -9.0 points.'],
+               tries=['more captions'], measures={})
 CARDS = {
     'tuned text': dict(kind='tuned text', base='embedded', arm='gmail', aligned='../elsewhere/aligned',
                        settings=dict(steps=40, tau=None)),
-    'captioner': dict(prefix_length=4, mapper='mlp', encoder='embedded', arm='gmail', preset=dict(steps=40, lm='small')),
+    'captioner': dict(prefix_length=4, mapper='mlp', encoder='embedded', arm='gmail',
+                      preset=dict(steps=40, lm='small')),
     'llava': dict(kind='llava', encoder='embedded', arm='both', aligned=None,
                   settings=dict(language_model='smollm2', project=dict(steps=40))),
 }
@@ -60,5 +62,6 @@ def test_the_results_of_a_captioner_are_those_of_its_run(texts):
 
 def test_the_card_of_something_else_is_refused(tmp_path):
     folder_with(tmp_path/'features', dict(n=3, side='f_r'))
-    done = subprocess.run([sys.executable, root/'tools'/'cards.py', tmp_path/'features'], capture_output=True, text=True)
+    command = [sys.executable, root/'tools'/'cards.py', tmp_path/'features']
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode and 'something else' in done.stderr and not (tmp_path/'features'/'README.md').exists()

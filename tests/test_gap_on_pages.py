@@ -1,4 +1,4 @@
-"The gap before and after stands on the page of everything that is made from an aligned model, or the page says that nothing was aligned."
+"The gap before and after stands on every page of what an aligned model is below; other pages say so."
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,9 @@ def test_the_numbers_and_the_picture_of_the_alignment(tmp_path):
 def test_without_an_aligned_model_the_page_says_so():
     assert gap_before_and_after({}) == ({}, {GAP_TITLE: [['aligned model'], ['none: nothing was aligned here']]})
 
-@pytest.mark.parametrize('text, said', [(None, 'no results.jsonl'), ('{"a": ', 'not JSON'), ('', 'no gap was measured')])
+UNREAD = [(None, 'no results.jsonl'), ('{"a": ', 'not JSON'), ('', 'no gap was measured')]
+
+@pytest.mark.parametrize('text, said', UNREAD)
 def test_a_folder_without_numbers_costs_no_page(tmp_path, text, said):
     if text is not None: (tmp_path/'results.jsonl').write_text(text)
     (rows,) = gap_before_and_after(dict(a=tmp_path))[1].values()
@@ -64,6 +66,7 @@ def test_the_page_of_a_measurement(tuned, monkeypatch):
     "Of no query: what is measured is the business of other tests."
     from gmail_nb.runs import evaluate as room
     monkeypatch.setattr(room, 'evaluate_rows', lambda models, data, run, *_: room.Results(run))
+    for name in ('measured', 'base alone'): (tuned/name).mkdir()
     asked = dict(data=('emoji',), below=tuned, pictures=False)
     evaluate_as_asked(model=('base=embedded', 'ours=tuned:by_gmail'), out=tuned/'measured', **asked)
     assert f'{GAP_TITLE}: ours' in page(tuned/'measured') and data_uri(PICTURE) in page(tuned/'measured')

@@ -50,7 +50,7 @@ def target(site, page, link):
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
-    "The folder of the pages and what is in them. GMAIL_SITE names one that is built already, as the workflow of the pages does."
+    "The folder of the pages, and what is in them. GMAIL_SITE names one that is built already."
     if built := os.environ.get('GMAIL_SITE'):
         out = Path(built).resolve()
     else:
@@ -120,7 +120,8 @@ def test_the_evidence_is_a_page_with_tables_and_in_the_sidebar(site):
 
 QUARTO = '''<html><head>
 <link href="../site_libs/quarto-html/quarto.css" rel="stylesheet">
-<script src="https://cdnjs.cloudflare.com/ajax/libs/require.js/2.3.6/require.min.js" integrity="sha512-c3" crossorigin="anonymous"></script>
+<script src="https://cdnjs.cloudflare.com/ajax/libs/require.js/2.3.6/require.min.js" integrity="sha512-c3"
+  crossorigin="anonymous"></script>
 <script src="https://cdnjs.cloudflare.com/polyfill/v3/polyfill.min.js?features=es6"></script>
 <script type="application/javascript">define('jquery', [],function() {return window.jQuery;})</script>
 <link rel="stylesheet" href="https://cdn.jsdelivr.net/npm/katex@0.15.1/dist/katex.min.css" />
@@ -170,10 +171,12 @@ LOOK = '''(() => {
     if (!said.parentElement.closest(kept) && /\\\\[(\\[]|\\$\\$/.test(said.data)) raw.push(said.data.slice(0, 60))
   }
   for (const e of document.querySelectorAll('.katex-error')) raw.push(e.title || e.innerText.slice(0, 60))
-  for (const e of document.querySelectorAll('span.math')) if (!e.querySelector('.katex')) raw.push(e.innerText.slice(0, 60))
+  for (const e of document.querySelectorAll('span.math'))
+    if (!e.querySelector('.katex')) raw.push(e.innerText.slice(0, 60))
   const within = e => { // something around it scrolls
     for (let p = e; p && p !== document.body; p = p.parentElement)
-      if (/auto|scroll/.test(getComputedStyle(p).overflowX) && p.getBoundingClientRect().right <= innerWidth + 1) return true
+      if (/auto|scroll/.test(getComputedStyle(p).overflowX) &&
+          p.getBoundingClientRect().right <= innerWidth + 1) return true
     return false
   }
   const shown = e => e.offsetParent && !e.closest('.katex-mathml')

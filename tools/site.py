@@ -114,7 +114,8 @@ def no_scripts_from_elsewhere(site):
 
     Quarto adds them for widgets, of which these pages have none; offline each of them is an error of the console."""
     theirs = re.compile(r'<script\b[^>]*\bsrc="(?:https?:)?//[^>]*>\s*</script>\s*|'
-                        r'<link\b(?=[^>]*\brel="(?:stylesheet|preload|preconnect)")(?=[^>]*\bhref="(?:https?:)?//)[^>]*>\s*')
+                        r'<link\b(?=[^>]*\brel="(?:stylesheet|preload|preconnect)")'
+                        r'(?=[^>]*\bhref="(?:https?:)?//)[^>]*>\s*')
     for page in site.glob('**/*.html'):
         text = page.read_text(encoding='utf-8')
         plain = theirs.sub('', text)
