@@ -11,7 +11,8 @@ __all__ = ['LEVELS', 'EMOJI_WORDS', 'MISSING', 'TOLD', 'EvalRun', 'write_queries
            'compared_names', 'check_leaks', 'read_sets', 'load_or_say', 'reason', 'Results', 'main_process_first',
            'measured_task', 'measure_row', 'compare_rows', 'load_rows', 'evaluate_rows', 'evaluate', 'short_name',
            'table_cell', 'table_blocks', 'row_order', 'eval_table', 'differences_told', 'told', 'eval_verdict',
-           'eval_pictures', 'chosen_models', 'task_of', 'Tables', 'tables_of', 'write_eval_page', 'evaluate_as_asked']
+           'eval_pictures', 'chosen_models', 'task_of', 'Tables', 'tables_of', 'aligned_below', 'write_eval_page',
+           'evaluate_as_asked']
 
 # %% ../../nbs/runs/40_evaluate.ipynb #308b3ede
 import pickle
@@ -745,8 +746,9 @@ def eval_pictures(
     return found | {'Differences in points': save_figure(fig, run.out/'differences.png')}
 
 # %% ../../nbs/runs/40_evaluate.ipynb #a8a54cb5
-from ..files import atomic_write
+from ..files import atomic_write, read_object
 from ..pages import table_html
+from .align import gap_before_and_after
 from .judge import write_page
 from .presets import AGAINST, EVAL_PRESETS, OWN, EvalPreset
 from ..settings import described
@@ -809,15 +811,36 @@ def tables_of(
     out.failed, out.rows = results.failed, rows
     return out
 
+# %% ../../nbs/runs/40_evaluate.ipynb #5e10c001
+def aligned_below(
+    models:dict[str, str],  # row -> model string
+    below:str|Path='.'      # where models' folders are
+) -> dict[str, Path]: # rows -> the folder of the aligned model that they use
+    "Which aligned models the rows go through; a row whose folder cannot be read is left out."
+    found = {}
+    for row, asked in models.items():
+        try:
+            kind, _, rest = spec_of(asked.removeprefix('stretched:'), Path(below)).partition(':')
+            if kind not in ('aligned', 'tuned', 'tuned-f_g'): continue
+            folder = Path(below)/rest
+            if kind != 'aligned': folder = folder.parent/read_object(folder/'card.json')['aligned']
+        except (OSError, ValueError, KeyError, TypeError): continue # the table says what is wrong
+        found.setdefault(folder.resolve(), []).append(row)
+    return {', '.join(rows): folder for folder, rows in found.items()}
+
 # %% ../../nbs/runs/40_evaluate.ipynb #7bbbd858
 def write_eval_page(
-    run:EvalRun, tables:Tables, results:Results, data:tuple, models:dict[str, str]
+    run:EvalRun, tables:Tables, results:Results, data:tuple,
+    models:dict[str, str], # row -> model string
+    below:str|Path='.'     # where models' folders are
 ) -> Path: # report.html
     "The page of a measurement; its verdict stays on the tables."
     tables.verdict = eval_verdict(results.records, run.experiment, data)
-    pictures = eval_pictures(run, list(models), data, tables.verdict)
+    gaps, gap_tables = gap_before_and_after(aligned_below(models, below))
+    pictures = eval_pictures(run, list(models), data, tables.verdict) | gaps
     about = dict(task=run.task, models=models, data=list(data), settings=described(run.settings))
-    return write_page(run.out, f'Measured: {run.experiment}', pictures, tables.verdict, tables.rows, about)
+    return write_page(run.out, f'Measured: {run.experiment}', pictures, tables.verdict,
+                      tables.rows | gap_tables, about)
 
 # %% ../../nbs/runs/40_evaluate.ipynb #c1b84f1d
 def evaluate_as_asked(
@@ -839,5 +862,5 @@ def evaluate_as_asked(
     results = evaluate_rows(models, data, run, below, AGAINST if known else None)
     tables = tables_of(results, data, known)
     atomic_write(Path(out)/'table.txt', tables + '\n')
-    write_eval_page(run, tables, results, data, models)
+    write_eval_page(run, tables, results, data, models, below)
     return tables

@@ -140,7 +140,7 @@ from ..align import GenReal
 from ..captioning import Sources
 from ..encoders import Encoder, load_encoder
 from ..files import check_writable
-from .align import generated_images
+from .align import gap_before_and_after, generated_images
 from .embed import embed_shared, features_place
 from .presets import CAPTION_ARMS, check_arm
 from ..settings import EmbedSettings
@@ -518,7 +518,7 @@ class CaptionJob:
         reading = EmbedSettings(workers=run.workers, processes=run.processes, store=run.store)
         self.eyes = Embeddings(self.encoder, run.features or out/'features', reading, acc)
         self.test = caption_test(sets, self.encoder, self.eyes) # before its tower is adapted
-        self.projection, self.broken = None, {}
+        self.projection, self.broken, self.aligned = None, {}, {} # aligned: its name and folder
 
     def learned_from(self, model:str|Path|None, generated) -> tuple: # features and captions
         "Training images through their side of the encoder, all on one device."
@@ -526,6 +526,7 @@ class CaptionJob:
         aligned = None
         if self.arm in ('gmail', 'both'):
             aligned = GenReal.from_pretrained(model, self.encoder).to(self.acc.device)
+            self.aligned = {Path(model).name: model_folder(model)}
             self.projection = trained_projection(aligned)
         x, captions, self.broken = training_features(
             self.sets.train, self.encoder, self.arm, aligned, generated, eyes=self.eyes)
@@ -573,8 +574,9 @@ def finish_captioner(
     write_results(job.out/'results.jsonl', records)
     pictures = caption_pictures_of(job.out, job.test, job.sets.test, written[0], verdict)
     about = dict(arm=job.arm, captioner=described(s), run=described(job.run))
-    tables = {'Scores': ResultTable(records).rows()}
-    write_page(job.out, f'Captioner: {job.out.name}', pictures, verdict, tables, about)
+    gaps, gap_tables = gap_before_and_after(job.aligned)
+    tables = {'Scores': ResultTable(records).rows()} | gap_tables
+    write_page(job.out, f'Captioner: {job.out.name}', pictures | gaps, verdict, tables, about)
     return records
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #7f2258a2

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Captions', 'rows_with_features', 'Sides', 'partners', 'TextPairs', 'text_pairs', 'pairs_of_files', 'Seen', 'one_each',
-           'seen_by', 'judge_text', 'text_pictures', 'recall_rows', 'keys_asked_for', 'check_text_test_apart',
-           'keep_tuned', 'tune_from_files', 'finish_text', 'tune_sets']
+           'text_tries', 'seen_by', 'judge_text', 'text_pictures', 'recall_rows', 'keys_asked_for',
+           'check_text_test_apart', 'keep_tuned', 'tune_from_files', 'finish_text', 'tune_sets']
 
 # %% ../../nbs/runs/20_tune_text.ipynb #694d4430
 from collections.abc import Iterable
@@ -157,7 +157,8 @@ from ..data import decode_image
 from ..encoders import encode_texts
 from ..gap import ranks
 from ..pages import save_figure
-from .judge import Measure, Verdict, judged, show_differences, spread
+from .judge import (
+    Measure, Verdict, enough_kept_out, judged, show_differences, spread)
 from ..settings import TuneSettings
 from ..tune import TunedText, show_tuning, split_pairs
 
@@ -180,6 +181,15 @@ def one_each(captions:Captions, index:np.ndarray) -> np.ndarray:
     "Of these captions, the first of each image."
     return index[np.sort(np.unique(captions.rows[index], return_index=True)[1])]
 
+# %% ../../nbs/runs/20_tune_text.ipynb #5e10b001
+def text_tries(said:str, tuned:TunedText, learned:int, images:int) -> tuple[str, ...]:
+    "What may help: more steps where the best of them is the last, fewer where it is not."
+    if said == 'helps': return ()
+    if said == 'untold': return (enough_kept_out(images, 'captions'),)
+    n = len(tuned.history)
+    steps = f'more --steps than {n}: the best is the last' if tuned.best == n else 'fewer --steps, or --tuning head'
+    return f'more captions: {learned} were learned from', steps
+
 # %% ../../nbs/runs/20_tune_text.ipynb #b4207293
 def seen_by(
     tuned:TunedText, encoder:Encoder, pairs:TextPairs, arm:str, settings:TuneSettings
@@ -194,20 +204,22 @@ def seen_by(
     return Seen(held, said, (images, texts[0]), (own, texts[1]))
 
 # %% ../../nbs/runs/20_tune_text.ipynb #d8988db2
-def judge_text(seen:Seen, tuned:TunedText, learned:int, settings:TuneSettings) -> Verdict:
+def judge_text(
+    seen:Seen, tuned:TunedText,
+    learned:int, # captions
+    images:int   # in all: one caption of each judges, where it is kept out
+) -> Verdict:
     "Whether the tuned side finds more than the untuned one."
     none = np.zeros(0), np.zeros(0)
     before, after = (seen.ranks(s) if len(seen.index) else none for s in ('before', 'after'))
     names = 'text-to-image R@1 of captions kept out', 'image-to-text R@1 of them'
     measures = [Measure(n, a < 1, b < 1) for n, a, b in zip(names, after, before)]
-    found, share = judged('Tuning', measures, 'captions'), settings.validation_share
-    if found.said == 'helps': tries = ()
-    elif found.said == 'untold': tries = (f'a larger --validation-share than {share}',)
-    else: tries = (f'more captions: {learned} were learned from', 'fewer --steps, or --tuning head')
+    found = judged('Tuning', measures, 'captions')
     n, looks = len(tuned.history), any('validation_loss' in h for h in tuned.history)
     by = ', chosen by the same captions' * looks
     known = f'The tuned side has the weights of step {tuned.best} of {n}{by}.'
-    return replace(found, sentences=(*found.sentences, known), tries=tries,
+    return replace(found, sentences=(*found.sentences, known),
+                   tries=text_tries(found.said, tuned, learned, images),
                    facts=dict(kept_step=tuned.best, learned_from=learned))
 
 # %% ../../nbs/runs/20_tune_text.ipynb #11e41468
@@ -246,8 +258,9 @@ def recall_rows(seen:Seen) -> list[list[str]]:
     return rows
 
 # %% ../../nbs/runs/20_tune_text.ipynb #0f68f38b
+from ..align import model_folder
 from ..files import check_writable
-from .align import set_name
+from .align import gap_before_and_after, set_name
 from .judge import write_page
 from .presets import TEXT_RECIPES, TextRecipe
 from ..settings import SourceSettings, described
@@ -327,12 +340,13 @@ def finish_text(
     s = recipe.settings
     learned = len(split_pairs(len(pairs.captions), s)[0])
     seen = seen_by(tuned, encoder, pairs, arm, s)
-    verdict = judge_text(seen, tuned, learned, s)
+    verdict = judge_text(seen, tuned, learned, len(np.unique(pairs.captions.rows)))
     keep_tuned(tuned, encoder, out, model, recipe, pairs.captions, arm, verdict=verdict.card())
     pictures = text_pictures(out, seen, tuned, verdict, images, pairs.captions)
     about = dict(arm=arm, model=model and Path(model).name, recipe=described(recipe))
-    tables = {'Recalls': recall_rows(seen)}
-    write_page(out, f'Tuned text side: {out.name}', pictures, verdict, tables, about)
+    gaps, gap_tables = gap_before_and_after({} if model is None else {Path(model).name: model_folder(model)})
+    tables = {'Recalls': recall_rows(seen)} | gap_tables
+    write_page(out, f'Tuned text side: {out.name}', pictures | gaps, verdict, tables, about)
 
 # %% ../../nbs/runs/20_tune_text.ipynb #08631b9e
 def tune_sets(
