@@ -660,7 +660,8 @@ class VQASettings:
     kind:str|None=None          # prompts and scoring: scienceqa or mmmu; that of the set if absent
     images_only:bool=False      # only questions with an image, as ScienceQA-IMG
     limit:int|None=None         # at most so many questions
-    guess:bool=False            # of MMMU: draw a choice where none can be read, as its own script does
+    guess:bool=False            # draw a choice where none can be read, as the scripts of MMMU and ScienceQA do
+    strict:bool=field(default=False, metadata=YOUNG) # read ScienceQA as LLaVA's script did at its paper's time
     blind:bool=False            # ask again without the images, to see what can be guessed
     batch_size:int=16           # questions at a time
     max_new_tokens:int=16       # longest answer, in tokens
@@ -823,10 +824,13 @@ class LlavaExperimentSettings:
     max_new_tokens:int=12       # longest caption that is written, in tokens
     seeds:int=3                 # whole chains: images, alignments, projector, LoRA and order
     seed:int=0
+    longer:int=field(default=320, metadata=YOUNG) # steps of stage two of the longer training
+    longer_seeds:int=field(default=2, metadata=YOUNG) # chains whose arms take that too
 
     def __post_init__(self):
         check_above(self, 'base_steps', 'steps', 'batch_size', 'rank', 'grid', 'tested', 'asked',
-                    'seeds')
+                    'seeds', 'longer')
+        check_above(self, 'longer_seeds', least=-1)
         if not self.tested <= self.concepts:
             raise ValueError(f'{self.tested} concepts are tested of {self.concepts} that are '
                              'learned: tested is at most concepts')
@@ -842,7 +846,7 @@ class LlavaExperimentSettings:
 QUICK_CAPTIONS = CaptionExperimentSettings(base_steps=300, tune_steps=400, seeds=2, extra_seeds=2)
 QUICK_IFCAP = IFCapSettings(base_steps=200, tune_steps=200, seeds=1)
 QUICK_LLAVA = LlavaExperimentSettings(base_steps=40, steps=30, concepts=60, tested=30,
-                                      asked=30, seeds=1)
+                                      asked=30, seeds=1, longer_seeds=0)
 
 # %% ../nbs/01_settings.ipynb #a7c51e03
 @dataclass(frozen=True)
