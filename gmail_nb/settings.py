@@ -19,6 +19,7 @@ __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS',
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Literal
 
 from .files import unknown_name
 
@@ -629,11 +630,11 @@ class LlavaSettings:
     instruct:StageSettings=_instruct # two: the projector and LoRA in the language model
     rank:int=16                 # rank of LoRA's matrices in the language model
     alpha:float|None=None       # LoRA's scale is alpha / rank; 2 * rank if absent
-    layers:str='all'            # linear layers of a block that get LoRA: all, or attention alone
+    layers:Literal['all', 'attention']='all' # linear layers of a block that get LoRA
     warmup:float=.03            # share of the steps over which the rate rises
     weight_decay:float=0.       # weight decay of AdamW
-    dtype:str='float32'         # number format of the frozen weights of the language model
-    precision:str='auto'        # bf16 for autocast, or no; auto: bf16 where the device has it
+    dtype:Literal['float32', 'bfloat16', 'float16']='float32' # number format of the frozen weights of the language model
+    precision:Literal['auto', 'no', 'bf16']='auto' # bf16 for autocast, or no; auto: bf16 where the device has it
     max_length:int=2048         # most tokens of an example, those of its images included
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
     accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another
@@ -657,7 +658,7 @@ class VQASettings:
     "How questions about pictures are asked."
     split:str|None=None         # of a folder or a Hub id; there test of ScienceQA, validation of MMMU if absent
     subject:str|None=None       # a subject of MMMU, such as Art_Theory; all if absent
-    kind:str|None=None          # prompts and scoring: scienceqa or mmmu; that of the set if absent
+    kind:Literal['scienceqa', 'mmmu']|None=None # prompts and scoring; that of the set if absent
     images_only:bool=False      # only questions with an image, as ScienceQA-IMG
     limit:int|None=None         # at most so many questions
     guess:bool=False            # draw a choice where none can be read, as the scripts of MMMU and ScienceQA do
@@ -673,7 +674,7 @@ class VQASettings:
 class ChatSettings:
     "How a LLaVA talks about pictures."
     max_new_tokens:int=128      # longest answer, in tokens
-    side:str='real'             # side of the pictures: real, or generated, which go through f_g
+    side:Literal['real', 'generated']='real' # side of the pictures; generated ones go through f_g
     device:str|None=None        # cpu or cuda; the fastest present if absent
 
     def __post_init__(self):

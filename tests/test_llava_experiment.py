@@ -58,6 +58,7 @@ from gmail_nb.experiments.llava import (
     written_names,
 )
 from gmail_nb.gap import token_gap_report
+from gmail_nb.losses import by_best
 from gmail_nb.runtime import set_seed
 from gmail_nb.settings import DemoSettings, LlavaExperimentSettings
 from gmail_nb.stats import bootstrap
@@ -401,11 +402,15 @@ def test_the_gap_is_that_of_all_chains():
     chains = [token_gaps(w, list(range(20))) for w in wholes]
     found = room.pooled_gaps(chains)
     for arm in room.GAPS.values():
-        theirs = [token_gap_report(w[arm], w['real']) for w in wholes]
+        def near(w): return dict(token_best_distance=by_best(w[arm], w['real']).mean().item())
+        theirs = [token_gap_report(w[arm], w['real']) | near(w) for w in wholes]
         for m, d in found[arm].items():
             assert d.value == pytest.approx(np.mean([t[m] for t in theirs]), abs=1e-6) and d.low <= d.value <= d.high
     apart = found['gmail - indiscriminate']['token_cosine']
     assert apart.low > 0 and apart.n == 20
+    best = found['gmail best match - gmail tokens']['token_best_distance'] # of this arm beside the other way
+    both = [found[arm]['token_best_distance'].value for arm in ('gmail best match', 'gmail tokens')]
+    assert best.value == pytest.approx(both[0] - both[1]) and 'gmail best match - gmail' in found
     ours, theirs = (found[arm]['token_cosine'].value for arm in ('gmail', 'indiscriminate'))
     assert apart.value == pytest.approx(ours - theirs)
     told = room.gap_sentences(found, 3)

@@ -115,6 +115,7 @@ def question_turns(q:Question, number:int) -> tuple[list, list]: # turns, and (n
     turns, order = conversation(q, number)
     return turns_of(turns[0]['content'], LETTERS[q.answer] if q.choices else q.answer[0]), order
 
+# %% ../../nbs/runs/55_instructions.ipynb #f7ce8dfd
 def scienceqa_instructions(source, split:str='train') -> Asked: # a folder, a Hub id or a Dataset
     "ScienceQA's rows to learn from. `ValueError` for another set."
     questions = load_questions(source, split)
