@@ -280,22 +280,25 @@ def test_a_longer_training_changes_its_steps_alone(world, settings, tmp_path):
     s = replace(settings, longer=9)
     runs = [r for seed in range(2) for r in llava_runs(world, seed, s, tmp_path)]
     longer = longer_runs(world, 0, s, tmp_path)
-    assert [r.arm for r in longer] == [longer_name(a, 9) for a in ('indiscriminate', 'gmail', 'gmail tokens', 'real')]
+    assert [r.arm for r in longer] == [longer_name(a, 9) for a in ('gmail', 'indiscriminate', 'real', 'gmail tokens')]
     plain = llava_runs(world, 0, replace(s, steps=9), arms=('gmail',))[0]
-    assert longer[1] == replace(plain, arm='gmail, 9 steps', training=longer[1].training, testing=longer[1].testing)
-    assert len(longer[1].losses) == 9 and [r for r in runs if r.arm == 'gmail'][0].losses != longer[1].losses
+    gmail = longer[0]
+    assert gmail == replace(plain, arm='gmail, 9 steps', training=gmail.training, testing=gmail.testing)
+    assert len(gmail.losses) == 9 and [r for r in runs if r.arm == 'gmail'][0].losses != gmail.losses
     records = longer_records(runs, longer, world, 9)
     by = {(r['arm'], r['metric']): r for r in records}
     assert {r['steps'] for r in records} == {9} and {r['seeds'] for r in records} == {1} # of two chains
     assert by['gmail, 9 steps - indiscriminate, 9 steps', 'accuracy']['n'] == 8
-    right = [[c == q.answer for c, q in zip(r.choices, world.questions)] for r in (longer[1], runs[3])]
+    right = [[c == q.answer for c, q in zip(r.choices, world.questions)] for r in (gmail, runs[3])]
     assert runs[3].arm == 'gmail' and runs[3].seed == 0
     expected = np.mean(right[0]) - np.mean(right[1])
     assert by['gmail, 9 steps - gmail', 'accuracy']['value'] == pytest.approx(expected)
     table = longer_table(records, 9)
-    assert table[1][0] == 'indiscriminate*' and {row[-1] for row in table[1:]} == {'1'}
-    said = llava_sentences(records, longer_claims(9))
+    assert table[1][0] == 'gmail*' and {row[-1] for row in table[1:]} == {'1'}
+    said = llava_sentences(records, longer_claims(9, records))
     assert said[0].startswith('After 9 steps, aligning') and all('1 seed)' in one for one in said)
+    two = longer_records(runs, longer[:2], world, 9) # arms that are not there are not spoken of
+    assert len(llava_sentences(two, longer_claims(9, two))) == 4 < len(said) == 8
     both = llava_records(room.scored(runs, world)) + records
     assert of_length(both, 9) == records and {row[0] for row in llava_table(both)[1:8]} == set(SEVEN_ARMS)
     assert [t.get_text() for t in show_llava(both).axes[0].get_yticklabels()] == list(SEVEN_ARMS)

@@ -579,7 +579,7 @@ def show_llava(records:list[dict]) -> Figure:
     return fig
 
 # %% ../../nbs/experiments/55_llava.ipynb #8afcd670
-LONGER_ARMS = 'indiscriminate', 'gmail', 'gmail tokens', 'real'
+LONGER_ARMS = 'gmail', 'indiscriminate', 'real', 'gmail tokens' # in the order of their claims
 
 def longer_name(arm:str, steps:int) -> str: # of an arm whose stage two was longer
     return f'{arm}, {steps} steps'
@@ -588,16 +588,17 @@ def longer_runs(
     world:LlavaWorld,
     seed:int,
     settings:LlavaExperimentSettings=LlavaExperimentSettings(),
-    folder:str|Path|None=None  # where answers are kept; nowhere if absent
+    folder:str|Path|None=None, # where answers are kept; nowhere if absent
+    arms:tuple=LONGER_ARMS
 ) -> list[LlavaRun]: # one an arm
     "Arms of one seed after a longer stage two."
-    runs = llava_runs(world, seed, replace(settings, steps=settings.longer), folder, LONGER_ARMS)
+    runs = llava_runs(world, seed, replace(settings, steps=settings.longer), folder, arms)
     return [replace(r, arm=longer_name(r.arm, settings.longer)) for r in runs]
 
 # %% ../../nbs/experiments/55_llava.ipynb #948184a6
-def longer_pairs(steps:int) -> tuple:
+def longer_pairs(steps:int, arms:tuple=LONGER_ARMS) -> tuple:
     "Long arms among themselves, each with its shorter self, and each with the first stage."
-    long = {arm: longer_name(arm, steps) for arm in LONGER_ARMS}
+    long = {arm: longer_name(arm, steps) for arm in arms}
     among = [(long[a], long[b]) for a, b in PAIRS if a in long and b in long]
     selves, base = [(name, arm) for arm, name in long.items()], [(n, 'base') for n in long.values()]
     return (*among, *selves, *base)
@@ -609,10 +610,11 @@ def longer_records(
     steps:int
 ) -> list[dict]:
     "Records of the longer training and of what it is compared with, over its own chains."
-    seeds = {r.seed for r in longer}
+    seeds, suffix = {r.seed for r in longer}, longer_name('', steps)
     results = scored([*(r for r in runs if r.seed in seeds), *longer], world)
-    found = llava_records(results, longer_pairs(steps))
-    return [r | dict(steps=steps) for r in found if longer_name('', steps) in r['arm']]
+    arms = dict.fromkeys(r.arm.removesuffix(suffix) for r in longer)
+    found = llava_records(results, longer_pairs(steps, tuple(arms)))
+    return [r | dict(steps=steps) for r in found if suffix in r['arm']]
 
 # %% ../../nbs/experiments/55_llava.ipynb #02127922
 def longer_table(records:list[dict], steps:int) -> list[list[str]]: # a heading and rows
@@ -623,14 +625,15 @@ def longer_table(records:list[dict], steps:int) -> list[list[str]]: # a heading 
             *([name.replace(star, '*'), *rest[:2], f'{chains[name]}'] for name, *rest in rows
               if ONE_SENTENCE not in name)]
 
-def longer_claims(steps:int) -> tuple: # as `LLAVA_CLAIMS`
-    "What is claimed of the longer training."
-    tokens, gmail, plain, real = (longer_name(a, steps) for a in
-                                  ('gmail tokens', 'gmail', 'indiscriminate', 'real'))
-    return ((gmail, plain, f'After {steps} steps, aligning the generated images by Eq. 1'),
-            (tokens, gmail, f'After {steps} steps, aligning the tokens beside Eq. 1'),
-            (real, plain, f'After {steps} steps, real images in place of generated ones'),
-            (plain, 'indiscriminate', f'Learning from generated images for {steps} steps'))
+def longer_claims(steps:int, records:list[dict]) -> tuple: # as `LLAVA_CLAIMS`
+    "What is claimed of the longer training, as far as its arms are there."
+    there, long = {r['arm'] for r in records}, {arm: longer_name(arm, steps) for arm in LONGER_ARMS}
+    claims = (('gmail', 'indiscriminate', 'aligning the generated images by Eq. 1'),
+              ('gmail tokens', 'gmail', 'aligning the tokens beside Eq. 1'),
+              ('real', 'indiscriminate', 'learning from real images in place of generated ones'))
+    found = [(long[a], long[b], f'After {steps} steps, {what}') for a, b, what in claims]
+    plain = long['indiscriminate'], 'indiscriminate', f'Learning from generated images for {steps} steps'
+    return tuple(claim for claim in (*found, plain) if f'{claim[0]} - {claim[1]}' in there)
 
 # %% ../../nbs/experiments/55_llava.ipynb #7bee7dc3
 TOKEN_MODELS = {'gmail tokens': 'position', 'gmail best match': 'best'} # arm -> how tokens are matched
@@ -868,7 +871,7 @@ def write_llava(
     tables, said = [llava_table(told), gap_rows(gaps), kinds_table(told)], llava_sentences(told)
     for steps in dict.fromkeys(r['steps'] for r in longer):
         tables.append(longer_table(longer, steps))
-        said += llava_sentences(longer, longer_claims(steps))
+        said += llava_sentences(longer, longer_claims(steps, longer))
     said = [*(table_text(t, width=120) for t in tables), *said, *gap_sentences(gaps, n)]
     atomic_write(out/'llava_table.txt', '\n\n'.join(said) + '\n')
     save_figure(show_llava(told), out/'llava.png')
@@ -899,7 +902,8 @@ def check_same_drawings(keys:list[list[str]]) -> None:
 def llava_experiment(
     out:str|Path='llava_experiment',  # images, models and tokens are read here, results go here
     settings:LlavaExperimentSettings=LlavaExperimentSettings(),
-    demo:DemoSettings|None=None       # of the first chain; those of `gmail_demo` if absent
+    demo:DemoSettings|None=None,      # of the first chain; those of `gmail_demo` if absent
+    longer_arms:tuple=LONGER_ARMS     # that train longer as well
 ) -> tuple[list[dict], LlavaResults, dict]: # records, all answers, and the gap of the tokens
     """All arms of every chain; what an earlier call left is read. Writes as `write_llava`.
     The pictures of answers and of the grid are those of the first chain."""
@@ -909,7 +913,8 @@ def llava_experiment(
         folder = out/'chains'/str(seed) if seed else out
         world, whole, _ = llava_world(folder, settings, whole_chain(demo, demo.seed + seed))
         runs += llava_runs(world, seed, settings, out)
-        if seed < settings.longer_seeds: longer += longer_runs(world, seed, settings, out)
+        if seed < settings.longer_seeds:
+            longer += longer_runs(world, seed, settings, out, longer_arms)
         gaps.append(token_gaps(whole, drawn_once(world.told)))
         keys.append(named_keys(world.told))
         if not seed: first = world, whole
