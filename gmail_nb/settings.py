@@ -633,8 +633,8 @@ class LlavaSettings:
     layers:Literal['all', 'attention']='all' # linear layers of a block that get LoRA
     warmup:float=.03            # share of the steps over which the rate rises
     weight_decay:float=0.       # weight decay of AdamW
-    dtype:Literal['float32', 'bfloat16', 'float16']='float32' # number format of the frozen weights of the language model
-    precision:Literal['auto', 'no', 'bf16']='auto' # bf16 for autocast, or no; auto: bf16 where the device has it
+    dtype:Literal['float32', 'bfloat16', 'float16']='float32' # of the language model's frozen weights
+    precision:Literal['auto', 'no', 'bf16']='auto' # autocast; auto: bf16 where the device has it
     max_length:int=2048         # most tokens of an example, those of its images included
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
     accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another
@@ -661,8 +661,8 @@ class VQASettings:
     kind:Literal['scienceqa', 'mmmu']|None=None # prompts and scoring; that of the set if absent
     images_only:bool=False      # only questions with an image, as ScienceQA-IMG
     limit:int|None=None         # at most so many questions
-    guess:bool=False            # draw a choice where none can be read, as the scripts of MMMU and ScienceQA do
-    strict:bool=field(default=False, metadata=YOUNG) # read ScienceQA as LLaVA's script did at its paper's time
+    guess:bool=False            # draw a choice where none can be read, as MMMU and ScienceQA do
+    strict:bool=field(default=False, metadata=YOUNG) # read ScienceQA as LLaVA's paper did
     blind:bool=False            # ask again without the images, to see what can be guessed
     batch_size:int=16           # questions at a time
     max_new_tokens:int=16       # longest answer, in tokens
@@ -826,7 +826,7 @@ class LlavaExperimentSettings:
     seeds:int=3                 # whole chains: images, alignments, projector, LoRA and order
     seed:int=0
     longer:int=field(default=320, metadata=YOUNG) # steps of stage two of the longer training
-    longer_seeds:int=field(default=2, metadata=YOUNG) # chains whose arms take that too
+    longer_seeds:int=field(default=1, metadata=YOUNG) # chains whose arms take that too
 
     def __post_init__(self):
         check_above(self, 'base_steps', 'steps', 'batch_size', 'rank', 'grid', 'tested', 'asked',

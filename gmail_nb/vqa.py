@@ -312,6 +312,7 @@ def scienceqa_letter(
     said = re.findall(r'The answer is ([A-Z]).' if strict else 'The answer is ([A-E])', text)
     return said[0] if len(said) == 1 or said and not strict else ''
 
+# %% ../nbs/39_vqa.ipynb #ddcd0437
 def scienceqa_choice(
     answer:str, choices:int, strict:bool=False,
     guess:str|None=None # a key to draw by where nothing can be read; None: no choice then
@@ -505,6 +506,7 @@ def answer_kinds(said:list[Answered]) -> dict[str, int]: # kind -> how many, in 
     kinds = [a.why or ('right' if a.right else 'unread' if a.read == '-' else 'wrong') for a in said]
     return {k: kinds.count(k) for k in ('right', 'wrong', REFUSED, OUTSIDE, 'empty', 'unread')}
 
+# %% ../nbs/39_vqa.ipynb #3af5a243
 def vqa_records(
     arm:str, data:str, split:str,
     runs:list[list[Answered]], # one a seed

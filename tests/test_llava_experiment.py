@@ -298,6 +298,9 @@ def test_a_longer_training_changes_its_steps_alone(world, settings, tmp_path):
     said = llava_sentences(records, longer_claims(9, records))
     assert said[0].startswith('After 9 steps, aligning') and all('1 seed)' in one for one in said)
     two = longer_records(runs, longer[:2], world, 9) # arms that are not there are not spoken of
+    assert longer_runs(world, 0, s, tmp_path, train=False) == longer and not longer_runs(world, 1, s, tmp_path, train=False)
+    begun = [*longer, replace(longer[0], seed=1)] # a chain that is not finished does not count
+    assert room.finished_chains(begun) == longer and {r['seeds'] for r in longer_records(runs, begun, world, 9)} == {1}
     assert len(llava_sentences(two, longer_claims(9, two))) == 4 < len(said) == 8
     both = llava_records(room.scored(runs, world)) + records
     assert of_length(both, 9) == records and {row[0] for row in llava_table(both)[1:8]} == set(SEVEN_ARMS)

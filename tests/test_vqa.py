@@ -136,14 +136,16 @@ def test_the_two_rules_part_where_the_page_says_so():
 def test_scienceqas_own_script_draws_where_nothing_can_be_read():
     several = [Question(str(i), 'Which?', 1, plain.choices) for i in range(300)]
     drawn = [judge(q, 'I cannot tell', guess=True) for q in several]
-    assert .2 < np.mean([a.right for a in drawn]) < .47 and drawn == [judge(q, 'I cannot tell', guess=True) for q in several]
+    assert .2 < np.mean([a.right for a in drawn]) < .47
+    assert drawn == [judge(q, 'I cannot tell', guess=True) for q in several]
     assert not any(judge(q, 'I cannot tell').right for q in several) and {a.why for a in drawn} == {REFUSED}
     assert judge(plain, 'A', guess=True) == judge(plain, 'A') # what can be read is read
     strictly = [judge(q, 'The answer is A', guess=True, strict=True).read for q in several]
     assert set(strictly) == set('ABC')
 
 @pytest.mark.parametrize('answer, why', [
-    ('I am sorry, I cannot help with that.', REFUSED), ("I can't see any image", REFUSED), ('No image is given.', REFUSED),
+    ('I am sorry, I cannot help with that.', REFUSED), ("I can't see any image", REFUSED),
+    ('No image is given.', REFUSED),
     ('I do not know.', REFUSED), ('D', OUTSIDE), ('(E)', OUTSIDE), ('The answer is F.', OUTSIDE), ('G. none', OUTSIDE),
     ('', 'empty'), (' \n', 'empty'), ('a bird', 'unread'), ('b', 'unread'), ('(D) or rather (B)', 'unread')])
 def test_a_refusal_is_no_answer_outside_the_choices(answer, why):

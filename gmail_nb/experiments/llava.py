@@ -10,10 +10,10 @@ __all__ = ['SEVEN_ARMS', 'WHICH_ARMS', 'SUBJECTS', 'PAIRS', 'ONE_SENTENCE', 'KIN
            'open_prompts', 'written_names', 'preferred', 'answered', 'arm_file', 'LlavaRun', 'llava_runs',
            'said_answers', 'right_choices', 'caption_scores', 'said_to_all', 'one_sentence', 'concepts_of',
            'LlavaResults', 'scored', 'llava_records', 'by_arm', 'of_length', 'llava_table', 'kinds_table',
-           'llava_sentences', 'show_llava', 'longer_name', 'longer_runs', 'longer_pairs', 'longer_records',
-           'longer_table', 'longer_claims', 'with_tokens', 'align_tokens', 'token_model', 'Pictures', 'all_pictures',
-           'kept_tokens', 'all_tokens', 'drawn_once', 'named_keys', 'token_gaps', 'pooled_gaps', 'gap_rows',
-           'gap_sentences', 'gap_records', 'llava_world', 'answers_of', 'unshown', 'some_questions',
+           'llava_sentences', 'show_llava', 'longer_name', 'longer_runs', 'longer_pairs', 'finished_chains',
+           'longer_records', 'longer_table', 'longer_claims', 'with_tokens', 'align_tokens', 'token_model', 'Pictures',
+           'all_pictures', 'kept_tokens', 'all_tokens', 'drawn_once', 'named_keys', 'token_gaps', 'pooled_gaps',
+           'gap_rows', 'gap_sentences', 'gap_records', 'llava_world', 'answers_of', 'unshown', 'some_questions',
            'show_some_answers', 'write_llava', 'show_gap_maps', 'whole_chain', 'check_same_drawings',
            'llava_experiment', 'dry_llava_experiment']
 
@@ -172,6 +172,7 @@ def real_half(told:list[Lesson], seed:int=0) -> set[str]:
     found = sorted({concept(one.key) for one in told})
     return set(sorted(found, key=lambda c: stable_seed('both', seed, c))[:len(found) // 2])
 
+# %% ../../nbs/experiments/55_llava.ipynb #ca5b9f3c
 def arm_examples(world:LlavaWorld, arm:str, seed:int=0) -> list[Example]:
     "The same for every arm but for the picture; in `both` those of half of the concepts are real."
     if arm == 'words': return [example(one.text, one.answer) for one in world.told]
@@ -369,15 +370,17 @@ def llava_runs(
     seed:int,
     settings:LlavaExperimentSettings=LlavaExperimentSettings(),
     folder:str|Path|None=None,  # where answers are kept; nowhere if absent
-    arms:tuple=SEVEN_ARMS
+    arms:tuple=SEVEN_ARMS,
+    train:bool=True             # False: no more than what is kept
 ) -> list[LlavaRun]: # one an arm
     "Train and test the arms of one seed; what an earlier run left is read."
     trained, runs = LlavaArms(world, settings, seed), []
     for arm in arms:
         file = arm_file(Path(folder), world, arm, seed, settings) if folder else None
-        if file and file.exists(): said = json.loads(file.read_text())
-        else: said = answered(trained, arm)
-        if file and not file.exists():
+        there = bool(file) and file.exists()
+        if not there and not train: continue
+        said = json.loads(file.read_text()) if there else answered(trained, arm)
+        if file and not there:
             check_writable(file.parent)
             atomic_write(file, json.dumps(said))
         runs.append(LlavaRun(arm, seed, **said))
@@ -406,11 +409,11 @@ def caption_scores(run:LlavaRun, references:dict, vectors:Callable|None=None) ->
     said = {k: c or '.' for k, c in zip(references, run.captions)}
     return score_captions(said, references, vectors=vectors, java=False).scores
 
-# %% ../../nbs/experiments/55_llava.ipynb #4153fe20
 def said_to_all(text:str, references:dict) -> Score: # CIDEr
     "The score of one sentence that is said about every picture."
     return cider(*tokenized({k: text for k in references}, references))
 
+# %% ../../nbs/experiments/55_llava.ipynb #4153fe20
 def one_sentence(world:LlavaWorld) -> str:
     """The learned name that serves best for all pictures alike. It is chosen on learned drawings whose
     captions are not tested, each name on those of the others."""
@@ -589,10 +592,11 @@ def longer_runs(
     seed:int,
     settings:LlavaExperimentSettings=LlavaExperimentSettings(),
     folder:str|Path|None=None, # where answers are kept; nowhere if absent
-    arms:tuple=LONGER_ARMS
+    train:bool=True            # False: no more than what is kept
 ) -> list[LlavaRun]: # one an arm
     "Arms of one seed after a longer stage two."
-    runs = llava_runs(world, seed, replace(settings, steps=settings.longer), folder, arms)
+    s = replace(settings, steps=settings.longer)
+    runs = llava_runs(world, seed, s, folder, LONGER_ARMS, train)
     return [replace(r, arm=longer_name(r.arm, settings.longer)) for r in runs]
 
 # %% ../../nbs/experiments/55_llava.ipynb #948184a6
@@ -603,6 +607,13 @@ def longer_pairs(steps:int, arms:tuple=LONGER_ARMS) -> tuple:
     selves, base = [(name, arm) for arm, name in long.items()], [(n, 'base') for n in long.values()]
     return (*among, *selves, *base)
 
+# %% ../../nbs/experiments/55_llava.ipynb #b15a0255
+def finished_chains(runs:list[LlavaRun]) -> list[LlavaRun]:
+    "Runs of the arms that the first chain has, of the chains that have them all."
+    arms = {r.arm for r in runs if r.seed == runs[0].seed}
+    has = {r.seed: {o.arm for o in runs if o.seed == r.seed} for r in runs}
+    return [r for r in runs if r.arm in arms <= has[r.seed]]
+
 def longer_records(
     runs:list[LlavaRun],   # plain ones of these seeds at least
     longer:list[LlavaRun], # from `longer_runs`
@@ -610,7 +621,8 @@ def longer_records(
     steps:int
 ) -> list[dict]:
     "Records of the longer training and of what it is compared with, over its own chains."
-    seeds, suffix = {r.seed for r in longer}, longer_name('', steps)
+    longer, suffix = finished_chains(longer), longer_name('', steps)
+    seeds = {r.seed for r in longer}
     results = scored([*(r for r in runs if r.seed in seeds), *longer], world)
     arms = dict.fromkeys(r.arm.removesuffix(suffix) for r in longer)
     found = llava_records(results, longer_pairs(steps, tuple(arms)))
@@ -625,6 +637,7 @@ def longer_table(records:list[dict], steps:int) -> list[list[str]]: # a heading 
             *([name.replace(star, '*'), *rest[:2], f'{chains[name]}'] for name, *rest in rows
               if ONE_SENTENCE not in name)]
 
+# %% ../../nbs/experiments/55_llava.ipynb #031524a9
 def longer_claims(steps:int, records:list[dict]) -> tuple: # as `LLAVA_CLAIMS`
     "What is claimed of the longer training, as far as its arms are there."
     there, long = {r['arm'] for r in records}, {arm: longer_name(arm, steps) for arm in LONGER_ARMS}
@@ -903,7 +916,7 @@ def llava_experiment(
     out:str|Path='llava_experiment',  # images, models and tokens are read here, results go here
     settings:LlavaExperimentSettings=LlavaExperimentSettings(),
     demo:DemoSettings|None=None,      # of the first chain; those of `gmail_demo` if absent
-    longer_arms:tuple=LONGER_ARMS     # that train longer as well
+    train_longer:bool=True            # False: of the longer training, no more than what is kept
 ) -> tuple[list[dict], LlavaResults, dict]: # records, all answers, and the gap of the tokens
     """All arms of every chain; what an earlier call left is read. Writes as `write_llava`.
     The pictures of answers and of the grid are those of the first chain."""
@@ -914,7 +927,7 @@ def llava_experiment(
         world, whole, _ = llava_world(folder, settings, whole_chain(demo, demo.seed + seed))
         runs += llava_runs(world, seed, settings, out)
         if seed < settings.longer_seeds:
-            longer += longer_runs(world, seed, settings, out, longer_arms)
+            longer += longer_runs(world, seed, settings, out, train_longer)
         gaps.append(token_gaps(whole, drawn_once(world.told)))
         keys.append(named_keys(world.told))
         if not seed: first = world, whole
