@@ -259,6 +259,17 @@ def test_a_run_that_is_cut_short_goes_on_with_the_next_arm(world, settings, tmp_
     monkeypatch.setattr(room, 'answered', None)
     assert llava_runs(world, 0, settings, tmp_path) == runs # read, and nothing trained
 
+def test_the_seconds_of_an_arm_are_without_the_first_stage(world, settings, monkeypatch):
+    "Also of an arm that is trained by itself, when that of the base is read from its file."
+    clock, learn = [0.], LlavaArms.learn
+    def slowly(self, name, *rest):
+        clock[0] += dict(project=100, instruct=7)[name]
+        return learn(self, name, *rest)
+    monkeypatch.setattr(LlavaArms, 'learn', slowly)
+    monkeypatch.setattr(room.time, 'process_time', lambda: clock[0])
+    assert room.answered(LlavaArms(world, settings, 0), 'gmail')['training'] == 7
+    assert room.answered(LlavaArms(world, settings, 0), 'base')['training'] == 100
+
 def test_what_an_arm_depends_on_is_in_the_name_of_its_file(world, settings, tmp_path):
     here = arm_file(tmp_path, world, 'gmail', 0, settings)
     for same in (dict(seeds=9), dict(longer=7), dict(longer_seeds=0)): # how many arms there are, not what one is
@@ -275,9 +286,10 @@ def test_what_an_arm_depends_on_is_in_the_name_of_its_file(world, settings, tmp_
     ): assert changed != here
     assert arm_file(tmp_path, other, 'base', 0, settings) == arm_file(tmp_path, world, 'base', 0, settings)
 
-def test_a_longer_training_changes_its_steps_alone(world, settings, tmp_path):
+def test_a_longer_training_changes_its_steps_alone(world, settings, tmp_path, monkeypatch):
     "The records carry the steps; a chain that is missing is counted; nothing else is another than with these steps."
     s = replace(settings, longer=9)
+    monkeypatch.setattr(room, 'DRAWS', 100)
     runs = [r for seed in range(2) for r in llava_runs(world, seed, s, tmp_path)]
     longer = longer_runs(world, 0, s, tmp_path)
     assert [r.arm for r in longer] == [longer_name(a, 9) for a in ('gmail', 'indiscriminate', 'real', 'gmail tokens')]
@@ -459,6 +471,8 @@ def test_an_aligned_model_of_other_settings_is_refused(tmp_path):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match='tested'): LlavaExperimentSettings(concepts=5, tested=6)
     with pytest.raises(ValueError, match='grid'): LlavaExperimentSettings(grid=0)
+    for name, n in dict(longer=0, longer_seeds=-1).items():
+        with pytest.raises(ValueError, match=name): LlavaExperimentSettings(**{name: n})
     s = LlavaExperimentSettings(steps=7, lr=.5).llava
     assert (s.instruct.steps, s.instruct.lr, s.project.steps, s.dtype) == (
         7,
