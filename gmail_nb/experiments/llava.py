@@ -897,8 +897,10 @@ def write_llava(
 def show_gap_maps(whole:dict[str, torch.Tensor], rows:list[int]) -> Figure:
     "Where in the grid generated and real tokens agree, before and after."
     real = whole['real'][rows].float()
-    return show_token_gap({when: token_cosines(whole[arm][rows].float(), real)
-                           for when, arm in GAPS.items()})
+    fig = show_token_gap({when: token_cosines(whole[arm][rows].float(), real)
+                          for when, arm in GAPS.items()})
+    fig.set_size_inches(8.5, 2.2) # the width of a page
+    return fig
 
 # %% ../../nbs/experiments/55_llava.ipynb #e6a10b02
 def whole_chain(demo:DemoSettings, seed:int) -> DemoSettings:
