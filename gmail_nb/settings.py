@@ -633,8 +633,8 @@ class LlavaSettings:
     layers:Literal['all', 'attention']='all' # linear layers of a block that get LoRA
     warmup:float=.03            # share of the steps over which the rate rises
     weight_decay:float=0.       # weight decay of AdamW
-    dtype:Literal['float32', 'bfloat16', 'float16']='float32' # of the language model's frozen weights
-    precision:Literal['auto', 'no', 'bf16']='auto' # autocast; auto: bf16 where the device has it
+    dtype:Literal['float32', 'bfloat16', 'float16']='float32' # number format of its frozen weights
+    precision:Literal['auto', 'no', 'bf16']='auto' # number format of autocast; auto: bf16 where the device has it
     max_length:int=2048         # most tokens of an example, those of its images included
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
     accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another
