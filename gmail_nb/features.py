@@ -36,13 +36,8 @@ from fastcore.basics import patch
 from filelock import FileLock
 from numpy.lib.format import open_memmap
 
-from .align import FrozenTower, GenReal
 from .data import column_of, decode_image
-from .encoders import Encoder, load_encoder
-from .files import (atomic_path, atomic_write, check_writable, checked_card, in_one_line, name_some, progress,
-                            read_object, unknown_name, versions, write_card)
-from .runtime import copied_late, default_device, fingerprint, to_device
-from .settings import PRECISIONS, EmbedSettings, part_of
+from .runtime import fingerprint
 
 # %% ../nbs/24_features.ipynb #b7f08b8b
 def check_image_set(ds:datasets.Dataset, *columns:str) -> None:
@@ -241,6 +236,13 @@ def fingerprint(self:LazyPixels) -> str: # 16 hexadecimal digits
     how = repr(self.preprocess) + (', draft' if self.draft else '')
     return fingerprint(OneByOne(self.keys), how, stored)
 
+# %% ../nbs/24_features.ipynb #515c2f70
+from .align import FrozenTower, GenReal
+from .encoders import Encoder, load_encoder
+from .files import atomic_write, unknown_name
+from .runtime import default_device
+from .settings import PRECISIONS, part_of
+
 # %% ../nbs/24_features.ipynb #b56e2e8d
 def check_same(
     folder:Path,
@@ -363,12 +365,13 @@ class Embedder:
 
 # %% ../nbs/24_features.ipynb #d8b03993
 def loaded(
-    name:str|Path # a name for `load_encoder`, or a folder of an aligned model
+    name:str|Path, # a name for `load_encoder`, or a folder of an aligned model
+    device:torch.device|str|None=None # the fastest present if absent
 ) -> Encoder|GenReal:
-    "The model, on the fastest device."
+    "The model, on its device."
     aligned = (Path(name)/'card.json').exists()
     model = GenReal.from_pretrained(name) if aligned else load_encoder(str(name))
-    return model.to(default_device())
+    return model.to(device or default_device())
 
 # %% ../nbs/24_features.ipynb #d8b03991
 def side_weights(model:GenReal, side:str) -> str: # a fingerprint
@@ -381,11 +384,12 @@ def side_weights(model:GenReal, side:str) -> str: # a fingerprint
 # %% ../nbs/24_features.ipynb #d8b03995
 def embedder(
     model,           # an `Encoder`, a `GenReal`, a name for `load_encoder`, or an aligned folder
-    side:str='real'  # of a `GenReal`: real (f_r), generated (f_g), or base: f_r, not projected
+    side:str='real', # of a `GenReal`: real (f_r), generated (f_g), or base: f_r, not projected
+    device:torch.device|str|None=None # of a model that is loaded here; the fastest if absent
 ) -> Embedder:
-    "What `embed` needs of a model. One that is loaded here goes to the fastest device."
+    "What `embed` needs of a model. One that was loaded already stays where it is."
     if side not in SIDES: raise unknown_name('side', side, SIDES)
-    if isinstance(model, (str, Path)): model = loaded(model)
+    if isinstance(model, (str, Path)): model = loaded(model, device)
     if isinstance(model, GenReal):
         encode = model.real_features if side == 'base' else getattr(model, f'encode_{side}')
         base = model.encoder
@@ -406,6 +410,13 @@ def native_precision(
     if precision != 'auto': return precision
     if torch.device(device).type != 'cuda': return 'no'
     return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'
+
+# %% ../nbs/24_features.ipynb #82493800
+from .files import (
+    atomic_path, check_writable, checked_card, in_one_line, name_some, progress, read_object,
+    versions, write_card)
+from .runtime import copied_late, to_device
+from .settings import EmbedSettings
 
 # %% ../nbs/24_features.ipynb #2c5c4a93
 def good_images(
@@ -725,7 +736,7 @@ def fill(
     "Do what is to be done, here or on Ray workers."
     if not todo: return
     (parts.folder/'card.json').unlink(missing_ok=True)
-    if settings.engine == 'ray': embed_ray(parts, todo, pixels, model, settings.workers or 2)
+    if settings.engine == 'ray': embed_ray(parts, todo, pixels, model, settings.workers or 2, settings.device)
     else: embed_local(parts, todo, pixels, encode, settings.show_progress)
 
 def embed(
@@ -738,7 +749,7 @@ def embed(
     key:str='key'
 ) -> Features:
     "Features of every image, read as far as they are there. `ValueError` for another folder."
-    encode = embedder(model, side)
+    encode = embedder(model, side, settings.device)
     pixels = LazyPixels(ds, encode.preprocess, None, column, key, settings.workers,
                         settings.processes, settings.draft)
     out = check_writable(out)
@@ -781,9 +792,10 @@ def match_keys(
 # %% ../nbs/24_features.ipynb #39dc25b3
 class EmbedActor:
     "A Ray worker that holds one encoder."
-    def __init__(self, ds:datasets.Dataset, model:str, out:str, settings:dict, pixels:dict):
+    def __init__(self, ds:datasets.Dataset, model:str, out:str, settings:dict, pixels:dict,
+                 device:str|None=None):
         self.out, self.settings = Path(out), settings
-        self.side = embedder(model, settings['side'])
+        self.side = embedder(model, settings['side'], device)
         self.pixels = LazyPixels(ds, self.side.preprocess, **pixels)
 
     def __call__(self, batch:dict) -> dict: # {'part': numbers} in and out
@@ -807,15 +819,18 @@ def embed_ray(
     todo:list[int],          # parts to fill
     pixels:LazyPixels,       # whose dataset and way of reading the workers take over
     model:str|Path,          # a name or a folder: each worker loads it
-    workers:int=2            # where the settings name no number
+    workers:int=2,           # where the settings name no number
+    device:str|None=None     # of every worker; a GPU each where there are some, unless told
 ) -> None:
     "Fill parts on Ray workers. `ValueError` for a model that is no name or folder."
     if not isinstance(model, (str, Path)):
         raise ValueError('Ray workers load the model themselves: pass its name or its folder')
     items = ray_data().from_items([dict(part=p) for p in todo], override_num_blocks=len(todo))
-    out, gpus = str(parts.folder.resolve()), int(torch.cuda.is_available())
+    kind = device and torch.device(device).type # of its GPUs, a worker sees the one it is given
+    out, gpus = str(parts.folder.resolve()), int(torch.cuda.is_available() and kind != 'cpu')
     reads = dict(column=pixels.column, key=pixels.key, draft=pixels.draft)
-    args = dict(ds=pixels.ds, model=str(model), out=out, settings=parts.settings, pixels=reads)
+    args = dict(ds=pixels.ds, model=str(model), out=out, settings=parts.settings, pixels=reads,
+                device=kind)
     made = items.map_batches(EmbedActor, fn_constructor_kwargs=args, batch_size=1,
                              concurrency=workers, num_gpus=gpus)
     for _ in progress(made.iter_batches(batch_size=1), 'parts', total=len(todo)): pass

@@ -132,7 +132,7 @@ def embed_tokens(
     "Grid tokens of every image, read as far as they are there. `ValueError` for another folder."
     if settings.engine == 'ray':
         raise ValueError("tokens are written by this process alone: choose engine='local'")
-    if isinstance(model, (str, Path)): model = loaded(model)
+    if isinstance(model, (str, Path)): model = loaded(model, settings.device)
     made, out = token_side(model, side), check_writable(out)
     pixels = LazyPixels(ds, made.preprocess, None, column, key, settings.workers,
                         settings.processes, settings.draft)

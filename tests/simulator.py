@@ -20,10 +20,11 @@ class Traffic:
     "What crossed between the devices."
     to_device:list = field(default_factory=list) # shapes
     to_cpu:list = field(default_factory=list)  # shapes; each makes the program wait
+    weights: int = 0 # numbers that `module.to(...)` moved, which is how a model goes to a device
     waits: int = 0  # of `.item()`, `.tolist()`, `bool()`, boolean masks, and copies that do not go ahead
 
     def clear(self):
-        self.to_device, self.to_cpu, self.waits = [], [], 0
+        self.to_device, self.to_cpu, self.weights, self.waits = [], [], 0, 0
 
 traffic = Traffic()
 
@@ -98,6 +99,9 @@ def copied(target, source, ahead=False):
     return target
 
 def cross(source, ahead=False): # ahead: the program goes on meanwhile
+    if moving:
+        traffic.weights += source.numel()
+        return
     if isinstance(source, SimTensor):
         traffic.to_cpu.append(tuple(source.shape))
         traffic.waits += not ahead
@@ -172,13 +176,15 @@ def factory(name):
     def make(*args, **kwargs): return SimTensor(func(*args, **dict(kwargs, device='cpu', pin_memory=False)))
     return make
 
-moved_module = torch.nn.Module.to
+moved_module, moving = torch.nn.Module.to, [] # moving: what is on its way
 
 def keep_ties(self, *args, **kwargs):
     "`module.to(...)`. A weight with two names becomes two here, which on a GPU it does not: it is made one again."
     names, known = {}, list(self.named_parameters(remove_duplicate=False)) # held, or another gets its `id`
     for name, p in known: names.setdefault(id(p), []).append(name)
-    out = moved_module(self, *args, **kwargs)
+    moving.append(self)
+    try: out = moved_module(self, *args, **kwargs)
+    finally: moving.pop()
     for first, *others in names.values():
         for name in others:
             module, last = out.get_submodule(name.rpartition('.')[0]), name.rpartition('.')[2]

@@ -3,6 +3,7 @@ import json
 
 import pytest
 from house import root
+from model_functions import functions_that_take_a_model
 
 def weight(item): return 90
 
@@ -19,6 +20,7 @@ HEAVY = (
     'align_cosine',
     'align_patience',
     'align_streamed',
+    'align_tokens_best',
 )
 GROUPS = dict(
     models=(
@@ -31,6 +33,9 @@ GROUPS = dict(
         'aligned_and_tuned_by_name',
         'a_cached_prefix',
         'fine_tuning',
+        'zero_shot_and_probe',
+        'long_captions',
+        'a_set_of_classes_is_evaluated',
     ),
     alignment=(
         'align_batch',
@@ -42,6 +47,7 @@ GROUPS = dict(
         'align_ids',
         'align_full',
         'align_projections',
+        'align_tokens',
         'align_resumes',
         'an_alignment_step_moves_what_it_reads',
         'an_alignment_step_waits_once',
@@ -55,10 +61,14 @@ GROUPS = dict(
         'captioning_from_text',
         'a_text_step_waits_once',
         'a_captioning_step_waits_once',
+        'a_fine_tuning_step_waits_once',
+        'an_ifcap_step_waits_once',
         'a_llava_step_waits_once',
         'a_llava_learns_and_answers',
-        'commands_from_images_to_scores',
+        'a_published_llava',
+        'the_app',
     ),
+    commands=('commands_from_images_to_scores', 'commands_of_a_llava'),
     more=HEAVY,
 )
 
@@ -69,7 +79,7 @@ def outcome(forks, group, folder):
     out = folder/'found.json'
     done = forks.run(out, *GROUPS[group], script=CASES)
     assert out.exists(), done.err[-3000:]
-    return {name: error for name, error in json.loads(out.read_text()).items() if error}
+    return {name: found['error'] for name, found in json.loads(out.read_text()).items() if found['error']}
 
 @pytest.mark.parametrize('group', [*list(GROUPS)[:-1], pytest.param('more', marks=pytest.mark.slow)])
 def test_on_a_second_device(forks, group, tmp_path):
@@ -80,3 +90,15 @@ def test_every_case_is_in_a_group(forks):
     cases = {c for names in GROUPS.values() for c in names}
     listed = forks.run('--list', script=CASES)
     assert set(listed.out.split()) == cases, listed.err[-2000:]
+
+def test_whatever_takes_a_model_has_a_case_or_a_reason(forks):
+    "And nothing is told of what is not there, or twice."
+    listed = forks.run('--table', script=CASES)
+    table, names = json.loads(listed.out.splitlines()[-1]), set(functions_that_take_a_model())
+    covered = [n for names in table['covered'].values() for n in names]
+    def reason(name): return name in table['reasons'] or f'{name.rpartition(".")[0]}.*' in table['reasons'] or (
+        f'{name.partition(".")[0]}.*' in table['reasons'])
+    assert len(names) > 300 and len(covered) == len(set(covered))
+    assert not [n for n in names if n not in covered and not reason(n)], 'no case and no reason in device_cases.py'
+    assert not set(covered) - names and not [n for n in covered if reason(n)]
+    assert not [r for r in table['reasons'] if not r.endswith('.*') and r not in names]

@@ -4,10 +4,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from test_cli import all_commands
 
 from gmail_nb.classification import classification_miniature
 from gmail_nb.cli.commands import COMMANDS, gmail_experiment
-from gmail_nb.cli.flags import Commands
+from gmail_nb.cli.flags import Commands, options_of
 from gmail_nb.data import emoji, quiet_datasets
 from gmail_nb.generate import generate
 from gmail_nb.retrieval import retrieval_miniature
@@ -232,18 +233,47 @@ def test_models_by_name(tmp_path):
         assert look_model(name, tmp_path).state == 'missing', name
     assert look_lm('small').state == 'there' and look_lm('no/such/folder').state == 'missing'
 
-def test_a_device_that_is_not_there_ends_every_command(tmp_path, capsys):
-    from gmail_nb.cli.commands import COMMANDS
+# what loads a model and takes no device, and why
+TAKES_THE_FASTEST = dict(
+    demo='a run on the embedded set', app='shows what a demo has made, or an aligned model',
+    bench='compares ways on the device there is', experiment='runs on the embedded set')
 
-    asked = [
-        ('align', 'photos', '--generated', 'drawn'),
-        ('tune', 'text', 'photos'),
-        ('tune', 'caption', 'photos'),
-    ]
-    for name, *words in asked:
-        status = COMMANDS([name, *words, '--device', 'cuda:7', '--dry-run'])
+def takes_a_device():
+    "(name, command) of all that can be told where to run, and the names of the others."
+    every = [*all_commands(), *((f'{n} {w}', c) for n, k in all_commands() for w, c in k.words.items())]
+    yes = [(n, c) for n, c in every if any(o.path[-1] == 'device' for o in options_of(c.work, c.presets, c.leave))]
+    return yes, {n for n, _ in every} - {n for n, _ in yes}
+
+def test_every_command_that_loads_a_model_takes_a_device_or_says_why_not():
+    yes, no = takes_a_device()
+    told = {'generate', 'align', 'embed', 'tune text', 'tune caption', 'tune llava', 'caption', 'chat', 'eval',
+            'eval vqa', 'report'}
+    assert told <= {n for n, _ in yes}
+    assert {n.split()[0] for n in no} == set(TAKES_THE_FASTEST)
+
+@pytest.mark.parametrize('name, c', [pytest.param(n, c, id=n) for n, c in takes_a_device()[0]])
+def test_a_device_that_is_not_there_ends_every_command(name, c, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    needed = [o for o in options_of(c.work, c.presets, c.leave, tuple(c.fixed)) if o.required]
+    words = [w for o in needed for w in (['x'] if o.positional else [f'--{o.path[-1]}', 'x'])]
+    for dry in ([], ['--dry-run']):
+        status = c([*words, '--device', 'cuda:7', *dry])
         said = capsys.readouterr()
-        assert status == 2 and 'cuda:7' in said.out + said.err, name
+        assert status == 2 and "there is no device 'cuda:7'" in said.err and not said.out, said.err[-300:]
+    assert not list(tmp_path.iterdir())
+
+def test_a_dry_run_looks_at_the_device_that_is_asked_for(root, tmp_path, monkeypatch, capsys):
+    "Were it not refused already, the plan would speak of it, and of no other."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('gmail_nb.train.check_device', lambda device: None)
+    real, drawn = root/'dataset_coco.json', root/'drawn'
+    asked = {'generate': [real], 'align': [real, '--generated', drawn], 'embed': [real], 'tune text': [real],
+             'tune caption': [real], 'tune llava': [real], 'caption': [root/'val2017'], 'chat': ['what'], 'eval': [],
+             'eval vqa': []}
+    for name, argv in asked.items():
+        status, out, err = answer(capsys, *name.split(), *argv, '--device', 'cuda:7', '--dry-run')
+        line = next((l for l in out.splitlines() if l.startswith('device')), out + err)
+        assert status == 2 and 'cuda:7' in line and 'missing' in line, (name, line)
 
 # Times in the precision and batch of the run
 
@@ -285,8 +315,8 @@ def test_the_dry_run_times_with_the_settings_of_the_run(root, monkeypatch):
     align = AlignSettings(batch_size=100, accumulation=3, precision='bf16')
     settings = AlignRunSettings(align=align, validation_share=.2, run=RunSettings(device='cpu'))
     rows = dry_align(root/'dataset_coco.json', root/'drawn', source=SourceSettings(split='test'), settings=settings)
-    dry_run.dry_embed(root/'dataset_coco.json', settings=EmbedSettings(batch_size=7, precision='no'))
-    assert asked == [(34, 'bf16', 'cpu'), (7, 'no')]
+    dry_run.dry_embed(root/'dataset_coco.json', settings=EmbedSettings(7, precision='no', device='cpu'))
+    assert asked == [(34, 'bf16', 'cpu'), (7, 'no', 'cpu')]
     assert any(r.what == 'time' and 'a guess from batches of 8' in r.note for r in rows)
 
 def test_what_was_timed_names_precision_and_batch():

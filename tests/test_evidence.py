@@ -12,11 +12,12 @@ from gmail_nb.experiments import chain, controls, curve, demo, evidence
 from gmail_nb.experiments.chain import best_setting, chain_fingerprint
 from gmail_nb.experiments.protocol import (
     CHOOSING_STYLE, CLAIMS, CONTROLS, CURVES, GOOD, STATES, TESTS, Claim, Point, arm_record, by_seed, chain_settings,
-    chosen_settings, claims_table, claim_difference, found, is_validation, six_recalls, said_first, scores)
+    chosen_settings, claims_table, claim_difference, found, is_validation, six_recalls, said_first, scores,
+    state)
 from gmail_nb.files import asset, read_results
 from gmail_nb.retrieval import WAYS
 from gmail_nb.settings import DemoSettings, ProofSettings, proof_settings
-from gmail_nb.stats import paired_difference
+from gmail_nb.stats import Interval, paired_difference, verdict
 
 def weight(item): return 60
 
@@ -64,10 +65,27 @@ def test_failed_claims_stand_first_and_a_margin_is_a_margin():
     claims = (Claim('not run', 'gmail', 'ridge'), Claim('better', 'gmail', 'base'), Claim('equal', 'gmail', 'real'),
               Claim('not worse', 'gmail', 'real', margin=.02))
     assert [r[:2] for r in claims_table(records, claims)[1:]] == [
-        ['equal', 'failed so far'], ['better', 'confirmed so far'], ['not worse', 'confirmed so far'], ['not run', 'not run']]
+        ['equal', 'cannot be told so far'], ['better', 'confirmed so far'], ['not worse', 'confirmed so far'],
+        ['not run', 'not run']]
     whole = made_up('gmail', 5, worst=12) + made_up('base', 5, worst=60)
     assert claims_table(whole, claims[1:2])[1][1] == 'confirmed'
-    assert said_first(records, claims).endswith('- equal')
+    assert said_first(records, claims).endswith('Failed:\n  - none\nCannot be told:\n  - equal')
+
+@pytest.mark.parametrize('low, high, plain, may_lose_two', [
+    (.01, .03, 'confirmed', 'confirmed'), (0., .03, 'cannot be told', 'confirmed'),
+    (-.01, .03, 'cannot be told', 'confirmed'), (-.03, .03, 'cannot be told', 'cannot be told'),
+    (-.03, -.01, 'failed', 'cannot be told'), (-.05, -.03, 'failed', 'failed')])
+def test_failed_is_an_interval_on_the_wrong_side(low, high, plain, may_lose_two):
+    d = Interval((low + high) / 2, low, high)
+    assert state(Claim('', 'gmail', 'base'), d, 5) == plain
+    assert state(Claim('', 'gmail', 'base', margin=.02), d, 5) == may_lose_two
+
+def test_the_words_of_the_protocol_are_those_of_the_statistics():
+    "A claim without a margin is confirmed where `verdict` says helps, and failed where it says hurts."
+    words = dict(helps='confirmed', hurts='failed')
+    for ends in ((.01, .02), (-.01, .02), (-.02, -.01)):
+        d = Interval(0., *ends)
+        assert state(Claim('', 'gmail', 'base'), d, 5) == words.get(verdict(d), 'cannot be told')
 
 def test_one_thing_varies_at_a_time():
     for axis, points in CURVES.items():
@@ -116,7 +134,9 @@ def test_a_chain_is_read_again_and_depends_on_its_settings(tmp_path):
     assert {r['split'] for r in first if r['metric'] == 'mean_recall'} == set(TESTS.values())
     assert all(len(r['recalls']) == 6 for r in first if r['metric'] == 'mean_recall')
     assert chain.chain_seed(CRUDE, 0, tmp_path, HEAD, s, encoder) == first
-    more = controls.control_seed(CRUDE, 0, tmp_path, HEAD, s, encoder)
+    asked = CRUDE, 0, tmp_path, HEAD, s, encoder, 'controls', controls.control_records
+    more = chain.chain_seed(*asked)
+    assert chain.chain_seed(*asked) == more != first
     assert {r['arm'] for r in more} == set(CONTROLS)
     gathered = curve.gathered(tmp_path)
     assert len({json.dumps(r, sort_keys=True) for r in gathered}) == len(gathered)

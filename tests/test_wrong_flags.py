@@ -9,7 +9,8 @@ import pytest
 from test_cli import all_commands
 
 from gmail_nb.cli import flags
-from gmail_nb.cli.commands import gmail_align, gmail_caption, gmail_embed, gmail_generate, gmail_tune
+from gmail_nb.cli.commands import (gmail_align, gmail_caption, gmail_embed, gmail_eval, gmail_generate,
+                                   gmail_tune)
 from gmail_nb.cli.flags import Command, flag_names, options_of
 from gmail_nb.settings import RANGES, check_value
 
@@ -99,8 +100,10 @@ def test_defaults_are_values_that_may_be_meant(name, c, stubbed):
 def test_two_that_exclude_each_other_are_told(c, argv, said, stubbed, capsys):
     assert said in one_line_and_nothing_written(capsys, c, *argv)
 
+DEVICED = gmail_generate, gmail_align, gmail_tune.commands['text'], gmail_embed, gmail_caption, gmail_eval
+
 @pytest.mark.parametrize('device', ['cuda', 'cuda:7', 'tpu', 'cuda:x', 'CPU'])
-@pytest.mark.parametrize('c', [gmail_generate, gmail_align, gmail_tune.commands['text']], ids=lambda c: c.name)
+@pytest.mark.parametrize('c', DEVICED, ids=lambda c: c.name)
 def test_a_device_that_is_not_there_is_told_before_anything_is_written(c, device, stubbed, capsys, monkeypatch):
     import torch
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)

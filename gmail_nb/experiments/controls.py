@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONGER', 'shuffled_pairs', 'two_styles', 'aligned_on', 'unit', 'mean_shift', 'procrustes', 'ridge', 'random_map',
-           'batch_statistics', 'control_features', 'control_records', 'more_of_chain', 'control_seed', 'against',
-           'finished_controls', 'control_row', 'control_table', 'show_controls', 'controls_text', 'controls']
+           'batch_statistics', 'control_features', 'control_records', 'against', 'finished_controls', 'control_row',
+           'control_table', 'show_controls', 'every_chain', 'controls_text', 'controls']
 
 # %% ../../nbs/experiments/14_controls.ipynb #3410b5dc
 import copy
@@ -24,20 +24,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import emoji
 from ..encoders import Encoder, encode_images, load_encoder, preprocess_images
-from gmail_nb.experiments.chain import (
-    Test, chain_fingerprint, chain_folder, chain_seed, chain_sides, chain_tests, generator_of,
-    kept_chain, tuned_ranks)
-from .curve import (
-    KEPT_GAPS, gathered, is_stored, joined, mean_of, shown_number, stored)
-from .demo import Side, align_side, demo_gap_records
-from .protocol import (
-    CLAIMS, CONTROLS, GOOD, Claim, Point, arm_record, chain_settings, chosen_settings,
-    claims_table, claim_difference, said_first)
-from ..files import atomic_write, check_writable, read_results, write_results
-from ..pages import save_figure, table_text
+from .curve import KEPT_GAPS, mean_of, shown_number, stored
+from .demo import Side, align_side
+from .protocol import CONTROLS, GOOD, Claim, Point, claim_difference
 from ..runtime import default_device, noise_generator
 from ..settings import DemoSettings, ProofSettings
-from ..tune import head_inputs
 
 # %% ../../nbs/experiments/14_controls.ipynb #e5d70f63
 def shuffled_pairs(a:Side, seed:int) -> Side:
@@ -125,54 +116,30 @@ def control_features(
 
 LONGER = {'twice the steps': 2, 'four times the steps': 4}
 
+# %% ../../nbs/experiments/14_controls.ipynb #32bad208
+from .chain import Chain, chain_seed, tuned_ranks
+from .demo import demo_gap_records
+from .protocol import arm_record
+from ..pages import table_text
+from ..tune import head_inputs
+
 # %% ../../nbs/experiments/14_controls.ipynb #13920692
-def control_records(
-    encoder:Encoder, a:Side, b:Side, x:dict, tests:dict[str, Test],
-    point:Point, seed:int, settings:DemoSettings
-) -> list[dict]:
+def control_records(chain:Chain) -> list[dict]:
     "Every control on both tests, and how near its features are to the real ones."
-    made, out = control_features(encoder, a, b, x, settings), []
-    inputs = head_inputs(encoder, b.captions)
+    c, out = chain, []
+    made = control_features(c.encoder, c.a, c.b, c.x, c.settings)
+    inputs = head_inputs(c.encoder, c.b.captions)
     learned = {n: (v, 1) for n, v in made.items()}
-    learned |= {n: (x['b_generated'], times) for n, times in LONGER.items()}
+    learned |= {n: (c.x['b_generated'], times) for n, times in LONGER.items()}
     for name, (features, times) in learned.items():
-        tune = replace(settings.tune, steps=times * settings.tune.steps)
-        s = replace(settings, tune=tune)
-        ranks = tuned_ranks(encoder, features, b.captions, s, tests, inputs)
+        tune = replace(c.settings.tune, steps=times * c.settings.tune.steps)
+        s = replace(c.settings, tune=tune)
+        ranks = tuned_ranks(c.encoder, features, c.b.captions, s, c.tests, inputs)
         how = dict(tune=dict(steps=tune.steps, lr=tune.lr))
-        out += [arm_record(point, name, seed, t, r, **how) for t, r in ranks.items()]
-    gaps = [g for name, v in made.items() for g in demo_gap_records('chain', name, v, x['b_real'], seed)]
-    return out + [g | dict(point=asdict(point)) for g in gaps]
-
-# %% ../../nbs/experiments/14_controls.ipynb #210737eb
-def more_of_chain(
-    what:str,          # begins the name of the file
-    compute:Callable,  # (encoder, a, b, x, tests, point, seed, settings) -> records
-    point:Point, seed:int, out:str|Path, chosen:dict, settings:ProofSettings, encoder:Encoder|None
-) -> list[dict]:
-    "Further records of a chain whose images are there, or what was finished before."
-    out, s = check_writable(out), chain_settings(settings, point, seed, chosen)
-    encoder = encoder or load_encoder('embedded').to(default_device())
-    generator, folder = generator_of(point, out), chain_folder(out, point, seed)
-    name = f'{what}-{folder.name}-{chain_fingerprint(encoder, s, generator)}.jsonl'
-    file = check_writable(out/'records')/name
-    if file.exists(): return read_results(file)
-    x, sides = kept_chain(encoder, point, seed, out, s)
-    a, b = sides or chain_sides(encoder, s, folder, out, generator)
-    records = compute(encoder, a, b, x, chain_tests(encoder, b, out), point, seed, s)
-    write_results(file, records)
-    return records
-
-def control_seed(
-    point:Point,  # how the generator draws
-    seed:int,     # of the whole chain
-    out:str|Path, # as for `chain_seed`, whose images and features are read
-    chosen:dict,  # steps and lr of the text head
-    settings:ProofSettings=ProofSettings(),
-    encoder:Encoder|None=None
-) -> list[dict]:
-    "All controls of one chain, or what was finished before."
-    return more_of_chain('controls', control_records, point, seed, out, chosen, settings, encoder)
+        out += [arm_record(c.point, name, c.seed, t, r, **how) for t, r in ranks.items()]
+    gaps = [g for name, v in made.items()
+            for g in demo_gap_records('chain', name, v, c.x['b_real'], c.seed)]
+    return out + [g | dict(point=asdict(c.point)) for g in gaps]
 
 # %% ../../nbs/experiments/14_controls.ipynb #1d101d10
 def against(records:list[dict], arm:str, other:str, point:Point=GOOD, test:str='seen') -> tuple:
@@ -196,6 +163,7 @@ def control_row(records:list[dict], arm:str, point:Point) -> list[str]:
                    for d, own in ((gain, 'indiscriminate'), (less, 'gmail'))]
     return [arm, *gap, f'{100 * score:.1f}', *differences, str(seeds)]
 
+# %% ../../nbs/experiments/14_controls.ipynb #837ef255
 def control_table(
     records:list[dict], point:Point=GOOD
 ) -> list[list[str]]: # a heading and a row an arm
@@ -227,28 +195,46 @@ def show_controls(records:list[dict], point:Point=GOOD) -> Figure:
     plt.close(fig)
     return fig
 
+# %% ../../nbs/experiments/14_controls.ipynb #674fe0cc
+from .curve import gathered, is_stored, joined
+from .protocol import CLAIMS, chosen_settings, claims_table, said_first
+from ..files import atomic_write, check_writable, write_results
+from ..pages import save_figure
+
 # %% ../../nbs/experiments/14_controls.ipynb #533843ef
+def every_chain(
+    what:str, compute:Callable, # as `chain_seed` takes them
+    arm:str,                    # of those that `compute` gives: a chain that has it is finished
+    out:str|Path,               # as for `curve`, whose chains are read
+    settings:ProofSettings=ProofSettings(),
+    shipped:bool=True           # count what the package has as finished
+) -> list[dict]: # all records, which are in records.jsonl too
+    "Compute what is missing, of every whole chain at the generator's own setting."
+    out, chosen = check_writable(out), chosen_settings(out)
+    encoder, known = load_encoder('embedded').to(default_device()), stored() if shipped else []
+    def seed_of(seed, *more): chain_seed(GOOD, seed, out, chosen, settings, encoder, *more)
+    for seed in range(settings.seeds):
+        if not is_stored(known, GOOD, seed, chosen): seed_of(seed)
+        if not is_stored(known, GOOD, seed, chosen, arm): seed_of(seed, what, compute)
+    records = joined(gathered(out), known)
+    write_results(out/'records.jsonl', records)
+    return records
+
+# %% ../../nbs/experiments/14_controls.ipynb #7a16a972
 def controls_text(records:list[dict]) -> str:
-    "Claims of the controls, those that failed first, and the table."
+    "Claims of the controls, those that were not confirmed first, and the table."
     own = tuple(c for c in CLAIMS if c.theirs in CONTROLS)
     parts = [said_first(records, own), table_text(claims_table(records, own))]
     return '\n\n'.join([*parts, table_text(control_table(records), width=118)]) + '\n'
 
+# %% ../../nbs/experiments/14_controls.ipynb #ca61df9b
 def controls(
     out:str|Path='proof',                    # as for `curve`, whose chains are read
     settings:ProofSettings=ProofSettings(),
     shipped:bool=True                        # count what the package has as finished
 ) -> list[dict]: # all records
     "Every control that is missing at the generator's own setting; records.jsonl and controls.txt."
-    out, chosen = check_writable(out), chosen_settings(out)
-    encoder, known = load_encoder('embedded').to(default_device()), stored() if shipped else []
-    for seed in range(settings.seeds):
-        if not is_stored(known, GOOD, seed, chosen):
-            chain_seed(GOOD, seed, out, chosen, settings, encoder)
-        if not is_stored(known, GOOD, seed, chosen, 'ridge'):
-            control_seed(GOOD, seed, out, chosen, settings, encoder)
-    records = joined(gathered(out), known)
-    write_results(out/'records.jsonl', records)
-    atomic_write(out/'controls.txt', controls_text(records))
-    save_figure(show_controls(records), out/'controls.png')
+    records = every_chain('controls', control_records, 'ridge', out, settings, shipped)
+    atomic_write(Path(out)/'controls.txt', controls_text(records))
+    save_figure(show_controls(records), Path(out)/'controls.png')
     return records

@@ -137,12 +137,13 @@ def caption_table(
 CURVE_COLORS = dict(base='gray', indiscriminate='tab:orange', gmail='tab:blue', matched='tab:purple',
               real='tab:green')
 LABELS = dict(base='before tuning', indiscriminate='generated images as they are',
-              gmail='aligned first (GMAIL)', matched='as they are, and real images of A',
+              gmail='aligned first (GMAIL)', matched='generated and real, not aligned',
               real='real images')
 AXES = dict(steps=('inference steps of the generator', lambda p: p.steps),
             guidance=('guidance of the generator', lambda p: p.guidance),
             training=("share of the generator's training", lambda p: p.trained))
 
+# %% ../../nbs/experiments/12_curve.ipynb #f8f974c6
 def spread_apart(heights:list[float], apart:float) -> list[float]:
     "Heights of labels that lie near these and at least so far apart."
     out = np.array(heights, dtype=float)
@@ -158,14 +159,14 @@ def draw_arms(
 ) -> None:
     "A line an arm over the points, named at its end."
     ends = [100 * mean_of(records, a, points[-1]) for a in CURVE_COLORS]
-    labels = dict(zip(CURVE_COLORS, spread_apart(ends, .06 * (max(ends) - min(ends)))))
+    labels = dict(zip(CURVE_COLORS, spread_apart(ends, .075 * (max(ends) - min(ends)))))
     for arm, color in CURVE_COLORS.items():
         y = [100 * mean_of(records, arm, p) for p in points]
         flat = arm in ('base', 'real')
         look = dict(ls='--', lw=1.5) if flat else dict(marker='o', lw=2)
         ax.plot(at, y, color=color, **look)
         ax.annotate(LABELS[arm], (at[-1], labels[arm]), (6, 0), textcoords='offset points',
-                    color=color, fontsize=9, va='center')
+                    color=color, fontsize=10, va='center')
     ax.set_ylabel('mean recall on real drawings, %', fontsize=10)
 
 # %% ../../nbs/experiments/12_curve.ipynb #179f0c61
@@ -180,16 +181,17 @@ def draw_benefit(
         ax.plot([x, x], [100 * d.low, 100 * d.high], color=color, lw=2.5)
         ax.plot(x, 100 * d.value, 'o', ms=8, color=color)
         ax.annotate(str(seeds), (x, 100 * d.high), (0, 5), textcoords='offset points', ha='center',
-                    fontsize=8)
-    ax.set_title('above each point: its number of chains', fontsize=8, color='.4')
+                    fontsize=9)
+    ax.set_title('above each point: its whole chains', fontsize=9, color='.3')
     ax.axhline(0, color='black', lw=.8)
-    measure = '' if metric == 'mean_recall' else f' of {metric}'
-    ax.set_ylabel(f'what aligning first adds, points{measure}', fontsize=10)
+    measure = 'mean recall' if metric == 'mean_recall' else metric
+    ax.set_ylabel(f'what aligning first adds,\npoints of {measure}', fontsize=10)
 
 # %% ../../nbs/experiments/12_curve.ipynb #48782207
 def show_curve(
     records:list[dict],
-    axis:str='steps' # of `CURVES`
+    axis:str='steps',   # of `CURVES`
+    captions:bool=True  # the gain in CIDEr beside it, where captioners were trained
 ) -> Figure:
     "Both arms and their difference along one axis. `ValueError` where no point of it is finished."
     points = [p for p in CURVES[axis] if benefit(records, p)[0]]
@@ -197,9 +199,9 @@ def show_curve(
         raise ValueError(f'no point of the curve {axis!r} is finished: run gmail_experiment curve')
     title, of = AXES[axis]
     at, shown = list(range(len(points))), ['mean_recall']
-    if set(points) & set(caption_points(records)) - {GOOD}: shown.append('CIDEr') # along this axis
+    if captions and set(points) & set(caption_points(records)) - {GOOD}: shown.append('CIDEr')
     widths = dict(width_ratios=[1.1 + .4 * len(shown)] + [1] * len(shown))
-    fig, (left, *right) = plt.subplots(1, 1 + len(shown), figsize=(10.5, 3.8), dpi=100,
+    fig, (left, *right) = plt.subplots(1, 1 + len(shown), figsize=(5.4 + 2.6 * len(shown), 3.8), dpi=100,
                                        gridspec_kw=widths)
     draw_arms(left, records, points, at)
     for ax, metric in zip(right, shown): draw_benefit(ax, records, points, at, metric)
@@ -252,7 +254,7 @@ def joined(records:list[dict], more:list[dict]) -> list[dict]:
 
 # %% ../../nbs/experiments/12_curve.ipynb #bbd72a09
 def curve_text(records:list[dict]) -> str:
-    "Claims that failed, and the tables of every axis that has points."
+    "Claims, those that were not confirmed first, and the tables of every axis that has points."
     own = tuple(c for c in CLAIMS if {c.ours, c.theirs} <= set(SHOWN_ARMS))
     tables = [table_text(t, width=118) for test in TESTS for axis in CURVES
               if len(t := curve_table(records, axis, test)) > 2 or axis == 'steps']

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KS', 'TESTS', 'GOOD', 'CHOOSING_STYLE', 'METRICS', 'STEPS', 'GUIDANCE', 'TRAINED', 'CURVES', 'CONTROLS', 'SHARES',
-           'ALONE', 'SHARE_ARMS', 'CAPTION_POINTS', 'CLAIMS', 'STATES', 'found', 'six_recalls', 'Point',
-           'chain_settings', 'is_validation', 'without_validation', 'chosen_settings', 'Claim', 'share_text',
-           'share_arm', 'arm_record', 'caption_record', 'scores', 'by_seed', 'claim_difference', 'state',
-           'claims_table', 'said_first']
+           'ALONE', 'SHARE_ARMS', 'CAPTION_POINTS', 'CLAIMS', 'STATES', 'STATES_TOLD', 'NOT_CONFIRMED', 'found',
+           'six_recalls', 'Point', 'chain_settings', 'is_validation', 'without_validation', 'chosen_settings', 'Claim',
+           'share_text', 'share_arm', 'arm_record', 'caption_record', 'scores', 'by_seed', 'claim_difference', 'state',
+           'plain_state', 'claims_table', 'said_first']
 
 # %% ../../nbs/experiments/05_protocol.ipynb #90d69693
 import json
@@ -220,7 +220,11 @@ def claim_difference(
     return paired_difference(ours, theirs), len(seeds)
 
 # %% ../../nbs/experiments/05_protocol.ipynb #61e64fbb
-STATES = ('failed', 'confirmed', 'not run')
+STATES = ('failed', 'cannot be told', 'confirmed', 'not run') # in the order of every list
+STATES_TOLD = ('A claim is confirmed when its whole interval lies on its side of zero, or of the '
+               'margin that may be lost; failed when the whole interval lies on the other side; and '
+               'where neither is so, it cannot be told. The protocol as it was written before the '
+               'runs called both of the latter failed.') # for pages
 
 def state(
     claim:Claim, d:Interval|None, seeds:int,
@@ -228,29 +232,38 @@ def state(
 ) -> str: # one of `STATES`, 'so far' where chains are missing
     "What the interval allows one to say of a claim."
     if d is None: return 'not run'
-    said = 'confirmed' if d.low > -claim.margin else 'failed'
+    if d.low > -claim.margin: said = 'confirmed'
+    else: said = 'failed' if d.high < -claim.margin else 'cannot be told'
     return said if seeds >= needed else f'{said} so far'
 
+def plain_state(said:str) -> str: # one of `STATES`
+    "The state alone, whether or not chains are missing."
+    return said.removesuffix(' so far')
+
+# %% ../../nbs/experiments/05_protocol.ipynb #2109883f
 def claims_table(
     records:list[dict],
     claims:tuple=CLAIMS
-) -> list[list[str]]: # a heading and its rows: those that failed first
+) -> list[list[str]]: # a heading and its rows, in the order of `STATES`
     "Every claim with its interval, in points (of mean recall or CIDEr), and what became of it."
     rows = []
     for c in claims:
         d, seeds = claim_difference(records, c)
         rows.append([c.said, state(c, d, seeds), d.text(sign='+') if d else '', str(seeds or '')])
-    rows.sort(key=lambda r: STATES.index(r[1].removesuffix(' so far')))
-    return [['claim', 'it', 'difference [95%]', 'seeds'], *rows]
+    rows.sort(key=lambda r: STATES.index(plain_state(r[1])))
+    return [['claim', 'what became of it', 'difference [95%]', 'chains'], *rows]
 
 # %% ../../nbs/experiments/05_protocol.ipynb #c66b591e
+NOT_CONFIRMED = STATES[:2] # named before the rest wherever claims are told
+
 def said_first(
     records:list[dict],
     claims:tuple=CLAIMS
 ) -> str:
-    "How many claims were tested, and those that failed by name."
+    "How many claims were tested and what became of them, and by name those that were not confirmed."
     rows = claims_table(records, claims)[1:]
-    count = {s: [r[0] for r in rows if r[1].startswith(s)] for s in STATES}
-    failed = '\n'.join(f'  - {said}' for said in count['failed']) or '  - none'
+    count = {s: [r[0] for r in rows if plain_state(r[1]) == s] for s in STATES}
     numbers = ', '.join(f'{s}: {len(names)}' for s, names in count.items())
-    return f'Of {len(rows)} claims: {numbers}. Those that failed:\n{failed}'
+    named = [f'{s[0].upper()}{s[1:]}:\n' + '\n'.join(f'  - {said}' for said in count[s] or ['none'])
+             for s in NOT_CONFIRMED]
+    return '\n'.join([f'Of {len(rows)} claims: {numbers}.', *named])

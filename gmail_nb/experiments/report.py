@@ -30,8 +30,8 @@ from .curve import AXES, benefit, curve_table, show_curve, stored
 from .demo import draw_side
 from .parts import ONCE, chain_demo, report_chain, part_file, run_part
 from .parts import share_name
-from .protocol import CURVES, STATES, TESTS, Claim, chosen_settings
-from .protocol import claims_table, said_first, state
+from .protocol import CURVES, NOT_CONFIRMED, STATES, STATES_TOLD, TESTS, Claim
+from .protocol import chosen_settings, claims_table, plain_state, said_first, state
 from .retrieval import of_record, retrieval_world
 from .tables import MANY, TABLES, TableRun, check_runs, paper_plan, paper_table
 from .tables import run_table
@@ -534,19 +534,19 @@ CALLS = {call.name: call for call in (
 
 # %% ../../nbs/experiments/70_report.ipynb #e6e4ccb7
 def all_claims(shown:Iterable[Shown]) -> list[Checked]:
-    "Of all tables, those that failed first."
+    "Of all tables, in the order of `STATES`: what failed, and what cannot be told, before the rest."
     claims = [c for s in shown for c in s.claims]
-    return sorted(claims, key=lambda c: STATES.index(c.state.removesuffix(' so far')))
+    return sorted(claims, key=lambda c: STATES.index(plain_state(c.state)))
 
 def claim_rows(claims:Iterable[Checked]) -> list[list[str]]: # a heading and its rows
     "A row a claim."
-    head = ['', 'claim', 'of', 'in the paper', 'here [95%]', 'chains', 'it']
+    head = ['', 'claim', 'of', 'in the paper', 'here [95%]', 'chains', 'what became of it']
     return [head, *([c.table, c.said, c.measure, c.theirs, c.text, str(c.seeds or ''), c.state]
                     for c in claims)]
 
 def counted(claims:Iterable[Checked]) -> str:
-    "How many claims failed, were confirmed, or were not run."
-    states = [c.state.removesuffix(' so far') for c in claims]
+    "How many claims are in each of the `STATES`."
+    states = [plain_state(c.state) for c in claims]
     return ', '.join(f'{s}: {states.count(s)}' for s in STATES)
 
 # %% ../../nbs/experiments/70_report.ipynb #22c20f78
@@ -588,11 +588,11 @@ def page_html(
 ) -> str:
     "The whole page."
     claims = all_claims(shown)
-    failed = [c for c in claims if c.state.startswith('failed')]
+    first = [c for c in claims if plain_state(c.state) in NOT_CONFIRMED]
     contents = ' '.join(f'<a href="#{s.name}">{s.name}</a>' for s in shown)
     parts = [f'<h1>GMAIL: every table and figure</h1><p>{html.escape(intro)}</p>',
-             '<h2>Claims that failed</h2>',
-             table_html(claim_rows(failed)) if failed else '<p>None of those that were run.</p>']
+             f'<h2>Claims that were not confirmed</h2><p>{html.escape(STATES_TOLD)}</p>',
+             table_html(claim_rows(first)) if first else '<p>None of those that were run.</p>']
     if evidence: parts.append(f'<pre>{html.escape(said_first(stored()))}</pre>')
     parts += [f'<h2>All claims</h2><p>{html.escape(counted(claims))}</p>',
               table_html(claim_rows(claims)), f'<p>{contents}</p>', *map(shown_html, shown),

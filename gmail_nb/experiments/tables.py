@@ -30,9 +30,9 @@ from ..runs.presets import AGAINST, B16, CAPTION_SOURCES, CLIPCAP, EVAL_PRESETS,
 from ..runs.presets import LLAMACAP, LONGCLIP, RECALLS, SAME_STEPS, SIGLIP, TEXT_RECIPES
 from ..runs.presets import TUNED_STEPS, CaptionSource, TextRecipe, recipe, with_known
 from ..settings import GENERATORS, PAPER_ALIGN, AdapterSettings, AlignRunSettings
-from ..settings import CaptionerSettings, DrawSettings, Generator, LlavaSettings
-from ..settings import ReadSettings, RunSettings, SourceSettings, StageSettings, VQASettings
-from ..settings import WorkSettings
+from ..settings import CaptionerSettings, DrawSettings, EmbedSettings, EvalSettings
+from ..settings import Generator, LlavaSettings, ReadSettings, RunSettings, SourceSettings
+from ..settings import StageSettings, VQASettings, WorkSettings
 from ..settings import check_above, check_share, described
 
 # %% ../../nbs/experiments/60_tables.ipynb #42d64d2e
@@ -598,8 +598,9 @@ def measured_values(
 ) -> list[dict]: # records
     "Finished models on the sets of a table; `evaluate` leaves out what is not there."
     from gmail_nb.runs.evaluate import evaluate
+    how = EvalSettings(EmbedSettings(device=run.device))
     return evaluate(models, run.test or table.data, table.task, out, root=run.root,
-                    below=run.models,
+                    below=run.models, settings=how,
                     experiment=name, against=None, pictures=False, skip_existing=True)
 
 # %% ../../nbs/experiments/60_tables.ipynb #0665dab8

@@ -36,8 +36,8 @@ from ..pages import ResultTable, save_figure
 from .embed import embed_shared, embed_together, tell_skipped, undecodable
 from .judge import (
     FEWEST, Measure, Verdict, enough_kept_out, judged, show_judged, spread, write_page)
-from .models import kind_of_folder, model_at
-from ..runtime import default_device, set_seed, stable_seed
+from .models import chosen_device, kind_of_folder, model_at
+from ..runtime import set_seed, stable_seed
 from ..settings import AlignRunSettings, EmbedSettings, SourceSettings, described
 from ..sources import is_generated, load_captioned
 from ..splits import write_trained_on
@@ -198,12 +198,12 @@ def write_pictures(
 ) -> dict[str, str]: # caption -> data URI
     "loss.png, cosines.png, and gap.png where there are ten pairs."
     cosines, found = (paired_cosines(before, target), paired_cosines(after, target)), {}
-    title = 'Cosine of the held-out pairs, before and after'
+    title = 'Cosine of the validation pairs, before and after'
     figures = {title: (show_cosines(*cosines), 'cosines')}
     if len(target) >= 10:
         gap = show_gap((before, target), (after, target))
         figures['Generated and real images, before and after'] = gap, 'gap'
-    figures['The loss by step, and the cosine of held-out pairs'] = show_history(history), 'loss'
+    figures['The loss by step, and the cosine of validation pairs'] = show_history(history), 'loss'
     return {title: save_figure(fig, out/f'{name}.png') for title, (fig, name) in figures.items()}
 
 # %% ../../nbs/runs/10_align.ipynb #4b13f651
@@ -218,7 +218,7 @@ def alignment_measures(
     some = some_pairs(len(target))
     b, t, r = before[some], tried[some], target[some]
     cosines = (paired_cosines(x, r).numpy() for x in (t, b))
-    return [Measure('the cosine of held-out pairs', *cosines, unit='', scale=1, digits=3),
+    return [Measure('the cosine of validation pairs', *cosines, unit='', scale=1, digits=3),
             Measure('generated-to-real R@1 on them', first_hits(t, r), first_hits(b, r))]
 
 # %% ../../nbs/runs/10_align.ipynb #6ba86589
@@ -228,7 +228,7 @@ def what_to_try(
     history:list[dict],  # from `align`
     said:str='hurts'     # the word of the verdict
 ) -> list[str]:
-    "What may help where held-out pairs came no closer, or cannot tell."
+    "What may help where validation pairs came no closer, or cannot tell."
     if judging < FEWEST: return [enough_kept_out(n + judging, 'pairs')]
     first, last = history[0]['loss'], history[-1]['loss']
     learned = f'; the loss fell from {first:.2f} to {last:.2f}'
@@ -249,7 +249,7 @@ def which_kept(
     if not settings.keep_best: return f'The model has the weights of the end, after {n} steps.'
     chooses, judges = sets.halves()
     others = 'other ' if len(chooses) < len(sets.target) else ''
-    by = f'the cosine of {len(chooses)} {others}held-out pairs'
+    by = f'the cosine of {len(chooses)} {others}validation pairs'
     if not others: by += ', the same that judge it'
     if kept: return f'The model has the weights of step {kept} of {len(history)}, the best by {by}.'
     return f'The model is the encoder as it came: no epoch was better by {by}.'
@@ -262,7 +262,7 @@ def judge_alignment(
     settings:AlignRunSettings,
     kept:int # the step whose weights the model has; 0: the start
 ) -> Verdict:
-    "Whether held-out pairs came closer to their partners than without any tuning."
+    "Whether validation pairs came closer to their partners than without any tuning."
     i = sets.halves()[1] if settings.keep_best else np.arange(len(sets.target))
     found = judged('Aligning', alignment_measures(before[i], tried[i], sets.target[i]))
     n, known = len(sets.features), which_kept(kept, history, sets, settings)
@@ -310,7 +310,7 @@ def write_pair_pictures(
     lowest = cosines.argsort()[:8].tolist()
     some = 'Pairs that were kept out: real images, and what was drawn from their captions'
     shown = {'pairs': (some, spread(len(pairs))),
-             'worst': ('The held-out pairs that lie farthest apart after aligning', lowest)}
+             'worst': ('The validation pairs that lie farthest apart after aligning', lowest)}
     return {title: save_figure(show_judged(pairs, cosines, which), out/f'{name}.png', dpi=80)
             for name, (title, which) in shown.items()}
 
@@ -335,7 +335,7 @@ def report_alignment(
     cosines = paired_cosines(moved, target)
     pictures = write_pair_pictures(out, pairs, cosines) if pairs else {}
     pictures |= write_pictures(out, history, before, moved, target)
-    table = 'The gap on held-out pairs: without tuning, and by this model'
+    table = 'The gap on validation pairs: without tuning, and by this model'
     tables = {table: ResultTable(records).rows()}
     write_page(out, f'Aligned: {out.name}', pictures, verdict, tables, described(settings))
     return records
@@ -502,11 +502,12 @@ def embed_set(
 ) -> Features:
     """Features of every image, in a folder; call it again to go on where it was stopped. Images that
     do not decode are named and counted; `ValueError` when they are more than `most_damaged`."""
-    reader = str(model)
+    reader, ray = str(model), settings.engine == 'ray'
+    device = None if ray else chosen_device(settings.device)
     if kind_of_folder(model) == 'tuned':
-        if settings.engine == 'ray':
+        if ray:
             raise ValueError(f'{model} is a tuned folder, which Ray workers cannot load: leave engine out')
-        reader = model_at(model).to(default_device())
+        reader = model_at(model).to(device)
     found = embed(pictures_of(pictures, replace(source, decoded=0)), reader, out, side, settings)
     tell_skipped(found.failed, len(found) + len(found.failed), Path(out), settings.most_damaged)
     return found

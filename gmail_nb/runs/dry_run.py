@@ -27,21 +27,12 @@ from typing import NamedTuple
 
 import datasets
 import huggingface_hub
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..data import emoji
-from ..files import asset, name_some, unknown_name
-from ..plan import Plan, make_settings, read_captions, settings_difference, splits_of
-from ..plan import training_split
-from .presets import ARMS, CAPTION_ARMS, CAPTION_SOURCES, EVAL_PRESETS, OWN, check_arm
-from ..runtime import default_device, default_dtype, machine
-from ..settings import GENERATORS, SMOLLM2_FROM, AfterSettings, CaptionRunSettings
-from ..settings import DrawSettings, EmbedSettings
-from ..settings import Generator, ReadSettings, SourceSettings, WorkSettings, demo_settings, is_commit
-from ..sources import load_captioned, read_coco
-from ..weights import COMMITS
+from .presets import EVAL_PRESETS, OWN
+from ..runtime import default_device, machine
+from ..settings import EmbedSettings, demo_settings
 
 # %% ../../nbs/runs/50_dry_run.ipynb #671b9a6e
 class Look(NamedTuple):
@@ -93,6 +84,7 @@ def look_out(
     if needed > free: return Look('output', str(out), 'refused', f'too little room: {said}')
     return Look('output', str(out), 'there' if Path(out).exists() else 'to write', said)
 
+# %% ../../nbs/runs/50_dry_run.ipynb #c2b3dacf
 def look_device(
     name:str|None=None, # that was asked for
     dtype:str|None=None
@@ -109,6 +101,11 @@ def look_device(
     free, total = torch.cuda.mem_get_info(device)
     return Look('device', str(device), 'there',
                 f'{size_text(free)} of {size_text(total)} free, {machine()}')
+
+# %% ../../nbs/runs/50_dry_run.ipynb #92ba3c44
+from ..files import asset, unknown_name
+from ..settings import GENERATORS, SMOLLM2_FROM, Generator, is_commit
+from ..weights import COMMITS
 
 # %% ../../nbs/runs/50_dry_run.ipynb #c44f993b
 def cached(
@@ -183,6 +180,7 @@ def look_open_clip(spec:str) -> Look: # ARCHITECTURE/PRETRAINED, hf-hub:ID or lo
     if kept.is_file(): return Look(what, spec, 'there', size_text(kept.stat().st_size))
     return look_hub(what, repo) if repo else Look(what, spec, 'to download', known.get('url', ''))
 
+# %% ../../nbs/runs/50_dry_run.ipynb #f8a057a4
 def look_path(what:str, path:str|Path, needs:str='') -> Look: # needs: a file of the folder
     "A file or a folder of weights."
     path = Path(path)
@@ -216,6 +214,7 @@ def look_model(
     if kind == 'open_clip' and rest: return look_open_clip(rest)._replace(what=what)
     return look_path(what, name, 'card.json')
 
+# %% ../../nbs/runs/50_dry_run.ipynb #66314465
 def look_generator(
     name:str, revision:str|None=None, repo:str|None=None
 ) -> tuple[Look, Generator]:
@@ -238,6 +237,12 @@ def look_lm(name:str, what:str='language model') -> Look:
         return Look(what, name, 'there' if there else 'missing', SMOLLM2_FROM)
     return look_hub(what, name) if on_hub(name) else look_path(what, name, 'config.json')
 
+# %% ../../nbs/runs/50_dry_run.ipynb #2557cddc
+from ..files import name_some
+from ..plan import training_split
+from ..settings import SourceSettings
+from ..sources import load_captioned, read_coco
+
 # %% ../../nbs/runs/50_dry_run.ipynb #cfa1c452
 def coco_pictures(path:Path, settings:SourceSettings, most:int=200) -> tuple[int, list[str]]:
     "How many pictures a COCO file names, and which of some are not there."
@@ -249,6 +254,7 @@ def coco_pictures(path:Path, settings:SourceSettings, most:int=200) -> tuple[int
     there = [(folder/sub/name).exists() or (folder/name).exists() for sub, name in some]
     return len(rows), [name for (_, name), ok in zip(some, there) if not ok]
 
+# %% ../../nbs/runs/50_dry_run.ipynb #a69d6233
 def look_pictures(source, settings:SourceSettings) -> Look|None:
     "Whether the pictures of a set are where it says; None where reading the captions has told."
     path = Path(source)
@@ -309,6 +315,7 @@ def look_set(
     said = Look(what, name, 'there', f'{len(ds):,} images, {many:,} captions{splits}')
     return [said, *([pictures] if pictures else [])], ds
 
+# %% ../../nbs/runs/50_dry_run.ipynb #fb6de48d
 def look_generated(
     folder:str|Path, what:str='generated'
 ) -> tuple[list[Look], dict|None]: # rows, and its manifest
@@ -403,6 +410,7 @@ def a_batch(encoder, size:int, texts:bool=False) -> Callable: # that encodes it
     pixels = one[None].repeat(size, 1, 1, 1).to(encoder.device)
     return lambda: encoder.encode_image(pixels)
 
+# %% ../../nbs/runs/50_dry_run.ipynb #3de47dc1
 @torch.inference_mode()
 def batch_rate(
     encoder, size:int,  # images of a batch
@@ -428,6 +436,7 @@ class Speed(NamedTuple):
     weights:int|None=None # bytes
     how:str=''            # it was measured, or why it was not
 
+# %% ../../nbs/runs/50_dry_run.ipynb #e67de186
 def forward_rate(
     name:str,            # an encoder whose weights are there
     batch_size:int=8,    # of the run
@@ -461,6 +470,11 @@ def encoder_speed(
         return Speed(how='too large to be loaded for a measurement')
     try: return forward_rate(name, *run, texts=texts)
     except Exception as e: return Speed(how=f'it could not be measured: {first_line(e)}')
+
+# %% ../../nbs/runs/50_dry_run.ipynb #20bc02cd
+from ..data import emoji
+from ..plan import Plan, make_settings, read_captions, settings_difference
+from ..settings import AfterSettings, DrawSettings, WorkSettings
 
 # %% ../../nbs/runs/50_dry_run.ipynb #7cc602bb
 BYTES = dict(png=1.6, jpeg=.4, webp=.3) # of a pixel, about; see the lesson below
@@ -532,6 +546,7 @@ def some_keys(folder:str|Path) -> list[str]|None:
     tables = (pq.read_table(folder/s['shard'], columns=['key']) for s in shards)
     return [k for table in tables for k in table['key'].to_pylist()]
 
+# %% ../../nbs/runs/50_dry_run.ipynb #8aa58aff
 def look_matches(
     real:datasets.Dataset|None, generated:str|Path
 ) -> tuple[Look|None, int|None]: # a row, and the pairs; None where they cannot be counted
@@ -585,6 +600,7 @@ def look_epochs(
     refused = f'{kept_out} of {pairs} are kept out: change --validation-share'
     return [Look('pairs', '', 'refused', refused), *rows], learned
 
+# %% ../../nbs/runs/50_dry_run.ipynb #63b90266
 def dry_align(
     captioned, generated, encoder:str='embedded', out:str='aligned', push=None,
     source:SourceSettings=SourceSettings(), settings=None, **rest
@@ -614,10 +630,15 @@ def dry_embed(
     look = look_model(model, what='model')
     if settings.engine == 'ray' and not importlib.util.find_spec('ray'):
         rows = [*rows, Look('ray', '', 'missing', "pip install 'gmail_nb[ray]'")]
-    return [look_device(), look, *rows,
+    return [look_device(settings.device), look, *rows,
             *look_work(look, model, images, 1, out, settings.store,
                        'features' if images is None else f'features of {images:,} images',
-                       run=(settings.batch_size, settings.precision))]
+                       run=(settings.batch_size, settings.precision, settings.device))]
+
+# %% ../../nbs/runs/50_dry_run.ipynb #22574289
+from ..plan import splits_of
+from .presets import ARMS, CAPTION_ARMS, CAPTION_SOURCES, check_arm
+from ..settings import CaptionRunSettings, CaptionSettings, EvalSettings, ReadSettings
 
 # %% ../../nbs/runs/50_dry_run.ipynb #06ef89bd
 def look_arm(arm:str|None, model, generated, real, arms:tuple=ARMS) -> list[Look]:
@@ -669,6 +690,7 @@ def dry_text(
     return [*rows, *work,
             look_time(read_texts, texts.rate, f'texts; {texts.how}')._replace(what='time of texts')]
 
+# %% ../../nbs/runs/50_dry_run.ipynb #a2f0ef4d
 def dry_captioner(
     captioned=None, out:str='captions', generated=None, model=None, arm=None, test=None,
     source:SourceSettings=SourceSettings(), preset=None,
@@ -693,7 +715,7 @@ def dry_captioner(
 
 # %% ../../nbs/runs/50_dry_run.ipynb #4662e8fe
 def dry_write(
-    images:tuple, model:str='captions', **rest
+    images:tuple, model:str='captions', settings:CaptionSettings=CaptionSettings(), **rest
 ) -> list[Look]:
     "What `gmail_caption` would do."
     lost = [i for i in images if not Path(i).exists()]
@@ -702,7 +724,8 @@ def dry_write(
     if not (folder/'card.json').exists() and (below/'card.json').exists(): folder = below
     model = str(model)
     published = model.startswith('llava:')
-    rows = [look_device(), look_lm(model.removeprefix('llava:'), 'LLaVA') if published
+    rows = [look_device(settings.device),
+            look_lm(model.removeprefix('llava:'), 'LLaVA') if published
             else look_path('captioner', folder, 'card.json')]
     if published: pass
     elif rows[-1].state == 'missing':
@@ -733,6 +756,7 @@ HUB_SETS = {'coco-5k': 'nlphuji/mscoco_2014_5k_test_image_text_retrieval',
             'coco-1k': 'nlphuji/mscoco_2014_5k_test_image_text_retrieval',
             'flickr30k': 'nlphuji/flickr_1k_test_image_text_retrieval'}
 
+# %% ../../nbs/runs/50_dry_run.ipynb #c7c45800
 def look_data(name:str, root:str|Path|None, source:SourceSettings=SourceSettings()) -> list[Look]:
     "A set that is measured on, by name or of one's own."
     if name.startswith('emoji'): return [Look('data', name, 'there', 'comes with the package')]
@@ -768,12 +792,15 @@ def counted(names:Iterable[str], source:SourceSettings) -> int|None: # images
         total += len(ds)
     return total
 
+# %% ../../nbs/runs/50_dry_run.ipynb #8e1d9274
 def look_models(
     looks:Iterable[Look], specs:Iterable[str], # rows of models, and their strings
-    images:int|None
+    images:int|None,
+    embed:EmbedSettings=EmbedSettings()
 ) -> list[Look]:
     "Memory and time of several models, one after the other, over the same images."
-    speeds = [encoder_speed(look, spec) for look, spec in zip(looks, specs)]
+    run = embed.batch_size, embed.precision, embed.device
+    speeds = [encoder_speed(look, spec, *run) for look, spec in zip(looks, specs)]
     largest = max((s.weights or 0 for s in speeds), default=0)
     memory = f'at least the weights of {size_text(largest)}' if largest else 'the weights are not here'
     unknown = next((s.how for s in speeds if not s.rate), None)
@@ -784,7 +811,8 @@ def look_models(
 # %% ../../nbs/runs/50_dry_run.ipynb #dfebdb0e
 def dry_eval(
     captioned:tuple=(), preset:str|None=None, task:str|None=None, model:tuple=(), root=None,
-    models:str='.', rows:tuple=(), generated=None, out:str='eval', source:SourceSettings=SourceSettings(), **rest
+    models:str='.', rows:tuple=(), generated=None, out:str='eval',
+    source:SourceSettings=SourceSettings(), settings:EvalSettings=EvalSettings(), **rest
 ) -> list[Look]:
     "What `gmail_eval` would do. A row or set that is missing is left out, so some are enough."
     if preset and preset not in EVAL_PRESETS: raise unknown_name('preset', preset, EVAL_PRESETS)
@@ -794,8 +822,8 @@ def dry_eval(
     names = tuple(captioned) or (known.data if known else (OWN[task or 'retrieval'],))
     sets = [r for name in names for r in look_data(name, root, source)]
     more = look_generated(generated)[0] if generated else []
-    work = look_models(found, models_of.values(), counted(names, source))
-    return [look_device(), *found, *sets, *more, look_out(out), *work]
+    work = look_models(found, models_of.values(), counted(names, source), settings.embed)
+    return [look_device(settings.embed.device), *found, *sets, *more, look_out(out), *work]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #7c7ed0e7
 def dry_demo(

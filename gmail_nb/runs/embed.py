@@ -29,7 +29,7 @@ def features_place(
     settings:EmbedSettings=EmbedSettings()
 ) -> Path: # below `folder`, not made yet
     "Where the features of these images through this side lie, or would lie."
-    made = embedder(model, side)
+    made = embedder(model, side, settings.device)
     pixels = LazyPixels(ds, made.preprocess)
     how = side, settings.store, native_precision(settings.precision, made.device)
     return Path(folder)/f'{what}-{fingerprint(made.weights, pixels.fingerprint, *how)}'

@@ -26,31 +26,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..classification import CLASSIFICATION_SETS, ClassificationSet, Labelled, LabelledFiles
-from ..classification import Predictions, classification_records, classify, fine_tune, image_names
-from ..classification import image_rows, linear_probe, load_classification_set, per_image
-from ..classification import plain_tower, process_state, read_class_folders
-from ..classification import show_confusion_matrix, show_confusions
-from ..classification import zero_shot_weights
-from ..data import decode_image, emoji, undecoded
-from ..encoders import Encoder, NoText
-from ..features import LazyPixels
-from ..files import atomic_path, atomic_write, check_writable, in_one_line, read_results, record
-from ..files import unknown_name, write_results
-from ..generate import load_generated
-from ..pages import data_uri, save_figure, table_html, table_text
-from ..retrieval import RETRIEVAL_SETS, WAYS, embed_captioned, image_identity, load_retrieval_set
-from ..retrieval import per_query, retrieval_grid, retrieval_in_folds, retrieval_records, set_features
-from ..retrieval import show_recall
-from .claims import is_no_room
-from .embed import tell_skipped, undecodable
-from .judge import FEWEST, Verdict, show_differences, word_of, write_page
-from .models import eval_model, safe_name, spec_of, trained_keys
-from .presets import AGAINST, EVAL_PRESETS, OWN, TASKS, EvalPreset
-from ..runtime import default_device, fingerprint
-from ..settings import EvalSettings, SourceSettings, described
-from ..sources import IMAGE_SUFFIXES
-from ..splits import check_apart
+from ..classification import process_state
+from ..files import atomic_path, record
+from ..pages import data_uri, table_text
+from ..retrieval import WAYS
+from .embed import tell_skipped
+from .judge import FEWEST, Verdict, show_differences, word_of
+from .models import safe_name
+from ..settings import EvalSettings, SourceSettings
 from ..stats import Interval, bootstrap, sentence
 
 # %% ../../nbs/runs/40_evaluate.ipynb #8d9b6362
@@ -120,6 +103,7 @@ def opened_queries(
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError) as e:
         raise ValueError(f'{path.name} is damaged ({e}): delete it, and measure its row again') from e
 
+# %% ../../nbs/runs/40_evaluate.ipynb #c6a55fd7
 def read_queries(
     path:Path, # from `write_queries`
     way:str,   # whose keys: a direction, or 'image'
@@ -160,6 +144,18 @@ def difference_records(
         return record(run.experiment, f'{arm} - {base}', name, split, metric, d.value, 0, d.n,
                       low=d.low, high=d.high, minus=base, **extra)
     return [of(m, d) for m, d in found.items()]
+
+# %% ../../nbs/runs/40_evaluate.ipynb #1eb07be5
+from ..classification import ClassificationSet, per_image
+from ..data import decode_image, emoji
+from ..encoders import Encoder
+from ..files import in_one_line
+from ..pages import save_figure
+from ..retrieval import (
+    embed_captioned, load_retrieval_set, per_query, retrieval_grid, retrieval_in_folds,
+    retrieval_records, show_recall)
+from .models import eval_model
+from ..runtime import fingerprint
 
 # %% ../../nbs/runs/40_evaluate.ipynb #eee0ae22
 @dataclass
@@ -215,6 +211,19 @@ def retrieval_pictures(e, ds, ranks, arm:str, stem:Path) -> None:
     for way in WAYS: save_figure(retrieval_grid(e, image, way), f'{stem}_{way}.png')
     save_figure(show_recall({arm: ranks}), f'{stem}_recall.png')
 
+# %% ../../nbs/runs/40_evaluate.ipynb #c9a3c9ad
+from ..classification import (
+    CLASSIFICATION_SETS, Labelled, LabelledFiles, Predictions, classification_records, classify,
+    fine_tune, image_names, image_rows, linear_probe, load_classification_set, plain_tower,
+    read_class_folders, show_confusion_matrix, show_confusions, zero_shot_weights)
+from ..encoders import NoText
+from ..features import LazyPixels
+from ..files import check_writable, unknown_name
+from ..generate import load_generated
+from ..retrieval import set_features
+from .embed import undecodable
+from ..splits import check_apart
+
 # %% ../../nbs/runs/40_evaluate.ipynb #4b628d2a
 LEVELS = dict(group='group', subgroup='subgroup', concept='label') # columns of the package's own set
 EMOJI_WORDS = '{c}', 'an emoji of {c}', 'a drawing of {c}'
@@ -252,6 +261,7 @@ def some_files(files:LabelledFiles, left:list[int]) -> LabelledFiles:
     "Some of the labelled images, in this order."
     return LabelledFiles([files.files[i] for i in left], files.labels[left], files.classnames)
 
+# %% ../../nbs/runs/40_evaluate.ipynb #05875db5
 def whole_files(files:LabelledFiles, encoder:Encoder, run:EvalRun, name:str) -> LabelledFiles:
     "The files that decode, for a training that reads them again and again."
     workers = run.settings.embed.workers
@@ -293,6 +303,7 @@ def generated_training(
     left = run.left_out(lost, len(ds), folder.name)
     return Labelled(x, torch.tensor([label[names[i]] for i in left]))
 
+# %% ../../nbs/runs/40_evaluate.ipynb #2e73e9ae
 def start_tower(
     encoder:Encoder,
     start:str # of `FineTuneSettings`
@@ -323,6 +334,7 @@ def fine_tuned_classes(
                      run.out/'checkpoints'/f'{stem}.pt', desc)
     return p, how
 
+# %% ../../nbs/runs/40_evaluate.ipynb #9c37ff59
 def learned_classes(
     encoder:Encoder, name:str, arm:str, run:EvalRun
 ) -> tuple[Predictions, LabelledFiles, str]: # predictions, the test images, and how
@@ -372,6 +384,12 @@ def eval_classification(
     records = classification_records(run.experiment, arm, name, 'test', p, **more)
     main = next(r for r in records if r['metric'] == known.metric)
     return records + [dict(main, metric='main', of=known.metric)]
+
+# %% ../../nbs/runs/40_evaluate.ipynb #8a9203cc
+from ..data import undecoded
+from ..retrieval import RETRIEVAL_SETS, image_identity
+from .models import trained_keys
+from ..sources import IMAGE_SUFFIXES
 
 # %% ../../nbs/runs/40_evaluate.ipynb #73c4b3c2
 def set_fingerprint(
@@ -436,6 +454,13 @@ def check_leaks(
         raise ValueError(f'{e}. Where two sets only happen to have equal keys, allow them '
                          '(--equal-keys allow)') from e
 
+# %% ../../nbs/runs/40_evaluate.ipynb #6f763b04
+from ..files import read_results, write_results
+from .claims import is_no_room
+from .models import chosen_device, spec_of
+from .presets import TASKS
+
+
 # %% ../../nbs/runs/40_evaluate.ipynb #3a2964e3
 MISSING = OSError, RuntimeError, pickle.UnpicklingError # weights that cannot be had, or are none
 
@@ -452,9 +477,11 @@ def read_sets(
     raise FileNotFoundError(f'none of the sets is there: {", ".join(data)}. '
                             'Name the folder that holds them with --root')
 
+# %% ../../nbs/runs/40_evaluate.ipynb #c86e8cb7
 def load_or_say(arm:str, spec:str, below:Path, run:EvalRun) -> Encoder|None:
-    "The model of a row; None when it is not there, which is said."
-    try: return eval_model(spec, below, run.out).to(default_device())
+    "The model of a row, on its device; None when it is not there, which is said."
+    device = chosen_device(run.settings.embed.device)
+    try: return eval_model(spec, below, run.out).to(device)
     except MISSING as e: run.say(f'{arm} left out: {str(e).splitlines()[0]}')
 
 def reason(error:Exception) -> str:
@@ -498,6 +525,7 @@ def main_process_first():
     finally:
         if state.is_main_process: state.wait_for_everyone()
 
+# %% ../../nbs/runs/40_evaluate.ipynb #bbffd4cc
 def measured_task(
     arm:str, d:str,
     encoder:Encoder, tested:EvalSet,
@@ -569,6 +597,7 @@ def load_rows(
         else:
             if encoder is not None: yield arm, spec, encoder
 
+# %% ../../nbs/runs/40_evaluate.ipynb #a19da3fa
 def evaluate_rows(
     models:dict[str, str],     # row -> model string
     data:tuple,                # names of sets
@@ -620,6 +649,7 @@ def table_cell(r:dict|None) -> str:
     value = Interval(r['value'], r['low'], r['high'])
     return value.text(1 if 'median' in r['metric'] else 100, '+' if 'minus' in r else '')
 
+# %% ../../nbs/runs/40_evaluate.ipynb #5ffba8cb
 def table_blocks(
     table:list[list[str]], # a header and its rows
     width:int=110          # characters of a line
@@ -676,6 +706,7 @@ def differences_told(
     name = lambda r: f"{r['arm']}, {short_name(r['metric'])} on {Path(r['dataset']).name}"
     return {name(r): (r, Interval(r['value'], r['low'], r['high'], r['n'])) for r in ours}
 
+# %% ../../nbs/runs/40_evaluate.ipynb #a806d643
 def told(r:dict, d:Interval) -> str:
     "The sentence of one difference."
     ours = r['arm'].removesuffix(f" - {r['minus']}")
@@ -697,6 +728,7 @@ def eval_verdict(
     word = word_of(first) if first.n >= FEWEST else 'untold'
     return Verdict(word, tuple(told(*f) for f in found.values()), measures={k: d for k, (_, d) in found.items()})
 
+# %% ../../nbs/runs/40_evaluate.ipynb #2540b48e
 def eval_pictures(
     run:EvalRun, arms:list[str], data:tuple, verdict:Verdict,
     most:int=8 # pictures of rows
@@ -711,6 +743,13 @@ def eval_pictures(
     if not verdict.measures: return found
     fig = show_differences(dict(list(verdict.measures.items())[:12]))
     return found | {'Differences in points': save_figure(fig, run.out/'differences.png')}
+
+# %% ../../nbs/runs/40_evaluate.ipynb #a8a54cb5
+from ..files import atomic_write
+from ..pages import table_html
+from .judge import write_page
+from .presets import AGAINST, EVAL_PRESETS, OWN, EvalPreset
+from ..settings import described
 
 # %% ../../nbs/runs/40_evaluate.ipynb #ccde7de9
 def chosen_models(
@@ -750,6 +789,7 @@ class Tables(str):
 
     def _repr_html_(self) -> str: return ''.join(map(table_html, self.rows.values()))
 
+# %% ../../nbs/runs/40_evaluate.ipynb #64b47aad
 def tables_of(
     results:Results,
     data:tuple, # names of sets

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['safe_name', 'stretched_by_name', 'aligned_encoder', 'longclip_encoder', 'timm_below', 'synclr_encoder',
-           'kind_of_folder', 'spec_of', 'eval_model', 'model_at', 'trained_keys']
+           'kind_of_folder', 'spec_of', 'eval_model', 'model_at', 'chosen_device', 'trained_keys']
 
 # %% ../../nbs/runs/08_models.ipynb #a909ebf2
 import json
 import re
 from pathlib import Path
+
+import torch
 
 from ..align import GenReal
 from ..encoders import Encoder, load_encoder
@@ -17,8 +19,9 @@ from ..features import side_weights
 from ..files import unknown_name
 from ..long_captions import OPENAI_MEAN, OPENAI_STD, convert_longclip, stretch_encoder
 from .presets import MODEL_FORMS
-from ..runtime import fingerprint
+from ..runtime import default_device, fingerprint
 from ..splits import trained_on
+from ..train import check_device
 from ..tune import ProjectedTower, load_tuned
 
 # %% ../../nbs/runs/08_models.ipynb #1afe204d
@@ -151,6 +154,14 @@ def model_at(
         raise ValueError(f'{name} holds {found!r}, which is no encoder: '
                          'name an aligned or a tuned folder')
     return load_encoder(str(name))
+
+# %% ../../nbs/runs/08_models.ipynb #4d0a71e2
+def chosen_device(
+    device:torch.device|str|None=None # cpu, cuda, or one of several such as cuda:1
+) -> torch.device:
+    "The device that was asked for, or the fastest. `ValueError` for a name of one that is not there."
+    if isinstance(device, str): check_device(device)
+    return torch.device(device or default_device())
 
 # %% ../../nbs/runs/08_models.ipynb #8db6d414
 def trained_keys(

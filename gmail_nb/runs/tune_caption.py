@@ -25,31 +25,12 @@ from accelerate import Accelerator
 from datasets import Image as DatasetImage
 from safetensors.torch import load_file, save
 
-from ..align import GenReal, model_folder
-from ..caption_metrics import cider, score_captions, tokenized
-from ..captioning import (
-    Captioner, EncodedCaptions, Sources, caption_statistics, caption_text, caption_tokenizer,
-    captioner_card, captioner_settings, check_four_bit, generate_ids, load_captioner, load_lm,
-    read_encoded, save_captioner, small_decoder, train_captioner, write_captions, write_encoded)
-from ..data import decode_image, parquet_files, show_images
-from ..encoders import Encoder, NoText, load_encoder
-from ..features import Features, LazyPixels, cores, good_images
-from ..files import atomic_write, check_writable, record, write_results
-from .align import generated_images, set_name, validation_indices
-from ..pages import ResultTable, save_figure
+from ..data import show_images
+from ..features import Features
 from ..plan import training_split
-from .embed import embed_shared, features_place, tell_skipped
-from .judge import (
-    Measure, Verdict, enough_kept_out, judged, show_differences, spread, write_page)
-from .presets import CAPTION_ARMS, check_arm
-from ..runtime import default_device, set_seed
-from ..settings import (
-    CaptionerSettings, CaptionRunSettings, CaptionSettings, EmbedSettings, RunSettings,
-    SourceSettings, described)
-from ..sources import IMAGE_SUFFIXES, TABLE_SUFFIXES, load_captioned, read_coco
-from ..splits import check_apart, trained_on, write_trained_on
-from ..train import differences, processes
-from ..weights import pinned
+from .align import set_name, validation_indices
+from ..settings import CaptionRunSettings, SourceSettings
+from ..sources import load_captioned, read_coco
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #932d91cd
 def coco_files(
@@ -152,6 +133,17 @@ def caption_sets(
         return CaptionSets(*split_rows(train, run.validation_share, learned), name, 'validation')
     split = run.test_split or ('test' if parted else None)
     return CaptionSets(train, captioned_rows(tested, replace(source, split=split)), name, split or 'test')
+
+# %% ../../nbs/runs/30_tune_caption.ipynb #a14b34c0
+from ..align import GenReal
+from ..captioning import Sources
+from ..encoders import Encoder, load_encoder
+from ..files import check_writable
+from .align import generated_images
+from .embed import embed_shared, features_place
+from .presets import CAPTION_ARMS, check_arm
+from ..settings import EmbedSettings
+from ..train import processes
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #0e19d8a9
 class Embeddings:
@@ -261,6 +253,21 @@ def training_features(
         at = {k: i for i, k in enumerate(x_r.keys)}
         both = Sources([x_g, x_r.select([at[k] for k in x_g.keys])])
     return both if two else x_g, CaptionColumn(some, places(x_g), 'caption'), eyes.broken
+
+# %% ../../nbs/runs/30_tune_caption.ipynb #679687fc
+from ..caption_metrics import cider, score_captions, tokenized
+from gmail_nb.captioning import (
+    Captioner, caption_statistics, caption_text, caption_tokenizer, captioner_card,
+    captioner_settings, generate_ids, load_captioner, load_lm, save_captioner, small_decoder,
+    write_captions)
+from ..data import decode_image
+from ..encoders import NoText
+from ..pages import save_figure
+from .judge import Measure, Verdict, enough_kept_out, judged, show_differences, spread
+from ..runtime import set_seed
+from ..settings import CaptionerSettings
+from ..train import differences
+from ..weights import pinned
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #c8b2227a
 def check_start(
@@ -395,12 +402,23 @@ def caption_pictures_of(
     words = tokenized({k: t or '.' for k, t in zip(test.keys, texts)}, test.references)
     at, score, figures = places(test.features), cider(*words).each, {}
     for name, title, which in (
-        ('written', 'Captions that it writes for held-out images', spread(len(texts))),
+        ('written', 'Captions that it writes for validation images', spread(len(texts))),
         ('worst', 'Those with the lowest CIDEr', np.argsort(score, kind='stable')[:8].tolist())):
         images = [decode_image(pictures[int(at[i])]['image'], test.keys[i]) for i in which]
         figures[title] = name, show_images(images, [texts[i] for i in which], ncols=4, size=1.9)
     if verdict.measures: figures['The difference'] = 'difference', show_differences(verdict.measures, 1)
     return {t: save_figure(fig, out/f'{name}.png', dpi=80) for t, (name, fig) in figures.items()}
+
+# %% ../../nbs/runs/30_tune_caption.ipynb #2e2e58d2
+from ..align import model_folder
+from ..captioning import (
+    EncodedCaptions, check_four_bit, read_encoded, train_captioner, write_encoded)
+from ..files import atomic_write, record, write_results
+from ..pages import ResultTable
+from .embed import tell_skipped
+from .judge import write_page
+from ..settings import RunSettings, described
+from ..splits import check_apart, trained_on, write_trained_on
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #b3e6f1b5
 def caption_records(
@@ -591,6 +609,13 @@ def tune_captioner(
     acc.wait_for_everyone()
     return records
 
+# %% ../../nbs/runs/30_tune_caption.ipynb #a73be54d
+from ..data import parquet_files
+from ..features import LazyPixels, cores, good_images
+from .models import chosen_device
+from ..settings import CaptionSettings
+from ..sources import IMAGE_SUFFIXES, TABLE_SUFFIXES
+
 # %% ../../nbs/runs/30_tune_caption.ipynb #1645f963
 PICTURES = datasets.Features({k: CAPTIONED_ROWS[k] for k in ('key', 'image')})
 
@@ -638,13 +663,14 @@ class Seer:
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #3353b7a9
 def load_seer(
-    folder:str|Path # of a captioner, or of a run that holds it as `captioner/`
+    folder:str|Path, # of a captioner, or of a run that holds it as `captioner/`
+    device:torch.device|str|None=None # the fastest present if absent
 ) -> Seer:
-    "A captioner and the encoder that its card names, on the fastest device."
+    "A captioner and the encoder that its card names. `ValueError` for a device that is not there."
     folder, card = captioner_card(folder)
     encoder, file = load_encoder(card.get('encoder', 'embedded')), folder/'projection.safetensors'
     projection = load_file(file)['weight'] if file.exists() else None
-    device = default_device()
+    device = chosen_device(device)
     return Seer(encoder.to(device), load_captioner(folder).to(device), projection)
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #395ab4ac
@@ -679,10 +705,10 @@ def caption_files(
     **changes                  # fields of the settings, such as beams=4, in place of theirs
 ) -> tuple[dict[str, str], dict[str, str]]: # name -> caption; name -> why it was left out
     "Captions through `f_r`. `ValueError` when no image decodes."
-    seer = load_seer(captioner)
     places = [images] if isinstance(images, (str, Path)) else images
     found = datasets.concatenate_datasets([pictures_at(i, replace(source, decoded=0)) for i in places])
     written, broken, how = {}, {}, replace(settings, **changes)
+    seer = load_seer(captioner, how.device)
     for key, caption, why in caption_pictures(found, seer, how, workers):
         if why is None: written[key] = caption
         else: broken[key] = why

@@ -28,6 +28,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 from transformers import TextStreamer
 
+# %% ../../nbs/runs/60_tune_llava.ipynb #270806f1
 from ..align import GenReal, model_folder
 from ..data import decode_image, show_images
 from ..encoders import Encoder, load_encoder, preprocess_images
@@ -47,9 +48,10 @@ from .dry_run import (
 from .instructions import OWN_QUESTIONS, load_instructions
 from .judge import (
     FEWEST, Measure, Verdict, enough_kept_out, judged, show_differences, spread, word_of, write_page)
+from .models import chosen_device
 from .presets import check_arm
 from .tune_caption import CaptionColumn, captioned_rows, pictures_at, places
-from ..runtime import default_device, fingerprint, set_seed, stable_seed
+from ..runtime import fingerprint, set_seed, stable_seed
 from gmail_nb.settings import (
     CaptionSettings, ChatSettings, EmbedSettings, LlavaSettings, RunSettings, SourceSettings,
     described)
@@ -522,11 +524,11 @@ def aligned_tower(name, card:dict, encoder:Encoder) -> GenReal:
 
 def load_talker(
     name:str|Path,            # a folder of `tune_llava`, or a Hub id or folder of a published LLaVA
-    device:torch.device|None=None, # the fastest present if absent
+    device:torch.device|str|None=None, # the fastest present if absent
     generated:bool=False      # of pictures from a generator
 ) -> Talker:
     "`FileNotFoundError` or `ValueError` where the name is of neither."
-    device, learned = device or default_device(), learned_by(name)
+    device, learned = chosen_device(device), learned_by(name)
     if not is_published(name):
         model, tower, card = load_trained(name)
         encoder = tower or load_encoder(card['encoder'])
@@ -588,8 +590,7 @@ def chat(
 ) -> list[dict]: # the conversation
     "Ask about pictures. `ValueError` for a picture that does not decode."
     pictures = [decode_image(Path(p).read_bytes(), str(p)).convert('RGB') for p in images]
-    device = torch.device(settings.device) if settings.device else None
-    talker = load_talker(model, device, settings.side == 'generated')
+    talker = load_talker(model, settings.device, settings.side == 'generated')
     talk = Talk(talker, pictures, settings.max_new_tokens, stream or sys.stdout)
     asked = [question] if question else typed(lines or sys.stdin)
     for q in asked: talk.ask(q)
@@ -623,7 +624,8 @@ def llava_captions(
     source:SourceSettings=SourceSettings() # how sets are read
 ) -> tuple[dict[str, str], dict[str, str]]: # name -> caption; name -> why it was left out
     "Captions through `f_r` and a LLaVA, as `caption_files`. `ValueError` when no image decodes."
-    talker, s, batch = load_talker(str(model).removeprefix('llava:')), settings, settings.batch_size
+    s, batch = settings, settings.batch_size
+    talker = load_talker(str(model).removeprefix('llava:'), s.device)
     several = [images] if isinstance(images, (str, Path)) else images
     read = replace(source, decoded=0)
     found = datasets.concatenate_datasets([pictures_at(place, read) for place in several])
@@ -673,7 +675,7 @@ def look_images(
 def dry_llava(
     captioned=None, out:str='llava', generated=None, model=None, arm=None,
     source:SourceSettings=SourceSettings(), settings:LlavaSettings=LlavaSettings(),
-    instructions=None, plain=None, **rest
+    run:RunSettings=RunSettings(), instructions=None, plain=None, **rest
 ) -> list[Look]:
     "What `gmail_tune llava` would do."
     arm, refused = arm or ('real' if generated is None else 'gmail'), []
@@ -689,7 +691,7 @@ def dry_llava(
     rows += look_stages(settings, captions, instructions)
     if plain: rows.append(look_out(plain, note='a LLaVA of transformers'))
     eyes = [] if model else [look_model(settings.encoder)]
-    return [look_device(), *eyes, look_lm(settings.language_model), *rows,
+    return [look_device(run.device), *eyes, look_lm(settings.language_model), *rows,
             look_out(out, note='tokens of the images, projector and adapter')]
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #0b741abf
@@ -698,9 +700,11 @@ def look_llava(model:str) -> Look:
     if is_published(model): return look_lm(str(model), 'LLaVA')
     return look_path('LLaVA', model, 'card.json')
 
-def dry_chat(image=(), model:str='llava', **rest) -> list[Look]:
+def dry_chat(
+    image=(), model:str='llava', settings:ChatSettings=ChatSettings(), **rest
+) -> list[Look]:
     "What `gmail_chat` would do."
     lost = [str(i) for i in image if not Path(i).exists()]
     seen = Look('images', ', '.join(lost), 'missing' if lost else 'there',
                 f'{len(image) - len(lost)} of {len(image)} are there')
-    return [look_device(), look_llava(model), seen]
+    return [look_device(settings.device), look_llava(model), seen]

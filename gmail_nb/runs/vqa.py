@@ -139,8 +139,8 @@ def answered(
              for b in (False, True)[:1 + settings.blind]}
     found = {b: read_answers(f) for b, f in files.items() if f and f.exists()}
     if len(found) == len(files): return found
-    s, device = settings, torch.device(settings.device) if settings.device else None
-    talker = model if isinstance(model, Talker) else load_talker(model, device)
+    s = settings
+    talker = model if isinstance(model, Talker) else load_talker(model, s.device)
     how = dict(kind=s.kind, batch_size=s.batch_size, max_new_tokens=s.max_new_tokens,
                guess=s.guess, strict=s.strict, desc='answering')
     for b in files.keys() - found.keys():
@@ -333,5 +333,5 @@ def dry_vqa(
     "What `gmail_eval vqa` would do."
     models = named_models(model)
     rows = [look_llava(str(m))._replace(what=f'row {row}') for row, m in models.items()]
-    return [look_device(), *rows, look_questions(questions, settings),
+    return [look_device(settings.device), *rows, look_questions(questions, settings),
             look_out(out, note='results, answers and a page')]
