@@ -74,6 +74,7 @@ class Asked:
         return [Example(tuple(turns), tuple((kind, at[r]) for r in rows))
                 for turns, rows in self.told if all(r in at for r in rows)]
 
+# %% ../../nbs/runs/55_instructions.ipynb #ae2526a5
 _columns = datasets.Features(dict(key=datasets.Value('string'), image=datasets.Image(decode=False)))
 
 def with_pictures(told:list, images:dict, keys:list[str], side:str='real') -> Asked:
