@@ -19,6 +19,7 @@ __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS',
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Literal
 
 from .files import unknown_name
 
@@ -632,11 +633,11 @@ class LlavaSettings:
     instruct:StageSettings=_instruct # two: the projector and LoRA in the language model
     rank:int=16                 # rank of LoRA's matrices in the language model
     alpha:float|None=None       # LoRA's scale is alpha / rank; 2 * rank if absent
-    layers:str='all'            # linear layers of a block that get LoRA: all, or attention alone
+    layers:Literal['all', 'attention']='all' # linear layers of a block that get LoRA
     warmup:float=.03            # share of the steps over which the rate rises
     weight_decay:float=0.       # weight decay of AdamW
-    dtype:str='float32'         # number format of the frozen weights of the language model
-    precision:str='auto'        # bf16 for autocast, or no; auto: bf16 where the device has it
+    dtype:Literal['float32', 'bfloat16', 'float16']='float32' # number format of its frozen weights
+    precision:Literal['auto', 'no', 'bf16']='auto' # number format of autocast; auto: bf16 where the device has it
     max_length:int=2048         # most tokens of an example, those of its images included
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
     accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another
@@ -661,10 +662,11 @@ class VQASettings:
     "How questions about pictures are asked."
     split:str|None=None         # of a folder or a Hub id; there test of ScienceQA, validation of MMMU if absent
     subject:str|None=None       # a subject of MMMU, such as Art_Theory; all if absent
-    kind:str|None=None          # prompts and scoring: scienceqa or mmmu; that of the set if absent
+    kind:Literal['scienceqa', 'mmmu']|None=None # prompts and scoring; that of the set if absent
     images_only:bool=False      # only questions with an image, as ScienceQA-IMG
     limit:int|None=None         # at most so many questions
-    guess:bool=False            # of MMMU: draw a choice where none can be read, as its own script does
+    guess:bool=False            # draw a choice where none can be read, as MMMU and ScienceQA do
+    strict:bool=field(default=False, metadata=YOUNG) # read ScienceQA as LLaVA's paper did
     blind:bool=False            # ask again without the images, to see what can be guessed
     batch_size:int=16           # questions at a time
     max_new_tokens:int=16       # longest answer, in tokens
@@ -677,7 +679,7 @@ class VQASettings:
 class ChatSettings:
     "How a LLaVA talks about pictures."
     max_new_tokens:int=128      # longest answer, in tokens
-    side:str='real'             # side of the pictures: real, or generated, which go through f_g
+    side:Literal['real', 'generated']='real' # side of the pictures; generated ones go through f_g
     device:str|None=None        # cpu or cuda; the fastest present if absent
 
     def __post_init__(self):
@@ -828,10 +830,13 @@ class LlavaExperimentSettings:
     max_new_tokens:int=12       # longest caption that is written, in tokens
     seeds:int=3                 # whole chains: images, alignments, projector, LoRA and order
     seed:int=0 # seed of the first chain
+    longer:int=field(default=320, metadata=YOUNG) # steps of stage two of the longer training
+    longer_seeds:int=field(default=1, metadata=YOUNG) # chains whose arms take that too
 
     def __post_init__(self):
         check_above(self, 'base_steps', 'steps', 'batch_size', 'rank', 'grid', 'tested', 'asked',
-                    'seeds')
+                    'seeds', 'longer')
+        check_above(self, 'longer_seeds', least=-1)
         if not self.tested <= self.concepts:
             raise ValueError(f'{self.tested} concepts are tested of {self.concepts} that are '
                              'learned: tested is at most concepts')
@@ -847,7 +852,7 @@ class LlavaExperimentSettings:
 QUICK_CAPTIONS = CaptionExperimentSettings(base_steps=300, tune_steps=400, seeds=2, extra_seeds=2)
 QUICK_IFCAP = IFCapSettings(base_steps=200, tune_steps=200, seeds=1)
 QUICK_LLAVA = LlavaExperimentSettings(base_steps=40, steps=30, concepts=60, tested=30,
-                                      asked=30, seeds=1)
+                                      asked=30, seeds=1, longer_seeds=0)
 
 # %% ../nbs/01_settings.ipynb #a7c51e03
 @dataclass(frozen=True)
