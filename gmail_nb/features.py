@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SOME', 'log', 'SIDES', 'MOST_HASHED', 'check_image_set', 'cores', 'LazyPixels', 'Team', 'caught', 'Arriving', 'begin',
            'decode_some', 'decoding_processes', 'OneByOne', 'check_same', 'begin_folder', 'alone_in', 'open_features',
-           'Parts', 'Embedder', 'loaded', 'side_weights', 'embedder', 'native_precision', 'good_images', 'embed_part',
-           'Features', 'read_card', 'write_keys', 'read_keys', 'known_failed', 'mapped_array', 'check_rows',
-           'check_content', 'load_features', 'without_failed', 'model_name', 'failed_in', 'finish_features',
-           'finished_parts', 'folder_settings', 'embed_local', 'fill', 'embed', 'as_column', 'match_keys', 'EmbedActor',
-           'ray_data', 'embed_ray']
+           'Parts', 'Embedder', 'loaded', 'side_weights', 'embedder', 'check_bf16', 'native_precision', 'good_images',
+           'embed_part', 'Features', 'read_card', 'write_keys', 'read_keys', 'known_failed', 'mapped_array',
+           'check_rows', 'check_content', 'load_features', 'without_failed', 'model_name', 'failed_in',
+           'finish_features', 'finished_parts', 'folder_settings', 'embed_local', 'fill', 'embed', 'as_column',
+           'match_keys', 'EmbedActor', 'ray_data', 'embed_ray']
 
 # %% ../nbs/24_features.ipynb #9fc2c1cb
 import gmail_nb.runtime
@@ -408,12 +408,23 @@ def embedder(
     return Embedder(model.encode_image, model.preprocess, weights, model.dim, model.device)
 
 # %% ../nbs/24_features.ipynb #5d9538a1
+def check_bf16(device:torch.device) -> None:
+    "`ValueError` for a device that does not compute in bfloat16."
+    if device.type == 'cuda': can = torch.cuda.is_bf16_supported(including_emulation=False)
+    else: can = torch.amp.is_autocast_available(device.type)
+    if can: return
+    raise ValueError(f"precision is 'bf16', which {device.type} does not compute in here: "
+                     "choose 'no' for float32, or 'auto' for what the device has")
+
+# %% ../nbs/24_features.ipynb #5d9538b2
 def native_precision(
     precision:str,             # auto, no or bf16
     device:str|torch.device
 ) -> str: # 'no' or 'bf16'
-    "'auto' is bfloat16 on a CUDA device that computes in it, and float32 elsewhere."
+    """'auto' is bfloat16 on a CUDA device that computes in it, and float32 elsewhere. `ValueError` for
+    bfloat16 where it cannot be had."""
     if precision not in PRECISIONS: raise unknown_name('precision', precision, PRECISIONS)
+    if precision == 'bf16': check_bf16(torch.device(device))
     if precision != 'auto': return precision
     if torch.device(device).type != 'cuda': return 'no'
     return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'

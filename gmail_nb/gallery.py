@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .data import pairs, show_images, show_pairs
-from .encoders import Encoder, encode_images, encode_texts, load_encoder
+from .encoders import encode_images, encode_texts, load_encoder
 from .files import atomic_path, atomic_write
 from .generate import load_generated
 from .pages import STYLE, table_html
@@ -95,13 +95,12 @@ def image_caption_scores(
 # %% ../nbs/37_gallery.ipynb #ebf20e5d
 def score_quality(
     folder:str|Path,      # from `generate`
-    encoder='embedded',   # an encoder or its name; from the CPU it goes to the fastest device
+    encoder='embedded',   # a name, which is loaded to the fastest device, or an encoder where it is
     show_progress:bool=True
 ) -> Path: # quality.parquet
     "Measure every image of a folder once and keep the scores."
     folder, ds, named = Path(folder), load_generated(folder), isinstance(encoder, str)
-    with quiet_loading(): loaded = load_encoder(encoder) if named else encoder
-    if isinstance(loaded, Encoder) and loaded.device.type == 'cpu': loaded.to(default_device())
+    with quiet_loading(): loaded = load_encoder(encoder).to(default_device()) if named else encoder
     scores = image_caption_scores(ds, loaded, show_progress=show_progress)
     name = encoder if named else getattr(loaded, 'name', type(loaded).__name__)
     made_by = dict(encoder=str(name), fingerprint=str(getattr(loaded, 'fingerprint', '')))

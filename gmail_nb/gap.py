@@ -185,6 +185,7 @@ def show_cosines(
 ) -> Figure:
     "Histograms of paired cosines before and after alignment."
     fig, ax = plt.subplots(figsize=(5, 2.2))
+    before, after = before.cpu(), after.cpu()
     bins = np.linspace(min(before.min(), after.min()).item(), 1, 41)
     for name, v, color in (('before', before, 'tab:orange'), ('after', after, 'tab:blue')):
         ax.hist(v.numpy(), bins, alpha=.6, color=color, label=f'{name}: mean {v.mean():.2f}')
@@ -330,7 +331,7 @@ def show_token_gap(
     label:str='cosine with the real\ntoken of the same place'
 ) -> Figure:
     "A map of the grid for each, all in the same colours: the mean over images at every place."
-    maps = {name: token_grid(v.float().mean(0)).numpy() for name, v in gaps.items()}
+    maps = {name: token_grid(v.float().mean(0)).cpu().numpy() for name, v in gaps.items()}
     low, high = (f(m.min() if f is min else m.max() for m in maps.values()) for f in (min, max))
     fig, axes = plt.subplots(1, len(maps), figsize=(2.5 * len(maps) + 1, 2.5), squeeze=False,
                              layout='constrained')

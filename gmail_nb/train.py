@@ -6,11 +6,11 @@
 __all__ = ['log', 'GONE', 'epoch_order', 'batches', 'Order', 'cosine_rate', 'alignment_parameters', 'Bank', 'draw_others',
            'StepPlan', 'in_precision', 'Stored', 'SharedBlocks', 'GeneratedSide', 'own_parts', 'Batch', 'by_sample',
            'check_resident', 'AlignmentData', 'parameter_groups', 'StepRunner', 'over_processes', 'check_device',
-           'choose_device', 'processes', 'check_bf16', 'run_precision', 'of_connection', 'StopTogether', 'Weights',
-           'Watch', 'Progress', 'check_whole', 'check_pairs', 'check_asked', 'check_token_pairs', 'recorded',
-           'bank_bytes', 'made_from', 'Alignment', 'check_adapters', 'rng_state', 'set_rng_state', 'fits',
-           'differences', 'check_same_run', 'checkpoints_in', 'read_state', 'flat_tensors', 'Checkpoints', 'Log',
-           'show_row', 'align', 'show_history']
+           'choose_device', 'processes', 'run_precision', 'of_connection', 'StopTogether', 'Weights', 'Watch',
+           'Progress', 'check_whole', 'check_pairs', 'check_asked', 'check_token_pairs', 'recorded', 'bank_bytes',
+           'made_from', 'Alignment', 'check_adapters', 'rng_state', 'set_rng_state', 'fits', 'differences',
+           'check_same_run', 'checkpoints_in', 'read_state', 'flat_tensors', 'Checkpoints', 'Log', 'show_row', 'align',
+           'show_history']
 
 # %% ../nbs/26_train.ipynb #dc8a1a68
 import gmail_nb.runtime
@@ -41,7 +41,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from .align import GenReal
-from .features import Features, native_precision
+from .features import Features, check_bf16, native_precision
 from .files import (atomic_path, atomic_write, check_writable, checked_card, file_checksums,
                             progress, with_checksum)
 from .lora import block_list
@@ -508,14 +508,6 @@ def processes(
                        log_with=list(trackers) or None, kwargs_handlers=[waits])
 
 # %% ../nbs/26_train.ipynb #26cu0008
-def check_bf16(device:torch.device) -> None:
-    "`ValueError` for a device that does not compute in bfloat16."
-    if device.type == 'cuda': can = torch.cuda.is_bf16_supported(including_emulation=False)
-    else: can = torch.amp.is_autocast_available(device.type)
-    if can: return
-    raise ValueError(f"precision is 'bf16', which {device.type} does not compute in here: "
-                     "choose 'no' for float32, or 'auto' for what the device has")
-
 def run_precision(
     settings,               # an `AlignSettings`, or other settings with a `precision`
     accelerator:Accelerator,

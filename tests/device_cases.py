@@ -37,6 +37,8 @@ from gmail_nb.encoders import Encoder, OpenClipVisual, encode_images, encode_tex
 from gmail_nb.export import export, merged_tower
 from gmail_nb.features import embed
 from gmail_nb.gallery import score_quality
+from gmail_nb.gap import (gap_report, paired_cosines, show_cosines, show_gap, show_token_gap, token_cosines,
+                          token_gap_report)
 from gmail_nb.generate import generate, load_generated
 from gmail_nb.ifcap import (IFCap, IFCapBatches, IFCapTraining, entity_prompt, ifcap_ids, ifcap_loss, save_ifcap,
                             train_ifcap, write_ifcap)
@@ -324,9 +326,24 @@ def generating_and_scoring():
     work = WorkSettings(show_progress=False, shard_size=8, device='sim', dtype='float32')
     generate(drawings(4), 'embedded', out, DrawSettings(steps=2), work=work)
     assert len(load_generated(out)) == 4
-    for encoder in ('embedded', load_encoder('embedded')): # by its name, and as `gmail_generate --quality` hands it on
+    for encoder in ('embedded', load_encoder('embedded').to(SIM)): # as `--quality` has it
         with simulator.counted() as t: score_quality(out, encoder, show_progress=False)
         assert t.to_device, 'the scores were measured on the CPU'
+    with simulator.counted() as t: score_quality(out, load_encoder('embedded'), show_progress=False) # --device cpu
+    assert not t.to_device, 'an encoder that was put on the CPU was moved'
+
+@case
+def gaps_are_measured_and_drawn():
+    from gmail_nb.bench import determinism
+    from gmail_nb.runs.align import alignment_measures
+    g, r = (torch.nn.functional.normalize(torch.randn(12, 8), dim=-1).to(SIM) for _ in range(2))
+    assert gap_report(g, r) and show_cosines(paired_cosines(g, r), paired_cosines(r, r)) and show_gap((g, r), (r, r))
+    tokens = torch.randn(12, 4, 8).to(SIM)
+    assert token_gap_report(tokens, tokens + 1) and show_token_gap(dict(before=token_cosines(tokens, tokens + 1)))
+    assert [len(m.ours) for m in alignment_measures(g, r, r)] == [12, 12]
+    moved = load_encoder('embedded').to(SIM)
+    determinism.load_encoder = lambda name: moved
+    assert len(determinism.text_side(Path(tempfile.mkdtemp())))
 
 # captions
 

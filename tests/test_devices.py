@@ -57,6 +57,7 @@ GROUPS = dict(
         'tune_text_head',
         'embedding',
         'generating_and_scoring',
+        'gaps_are_measured_and_drawn',
         'captioning',
         'captioning_from_text',
         'a_text_step_waits_once',

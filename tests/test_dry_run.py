@@ -20,6 +20,7 @@ from gmail_nb.runs.dry_run import (
     dry_generate,
     dry_text,
     look_data,
+    look_decoding,
     look_device,
     look_generated,
     look_hub,
@@ -28,6 +29,7 @@ from gmail_nb.runs.dry_run import (
     look_out,
     look_set,
     rate_at,
+    some_pictures,
 )
 from gmail_nb.runs.presets import EIGHT, SET_NAMES, TEXT_RECIPES
 from gmail_nb.settings import (
@@ -331,3 +333,24 @@ def test_a_recipe_that_means_other_captions_says_so(root):
     assert said['steps'].startswith('808 of 512, ')
     own = dry_text(str(root/'dataset_coco.json'), source=SourceSettings(split='test'), recipe=TEXT_RECIPES['small'])
     assert 'recipe' not in {look.what for look in own}
+
+# decoding
+
+def test_pictures_are_found_in_every_form_that_has_them_at_hand(root, tmp_path):
+    emoji('A', 'noto').select(range(20)).to_parquet(tmp_path/'set.parquet')
+    folder = next(p for p in root.iterdir() if p.is_dir() and any(p.glob('*.[jp][pn]g')))
+    for source in (root/'dataset_coco.json', root/'drawn', tmp_path/'set.parquet', folder):
+        assert some_pictures(source, n=3) and len(some_pictures(source, n=3)) <= 3, source
+    for source in ('owner/set', tmp_path/'nowhere', tmp_path/'a.tar', tmp_path): assert source == tmp_path or (
+        not some_pictures(source))
+
+def test_decoding_has_a_row_where_pictures_can_be_tried(root, tmp_path):
+    row, = look_decoding(1000, root/'drawn')
+    assert row.what == 'decoding' and row.where and '1,000 at' in row.note and not look_decoding(None, root/'drawn')
+    (tmp_path/'a.png').write_bytes(b'no picture')
+    assert look_decoding(5, tmp_path) == [] # the command says which does not decode
+
+def test_the_dry_runs_that_read_images_say_what_decoding_takes(root, tmp_path):
+    rows = dry_run.dry_embed(root/'drawn', out=tmp_path/'features')
+    assert [r.what for r in rows].count('decoding') == 1
+    assert next(r for r in rows if r.what == 'time').note.endswith('decoding is not in it')

@@ -134,6 +134,17 @@ def test_auto_is_bfloat16_where_the_device_has_it(monkeypatch):
     assert native_precision('auto', 'cpu') == 'no' and native_precision('bf16', 'cpu') == 'bf16'
     with pytest.raises(ValueError, match="'bf16'"): native_precision('bf61', 'cpu')
 
+def test_bfloat16_where_it_cannot_be_had_is_refused(monkeypatch, tmp_path, encoder, drawings):
+    "Of embedding, of a captioner and of fine-tuning, which all ask here."
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: False)
+    with pytest.raises(ValueError, match="'bf16', which cuda does not compute in here"): native_precision('bf16', 'cuda')
+    assert native_precision('auto', 'cuda') == 'no'
+    monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda kind: False)
+    settings = EmbedSettings(precision='bf16', show_progress=False)
+    with pytest.raises(ValueError, match="choose 'no' for float32"):
+        embed(drawings, encoder, tmp_path/'f', settings=settings)
+    assert not list((tmp_path/'f').glob('*.npy'))
+
 # the folder
 
 def test_features_are_those_of_the_plain_way(folder, drawings, plain):

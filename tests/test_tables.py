@@ -11,6 +11,7 @@ from gmail_nb.experiments.tables import (TABLES, Drawing, TableRun, as_asked, ch
                                          tables_text)
 from gmail_nb.files import read_results
 from gmail_nb.pipelines import tiny_stable_diffusion
+from gmail_nb.runs import dry_run
 from gmail_nb.runs.presets import CAPTION_SOURCES, CAPTIONER_PRESETS, EVAL_PRESETS, TEXT_RECIPES, with_known
 from gmail_nb.settings import GENERATORS, CaptionerSettings
 
@@ -152,6 +153,23 @@ def test_a_table_runs_to_its_end(world, table, rows, capsys):
     said = capsys.readouterr().out
     assert 'begins' not in said and [r['value'] for r in again] == [r['value'] for r in records]
     assert not [r.what for r in dry_table(table, home/'out', run) if r.state in ('missing', 'refused')]
+
+def test_a_dry_run_says_memory_and_time_of_every_step(world, tmp_path, monkeypatch):
+    home, run = world
+    tried, measured = [], dry_run.forward_rate
+    def counted(*args, **how):
+        tried.append((*args, *how.values()))
+        return measured(*args, **how)
+    monkeypatch.setattr(dry_run, 'forward_rate', counted)
+    for table in ('table2', 'table9'):
+        rows = [r for r in dry_table(table, tmp_path/'none', run) if r.state in ('to write', 'estimate')]
+        starts = [i for i, r in enumerate(rows) if r.what in ('drawing', 'aligned', 'text', 'captioner')]
+        for i in starts:
+            said = [r for r in rows[i + 1:] if r.what != 'output'][:3]
+            assert any(r.what == 'time' and r.where for r in said[:2]), rows[i]
+            assert rows[i].what == 'drawing' or said[0].what == 'memory' and 'weights of' in said[0].note
+        if table == 'table2': assert any(r.what == 'time of texts' and r.where for r in rows)
+    assert len(tried) == len(set(tried)) + 1 # once a table for each tower, batch and side
 
 def test_a_killed_step_is_run_again_and_no_other(world, capsys):
     home, run = world

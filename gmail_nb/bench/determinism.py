@@ -118,7 +118,7 @@ def text_side(out:Path, way:Way=Way()) -> np.ndarray: # every weight of the head
         return tune_text(encoder, x, list(ds['label']), settings, checkpoint=out/'checkpoint.pt')
     if way.stopped:
         with stopped_at(gmail_nb.tune, 'look', 3): tuned()
-    return torch.cat([p.flatten() for p in tuned().text.parameters()]).numpy()
+    return torch.cat([p.flatten() for p in tuned().text.parameters()]).cpu().numpy()
 
 # %% ../../nbs/bench/70_determinism.ipynb #f061f307
 RESULTS = dict(images=images, features=plain_features, alignment=aligned_features, text=text_side)

@@ -13,7 +13,8 @@ __all__ = ['Link', 'KINDS', 'BASE', 'FEW', 'MANY', 'LLAMA_BASE', 'LLAMA_GMAIL', 
            'source_of', 'encoder_name', 'run_drawing', 'run_aligning', 'learned_images', 'run_text', 'run_captioner',
            'question_place', 'run_llava', 'run_step', 'table_miniature', 'caption_values', 'measured_values',
            'asked_values', 'table_records', 'paper_table', 'mean_text', 'check_runs', 'run_table', 'images_of',
-           'step_costs', 'look_asked', 'dry_table', 'embedded_answers']
+           'step_costs', 'look_asked', 'passes_of', 'texts_of', 'tower_of', 'step_work', 'dry_table',
+           'embedded_answers']
 
 # %% ../../nbs/experiments/60_tables.ipynb #05a01121
 import hashlib
@@ -751,15 +752,70 @@ def look_asked(table:PaperTable, run:TableRun) -> list[tuple]: # of `Look`
     train = VQASettings(split='train')
     return asked + [look_questions(q, train)._replace(what='instructions') for q in learned]
 
+# %% ../../nbs/experiments/60_tables.ipynb #5f1d2a02
+def passes_of(
+    link:Link, found:dict # as in `images_of`
+) -> int: # forward passes of the image tower
+    "How many images go through the tower in a training; a step counts as three passes."
+    from gmail_nb.runs.dry_run import STEP
+    images = images_of(getattr(link, 'drawing', None) or Drawing(), found)
+    if not isinstance(link, Aligning): return images
+    s, name = link.settings.align, link.drawing.captions
+    ds = found.get(name, (None, None))[1]
+    real = images if ds is None else len(ds)
+    return real + STEP * s.epochs * images
+
+# %% ../../nbs/experiments/60_tables.ipynb #5f1d2a05
+def texts_of(link:TextTuning, found:dict) -> int: # forward passes of the text tower
+    "A head learns from texts that went through once."
+    from gmail_nb.runs.dry_run import STEP
+    s = link.recipe.settings
+    return images_of(link.drawing, found) if s.tuning == 'head' else STEP * s.steps * s.batch_size
+
+def tower_of(link:Aligning|TextTuning|CaptionTuning) -> tuple[str, int, str]:
+    "The encoder of a training, with the batch and precision of a forward pass."
+    if isinstance(link, CaptionTuning): return link.settings.encoder, EmbedSettings.batch_size, 'auto'
+    if isinstance(link, TextTuning):
+        s = link.recipe.settings
+        return link.recipe.encoder, s.batch_size, s.precision
+    s = link.settings.align
+    return link.encoder, -(-s.batch_size // s.accumulation), s.precision
+
+# %% ../../nbs/experiments/60_tables.ipynb #5f1d2a04
+def step_work(
+    link:Link, found:dict,   # as in `images_of`
+    run:TableRun,
+    speeds:dict              # (encoder, batch, precision, texts) -> what was measured, which is filled
+) -> list[tuple]: # of `Look`
+    "Memory and time of a step."
+    from gmail_nb.runs.dry_run import RATES, Look, encoder_speed, look_lm, look_model, look_pass
+    from gmail_nb.runs.dry_run import look_time
+    if isinstance(link, Drawing):
+        return [look_time(images_of(link, found), *RATES.get(link.generator, (None, 'not measured')))]
+    if isinstance(link, LlavaTuning):
+        return [Look('time', '', 'estimate', 'not known: gmail_bench gpu measures such a model')]
+    name, *how = tower_of(link)
+    look = look_model(name, run.models)
+    def speed(texts=False):
+        asked = name, *how, texts
+        if asked not in speeds: speeds[asked] = encoder_speed(look, name, *how, run.device, texts=texts)
+        return speeds[asked]
+    lm = look_lm(link.settings.lm) if isinstance(link, CaptionTuning) else None
+    rows = look_pass(look, speed(), passes_of(link, found), lm)
+    if lm: rows[-1] = rows[-1]._replace(note=f'embedding alone: {rows[-1].note}')
+    if not isinstance(link, TextTuning): return rows
+    said = look_time(texts_of(link, found), speed(True).rate, f'texts; {speed(True).how}')
+    return [*rows, said._replace(what='time of texts')]
+
 # %% ../../nbs/experiments/60_tables.ipynb #4c7628f3
 def dry_table(
     table:str, out:str|Path='tables', run:TableRun=TableRun(), **rest
 ) -> list[tuple]: # of `Look`
     "What `gmail_experiment TABLE --scale paper` would do."
-    from gmail_nb.runs.dry_run import RATES, Look, look_data, look_device, look_generator, look_lm
-    from gmail_nb.runs.dry_run import look_model, look_out, look_set, look_time
+    from gmail_nb.runs.dry_run import Look, look_data, look_device, look_generator, look_lm
+    from gmail_nb.runs.dry_run import look_model, look_out, look_set
     t, steps = TABLES[check_runs(table)], paper_plan(table, out, run)
-    rows, needed = [look_device(run.device)], 0.
+    rows, needed, speeds = [look_device(run.device)], 0., {}
     needs = needs_of(replace(t, rows=tuple(TableRow(r.name, last) for r, _,
                                            last in row_links(t, run))))
     rows += [look_generator(g)[0] for g in needs.get('generators', ())]
@@ -772,12 +828,12 @@ def dry_table(
     if t.task == 'vqa': rows += look_asked(t, run)
     elif t.task != 'caption': rows += [r for d in run.test or t.data for r in look_data(d, run.root)]
     for step in steps:
-        does, images, size = step_costs(step.link, found)
+        does, _, size = step_costs(step.link, found)
         state, note = ('there', 'done') if step.done else ('to write', does)
         rows.append(Look(KINDS[type(step.link)], step.folder.name, state, note))
         if step.done: continue
         needed += size
-        if images: rows.append(look_time(images, *RATES.get(step.link.generator, (None, 'not measured'))))
+        rows += step_work(step.link, found, run, speeds)
     return [*rows, look_out(out, needed, 'images, and features of 16 bits')]
 
 # %% ../../nbs/experiments/60_tables.ipynb #5aea4bfb

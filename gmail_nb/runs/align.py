@@ -209,7 +209,7 @@ def write_pictures(
 # %% ../../nbs/runs/10_align.ipynb #4b13f651
 def first_hits(queries:torch.Tensor, gallery:torch.Tensor) -> np.ndarray: # (N,)
     "Whether the right answer comes first, for each query."
-    return (ranks(queries, gallery) < 1).float().numpy()
+    return (ranks(queries, gallery) < 1).float().cpu().numpy()
 
 def alignment_measures(
     before:torch.Tensor, tried:torch.Tensor, target:torch.Tensor # (N, D), of the pairs that judge
@@ -217,7 +217,7 @@ def alignment_measures(
     "The cosine of each pair, and whether its generated image finds it."
     some = some_pairs(len(target))
     b, t, r = before[some], tried[some], target[some]
-    cosines = (paired_cosines(x, r).numpy() for x in (t, b))
+    cosines = (paired_cosines(x, r).cpu().numpy() for x in (t, b))
     return [Measure('the cosine of validation pairs', *cosines, unit='', scale=1, digits=3),
             Measure('generated-to-real R@1 on them', first_hits(t, r), first_hits(b, r))]
 

@@ -8,12 +8,14 @@ __all__ = ['RATES', 'SMALL', 'STEP', 'SLOW', 'FIRST', 'BYTES', 'SET_FILES', 'HUB
            'look_open_clip', 'look_path', 'look_model', 'look_generator', 'look_lm', 'coco_pictures', 'look_pictures',
            'look_hub_set', 'look_set', 'look_generated', 'receipts', 'look_time', 'no_memory', 'tried', 'rate_at',
            'a_batch', 'batch_rate', 'Speed', 'forward_rate', 'encoder_speed', 'draw_size', 'look_folder', 'asdict_of',
-           'dry_generate', 'some_keys', 'look_matches', 'look_work', 'look_epochs', 'dry_align', 'dry_embed',
-           'look_arm', 'look_sides', 'look_steps', 'dry_text', 'dry_captioner', 'dry_write', 'look_data',
-           'asked_models', 'counted', 'look_models', 'dry_eval', 'dry_demo']
+           'dry_generate', 'some_keys', 'look_matches', 'look_pass', 'look_work', 'some_files', 'some_pictures',
+           'decode_rate', 'look_decoding', 'look_epochs', 'dry_align', 'dry_embed', 'look_arm', 'look_sides',
+           'look_steps', 'dry_text', 'dry_captioner', 'dry_write', 'look_data', 'asked_models', 'counted',
+           'look_models', 'dry_eval', 'dry_demo']
 
 # %% ../../nbs/runs/50_dry_run.ipynb #454c80a4
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -27,6 +29,7 @@ from typing import NamedTuple
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -472,9 +475,10 @@ def encoder_speed(
     except Exception as e: return Speed(how=f'it could not be measured: {first_line(e)}')
 
 # %% ../../nbs/runs/50_dry_run.ipynb #20bc02cd
-from ..data import emoji
+from ..data import decode_image, emoji, parquet_files
 from ..plan import Plan, make_settings, read_captions, settings_difference
 from ..settings import AfterSettings, DrawSettings, WorkSettings
+from ..sources import IMAGE_SUFFIXES
 
 # %% ../../nbs/runs/50_dry_run.ipynb #7cc602bb
 BYTES = dict(png=1.6, jpeg=.4, webp=.3) # of a pixel, about; see the lesson below
@@ -560,6 +564,20 @@ def look_matches(
     return Look('pairs', '', 'refused', 'no generated image has the key of a real one'), 0
 
 # %% ../../nbs/runs/50_dry_run.ipynb #59b2e888
+def look_pass(
+    look:Look, speed:Speed,   # of the encoder, and its row
+    images:int|None,          # that go through it; None if not known
+    beside:Look|None=None     # a language model that is loaded too
+) -> list[Look]: # memory and time
+    "What images that go through an encoder take."
+    memory = f'the weights: {look.note}'
+    if speed.weights: memory = f'at least the weights of {size_text(speed.weights)}'
+    if beside: memory += f', and the language model: {beside.note}'
+    time = look_time(images, speed.rate, speed.how)
+    if time.where: time = time._replace(note=f'{time.note}; decoding is not in it')
+    return [Look('memory', '', 'estimate', memory), time]
+
+# %% ../../nbs/runs/50_dry_run.ipynb #59b2e891
 def look_work(
     look:Look, encoder:str,  # the encoder and its row
     images:int|None, passes:float, # images that go through it, None if not known, and how often
@@ -572,15 +590,64 @@ def look_work(
     speed = encoder_speed(look, encoder, *run)
     width = 2 if store == 'float16' else 4
     needed = (images if kept is None else kept) or 0
-    memory = f'the weights: {look.note}'
-    if speed.weights: memory = f'at least the weights of {size_text(speed.weights)}'
-    if beside: memory += f', and the language model: {beside.note}'
     images = None if images is None else math.ceil(images * passes)
-    time = look_time(images, speed.rate, speed.how)
-    without = 'decoding is not in it, see gmail_bench data'
-    if time.where: time = time._replace(note=f'{time.note}; {without}')
-    return [Look('memory', '', 'estimate', memory),
-            look_out(out, needed * (speed.dim or 512) * width, note), time]
+    memory, time = look_pass(look, speed, images, beside)
+    return [memory, look_out(out, needed * (speed.dim or 512) * width, note), time]
+
+# %% ../../nbs/runs/50_dry_run.ipynb #59b2e88d
+def some_files(path:Path, settings:SourceSettings, n:int) -> list[Path]:
+    "The first pictures of a folder or of a COCO file."
+    if path.is_dir():
+        found = (p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
+        return list(itertools.islice(found, n))
+    folder, files = Path(settings.images or path.parent), []
+    for i in read_coco(path).get('images', ())[:n]:
+        name = i.get('filename') or i.get('file_name', '')
+        files += [folder/i.get('filepath', '')/name, folder/name]
+    return [f for f in files if f.is_file()]
+
+# %% ../../nbs/runs/50_dry_run.ipynb #59b2e893
+def some_pictures(
+    source, settings:SourceSettings=SourceSettings(), n:int=16
+) -> list[bytes]: # encoded; none where a set has to be read for them
+    "The first pictures of a set as they are stored."
+    path = Path(str(source))
+    if path.suffix == '.tar' or not path.exists(): return []
+    in_parquet = path.is_dir() or path.suffix.lower() == '.parquet'
+    for shard in parquet_files(path) if in_parquet else ():
+        if settings.image not in pq.read_schema(shard).names: continue # captions of a run
+        batches = pq.ParquetFile(shard).iter_batches(n, columns=[settings.image])
+        rows = next(batches).column(0).to_pylist()
+        return [r['bytes'] for r in rows if isinstance(r, dict) and r.get('bytes')]
+    if path.is_dir() or path.suffix.lower() == '.json':
+        return [f.read_bytes() for f in some_files(path, settings, n)]
+    return []
+
+# %% ../../nbs/runs/50_dry_run.ipynb #59b2e88e
+def decode_rate(pictures:list[bytes], seconds:float=.2) -> float: # images a second of one core
+    "Of pictures that are opened and made as small as 224 pixels, again and again."
+    started, n = time.process_time(), 0
+    while not n or time.process_time() - started < seconds:
+        decode_image(pictures[n % len(pictures)]).resize((224, 224), 3)
+        n += 1
+    return n / max(1e-6, time.process_time() - started)
+
+# %% ../../nbs/runs/50_dry_run.ipynb #59b2e895
+def look_decoding(
+    images:int|None,          # that are opened
+    source, settings:SourceSettings=SourceSettings(),
+    workers:int|None=None     # threads; one a core if absent
+) -> list[Look]: # none where no picture can be tried
+    "How long a set takes to be decoded, from some of its pictures."
+    from gmail_nb.features import cores
+    try: pictures = some_pictures(source, settings)
+    except (OSError, ValueError, pa.ArrowException): return []
+    if not images or not pictures: return []
+    n = min(workers or cores(), cores())
+    try: rate = n * decode_rate(pictures)
+    except ValueError: return [] # the command will say which does not decode
+    said = f'{images:,} at {rate:.3g} a second: {len(pictures)} of its pictures, on {n} cores'
+    return [Look('decoding', time_text(images / rate), 'estimate', said)]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #59b2e88a
 def look_epochs(
@@ -615,8 +682,10 @@ def dry_align(
     images = real_images + STEP * s.epochs * learned if real_images and pairs else None
     said = f'features of {"the" if real_images is None else f"{real_images:,}"} real images'
     rows += [*([match] if match else []), *more]
-    return rows + look_work(look, encoder, images, 1, out, note=said, kept=real_images or 0,
-                            run=(-(-s.batch_size // s.accumulation), s.precision, settings.run.device))
+    run = -(-s.batch_size // s.accumulation), s.precision, settings.run.device
+    rows += look_work(look, encoder, images, 1, out, note=said, kept=real_images or 0, run=run)
+    return [*rows, *look_decoding(real_images, captioned, source),
+            *look_decoding(s.epochs * learned, generated)]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #0232cc04
 def dry_embed(
@@ -633,7 +702,8 @@ def dry_embed(
     return [look_device(settings.device), look, *rows,
             *look_work(look, model, images, 1, out, settings.store,
                        'features' if images is None else f'features of {images:,} images',
-                       run=(settings.batch_size, settings.precision, settings.device))]
+                       run=(settings.batch_size, settings.precision, settings.device)),
+            *look_decoding(images, captioned, source, settings.workers)]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #22574289
 from ..plan import splits_of
