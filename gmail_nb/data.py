@@ -132,7 +132,13 @@ Image.init()
 _kinds = ('JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'DIB', 'TIFF', 'AVIF', 'JPEG2000', 'PPM', 'ICO',
           'TGA') # pixels alone: no EPS, for which a program would be run
 FORMATS = tuple(k for k in _kinds if k in Image.OPEN)
-MAX_PIXELS = int(os.environ.get('GMAIL_MAX_PIXELS', 178_956_970)) # where Pillow ends by itself
+
+def _pixel_limit(said='178956970'): # where Pillow ends by itself
+    if said.isascii() and said.isdigit() and int(said): return int(said)
+    raise ValueError(f'GMAIL_MAX_PIXELS is {said!r:.40}: it is the largest image that is opened, in '
+                     'pixels, a whole number above 0 such as 400000000')
+
+MAX_PIXELS = _pixel_limit(*(os.environ[n] for n in ('GMAIL_MAX_PIXELS',) if n in os.environ))
 if 'GMAIL_MAX_PIXELS' in os.environ: # Pillow ends at twice this
     Image.MAX_IMAGE_PIXELS = max(1, -(-MAX_PIXELS // 2))
 

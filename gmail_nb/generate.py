@@ -28,15 +28,13 @@ import pyarrow.parquet as pq
 import torch
 from diffusers import DiffusionPipeline
 
-from .data import read_parquet, whole_parquet
-from .files import atomic_path, atomic_write, check_writable, in_one_line, progress
-from .files import read_object, unknown_name, versions, with_checksum
+from .files import (
+    atomic_path, atomic_write, check_writable, progress, unknown_name, versions, with_checksum)
 from .pipelines import load_generator, resolve_generator
 from .plan import Plan, Settings, make_settings, read_captions, settings_difference
 from .runtime import default_device, default_dtype, machine
 from .settings import DrawSettings, Generator, SourceSettings, WorkSettings
-from .shards import GENERATED, Sampler, make_shard, shard_fault
-from .sources import check_shards, read_manifest
+from .shards import Sampler, make_shard, shard_fault
 
 # %% ../nbs/10_generate.ipynb #239515ab
 def begun_settings(
@@ -424,6 +422,12 @@ def generate(
         carry_out(out, plan, asked, todo, work, partial(load_for_run, found, asked, work), pipeline)
         tell_end(out, write_manifest(out, plan))
     return out
+
+# %% ../nbs/10_generate.ipynb #a17eab7a
+from .data import read_parquet, whole_parquet
+from .files import in_one_line, read_object
+from .shards import GENERATED
+from .sources import check_shards, read_manifest
 
 # %% ../nbs/10_generate.ipynb #47fdc98b
 def check_lengths(

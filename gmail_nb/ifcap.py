@@ -274,14 +274,18 @@ def ifcap_ids(
     features:torch.Tensor,      # (N, dim), of images through f_r
     beams:int=1,
     max_new_tokens:int=24,
-    batch_size:int=64
+    batch_size:int=64,
+    *,
+    words_of:torch.Tensor|None=None,   # (N, dim), look the words up with these, to see what they do
+    captions_of:torch.Tensor|None=None # (N, dim), and the retrieved captions with these
 ) -> list[list[int]]: # for each image its tokens
     """Retrieve, count, fuse, write.
 
     `ValueError` for features of another width, or captions longer than the window."""
     check_captioner_input(model, features)
-    prompts = [model.prompt_ids(e) for e in model.seen_entities(features)]
-    found = retrieve(features.to(model.bank.device), model.bank, model.lookup.k)
+    of_words, of_captions = (features if x is None else x for x in (words_of, captions_of))
+    prompts = [model.prompt_ids(e) for e in model.seen_entities(of_words)]
+    found = retrieve(of_captions.to(model.bank.device), model.bank, model.lookup.k)
     model.check_fits(max(map(len, prompts)) + max_new_tokens)
     out = {}
     for length in sorted({len(p) for p in prompts}):

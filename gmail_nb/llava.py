@@ -47,6 +47,7 @@ def both_sides(
     found = [tokens(pixels[of]) for of, tokens in kinds if bool(of.any())]
     return torch.cat(found)[order.argsort()]
 
+# %% ../nbs/38_llava.ipynb #7b6733e7
 class VisualTokens(nn.Module):
     "Grid tokens of an aligned model, or of an encoder, which has one side for all images."
     def __init__(self, model:GenReal|Encoder):
@@ -102,6 +103,7 @@ def takes_parts(chat) -> bool: # chat: a tokenizer or a processor with a chat te
     except (TypeError, TemplateError): return False # it joins strings
     return 'some words' in text and "{'type'" not in text # nor does it print a list
 
+# %% ../nbs/38_llava.ipynb #56b34f21
 def chat_text(
     chat,              # a tokenizer or a processor with a chat template
     turns:list[dict],  # from `turns_of`
@@ -182,6 +184,7 @@ def token_ids(tokenizer, text:str, **how): # how: of the tokenizer
     twice = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     return tokenizer(text, add_special_tokens=not twice, **how)
 
+# %% ../nbs/38_llava.ipynb #3f1010ef
 def encode_prompt(
     model:Llava,
     turns:list[dict],    # the last one the assistant's, for training
@@ -218,6 +221,7 @@ def earlier_answers(model:Llava, asked:list[dict]) -> list[tuple[str, str]]:
         found.append((text[:at], text[:through]))
     return found
 
+# %% ../nbs/38_llava.ipynb #373a0bb5
 def with_spans(
     tokenizer, text:str,
     spans:list[tuple[int, int]] # of characters
@@ -246,6 +250,7 @@ def padded_prompts(
     ids = torch.tensor([row(p.ids, fill) for p in prompts])
     return ids, torch.tensor([row([True] * len(p.ids), False) for p in prompts])
 
+# %% ../nbs/38_llava.ipynb #948d0cac
 def llava_loss(
     model:Llava,
     prompts:list[Prompt],
@@ -301,6 +306,7 @@ class SharedWords:
         words = torch.cat([words.new_zeros(n, k, words.shape[-1]), words], 1) # never looked at
         return words, torch.cat([real.new_ones(n, k), real], 1), dict(past_key_values=cache)
 
+# %% ../nbs/38_llava.ipynb #a2f077a8
 def common_start(prompts:list[Prompt], marker:int) -> list[int]: # token numbers
     "What all prompts begin with, up to the first image; something is left of each."
     found = []
@@ -328,6 +334,7 @@ def encode_all(
     tokens = look(images[:1]).shape[1] if images else 0
     return [encode_prompt(model, turns, len(some), tokens) for turns, some in asked]
 
+# %% ../nbs/38_llava.ipynb #fe4b4497
 @torch.inference_mode()
 def answer_all(
     model:Llava,

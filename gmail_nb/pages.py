@@ -153,14 +153,14 @@ def run_page(
 
 # %% ../nbs/04_pages.ipynb #1f8f2104
 class Page:
-    "An HTML page that a notebook shows in a frame."
+    "An HTML page that a notebook shows in a frame, in which no script of it runs."
     def __init__(self, text:str, height:int=420): self.text, self.height = text, height # in pixels
 
     def __repr__(self) -> str: return f'Page({len(self.text):,} characters)'
 
     def _repr_html_(self) -> str:
         frame = f'width:100%;height:{self.height}px;border:1px solid #ddd'
-        return f'<iframe style="{frame}" srcdoc="{html.escape(self.text)}"></iframe>'
+        return f'<iframe sandbox="" style="{frame}" srcdoc="{html.escape(self.text)}"></iframe>'
 
 def show_page(
     folder:str|Path, # of a run, such as that of `gmail_align`; or a page

@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from .data import column_of
 from .files import name_some, unknown_name
 from .runtime import fingerprint, stable_seed
 from .settings import DrawSettings, Generator, SourceSettings
@@ -31,6 +33,7 @@ def _check_table(table:pa.Table, name:str):
     if empty: raise ValueError(f'{name}: empty caption for the key {name_some(map(str, empty))}')
     bad = table.filter(pc.equal(pc.fill_null(table['key'], ''), ''))['caption'].to_pylist()
     if bad: raise ValueError(f'{name}: {len(bad)} captions have no key, such as {name_some(bad)}')
+    if len(pc.unique(table['key'])) == len(table): return
     n = table.group_by(['key', 'index']).aggregate([([], 'count_all')])
     twice = sorted(n.filter(pc.greater(n['count_all'], 1))['key'].to_pylist())
     if twice:
@@ -74,18 +77,44 @@ def _which(which) -> str|int:
     if which in ('first', 'all') or isinstance(which, int) and which >= 0: return which
     raise ValueError(f"which is {which!r}: expected 'first', 'all' or a number from 0")
 
+def _check_long_enough(short, which:int, name:str) -> None: # short: keys
+    if not len(short): return
+    raise ValueError(f'{name}: there is no caption number {which} (counted from 0) '
+                     f'for the key {name_some(list(short))}')
+
 # %% ../nbs/08_plan.ipynb #f4c2907d
 def _chosen(captions:dict, which:str|int, name:str) -> pa.Table: # captions: key -> texts
     "The table of the captions asked for; `ValueError` for a key that has fewer."
-    short = [k for k, cs in captions.items() if isinstance(which, int) and len(cs) <= which]
-    if short:
-        raise ValueError(f'{name}: there is no caption number {which} (counted from 0) '
-                         f'for the key {name_some(short)}')
+    if isinstance(which, int):
+        _check_long_enough([k for k, cs in captions.items() if len(cs) <= which], which, name)
     wanted = 0 if which == 'first' else which
     rows = [(k, i, c) for k, cs in captions.items() for i, c in enumerate(cs)
             if wanted in ('all', i)]
     index = [i if which == 'all' else 0 for _, i, _ in rows]
     return caption_table([k for k, _, _ in rows], [c for _, _, c in rows], index, name)
+
+# %% ../nbs/08_plan.ipynb #5aa30c31
+def _chosen_columns(ds:datasets.Dataset, which:str|int, name:str) -> pa.Table: # ds: key, captions
+    "As `_chosen`, where no key repeats: chunk by chunk, and without one Python object a caption."
+    keys, lists = column_of(ds, 'key'), column_of(ds, 'captions')
+    if isinstance(which, int):
+        short = keys.filter(pc.less_equal(pc.list_value_length(lists), which))
+        _check_long_enough(short.to_pylist(), which, name)
+    chosen = [_chosen_of_batch(b, which) for b in pa.table(dict(key=keys, captions=lists)).to_batches()]
+    table = pa.concat_tables(chosen) if chosen else caption_table([], [], name=name)
+    _check_table(table, name)
+    return table
+
+def _chosen_of_batch(batch:pa.RecordBatch, which:str|int) -> pa.Table: # key, index, caption
+    lists = batch['captions']
+    parent, text = pc.list_parent_indices(lists).to_numpy(), pc.list_flatten(lists)
+    first = np.searchsorted(parent, parent) # where the captions of each one's key begin
+    number = np.arange(len(parent)) - first
+    kept = slice(None) if which == 'all' else number == (0 if which == 'first' else which)
+    rows = pa.array(np.arange(len(parent))[kept])
+    index = number[kept] if which == 'all' else np.zeros(len(rows))
+    return pa.table(dict(key=batch['key'].take(pa.array(parent[kept])).cast(pa.string()),
+                         index=pa.array(index.astype('int32')), caption=text.take(rows).cast(pa.string())))
 
 # %% ../nbs/08_plan.ipynb #c5fa9a89
 log = logging.getLogger('gmail_nb.plan')
@@ -127,7 +156,10 @@ def read_captions(
     if isinstance(source, (str, Path, datasets.Dataset)):
         if not isinstance(source, datasets.Dataset): name = Path(source).name
         settings = training_split(source, settings)
-        source = _captions_by_key(load_captioned(source, settings, images=False), name)
+        ds = load_captioned(source, settings, images=False)
+        keys = column_of(ds, 'key')
+        if len(pc.unique(keys)) == len(keys): return _chosen_columns(ds, which, name)
+        source = _captions_by_key(ds, name)
     if not isinstance(source, dict):
         rows = [(f'{i:09}', r) if isinstance(r, str) else tuple(r) for i, r in enumerate(source)]
         return caption_table([k if k is None else str(k) for k, _ in rows], [c for _, c in rows])

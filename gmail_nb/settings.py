@@ -19,6 +19,7 @@ __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS',
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Literal
 
 from .files import unknown_name
 
@@ -55,13 +56,16 @@ _rate, _share = (0, 1e3, 'above'), (0, 1, 'below')
 RANGES = dict( # name of a field -> least, most; above: the least is left out, below: the most is
     accumulation=(1, 2**16), adapted_share=(0, 1, 'above'), alpha=(0, 1e6, 'above'), base_lr=_rate,
     base_steps=_count,
-    batch_size=(1, 2**24), beams=(1, 1024), blocks=(1, 4096), clip=(0, 1e12, 'above'), cycles=(1, 10**6),
+    batch_size=(1, 2**24), beams=(1, 1024), blocks=(1, 4096), clip=(0, 1e12, 'above'),
+    cycles=(1, 10**6),
     draw_steps=(1, 10**5), dropout=_share, ema=(0, 1, 'inside'), epochs=_count, every=_count,
     extra_seeds=(0, 10**6), guidance=(0, 1e4), head_lr=_rate, height=_size, hidden=_share,
     keep=_count, layers=(1, 1024),
-    lr=_rate, max_bank=(0, 2**50), max_megabytes=(0, 1e4, 'above'), max_megapixels=(0, 1e4, 'above'),
+    lr=_rate, max_bank=(0, 2**50), max_megabytes=(0, 1e4, 'above'),
+    max_megapixels=(0, 1e4, 'above'),
     max_new_tokens=(1, 2**20), max_norm=(0, 1e12, 'above'), max_steps=_count,
-    most_bad_steps=_several, most_damaged=(0, 1), neighbours=(1, 100), noise=(0, 1e6), pairs=(2, 10**5),
+    most_bad_steps=_several, most_damaged=(0, 1), neighbours=(1, 100), noise=(0, 1e6),
+    pairs=(2, 10**5),
     part_rows=_count, patience=_count, port=(1, 2**16 - 1), prefix_length=(1, 4096),
     processes=(0, 1024), projection_lr=_rate, rank=_size, samples=(1, 10**6),
     save_every=_count, seed=(0, 2**63 - 1), seeds=(1, 10**6), shard_size=(1, 10**7), steps=_count,
@@ -101,6 +105,7 @@ def check_value(
         if '\0' in value: raise ValueError(f'{name} holds a character that no name has (number 0)')
         if not value.strip() and name not in MAY_BE_EMPTY:
             raise ValueError(f'{name} is empty: name something, or leave it out')
+        if name == 'part': part_of(value)
         if value not in TEXTS.get(name, (value,)): raise unknown_name(name, value, TEXTS[name])
 
 # %% ../nbs/01_settings.ipynb #79e5d976
@@ -113,9 +118,9 @@ class DrawSettings:
     width:int|None=None         # pixels; the generator's own if absent
     height:int|None=None        # pixels; the generator's own if absent
     scheduler:str|None=None     # class name of a diffusers scheduler; the generator's own if absent
-    prefix:str|None=None        # put before every caption
-    suffix:str|None=None        # put after every caption
-    negative:str|None=None      # negative prompt
+    prefix:str|None=None        # words put before every caption
+    suffix:str|None=None        # words put after every caption
+    negative:str|None=None      # a prompt of what the images should not show
     options:dict|None=None      # further arguments of the pipeline's call, such as {"style": "noto"}
     image_format:str|None=None  # png, jpeg or webp; the generator's own if absent
 
@@ -142,14 +147,14 @@ class WorkSettings:
     batch_size:int|None=None    # images drawn at once; a default for the device if absent
     part:tuple=(0, 1)           # (i, n): only the shards whose number is i modulo n
     engine:str='local'          # local, or ray for many workers
-    workers:int=1               # how many workers Ray starts
+    workers:int=1               # workers that Ray starts, one a GPU where there are some
     device:str|None=None        # cuda, cuda:1, mps or cpu; the fastest present if absent
     dtype:str|None=None         # float32, float16 or bfloat16; that of the device if absent
     attention:str='sdpa'        # sdpa (fused), or sliced where memory is short
-    compile:bool=False          # compile the denoiser
-    retry_failed:bool=False     # draw recorded failures again
+    compile:bool=False          # compile the denoiser by torch.compile: slow at first, then faster
+    retry_failed:bool=False     # draw again the images that an earlier run could not draw
     verify:bool=True            # read the checksums of finished shards, not only their sizes
-    show_progress:bool=True     # a bar over images
+    show_progress:bool=True     # show a bar that counts the images
 
     def __post_init__(self):
         check_known(self, 'engine', ('local', 'ray'))
@@ -212,7 +217,7 @@ PRECISIONS, TOKEN_WAYS = ('auto', 'no', 'bf16'), ('none', 'position', 'best')
 class AdapterSettings:
     "What of the image tower is trained for generated images."
     tuning:str='lora'           # lora, full (every weight of a copy), or projections (`proj_gen` alone)
-    rank:int=4                  # rank of LoRA's matrices
+    rank:int=4                  # rank of LoRA's two matrices; more is slower and can do more
     alpha:float|None=None       # LoRA's scale is alpha / rank; 4 * rank if absent
     dropout:float=0.            # share of the inputs of LoRA that are dropped in training
     layers:str='all'            # adapted layers of a ViT's blocks: all, or attention alone
@@ -273,16 +278,16 @@ def check_parts(
 @dataclass(frozen=True)
 class AlignSettings:
     "What an alignment depends on besides its data and its adapters."
-    epochs:int=10               # passes over the pairs
+    epochs:int=10               # how often training passes over all pairs
     batch_size:int=128          # pairs a step, over all processes together
-    lr:float=1e-3               # peak learning rate
+    lr:float=1e-3               # peak learning rate, from which it falls to zero
     weight_decay:float=.01      # weight decay of AdamW
-    clip:float=1.               # largest norm of the gradient
+    clip:float=1.               # largest norm of the gradient of a step
     warmup:int=10               # steps of linear rise, at most a tenth of all
     cycles:int=1                # cosines of the learning rate; each begins with a warm restart
     loss:str='info_nce'         # info_nce (Eq. 1), symmetric, sigmoid or cosine
     tau:float|None=None         # temperature; .07 unless given, and .1 for the sigmoid loss
-    learn_tau:bool=False        # train the temperature too
+    learn_tau:bool=False        # train the temperature of Eq. 1 too
     negatives:str|int='batch'   # batch; a number of further cached real features; or all of them
     accumulation:int=1          # parts of a batch that go through the tower one after another
     precision:str='auto'        # bf16 for autocast, no for float32; auto: bf16 where it is fast
@@ -290,7 +295,7 @@ class AlignSettings:
     patience:int|None=None      # epochs without a better validation value before it stops
     most_bad_steps:int=10       # steps with a loss that is no number before it stops
     tokens:str=field(default='none', metadata=YOUNG) # align tokens too: position, or best (the nearest)
-    token_weight:float=field(default=1., metadata=YOUNG) # weight of the tokens' loss
+    token_weight:float=field(default=1., metadata=YOUNG) # weight of the tokens' loss beside Eq. 1
     seed:int=0                  # seed of the data order and the adapters
 
     @property
@@ -317,8 +322,8 @@ ALIGN_PRESETS = dict(small=AlignSettings(), paper=PAPER_ALIGN)
 class RunSettings:
     "Where a training is kept while it runs. None of it changes the result."
     checkpoints:str|None=field(default=None, metadata=dict(flag=False)) # to save into and go on from
-    save_every:int=100          # steps between checkpoints
-    keep:int=2                  # checkpoints
+    save_every:int=100          # steps of training from one checkpoint to the next
+    keep:int=2                  # checkpoints that are kept; older ones are removed
     log_file:str|None=field(default=None, metadata=dict(flag=False)) # beside them if absent
     trackers:tuple=()           # tensorboard, trackio or wandb, where installed
     desc:str=field(default='aligning', metadata=dict(flag=False)) # beside the progress bar
@@ -339,10 +344,10 @@ class AlignRunSettings:
     validation_limit:int=5000    # at most so many of the pairs kept out are measured
     equal_captions:str='apart'   # apart: all other images are negatives; together: not those of an equal caption
     workers:int|None=None        # threads that decode; as many as cores if absent
-    processes:int=0              # that decode, in place of threads
-    features:str|None=field(default=None, metadata=YOUNG) # folder that runs share
-    store:str=field(default='float32', metadata=YOUNG) # number format on disk, or float16
-    keep_best:bool=field(default=True, metadata=YOUNG) # end with the best weights by held-out pairs, or the start
+    processes:int=0              # processes that decode images, in place of threads
+    features:str|None=field(default=None, metadata=YOUNG) # folder of features that runs share
+    store:str=field(default='float32', metadata=YOUNG) # number format of features on disk; float16 takes half of it
+    keep_best:bool=field(default=True, metadata=YOUNG) # end with the weights that were best on the validation pairs
     most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     run:RunSettings=RunSettings()
 
@@ -359,23 +364,23 @@ def part_of(
 ) -> tuple[int, int]: # (3, 8)
     "Read `i/n`; `ValueError` unless 0 <= i < n."
     i, _, n = text.partition('/')
-    if i.isdigit() and n.isdigit() and int(i) < int(n): return int(i), int(n)
+    if text.isascii() and i.isdigit() and n.isdigit() and int(i) < int(n): return int(i), int(n)
     raise ValueError(f'part is {text!r}: expected i/n with 0 <= i < n, such as 0/4')
 
 # %% ../nbs/01_settings.ipynb #9eff8e33
 @dataclass(frozen=True)
 class EmbedSettings:
     "How images become features on disk."
-    batch_size:int=64           # images a forward pass
+    batch_size:int=64           # images that go through the encoder at once
     part_rows:int=4096          # images whose features are written at once; a killed run goes on after them
     part:str='0/1'              # i/n: only the parts whose number is i modulo n, for job arrays
     workers:int|None=None       # threads that decode, one a core if absent; of Ray, in all
-    processes:int=0             # that decode, in place of threads: for one fast GPU
+    processes:int=0             # processes that decode images, in place of threads
     draft:bool=False            # JPEG at a fraction of its size: faster, other features
     precision:str='auto'        # bf16 for autocast, no for float32; auto: bf16 where it is fast
     store:str='float32'         # number format on disk: float32, or float16 for half the room
     engine:str='local'          # local, or ray for many workers
-    show_progress:bool=True     # a bar over images
+    show_progress:bool=True     # show a bar that counts the images
     most_damaged:float=MOST_DAMAGED # share of the images that may fail to decode
     device:str|None=field(default=None, metadata=YOUNG) # cpu or cuda; the fastest present if absent
 
@@ -397,7 +402,7 @@ class ReadSettings:
     features:str|None=None      # folder of features that several runs share; below out if absent
     store:str='float32'         # number format of features on disk; float16 takes half of it
     workers:int|None=None       # threads that decode; as many as cores if absent
-    processes:int=0             # that decode, in place of threads
+    processes:int=0             # processes that decode images, in place of threads
     most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     test_split:str|None=None    # split of the test set, where that is a file with splits
     device:str|None=None        # cpu or cuda; the fastest present if absent
@@ -427,15 +432,15 @@ class TuneSettings:
     steps:int=400               # training steps
     batch_size:int=256          # captions a step, over all processes together
     lr:float=1e-3               # peak rate of the text tower
-    projection_lr:float=1e-4    # peak rate of P
-    weight_decay:float=.01      # pulls P towards the identity
+    projection_lr:float=1e-4    # peak learning rate of the projection P
+    weight_decay:float=.01      # weight decay of AdamW, which pulls P towards the identity
     tau:float|None=None         # temperature of the contrastive loss; that of the encoder if absent
     noise:float=1.              # relative noise on what the head reads, with head alone
     validation_share:float=.1   # share of the captions kept out; 0 trains on all to the last step
     validation_limit:int=5000   # at most so many of the captions kept out are looked at
     every:int=20                # steps between two looks at them
     max_norm:float|None=None    # gradients longer than this are cut to it
-    patience:int|None=5         # looks without a better one to the end; None: it never stops early
+    patience:int|None=5         # checks without a better one until it stops; None: to the end
     precision:str='auto'        # bf16 for autocast, no for float32; auto: bf16 where it is fast
     seed:int=0                  # seed of order, noise and which captions are kept out
 
@@ -467,7 +472,7 @@ class ProbeSettings:
 class FineTuneSettings:
     "What fine-tuning a tower on classes depends on besides its images and labels."
     start:str='f_g'             # where it begins with an aligned model: f_g, or f_r, its base encoder
-    epochs:int=10               # passes over the training images
+    epochs:int=10               # how often training passes over the training images
     batch_size:int=32           # images a step, over all processes together
     lr:float=1e-4               # peak learning rate of the tower
     head_lr:float=1e-2          # peak learning rate of the linear head
@@ -475,7 +480,7 @@ class FineTuneSettings:
     warmup:int=0                # steps over which the rates rise to their peaks
     clip:float|None=None        # largest norm of the gradient; any if absent
     precision:str='auto'        # bf16 for autocast; auto for that where the device has it
-    save_every:int=1000         # steps between checkpoints
+    save_every:int=1000         # steps of training from one checkpoint to the next
     seed:int=0                  # seed of the head's bias and the order of the images
 
     def __post_init__(self):
@@ -514,12 +519,12 @@ class CaptionerSettings:
     "What training a captioner depends on, besides the data."
     encoder:str='embedded'      # embedded, open_clip:NAME/PRETRAINED, hf:ID or timm:NAME/FILE
     lm:str='small'              # small (trained from nothing), smollm2, a Hub id or a folder
-    prefix_length:int=4         # tokens that the image becomes
-    mapper:str='mlp'            # mlp or transformer
+    prefix_length:int=4         # tokens that an image becomes before the language model
+    mapper:str='mlp'            # network from an image to its tokens: mlp or transformer
     tuning:str='full'           # what of the language model is trained: full, lora or frozen
     steps:int=600               # training steps
     batch_size:int=64           # captions a step, over all processes together
-    lr:float=2e-3               # peak learning rate
+    lr:float=2e-3               # peak learning rate, from which it falls to zero
     noise:float=.3              # length of the noise on unit features
     max_new_tokens:int=24       # longest caption that is written, in tokens
     dtype:str='float32'         # number format of a language model that is not tuned in full
@@ -531,7 +536,7 @@ class CaptionerSettings:
     revision:str|None=None      # revision of the language model on the Hub
     start:str|None=None         # folder of a captioner to go on from
     accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another
-    checkpointing:bool=field(default=False, metadata=YOUNG) # activations anew for the gradient
+    checkpointing:bool=field(default=False, metadata=YOUNG) # compute activations twice: less memory, more time
 
     def __post_init__(self):
         check_known(self, 'tuning', ('full', 'lora', 'frozen'))
@@ -551,9 +556,9 @@ class CaptionSettings:
     beams:int=1                 # captions that are followed at once; 1 is greedy
     top_p:float|None=None       # share of the probability to draw words from, not beams
     temperature:float=1.        # divides the logits; below 1 the likely words are drawn more often
-    batch_size:int=64           # images at a time
+    batch_size:int=64           # images that are captioned at once
     max_new_tokens:int=24       # longest caption, in tokens; one that has not ended by then is cut
-    seed:int=0                  # seed of the drawing
+    seed:int=0                  # seed of captions that are drawn by chance
     most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     device:str|None=field(default=None, metadata=YOUNG) # cpu or cuda; the fastest present if absent
 
@@ -575,10 +580,10 @@ class CaptionRunSettings:
     features:str|None=None      # folder of features that several runs share; below out if absent
     store:str='float32'         # number format of features on disk; float16 takes half of it
     workers:int|None=None       # threads that decode; as many as cores if absent
-    processes:int=0             # that decode, in place of threads
+    processes:int=0             # processes that decode images, in place of threads
     most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     device:str|None=None        # cpu or cuda; the fastest present if absent
-    save_every:int=1000         # steps between checkpoints
+    save_every:int=1000         # steps of training from one checkpoint to the next
     trackers:tuple=()           # tensorboard, trackio or wandb; log.jsonl is written in any case
 
     def __post_init__(self):
@@ -605,7 +610,7 @@ class StageSettings:
     epochs:int=1                # passes over the examples; 0 leaves the stage out
     steps:int|None=None         # training steps, in place of epochs; 0 leaves the stage out
     batch_size:int=32           # examples a step, over all processes together
-    lr:float=1e-3               # peak learning rate
+    lr:float=1e-3               # peak learning rate, from which it falls to zero
 
     def __post_init__(self):
         check_above(self, 'batch_size', 'lr')
@@ -631,15 +636,16 @@ class LlavaSettings:
     instruct:StageSettings=_instruct # two: the projector and LoRA in the language model
     rank:int=16                 # rank of LoRA's matrices in the language model
     alpha:float|None=None       # LoRA's scale is alpha / rank; 2 * rank if absent
-    layers:str='all'            # linear layers of a block that get LoRA: all, or attention alone
+    layers:Literal['all', 'attention']='all' # linear layers of a block that get LoRA
     warmup:float=.03            # share of the steps over which the rate rises
     weight_decay:float=0.       # weight decay of AdamW
-    dtype:str='float32'         # number format of the frozen weights of the language model
-    precision:str='auto'        # bf16 for autocast, or no; auto: bf16 where the device has it
+    dtype:Literal['float32', 'bfloat16', 'float16']='float32' # number format of its frozen weights
+    precision:Literal['auto', 'no', 'bf16']='auto' # number format of autocast; auto: bf16 where the device has it
     max_length:int=2048         # most tokens of an example, those of its images included
     checkpointing:bool=False    # compute activations again for the gradient: less memory, more time
     accumulation:int=field(default=1, metadata=YOUNG) # parts of a batch, one after another
     validation_share:float=field(default=.05, metadata=YOUNG) # share of keys kept out, if over nine
+    most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     seed:int=0                  # seed of the projector, LoRA, and the order of the examples
 
     @property
@@ -659,13 +665,15 @@ class VQASettings:
     "How questions about pictures are asked."
     split:str|None=None         # of a folder or a Hub id; there test of ScienceQA, validation of MMMU if absent
     subject:str|None=None       # a subject of MMMU, such as Art_Theory; all if absent
-    kind:str|None=None          # prompts and scoring: scienceqa or mmmu; that of the set if absent
+    kind:Literal['scienceqa', 'mmmu']|None=None # prompts and scoring; that of the set if absent
     images_only:bool=False      # only questions with an image, as ScienceQA-IMG
     limit:int|None=None         # at most so many questions
-    guess:bool=False            # of MMMU: draw a choice where none can be read, as its own script does
+    guess:bool=False            # draw a choice where none can be read, as MMMU and ScienceQA do
+    strict:bool=field(default=False, metadata=YOUNG) # read ScienceQA as LLaVA's paper did
     blind:bool=False            # ask again without the images, to see what can be guessed
     batch_size:int=16           # questions at a time
     max_new_tokens:int=16       # longest answer, in tokens
+    most_damaged:float=field(default=MOST_DAMAGED, metadata=YOUNG) # share of the images that may fail to decode
     device:str|None=field(default=None, metadata=YOUNG) # cpu or cuda; the fastest present if absent
 
     def __post_init__(self): check_above(self, 'limit', 'batch_size', 'max_new_tokens')
@@ -674,7 +682,7 @@ class VQASettings:
 class ChatSettings:
     "How a LLaVA talks about pictures."
     max_new_tokens:int=128      # longest answer, in tokens
-    side:str='real'             # side of the pictures: real, or generated, which go through f_g
+    side:Literal['real', 'generated']='real' # side of the pictures; generated ones go through f_g
     device:str|None=None        # cpu or cuda; the fastest present if absent
 
     def __post_init__(self):
@@ -772,15 +780,15 @@ def check_small_captioner(
 @dataclass(frozen=True)
 class CaptionExperimentSettings:
     "What a comparison of captioners depends on."
-    layers:int=2                # blocks of the decoder
+    layers:int=2                # transformer blocks of the decoder
     width:int=128               # numbers a token of the decoder
     captioner:CaptionerSettings=_small # few captions a step: here many updates count for more
     base_steps:int=1200         # steps of the base on real images of A, at the captioner's rate
     tune_steps:int=1800         # steps of each arm, on B
-    tune_lr:float=3e-3          # learning rate of each arm
-    seeds:int=5                 # how many of the five arms
+    tune_lr:float=3e-3          # peak learning rate of every arm
+    seeds:int=5                 # how often each of the five arms is trained, with other seeds
     extra_seeds:int=3           # how many of the other variants
-    seed:int=0
+    seed:int=0 # seed of weights, order and noise of the first of them
 
     def __post_init__(self): check_small_captioner(self.captioner)
 
@@ -789,10 +797,10 @@ class IFCapSettings:
     "What the comparison of captioners from text alone depends on."
     base_steps:int=600          # steps from text and noise, with names of A and B
     tune_steps:int=600          # steps of each arm, with names of B
-    layers:int=2                # blocks of the decoder
+    layers:int=2                # transformer blocks of the decoder
     captioner:CaptionerSettings=replace(_small, batch_size=24) # its noise is for image features
-    seeds:int=3
-    seed:int=0
+    seeds:int=3                 # how often each arm is trained, with other seeds
+    seed:int=0                  # seed of weights, order and noise of the first of them
 
     def __post_init__(self): check_small_captioner(self.captioner)
 
@@ -824,11 +832,14 @@ class LlavaExperimentSettings:
     asked:int=50                # unseen concepts that questions are asked about
     max_new_tokens:int=12       # longest caption that is written, in tokens
     seeds:int=3                 # whole chains: images, alignments, projector, LoRA and order
-    seed:int=0
+    seed:int=0 # seed of the first chain
+    longer:int=field(default=320, metadata=YOUNG) # steps of stage two of the longer training
+    longer_seeds:int=field(default=1, metadata=YOUNG) # chains whose arms take that too
 
     def __post_init__(self):
         check_above(self, 'base_steps', 'steps', 'batch_size', 'rank', 'grid', 'tested', 'asked',
-                    'seeds')
+                    'seeds', 'longer')
+        check_above(self, 'longer_seeds', least=-1)
         if not self.tested <= self.concepts:
             raise ValueError(f'{self.tested} concepts are tested of {self.concepts} that are '
                              'learned: tested is at most concepts')
@@ -844,7 +855,7 @@ class LlavaExperimentSettings:
 QUICK_CAPTIONS = CaptionExperimentSettings(base_steps=300, tune_steps=400, seeds=2, extra_seeds=2)
 QUICK_IFCAP = IFCapSettings(base_steps=200, tune_steps=200, seeds=1)
 QUICK_LLAVA = LlavaExperimentSettings(base_steps=40, steps=30, concepts=60, tested=30,
-                                      asked=30, seeds=1)
+                                      asked=30, seeds=1, longer_seeds=0)
 
 # %% ../nbs/01_settings.ipynb #a7c51e03
 @dataclass(frozen=True)

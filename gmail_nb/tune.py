@@ -34,15 +34,11 @@ from torch import nn
 from .align import GenReal
 from .encoders import Encoder, encode_texts, load_encoder
 from .features import Features
-from .files import (
-    atomic_path, atomic_write, check_writable, checked_card, progress, unknown_name, versions, write_card)
+from .files import atomic_write, check_writable, checked_card, unknown_name, write_card
 from .lora import lora_tower
-from .losses import contrastive
-from .runtime import fingerprint, noise_generator, stable_seed, to_device
+from .runtime import to_device
 from .settings import TEXT_TUNINGS, AdapterSettings, TuneSettings
-from .train import (
-    Order, StopTogether, check_whole, cosine_rate, in_precision, processes, run_precision)
-from .weights import check_finite, check_names, read_tensors, read_torch
+from .weights import check_names, read_tensors
 
 # %% ../nbs/27_tune.ipynb #1b2d0001
 # The last map, by kind of tower.
@@ -197,6 +193,14 @@ def chosen(
     "Some captions."
     if isinstance(captions, (list, tuple)): return [captions[i] for i in index.tolist()]
     return list(captions[index.tolist()])
+
+# %% ../nbs/27_tune.ipynb #c84da777
+from .files import atomic_path, progress, versions
+from .losses import contrastive
+from .runtime import fingerprint, noise_generator, stable_seed
+from .train import (
+    Order, StopTogether, check_whole, cosine_rate, in_precision, processes, run_precision)
+from .weights import check_finite, read_torch
 
 # %% ../nbs/27_tune.ipynb #1b2d0004
 def own_temperature(encoder:Encoder) -> float:

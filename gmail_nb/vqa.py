@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'MARK', 'QUESTION_KINDS', 'SPLIT_NAME', 'SCIENCEQA_COLUMNS', 'MMMU_COLUMNS', 'DIRECTLY', 'BRIEFLY',
-           'PROMPTS', 'NUMBERS', 'BEFORE', 'COLOURS', 'SEVERAL', 'OPEN_WORDS', 'Question', 'check_question',
-           'scienceqa_question', 'as_texts', 'not_kept_back', 'mmmu_question', 'mmmu_subject', 'question_kind',
-           'Questions', 'has_image', 'split_files', 'hub_questions', 'load_questions', 'small_scienceqa', 'small_mmmu',
-           'scienceqa_prompt', 'mmmu_prompt', 'with_markers', 'scienceqa_choice', 'mmmu_choice', 'plain_forms',
-           'answer_tails', 'open_right', 'Answered', 'judge', 'conversation', 'ask_questions', 'right_ones', 'accuracy',
-           'accuracy_difference', 'vqa_records', 'main_colour', 'drawn_times', 'shuffled_options', 'shows_one',
-           'has_answer', 'placed', 'known_choices', 'others_of', 'drawing_question', 'drawing_questions', 'beside',
-           'told_of', 'show_answers']
+           'PROMPTS', 'NUMBERS', 'BEFORE', 'REFUSED', 'OUTSIDE', 'REFUSALS', 'LETTER', 'COLOURS', 'SEVERAL',
+           'OPEN_WORDS', 'Question', 'check_question', 'scienceqa_question', 'as_texts', 'not_kept_back',
+           'mmmu_question', 'mmmu_subject', 'question_kind', 'Questions', 'has_image', 'split_files', 'hub_questions',
+           'load_questions', 'small_scienceqa', 'small_mmmu', 'scienceqa_prompt', 'mmmu_prompt', 'with_markers',
+           'scienceqa_letter', 'scienceqa_choice', 'mmmu_choice', 'plain_forms', 'answer_tails', 'open_right',
+           'why_unread', 'Answered', 'judge', 'conversation', 'ask_questions', 'right_ones', 'accuracy',
+           'accuracy_difference', 'answer_kinds', 'vqa_records', 'main_colour', 'drawn_times', 'shuffled_options',
+           'shows_one', 'has_answer', 'placed', 'known_choices', 'others_of', 'drawing_question', 'drawing_questions',
+           'beside', 'told_of', 'show_answers']
 
 # %% ../nbs/39_vqa.ipynb #75f3a408
 import ast
@@ -139,6 +140,9 @@ class Questions:
     ):
         self.kind, self.name, self.split = question_kind(ds.column_names, name), name, split
         image = 'image' if self.kind == 'scienceqa' else 'image_1'
+        for name, column in ds.features.items(): # decoded where they are asked about, one by one
+            if isinstance(column, datasets.Image):
+                ds = ds.cast_column(name, datasets.Image(decode=False))
         self.ds = ds.filter(has_image, input_columns=image) if images_only else ds
 
     def __len__(self) -> int: return len(self.ds)
@@ -301,15 +305,26 @@ def with_markers(
     return words, [q.images[i] for i in (*front, *named)]
 
 # %% ../nbs/39_vqa.ipynb #66122fe7
-def scienceqa_choice(answer:str, choices:int) -> int|None: # None: no choice can be read from it
+def scienceqa_letter(
+    answer:str,
+    strict:bool=False # as LLaVA's script read answers when its paper appeared
+) -> str: # '' where none can be read
+    "The letter that an answer names, whether or not there is such a choice."
+    text = answer.strip() if strict else answer.replace('\n', '. ').strip()
+    if re.fullmatch('[A-J]', text) or re.match(r'[A-E]\. ', text): return text[0]
+    said = re.findall(r'The answer is ([A-Z]).' if strict else 'The answer is ([A-E])', text)
+    return said[0] if len(said) == 1 or said and not strict else ''
+
+# %% ../nbs/39_vqa.ipynb #ddcd0437
+def scienceqa_choice(
+    answer:str, choices:int, strict:bool=False,
+    guess:str|None=None # a key to draw by where nothing can be read; None: no choice then
+) -> int|None: # None: no choice can be read from it
     "The number of the choice that an answer names, as LLaVA's evaluation reads it."
-    text = answer.replace('\n', '. ').strip()
-    found = text if text in LETTERS and len(text) == 1 else None
-    if not found and re.match(r'[A-E]\. ', text): found = text[0]
-    said = re.search(r'The answer is ([A-E])', text)
-    if not found and said: found = said[1]
-    number = LETTERS.index(found) if found else None
-    return number if number is not None and number < choices else None
+    found = scienceqa_letter(answer, strict)
+    number = LETTERS.find(found) if found else -1
+    if 0 <= number < choices: return number
+    return None if guess is None else stable_seed('guess', guess) % choices
 
 # %% ../nbs/39_vqa.ipynb #fd9c9be1
 def _named(text:str, choices:tuple) -> list[tuple[int, int]]: # (where it was named last, choice)
@@ -371,6 +386,23 @@ def open_right(
     texts = [w for w in wanted if isinstance(w, str)]
     return any(s in wanted if isinstance(s, float) else any(w in s for w in texts) for s in said)
 
+# %% ../nbs/39_vqa.ipynb #32393281
+REFUSED, OUTSIDE = 'refused', 'outside the choices'
+REFUSALS = re.compile(
+    r"\b(sorry|apologi[sz]e|unable to|not able to|can ?not|can.t|could not|couldn.t|(do|does) not know|don.t know|"
+    r"not sure|no idea|no (image|picture)|decline|not (possible|enough information))\b", re.IGNORECASE)
+LETTER = re.compile(r'\(([A-Z])\)|^\W*([A-Z])\W*$|^([A-Z])[.):] |answer(?: is|:) ([A-Z])\b')
+
+def why_unread(
+    answer:str,
+    letters:str='' # of the choices; none for an open question
+) -> str: # refused, outside the choices, empty, or unread
+    "What kind of answer it is that names no choice."
+    if not answer.strip(): return 'empty'
+    named = {l for found in LETTER.findall(answer) for l in found if l}
+    if letters and named and not named & set(letters): return OUTSIDE
+    return REFUSED if REFUSALS.search(answer) else 'unread'
+
 # %% ../nbs/39_vqa.ipynb #cc480fdf
 @dataclass(frozen=True)
 class Answered:
@@ -380,22 +412,28 @@ class Answered:
     answer:str
     read:str   # the letter, 'right', 'wrong', or '-' where nothing could be read
     right:bool
+    why:str='' # where no choice was named, or an open answer was wrong: see `why_unread`
 
 def judge(
     q:Question,
     answer:str,
     kind:str='scienceqa',
-    guess:bool=False # of MMMU: draw a choice where none can be read, as its own script does
+    guess:bool=False, # draw a choice where none can be read, as the scripts of MMMU and ScienceQA do
+    strict:bool=False # as of `scienceqa_choice`
 ) -> Answered:
     "Read an answer and compare it. `ValueError` for an unknown kind."
     if kind not in PROMPTS: raise unknown_name('kind of questions', kind, PROMPTS)
     if not q.choices:
         right = open_right(answer, q.answer)
-        return Answered(q.key, q.subject, answer, 'right' if right else 'wrong', right)
-    if kind == 'mmmu': number = mmmu_choice(answer, q.choices, q.key if guess else None)
-    else: number = scienceqa_choice(answer, len(q.choices))
-    read = '-' if number is None else LETTERS[number]
-    return Answered(q.key, q.subject, answer, read, number == q.answer)
+        why = '' if right else why_unread(answer).replace('unread', '')
+        return Answered(q.key, q.subject, answer, 'right' if right else 'wrong', right, why)
+    def read(key):
+        if kind == 'mmmu': return mmmu_choice(answer, q.choices, key)
+        return scienceqa_choice(answer, len(q.choices), strict, key)
+    said, number = read(None), read(q.key if guess else None)
+    why = why_unread(answer, q.letters) if said is None else ''
+    letter = '-' if number is None else LETTERS[number]
+    return Answered(q.key, q.subject, answer, letter, number == q.answer, why)
 
 # %% ../nbs/39_vqa.ipynb #ed67b637
 def conversation(
@@ -422,7 +460,7 @@ def ask_questions(
     batch_size:int=16,
     max_new_tokens:int=16,
     desc:str|None=None,      # beside a progress bar; none if absent
-    guess:bool=False         # as of `judge`
+    guess:bool=False, strict:bool=False # as of `judge`
 ) -> list[Answered]:
     "Every question asked, and its answer read."
     kind = kind or getattr(questions, 'kind', 'scienceqa')
@@ -433,7 +471,7 @@ def ask_questions(
         return see(preprocess_images(encoder, pictures).to(encoder.device))
     asked = [conversation(questions[i], i, kind, model.marker, blind) for i in range(len(questions))]
     said = answer_all(model, asked, look, batch_size, max_new_tokens, desc)
-    return [judge(questions[i], a, kind, guess) for i, a in enumerate(said)]
+    return [judge(questions[i], a, kind, guess, strict) for i, a in enumerate(said)]
 
 # %% ../nbs/39_vqa.ipynb #a23c915e
 def right_ones(runs:list[list[Answered]]) -> np.ndarray: # (S, N)
@@ -466,19 +504,27 @@ def accuracy_difference(
     return paired_difference(right_ones(ours), right_ones(theirs), groups)
 
 # %% ../nbs/39_vqa.ipynb #9d955044
+def answer_kinds(said:list[Answered]) -> dict[str, int]: # kind -> how many, in a fixed order
+    "How many answers are right, wrong, refused, outside the choices, empty, or could not be read."
+    kinds = [a.why or ('right' if a.right else 'unread' if a.read == '-' else 'wrong') for a in said]
+    return {k: kinds.count(k) for k in ('right', 'wrong', REFUSED, OUTSIDE, 'empty', 'unread')}
+
+# %% ../nbs/39_vqa.ipynb #3af5a243
 def vqa_records(
     arm:str, data:str, split:str,
     runs:list[list[Answered]], # one a seed
     experiment:str='vqa'
 ) -> list[dict]:
-    "Accuracy of every seed, by subject, and the share of answers that could not be read."
+    """Accuracy of every seed, by subject, and the share of answers that could not be read; of those that
+    refused or were outside the choices, where there are any."""
     found = []
     for seed, run in enumerate(runs):
         values = {s: i.value for s, i in accuracy([run]).items()}
-        values['unread'] = float(np.mean([a.read == '-' for a in run]))
-        named = {s: f'accuracy:{s}' for s in values} | dict(all='accuracy', unread='unread')
-        found += [record(experiment, arm, data, split, named[s], v, seed, len(run))
-                  for s, v in values.items()]
+        named = {s: f'accuracy:{s}' for s in values} | dict(all='accuracy')
+        more = dict(unread=float(np.mean([a.read == '-' for a in run])))
+        more |= {k: n / len(run) for k, n in answer_kinds(run).items() if k in (REFUSED, OUTSIDE) and n}
+        told = {named[s]: v for s, v in values.items()} | more
+        found += [record(experiment, arm, data, split, m, v, seed, len(run)) for m, v in told.items()]
     return found
 
 # %% ../nbs/39_vqa.ipynb #0da01f67
@@ -611,7 +657,8 @@ def show_answers(
     answers:dict[str, list[Answered]], # arm -> one a question
     ncols:int=3
 ) -> Figure:
-    "A picture for each question, with the answer of every arm: green and ticked where it was right."
+    """A picture for each question, with the answer of every arm: green and ticked where it was right,
+    gray where it refused."""
     import matplotlib.pyplot as plt
     nrows, wide = -(-len(questions) // ncols), 132 // ncols # characters of a column
     heights = [1.7, .17 * len(answers)] * nrows # a picture, and the answers below it
@@ -624,6 +671,7 @@ def show_answers(
         ax.set_title(told_of(q, wide), fontsize=8)
         for j, (arm, said) in enumerate(answers.items()):
             mark, color = ('✓', 'tab:green') if said[k].right else ('✗', 'tab:red')
+            if said[k].why == REFUSED: mark, color = '–', 'tab:gray'
             line = ' '.join(f'{arm}: {said[k].answer}'.split())[:wide]
             below.text(.5, 1 - (j + .5) / len(answers), f'{mark} {line}', fontsize=8,
                        ha='center', va='center', color=color)

@@ -48,6 +48,7 @@ def wait_for(path, seconds=120):
 
 def prepare(job):
     "What is to happen to this child."
+    signal.signal(INT, signal.default_int_handler) # a shell has it ignored by what it starts in the background
     if 'cwd' in job: os.chdir(job['cwd'])
     if job.get('fsize'): resource.setrlimit(resource.RLIMIT_FSIZE, (job['fsize'], resource.RLIM_INFINITY))
     if job.get('clock'):
@@ -192,16 +193,31 @@ class Zygote:
 
     def run(self, *argv, **how): return self.start(*argv, **how).wait()
 
-    def together(self, script, *argv, processes=2):
-        "What became of so many processes of a file of Python, which find each other as torchrun lets them."
+    def begin_together(self, *argv, processes=2, **how):
+        "So many processes of a command or of a file of Python, which find each other as torchrun lets them."
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
         env = dict(WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
         if processes == 1: env = {}
-        begun = [self.start(*argv, script=script, env={k: str(v) for k, v in (env | rank).items()})
-                 for rank in [dict(RANK=i, LOCAL_RANK=i) if env else {} for i in range(processes)]]
-        return [b.wait() for b in begun]
+        ranks = [dict(RANK=i, LOCAL_RANK=i) if env else {} for i in range(processes)]
+        every = how.pop('env', {}) | env
+        return [self.start(*argv, env={k: str(v) for k, v in (every | rank).items()}, **how) for rank in ranks]
+
+    def together(self, script, *argv, processes=2):
+        "What became of them."
+        return [b.wait() for b in self.begin_together(*argv, script=script, processes=processes)]
+
+    def killed_in_a_pair(self, victim, when, *argv, **how):
+        "What became of the other one, when one of two is killed as soon as `when()` is true."
+        begun = self.begin_together(*argv, **how)
+        until = time.monotonic() + 120
+        while not when():
+            assert time.monotonic() < until and all(b.poll() is None for b in begun), 'over before it was killed'
+            time.sleep(.002)
+        os.kill(begun[victim].pid, KILL)
+        assert begun[victim].wait().status == -KILL
+        return begun[1 - victim].wait(90)
 
     def close(self):
         self.process.stdin.close()

@@ -1,6 +1,7 @@
 "The model: what is trained, that the real side stays as it was, and folders that load again."
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -262,3 +263,14 @@ def test_import_needs_no_model_library():
     loaded, _, more = out.stdout.strip().rpartition(' ')
     assert loaded == '[]', out.stdout + out.stderr
     assert int(more) <= 40, f'importing gmail_nb.align loads {more} modules beside those of torch'
+
+@pytest.mark.slow
+def test_import_takes_less_than_three_seconds():
+    "The fastest of five, in time of the processor, which other programs on the machine do not lengthen."
+    took = []
+    for _ in range(5):
+        before = os.times()
+        subprocess.run([sys.executable, '-c', 'import gmail_nb.align'], check=True)
+        after = os.times()
+        took.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(took) < 3, took

@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_llava import tiny_llava
 
 from gmail_nb.align import GenReal
+from gmail_nb.captioning import Captioner, caption_tokenizer, small_decoder
 from gmail_nb.cli import app
 from gmail_nb.cli.commands import gmail_app
 from gmail_nb.encoders import load_encoder
 from gmail_nb.runs.app import (
     Viewer,
+    Writer,
     drawing,
     drawn_pairs,
     embedded_pipeline,
@@ -35,8 +38,10 @@ from gmail_nb.runs.app import (
     open_model,
     read_upload,
 )
-from gmail_nb.runtime import noise_generator
-from gmail_nb.settings import AppSettings, DrawSettings
+from gmail_nb.runs.tune_caption import keep_captioner
+from gmail_nb.runs.tune_llava import Talk, load_talker
+from gmail_nb.runtime import noise_generator, set_seed
+from gmail_nb.settings import AppSettings, CaptionerSettings, DrawSettings
 
 def weight(item): return 30 if 'browser' in item.name else 5
 
@@ -220,14 +225,17 @@ def listen(event, args):
     if host not in own: print('asked of a network:', event, asked, flush=True)
 sys.addaudithook(listen)
 from gmail_nb.cli.app import serve
-from gmail_nb.runs.app import Viewer, drawn_pairs, embedded_pipeline, gallery_of
+from gmail_nb.runs.app import Viewer, Writer, drawn_pairs, embedded_pipeline, gallery_of
+from gmail_nb.runs.tune_llava import load_talker
 from gmail_nb.align import GenReal
 from gmail_nb.encoders import load_encoder
 from gmail_nb.settings import AppSettings, DrawSettings
 draw = DrawSettings(steps=2, guidance=1.)
 model = GenReal(load_encoder('embedded'))
 settings = AppSettings(port=int(sys.argv[1]), neighbours=4, max_megabytes=.5)
-serve(Viewer(model, gallery_of(model, drawn_pairs(embedded_pipeline(), 12, draw)), settings, draw), settings)
+gallery = gallery_of(model, drawn_pairs(embedded_pipeline(), 12, draw))
+writers = {name: Writer(f'{sys.argv[2]}/{name}') for name in ('gmail', 'indiscriminate')}
+serve(Viewer(model, gallery, settings, draw, writers, load_talker(f'{sys.argv[2]}/llava')), settings)
 '''
 
 def free_port():
@@ -236,13 +244,29 @@ def free_port():
         return s.getsockname()[1]
 
 @pytest.fixture(scope='module')
-def served(tmp_path_factory):
+def arms(tmp_path_factory):
+    "Folders of two captioners and of a LLaVA, all small and of random weights."
+    home, encoder = tmp_path_factory.mktemp('arms'), load_encoder('embedded')
+    words = caption_tokenizer(['a red cat on a blue house', 'two green cars beside one small tree'])
+    for seed, arm in enumerate(('gmail', 'indiscriminate')):
+        set_seed(seed)
+        captioner = Captioner(small_decoder(words, layers=1, width=32), words, encoder.dim)
+        keep_captioner(captioner, encoder, home/arm, CaptionerSettings(lm='small'), arm, [])
+    parts = tiny_llava()
+    torch.manual_seed(1)
+    with torch.no_grad(): parts[0].get_output_embeddings().weight.normal_() # so that it says something
+    for part in parts: part.save_pretrained(home/'llava')
+    return home
+
+@pytest.fixture(scope='module')
+def served(tmp_path_factory, arms):
     "The address of a page that is served. At the end: nothing was asked of a network, and no upload is left."
     if no_gradio: pytest.skip('gradio is not installed: pip install "gmail_nb[app]"')
     home, port = tmp_path_factory.mktemp('app'), free_port()
     env = os.environ | dict(TMPDIR=str(home), PYTHONUNBUFFERED='1')
     env.pop('HF_HUB_OFFLINE', None) # nothing is asked without it either
-    done = subprocess.Popen([sys.executable, '-c', SERVER, str(port)], stdout=subprocess.PIPE, text=True, env=env,
+    command = [sys.executable, '-c', SERVER, str(port), str(arms)]
+    done = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env,
                             stderr=(home/'errors').open('w'))
     said = []
     for line in done.stdout:
@@ -310,3 +334,35 @@ def test_a_browser_finds_neighbours_and_draws_and_asks_nobody_else(served, tmp_p
         wide = "[...document.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > 391)"
         beyond = page.run(f'{wide}.map(e => e.outerHTML.slice(0, 90))')
         assert page.run("document.documentElement.scrollWidth") <= 390, beyond
+
+ROWS = "[...document.querySelectorAll('.found tr')].map(r => [...r.cells].map(c => c.innerText.trim()))"
+BOX = """[...document.querySelectorAll('label')].find(l => l.innerText.trim().startsWith('{}'))
+  .querySelector('textarea, input')"""
+TYPE = """(() => {{ const box = {}; const of = Object.getPrototypeOf(box)
+  Object.getOwnPropertyDescriptor(of, 'value').set.call(box, {!r})
+  box.dispatchEvent(new Event('input', {{bubbles: true}})) }})()"""
+
+@needs_gradio
+@needs_browser
+def test_a_browser_reads_the_captions_of_the_arms_and_the_answer_of_a_llava(served, arms, tmp_path):
+    data, question = png(300, 200), 'what is in the picture ?'
+    (tmp_path/'own.png').write_bytes(data)
+    picture = read_upload(data)
+    captions = [[arm, Writer(arms/arm).write(picture)] for arm in ('gmail', 'indiscriminate')]
+    answer = Talk(load_talker(arms/'llava'), [picture], 64).ask(question).strip()
+    assert answer and captions[0][1] != captions[1][1]
+    with browser.Page(tmp_path/'profile') as page:
+        page.open(served)
+        page.wait("document.querySelectorAll('.thumbnail-item').length >= 12")
+        page.run("[...document.querySelectorAll('button')].find(b => b.innerText.trim() == 'Ask').click()")
+        page.wait("document.body.innerText.includes('choose a picture first')")
+        page.give('input[type=file]', tmp_path/'own.png')
+        page.wait(f'{ROWS}.length == 3')
+        told = [[' '.join(cell.split()) for cell in row] for row in page.run(ROWS)]
+        assert told == [['arm', 'caption'], *([arm, ' '.join(text.split())] for arm, text in captions)]
+        page.run(TYPE.format(BOX.format('Ask the LLaVA'), question))
+        page.run("[...document.querySelectorAll('button')].find(b => b.innerText.trim() == 'Ask').click()")
+        assert page.wait(f"{BOX.format('It answers')}.value") == answer
+        assert not page.errors
+        page.size(390, 800)
+        assert page.run('document.documentElement.scrollWidth') <= 390

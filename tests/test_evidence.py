@@ -1,22 +1,25 @@
 "The evidence: its protocol, its chains, the records that ship and the page that they give."
+import ast
 import json
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
+from house import cells_of, source_of
 
 from gmail_nb.data import emoji
 from gmail_nb.encoders import load_encoder
-from gmail_nb.experiments import chain, controls, curve, demo, evidence
+from gmail_nb.experiments import chain, controls, curve, demo, evidence, report, unseen
 from gmail_nb.experiments.chain import best_setting, chain_fingerprint
 from gmail_nb.experiments.protocol import (
-    CHOOSING_STYLE, CLAIMS, CONTROLS, CURVES, GOOD, STATES, TESTS, Claim, Point, arm_record, by_seed, chain_settings,
-    chosen_settings, claims_table, claim_difference, found, is_validation, six_recalls, said_first, scores)
+    CHOOSING_STYLE, CLAIMS, CONTROLS, CURVES, GOOD, PRIMARY_METRICS, STATES, TESTS, Claim, Point, arm_record, by_seed,
+    caption_record, chain_settings, chosen_settings, claims_table, claim_difference, found, is_validation, six_recalls,
+    said_first, scores, state)
 from gmail_nb.files import asset, read_results
 from gmail_nb.retrieval import WAYS
 from gmail_nb.settings import DemoSettings, ProofSettings, proof_settings
-from gmail_nb.stats import paired_difference
+from gmail_nb.stats import Interval, paired_difference, verdict
 
 def weight(item): return 60
 
@@ -64,10 +67,27 @@ def test_failed_claims_stand_first_and_a_margin_is_a_margin():
     claims = (Claim('not run', 'gmail', 'ridge'), Claim('better', 'gmail', 'base'), Claim('equal', 'gmail', 'real'),
               Claim('not worse', 'gmail', 'real', margin=.02))
     assert [r[:2] for r in claims_table(records, claims)[1:]] == [
-        ['equal', 'failed so far'], ['better', 'confirmed so far'], ['not worse', 'confirmed so far'], ['not run', 'not run']]
+        ['equal', 'cannot be told so far'], ['better', 'confirmed so far'], ['not worse', 'confirmed so far'],
+        ['not run', 'not run']]
     whole = made_up('gmail', 5, worst=12) + made_up('base', 5, worst=60)
     assert claims_table(whole, claims[1:2])[1][1] == 'confirmed'
-    assert said_first(records, claims).endswith('- equal')
+    assert said_first(records, claims).endswith('Failed:\n  - none\nCannot be told:\n  - equal')
+
+@pytest.mark.parametrize('low, high, plain, may_lose_two', [
+    (.01, .03, 'confirmed', 'confirmed'), (0., .03, 'cannot be told', 'confirmed'),
+    (-.01, .03, 'cannot be told', 'confirmed'), (-.03, .03, 'cannot be told', 'cannot be told'),
+    (-.03, -.01, 'failed', 'cannot be told'), (-.05, -.03, 'failed', 'failed')])
+def test_failed_is_an_interval_on_the_wrong_side(low, high, plain, may_lose_two):
+    d = Interval((low + high) / 2, low, high)
+    assert state(Claim('', 'gmail', 'base'), d, 5) == plain
+    assert state(Claim('', 'gmail', 'base', margin=.02), d, 5) == may_lose_two
+
+def test_the_words_of_the_protocol_are_those_of_the_statistics():
+    "A claim without a margin is confirmed where `verdict` says helps, and failed where it says hurts."
+    words = dict(helps='confirmed', hurts='failed')
+    for ends in ((.01, .02), (-.01, .02), (-.02, -.01)):
+        d = Interval(0., *ends)
+        assert state(Claim('', 'gmail', 'base'), d, 5) == words.get(verdict(d), 'cannot be told')
 
 def test_one_thing_varies_at_a_time():
     for axis, points in CURVES.items():
@@ -116,7 +136,9 @@ def test_a_chain_is_read_again_and_depends_on_its_settings(tmp_path):
     assert {r['split'] for r in first if r['metric'] == 'mean_recall'} == set(TESTS.values())
     assert all(len(r['recalls']) == 6 for r in first if r['metric'] == 'mean_recall')
     assert chain.chain_seed(CRUDE, 0, tmp_path, HEAD, s, encoder) == first
-    more = controls.control_seed(CRUDE, 0, tmp_path, HEAD, s, encoder)
+    asked = CRUDE, 0, tmp_path, HEAD, s, encoder, 'controls', controls.control_records
+    more = chain.chain_seed(*asked)
+    assert chain.chain_seed(*asked) == more != first
     assert {r['arm'] for r in more} == set(CONTROLS)
     gathered = curve.gathered(tmp_path)
     assert len({json.dumps(r, sort_keys=True) for r in gathered}) == len(gathered)
@@ -150,10 +172,14 @@ def test_the_runs_used_the_settings_that_were_chosen():
     chosen, times = chosen_settings(), {**controls.LONGER}
     kept = json.loads(asset('evidence', 'chosen.json').read_text())
     assert kept['chosen'] == best_setting(kept['scores'])
+    lora = unseen.lora_tune(chain_settings(ProofSettings(), GOOD, 0, chosen))
+    own = {unseen.kept_arm('a tenth of the rate'): dict(chosen, lr=chosen['lr'] / 10),
+           unseen.kept_arm('LoRA in the tower'): dict(steps=lora.steps, lr=lora.lr)}
     tuned = [r for r in curve.stored() if 'tune' in r]
     assert tuned
     for r in tuned:
-        assert r['tune'] == dict(chosen, steps=chosen['steps'] * times.get(r['arm'], 1)), r['arm']
+        plain = dict(chosen, steps=chosen['steps'] * times.get(r['arm'], 1))
+        assert r['tune'] == pytest.approx(own.get(r['arm'], plain)), r['arm']
 
 def test_records_that_ship_are_whole():
     records = read_results(asset('evidence', 'records.jsonl'))
@@ -184,3 +210,42 @@ def test_the_demo_speaks_of_its_own_arms_alone():
 def test_every_state_has_a_place():
     states = [STATES.index(r[1].removesuffix(' so far')) for r in claims_table(curve.stored())[1:]]
     assert states == sorted(states) and len(states) == len(CLAIMS)
+
+# pages that are made of records
+
+def test_a_metric_is_primary_before_a_table_asks_for_it():
+    "The first column of every table of captions, classes and questions, by which its claims are judged."
+    first = {n: report.EMBEDDED[n].columns[0].metric for n in ('table2', 'table3', 'table5', 'table7')}
+    assert set(first.values()) == {PRIMARY_METRICS['retrieval']}
+    captions = [n for n, c in report.EMBEDDED.items() if c.rows and c.rows[0].part in ('captions', 'variants')]
+    assert {report.EMBEDDED[n].columns[0].metric for n in captions} == {PRIMARY_METRICS['captions']}
+    assert report.EMBEDDED['table10'].columns[0].metric == PRIMARY_METRICS['questions'] == PRIMARY_METRICS['classes']
+
+def test_captions_have_their_own_number_of_chains():
+    poor = Point(3, GOOD.guidance)
+    records = made_up('gmail', 3, poor) + made_up('indiscriminate', 3, poor)
+    for arm, seeds in (('gmail', 2), ('indiscriminate', 1)):
+        records += [caption_record(poor, arm, s, np.full(40, .5)) for s in range(seeds)]
+    head, row = curve.curve_table(records, 'steps')
+    assert head[-4:] == ['gmail - indiscriminate [95%]', 'chains', 'the same in CIDEr', 'its chains']
+    assert (row[-3], row[-1]) == ('3', '1')
+
+def shown_by(source, names):
+    "Run a cell, and give what its last expression is."
+    *body, last = ast.parse('\n'.join(l for l in source.splitlines() if not l.startswith('#|'))).body
+    exec(compile(ast.Module(body, []), 'index', 'exec'), names)
+    if isinstance(last, ast.Expr): return eval(compile(ast.Expression(last.value), 'index', 'eval'), names)
+    exec(compile(ast.Module([last], []), 'index', 'exec'), names)
+
+def test_the_front_page_says_what_the_records_say():
+    "Every cell of index that reads records and not a run is run again; its text must be the one that is stored."
+    names, compared = {}, 0
+    for cell in cells_of('index'):
+        if cell['cell_type'] != 'code' or 'echo: false' not in source_of(cell): continue
+        value = shown_by(source_of(cell), names)
+        kept = [out['data']['text/markdown'] for out in cell['outputs'] if 'text/markdown' in out.get('data', {})]
+        assert len(kept) == isinstance(value, names['Markdown'] if 'Markdown' in names else ()), cell['id']
+        for text in kept:
+            assert value.data == ''.join(text), f"{cell['id']}: run index again, then tools/readme.py"
+            compared += 1
+    assert compared and {'stored', 'CLAIMS'} & {*names}

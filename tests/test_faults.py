@@ -173,6 +173,15 @@ def stopped_and_resumed(world, go, out, kind, sign, at):
 def test_a_stop_at_ten_moments(world, go, tmp_path, kind, sign):
     for i in range(10): stopped_and_resumed(world, go, tmp_path/f'{i}'/kind, kind, sign, at=.05 + i / 10.6)
 
+@slow_but('llava', kinds=('llava', 'tables'))
+def test_each_signal_once(world, go, tmp_path, kind):
+    "Ctrl-C, SIGTERM and SIGKILL on one folder, and then it goes on to its end. Of a table of the report it is slow."
+    out, touches = tmp_path/kind, world.touches_of(kind)
+    stopped(go, out, kind, INT, touch=touches // 2)
+    stopped(go, out, kind, TERM, touch=25) # of a run that goes on there are fewer touches
+    assert go(kind, out, touch=30, signal=KILL).status == -KILL
+    assert go(kind, out).status == 0 and not same(world, kind, out) and not half_written(out)
+
 # ---- no room, and no permission
 
 def no_room(done):
@@ -228,6 +237,21 @@ def test_a_folder_that_can_only_be_read_is_named(world, go, tmp_path, kind):
             assert done.status == 2 and len(done.said) == 1 and 'ead-only file system' in done.said[0], done.err[-2000:]
         remount('rw')
         assert go(kind, out).status == 0 and not same(world, kind, out)
+
+# ---- one of two processes that train together
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind, step', [('align', 'checkpoints/step-000002'), ('text', 'checkpoint.pt')])
+def test_when_one_of_two_is_killed_the_command_ends_with_a_line_and_goes_on(world, zygote, tmp_path, kind, step):
+    "Smaller trainings, and both processes killed in turn, are in tests/test_train.py and tests/test_tune.py."
+    def command(out): return *KINDS[kind](world), '--out', out
+    def pair(out): return [b.wait() for b in zygote.begin_together(*command(out), **ALL)]
+    for done in pair(tmp_path/'whole'/kind): assert done.status == 0, done.err[-3000:]
+    out = tmp_path/kind
+    other = zygote.killed_in_a_pair(1, (out/step).exists, *command(out), **ALL)
+    assert other.status == 2 and 'has ended without a word' in other.said[-1], other.err[-3000:]
+    for done in pair(out): assert done.status == 0, done.err[-3000:]
+    assert not differing(left(tmp_path/'whole'/kind), left(out))
 
 # ---- two at once, and clocks
 
@@ -418,6 +442,17 @@ def test_a_damaged_file_is_made_anew_or_named(world, others, go, tmp_path, kind,
         assert done.status == 2 and len(said) == 1 and 'defect' not in done.err, done.err[-2000:]
         assert any(n in said[0] for n in (path.name, path.stem, path.parent.name)), said
         assert path.read_bytes() == damaged
+
+FEATURES = dict(embed='features.npy', align='real_features/features.npy', text='features/*/features.npy',
+                caption='features/*/features.npy', llava='tokens/*/features.npy', eval='features/*/features.npy')
+
+@slow_but('align', kinds=FEATURES)
+def test_a_flipped_byte_of_features_is_named_before_they_are_used(world, go, tmp_path, kind):
+    "In the middle of the file. The part is made anew from its images, and the command says so."
+    out, path = damaged_copy(world, None, tmp_path, kind, FEATURES[kind], 'middle')
+    done = go(kind, out)
+    assert done.status == 0 and not same(world, kind, out), done.err[-2000:]
+    assert f'{path.parent.name}/features.npy: rows ' in done.err and 'not as they were written' in done.err
 
 # ---- Ray, where it is installed
 

@@ -227,6 +227,22 @@ def test_files_that_end_early_are_named(folder, encoder, drawings):
         embed(drawings, encoder, folder, settings=quiet)
 
 
+def test_a_flipped_bit_is_named_where_features_are_opened(folder, encoder, drawings, caplog, monkeypatch):
+    "Of large files, parts from all over it are hashed; all of them by `embed`, which makes a part anew."
+    whole, before = bytearray((folder/'features.npy').read_bytes()), load_features(folder).features.clone()
+    whole[len(whole) // 2] ^= 1
+    (folder/'features.npy').write_bytes(whole)
+    with pytest.raises(ValueError, match='features.npy: rows 16 to 31 are not as they were written'):
+        load_features(folder)
+    monkeypatch.setattr(room, 'MOST_HASHED', 1) # the first part and the last
+    assert len(load_features(folder)) == 40
+    with pytest.raises(ValueError, match='rows 16 to 31'): load_features(folder, verify=True)
+    assert torch.equal(embed(drawings, encoder, folder, settings=quiet).features, before)
+    assert [r.getMessage().split(', ')[0] for r in caplog.records] == [
+        'f_r/features.npy: rows 16 to 31 are not as they were written']
+    embed(drawings, encoder, folder, settings=quiet)
+    assert len(caplog.records) == 1
+
 def test_unknown_words_of_the_settings_are_named():
     with pytest.raises(ValueError, match="part is '3/3': expected i/n"): EmbedSettings(part='3/3')
     with pytest.raises(ValueError, match="'bf16'"): EmbedSettings(precision='bf61')

@@ -56,9 +56,10 @@ def feature_keys(folder): return sorted(pq.read_table(folder/'keys.parquet')['ke
 
 @pytest.fixture(scope='module', params=['forks', pytest.param('shell', marks=pytest.mark.slow)])
 def way(request, photos, forks, tmp_path_factory):
-    """The whole way from the folder to a tuned model, and what each command said; the first from a shell.
+    """The whole way from the folder to a tuned model, and what each command said.
 
-    With `-m slow` all of them start from one, as a person's do, which takes a few minutes."""
+    Three of them start from a shell, as a person's do: the first, the last, and one between, each of which reads what
+    another process wrote. With `-m slow` all of them do, which takes two minutes."""
     home, folder = tmp_path_factory.mktemp('home'), photos[0]
     steps = [
         ('align', folder, '--generated', 'generated', '--epochs', 3, '--batch-size', 8, '--validation-share', .2,
@@ -70,9 +71,18 @@ def way(request, photos, forks, tmp_path_factory):
          '--batch-size', 8, '--validation-share', .3, '--max-new-tokens', 4),
         ('eval', folder, '--model', 'tuned:tuned', '--model', 'embedded', '--no-pictures',
          '--equal-keys', 'allow')] # the same pictures: a measure of what was learned by heart
-    said = [shell(home, 'generate', folder, '--steps', 2, '--quiet')]
-    for argv in steps: said.append(shell(home, *argv) if request.param == 'shell' else forked(forks, home, *argv))
+    said = []
+    for argv in (('generate', folder, '--steps', 2, '--quiet'), *steps):
+        alone = request.param == 'shell' or argv[0] in ('generate', 'eval') or 'features_g' in argv
+        said.append(shell(home, *argv) if alone else forked(forks, home, *argv))
     return home, said
+
+def test_a_shell_is_told_how_to_go_on(photos, tmp_path):
+    "A mistake in the first command, typed in a shell: one line, status 2, and nothing is written."
+    done = subprocess.run([sys.executable, '-m', 'gmail_nb.cli.commands', 'align', str(photos[0]), '--generate', 'x'],
+                          cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'PATH': ''})
+    assert done.returncode == 2 and "did you mean '--generated'" in done.stderr, done.stderr
+    assert 'Traceback' not in done.stderr and not list(tmp_path.iterdir())
 
 def test_every_command_says_where_its_results_lie(way):
     _, said = way

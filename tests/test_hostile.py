@@ -66,6 +66,21 @@ def test_the_limit_can_be_set(tmp_path):
                                            env={**os.environ, 'GMAIL_MAX_PIXELS': limit}).stdout
     assert 'the limit is 100 pixels (set GMAIL_MAX_PIXELS' in said('100') and '(16, 8)' in said('1000')
 
+@pytest.mark.parametrize('limit', ['0', '-1', 'abc', '', '1e9', '5.5', '²'])
+def test_a_limit_that_is_none_is_told_in_a_line(limit):
+    "By the function that reads it; of the command, where it is imported, in one line too."
+    from gmail_nb import data
+    refused(lambda: data._pixel_limit(limit), f'GMAIL_MAX_PIXELS is {limit!r}', 'a whole number above 0')
+
+def test_a_command_with_a_limit_that_is_none_ends_with_a_line(tmp_path):
+    command = '-m', 'gmail_nb.cli.commands', 'embed', str(tmp_path), '--out', str(tmp_path/'out')
+    env = {**os.environ, 'GMAIL_MAX_PIXELS': 'abc'}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and not done.stdout and not (tmp_path/'out').exists(), done.stderr
+    told, = done.stderr.splitlines()
+    assert told == ("gmail_embed: GMAIL_MAX_PIXELS is 'abc': it is the largest image that is opened, in pixels, "
+                    'a whole number above 0 such as 400000000')
+
 @pytest.mark.parametrize('data', [
     b'', b'\0' * 100, b'not an image', b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
     b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n', b'%PDF-1.4\n', b'GIF89a',
@@ -464,6 +479,11 @@ def test_captions_are_written_and_too_many_damaged_pictures_end_badly(capsys, mo
     out, err = capsys.readouterr()
     assert ended == status and out.count('a dog') == good and err.count('left out: ') == bad
     assert f'{bad} of {good + bad} images left out' in err
+
+def test_a_set_to_learn_from_is_opened_with_its_damaged_pictures(tmp_path):
+    "They are named where all images are read; looking at the first thousand ended the command."
+    from gmail_nb.runs.tune_caption import captioned_rows
+    assert len(captioned_rows(pictures_of(tmp_path/'photos', 3, 1))) == 4
 
 def test_features_of_a_stranger_are_read_or_refused(tmp_path):
     from test_saved import tiny

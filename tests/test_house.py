@@ -12,7 +12,7 @@ def lines_of(cell):
     return [l for l in source_of(cell).splitlines() if l.strip() and not l.startswith('#|')]
 
 def is_definition(cell):
-    "Exports more than imports."
+    "Exports more than imports. Cells of imports count as lines; but there is nothing in them that a lesson could show."
     return exported(cell) and bool(re.search(r'^(def |class |async |@|[A-Za-z_][\w.]*\s*[=:(])', source_of(cell), re.M))
 
 def is_lesson(cell):
@@ -58,11 +58,11 @@ def test_lines_fit_the_page(name):
 
 @pytest.mark.parametrize('name', names)
 def test_exports_are_short_and_lessons_stand_between(name):
-    "No exported cell over 40 lines, and no more than 60 exported lines without a lesson that runs."
+    "No exported cell over 40 lines, and no more than 60 exported lines without a lesson that runs: imports count too."
     run_of = 0
     for i, cell in enumerate(cells_of(name)):
         if is_lesson(cell): run_of = 0
-        if not is_definition(cell): continue
+        if not exported(cell): continue
         n = len(lines_of(cell))
         run_of += n
         assert n <= 40, f'cell {i} exports {n} lines'
@@ -77,9 +77,13 @@ def test_a_lesson_comes_after_the_second_exported_cell_at_the_latest(name):
         if is_definition(cell): row.append(i)
         assert len(row) <= 2, f'cells {row} export, and no lesson that runs stands between'
 
+MANY_LINES = {'38_llava', 'runs/55_instructions', 'experiments/17_thresholds'} # the middle of these rooms is still longer
+
 def test_an_exported_cell_has_at_most_twelve_lines_in_the_middle():
-    sizes = [len(lines_of(c)) for n in names for c in cells_of(n) if is_definition(c)]
-    assert statistics.median(sizes) <= 12, statistics.median(sizes)
+    sizes = {n: [len(lines_of(c)) for c in cells_of(n) if exported(c)] for n in names}
+    assert statistics.median(sum(sizes.values(), [])) <= 12
+    long = {n: statistics.median(found) for n, found in sizes.items() if found and statistics.median(found) > 15}
+    assert not set(long) - MANY_LINES, f'the middle of the exported cells of a room is at most 15 lines: {long}'
 
 def test_hidden_cells_are_short():
     "Walls of assertions are files of tests, where they fail by name."

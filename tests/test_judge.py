@@ -56,7 +56,7 @@ def good(home):
 def test_what_came_closer_says_so_on_the_card_and_on_the_page(good):
     verdict = read_verdict(good)
     assert verdict.said in SAID and verdict.facts['kept_step'] in (0, 2, 4, 6, 8)
-    assert set(verdict.measures) == {'the cosine of held-out pairs', 'generated-to-real R@1 on them'}
+    assert set(verdict.measures) == {'the cosine of validation pairs', 'generated-to-real R@1 on them'}
     n = next(iter(verdict.measures.values())).n
     assert verdict.facts['judged_by'] == n >= FEWEST and f'{n} pairs' in verdict.sentences[0]
     page = (good/'report.html').read_text()

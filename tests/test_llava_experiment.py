@@ -30,17 +30,27 @@ from gmail_nb.experiments.llava import (
     gap_rows,
     grid_tokens,
     kept_tokens,
+    kinds_table,
     labelled,
     lessons,
     llava_records,
     llava_runs,
     llava_sentences,
     llava_table,
+    longer_claims,
+    longer_name,
+    longer_records,
+    longer_runs,
+    longer_table,
+    of_length,
+    one_sentence,
     open_prompts,
     pooled,
     preferred,
+    real_half,
     right_choices,
     said_answers,
+    said_to_all,
     show_llava,
     show_some_answers,
     some_questions,
@@ -48,6 +58,7 @@ from gmail_nb.experiments.llava import (
     written_names,
 )
 from gmail_nb.gap import token_gap_report
+from gmail_nb.losses import by_best
 from gmail_nb.runtime import set_seed
 from gmail_nb.settings import DemoSettings, LlavaExperimentSettings
 from gmail_nb.stats import bootstrap
@@ -155,6 +166,22 @@ def test_arms_differ_in_their_pictures_alone(world):
     assert {e.images[0][0] for e in arm_examples(world, 'both')} == {'first', 'other'}
     assert all(e.images == (('A', i),) for i, e in enumerate(base_examples(world)))
 
+def test_both_has_one_kind_of_image_a_concept():
+    "A concept with real and generated images would be told by both, and replaced by neither."
+    facts = 'name', 'group', 'count', 'colour'
+    told = [Lesson(f'k{i}:{fact}', 'What is it?', 'red', i) for i in range(9) for fact in facts]
+    world = LlavaWorld({}, [], told, {}, [])
+    def kinds(seed):
+        found = {}
+        for one, e in zip(told, arm_examples(world, 'both', seed)):
+            found.setdefault(one.key.split(':')[0], set()).add(e.images[0][0])
+        return found
+    for seed in range(3):
+        assert all(len(k) == 1 for k in kinds(seed).values())
+        assert sorted(map(sorted, kinds(seed).values())) == [['first']] * 5 + [['other']] * 4
+    assert len({str(kinds(seed)) for seed in range(3)}) == 3 and kinds(1) == kinds(1)
+    assert real_half(told, 1) == {k for k, v in kinds(1).items() if v == {'other'}}
+
 def test_places_are_pooled():
     x = torch.arange(16.).view(1, 16, 1).expand(-1, -1, 3).half()
     assert pooled(x, 2)[0, :, 0].tolist() == [2.5, 4.5, 10.5, 12.5] and torch.equal(pooled(x, 4), x)
@@ -232,9 +259,23 @@ def test_a_run_that_is_cut_short_goes_on_with_the_next_arm(world, settings, tmp_
     monkeypatch.setattr(room, 'answered', None)
     assert llava_runs(world, 0, settings, tmp_path) == runs # read, and nothing trained
 
+def test_the_seconds_of_an_arm_are_without_the_first_stage(world, settings, monkeypatch):
+    "Also of an arm that is trained by itself, when that of the base is read from its file."
+    clock, learn = [0.], LlavaArms.learn
+    def slowly(self, name, *rest):
+        clock[0] += dict(project=100, instruct=7)[name]
+        return learn(self, name, *rest)
+    monkeypatch.setattr(LlavaArms, 'learn', slowly)
+    monkeypatch.setattr(room.time, 'process_time', lambda: clock[0])
+    assert room.answered(LlavaArms(world, settings, 0), 'gmail')['training'] == 7
+    assert room.answered(LlavaArms(world, settings, 0), 'base')['training'] == 100
+
 def test_what_an_arm_depends_on_is_in_the_name_of_its_file(world, settings, tmp_path):
     here = arm_file(tmp_path, world, 'gmail', 0, settings)
-    assert arm_file(tmp_path, world, 'gmail', 0, replace(settings, seeds=9)) == here
+    for same in (dict(seeds=9), dict(longer=7), dict(longer_seeds=0)): # how many arms there are, not what one is
+        assert arm_file(tmp_path, world, 'gmail', 0, replace(settings, **same)) == here
+    halves = [arm_file(tmp_path, world, 'both', 0, replace(settings, seed=s)) for s in (0, 1)]
+    assert halves[0] != halves[1]
     other = replace(world, tokens=world.tokens | dict(gmail=world.tokens['real']))
     for changed in (
         arm_file(tmp_path, world, 'gmail', 1, settings),
@@ -245,7 +286,62 @@ def test_what_an_arm_depends_on_is_in_the_name_of_its_file(world, settings, tmp_
     ): assert changed != here
     assert arm_file(tmp_path, other, 'base', 0, settings) == arm_file(tmp_path, world, 'base', 0, settings)
 
+def test_a_longer_training_changes_its_steps_alone(world, settings, tmp_path, monkeypatch):
+    "The records carry the steps; a chain that is missing is counted; nothing else is another than with these steps."
+    s = replace(settings, longer=9)
+    monkeypatch.setattr(room, 'DRAWS', 100)
+    runs = [r for seed in range(2) for r in llava_runs(world, seed, s, tmp_path)]
+    longer = longer_runs(world, 0, s, tmp_path)
+    assert [r.arm for r in longer] == [longer_name(a, 9) for a in ('gmail', 'indiscriminate', 'real', 'gmail tokens')]
+    plain = llava_runs(world, 0, replace(s, steps=9), arms=('gmail',))[0]
+    gmail = longer[0]
+    assert gmail == replace(plain, arm='gmail, 9 steps', training=gmail.training, testing=gmail.testing)
+    assert len(gmail.losses) == 9 and [r for r in runs if r.arm == 'gmail'][0].losses != gmail.losses
+    records = longer_records(runs, longer, world, 9)
+    by = {(r['arm'], r['metric']): r for r in records}
+    assert {r['steps'] for r in records} == {9} and {r['seeds'] for r in records} == {1} # of two chains
+    assert by['gmail, 9 steps - indiscriminate, 9 steps', 'accuracy']['n'] == 8
+    right = [[c == q.answer for c, q in zip(r.choices, world.questions)] for r in (gmail, runs[3])]
+    assert runs[3].arm == 'gmail' and runs[3].seed == 0
+    expected = np.mean(right[0]) - np.mean(right[1])
+    assert by['gmail, 9 steps - gmail', 'accuracy']['value'] == pytest.approx(expected)
+    table = longer_table(records, 9)
+    assert table[1][0] == 'gmail*' and {row[-1] for row in table[1:]} == {'1'}
+    said = llava_sentences(records, longer_claims(9, records))
+    assert said[0].startswith('After 9 steps, aligning') and all('1 seed)' in one for one in said)
+    two = longer_records(runs, longer[:2], world, 9) # arms that are not there are not spoken of
+    assert longer_runs(world, 0, s, tmp_path, train=False) == longer and not longer_runs(world, 1, s, tmp_path, train=False)
+    begun = [*longer, replace(longer[0], seed=1)] # a chain that is not finished does not count
+    assert room.finished_chains(begun) == longer and {r['seeds'] for r in longer_records(runs, begun, world, 9)} == {1}
+    assert len(llava_sentences(two, longer_claims(9, two))) == 4 < len(said) == 8
+    both = llava_records(room.scored(runs, world)) + records
+    assert of_length(both, 9) == records and {row[0] for row in llava_table(both)[1:8]} == set(SEVEN_ARMS)
+    assert [t.get_text() for t in show_llava(both).axes[0].get_yticklabels()] == list(SEVEN_ARMS)
+
 # numbers
+
+def test_one_sentence_about_every_picture():
+    "It is chosen among learned names that are not tested, each by the others, and scored by the package's metric."
+    told = [Lesson(f'k{i}:name', '?', name, i) for i, name in
+            enumerate(('a blue fish', 'a red bird', 'a red fish', 'two suns', 'a red bird'))]
+    told.append(Lesson('k0:group', '?', 'a red bird', 0)) # no name
+    world = LlavaWorld({}, [], told, dict(k4=['a red bird'], k5=['one cat']), [])
+    assert one_sentence(world) in ('a red bird', 'a red fish') # words that others share
+    assert one_sentence(replace(world, references=dict(k1=['a red bird'], k2=['a red fish']))) != 'a red fish'
+    score = said_to_all('a red bird', world.references)
+    by_hand = room.caption_scores(LlavaRun('', 0, ['a red bird'] * 2, [], [], 0., 0.), world.references)['CIDEr']
+    assert score.each.tolist() == by_hand.each.tolist() and score.each[0] > score.each[1] == 0
+    results = LlavaResults([], [], {}, score)
+    one = [r for r in llava_records(results, pairs=()) if r['arm'] == 'one sentence']
+    assert [r['metric'] for r in one] == ['CIDEr'] and one[0]['value'] == pytest.approx(score.value)
+
+def test_kinds_of_question_stand_beside_chance(records, results):
+    heading, chance, *rows = kinds_table(records)
+    assert heading[1:] == ['name', 'group', 'count', 'colour'] and chance == ['chance', *['25.0'] * 4]
+    by = {row[0]: row[1:] for row in rows}
+    assert by['gmail'] == ['100.0 [100.0, 100.0]'] * 4 and set(by) >= {'base', 'words - base', 'gmail - base'}
+    right = [right_choices(results.of(arm), results.questions, 'group').mean() for arm in ('words', 'base')]
+    assert by['words - base'][1].startswith(f'{100 * (right[0] - right[1]):+.1f} [')
 
 @pytest.fixture(scope='module')
 def results(world):
@@ -294,11 +390,11 @@ def test_tables_and_pictures_are_made_of_the_records(results, records):
     assert [row[0] for row in table[1:8]] == list(SEVEN_ARMS) and table[4][2].startswith('100.0')
     assert table[4][3] == '100 (' + table[2][3] + ')' # beside it, what words alone get
     assert [row[0] for row in table[8:]] and all(row[1].startswith(('+', '-')) for row in table[8:])
-    whole = {k: torch.randn(20, 4, 6) for k in ('real', 'indiscriminate', 'gmail')}
+    whole = {k: torch.randn(20, 4, 6) for k in ('real', 'indiscriminate', 'gmail', 'gmail best match')}
     whole['gmail tokens'] = whole['real'].clone()
     one = token_gaps(whole, list(range(12)))
     assert one['gmail tokens']['token_distance'].max() == 0 < one['gmail']['token_distance'].min()
-    names = ['indiscriminate', 'gmail', 'gmail tokens', *(f'{a} - {b}' for a, b in room.GAP_PAIRS)]
+    names = ['indiscriminate', 'gmail', 'gmail tokens', 'gmail best match', *(f'{a} - {b}' for a, b in room.GAP_PAIRS)]
     assert [row[0] for row in gap_rows(room.pooled_gaps([one, one]))[1:]] == names
     assert [t.get_text() for t in show_llava(records).axes[0].get_yticklabels()] == list(SEVEN_ARMS)
     picked = some_questions(results.questions, each=2)
@@ -324,11 +420,15 @@ def test_the_gap_is_that_of_all_chains():
     chains = [token_gaps(w, list(range(20))) for w in wholes]
     found = room.pooled_gaps(chains)
     for arm in room.GAPS.values():
-        theirs = [token_gap_report(w[arm], w['real']) for w in wholes]
+        def near(w): return dict(token_best_distance=by_best(w[arm], w['real']).mean().item())
+        theirs = [token_gap_report(w[arm], w['real']) | near(w) for w in wholes]
         for m, d in found[arm].items():
             assert d.value == pytest.approx(np.mean([t[m] for t in theirs]), abs=1e-6) and d.low <= d.value <= d.high
     apart = found['gmail - indiscriminate']['token_cosine']
     assert apart.low > 0 and apart.n == 20
+    best = found['gmail best match - gmail tokens']['token_best_distance'] # of this arm beside the other way
+    both = [found[arm]['token_best_distance'].value for arm in ('gmail best match', 'gmail tokens')]
+    assert best.value == pytest.approx(both[0] - both[1]) and 'gmail best match - gmail' in found
     ours, theirs = (found[arm]['token_cosine'].value for arm in ('gmail', 'indiscriminate'))
     assert apart.value == pytest.approx(ours - theirs)
     told = room.gap_sentences(found, 3)
@@ -371,6 +471,8 @@ def test_an_aligned_model_of_other_settings_is_refused(tmp_path):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match='tested'): LlavaExperimentSettings(concepts=5, tested=6)
     with pytest.raises(ValueError, match='grid'): LlavaExperimentSettings(grid=0)
+    for name, n in dict(longer=0, longer_seeds=-1).items():
+        with pytest.raises(ValueError, match=name): LlavaExperimentSettings(**{name: n})
     s = LlavaExperimentSettings(steps=7, lr=.5).llava
     assert (s.instruct.steps, s.instruct.lr, s.project.steps, s.dtype) == (
         7,

@@ -232,3 +232,17 @@ def test_all_captions_have_a_sample_each(tmp_path, embedded):
     made = [(i.key, i.sample, i.caption) for i in plan.items(0)]
     assert [(k, s) for k, s, _ in made] == [(k, s) for k in '01' for s in range(4)]
     assert [c for _, _, c in made[:4]] == ['train 0', 'train 0', 'again 0', 'again 0']
+
+def test_captions_of_a_file_are_chosen_in_columns(tmp_path, monkeypatch):
+    "Without a Python object for each: of a million captions, memory above the imports is half of what it was."
+    from gmail_nb import plan
+    rows = [dict(key=f'k{i}', captions=[f'{i} a', f'{i} b', f'{i} c'][:1 + i % 3]) for i in range(3000)]
+    (tmp_path/'t.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    by_key = {r['key']: r['captions'] for r in rows}
+    expected = {w: read_captions(by_key, SourceSettings(which=w)) for w in ('first', 'all', 0)}
+    monkeypatch.setattr(plan, '_captions_by_key', None) # which is for keys that repeat
+    for which, table in expected.items():
+        found = read_captions(tmp_path/'t.jsonl', SourceSettings(which=which))
+        assert found.to_pydict() == table.to_pydict() and found.schema == table.schema
+    with pytest.raises(ValueError, match="no caption number 1 .* for the key 'k0'"):
+        read_captions(tmp_path/'t.jsonl', SourceSettings(which=1))

@@ -90,7 +90,8 @@ def test_a_table_has_the_papers_row_and_ours_below_it():
     assert [r[1] for r in rows if r[0].startswith('+ IFCap')] == ['none: not run'] * 2
 
 @pytest.mark.parametrize('gmail, half, seeds, state', [
-    (.5, .05, 1, 'confirmed so far'), (.5, .05, 5, 'confirmed'), (.31, .05, 5, 'failed'), (.2, .05, 1, 'failed so far')])
+    (.5, .05, 1, 'confirmed so far'), (.5, .05, 5, 'confirmed'), (.31, .05, 5, 'cannot be told'), (.31, .05, 1, 'cannot be told so far'),
+    (.2, .05, 1, 'failed so far')])
 def test_a_claim_is_what_its_interval_says(gmail, half, seeds, state):
     c = checked_claims('table6', small(gmail, .3, half, seeds))[0]
     assert (c.state, c.seeds, c.theirs) == (state, seeds, '+4.18') and c.text.startswith(f'{100 * (gmail - .3):+.1f}')
@@ -110,12 +111,13 @@ def shown(name, found, **more):
     return Shown(name, EMBEDDED[name].title, 'embedded', EMBEDDED[name].stands, [table_rows(name, found)],
                  checked_claims(name, found), **more)
 
-def test_failed_claims_stand_first_and_nothing_is_fetched():
+def test_claims_that_were_not_confirmed_stand_first_and_nothing_is_fetched():
     good, bad = shown('table6', small(.5, .3)), shown('table6', small(.2, .3))
     claims = all_claims([good, bad])
-    assert [c.state for c in claims][0] == 'failed so far' and counted(claims) == 'failed: 1, confirmed: 1, not run: 4'
+    assert [c.state for c in claims][0] == 'failed so far' and counted(claims) == (
+        'failed: 1, cannot be told: 0, confirmed: 1, not run: 4')
     page = page_html([good, bad], 'A <run>.')
-    assert page.index('Claims that failed') < page.index('All claims') < page.index('id="table6"')
+    assert page.index('Claims that were not confirmed') < page.index('All claims') < page.index('id="table6"')
     assert 'A &lt;run&gt;.' in page and 'src="http' not in page and 'href="http' not in page
     assert '<p>None of those' in page_html([good], '')
 

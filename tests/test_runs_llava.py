@@ -416,6 +416,50 @@ def test_answers_that_are_there_are_read(home, real, monkeypatch):
     with pytest.raises(TypeError):
         evaluate_vqa(str(home/'real'), out=home/'again', settings=VQASettings(limit=5), skip_existing=True)
 
+def test_the_page_of_a_llava_that_the_command_tuned(capsys, home):
+    "Tuned on questions about its own drawings, then asked about others: page, table, lines and records agree."
+    how = home/'real.parquet', '--arm', 'real', '--instructions', 'emoji-questions'
+    assert tune(capsys, home, 'asks', *how)[0] == 0
+    ask = '--limit', 16, '--max-new-tokens', 3, '--blind', '--model', f'tuned={home/"asks"}', '--out', home/'page'
+    status, out, err = answer(capsys, gmail_eval, 'vqa', *ask)
+    assert status == 0, err
+    lines = [json.loads(l) for l in (home/'page'/'answers.jsonl').read_text(encoding='utf-8').splitlines()]
+    assert len(lines) == 16 and {l['model'] for l in lines} == {'tuned'}
+    blind = [l['without_images'] for l in lines]
+    assert all(set(b) == {'answer', 'read', 'right', 'why'} for b in blind)
+    records = [json.loads(l) for l in (home/'page'/'results.jsonl').read_text().splitlines()]
+    by = {(r['arm'], r['metric']): r['value'] for r in records}
+    assert by['tuned', 'accuracy'] == np.mean([l['right'] for l in lines])
+    assert by['tuned, without images', 'accuracy'] == np.mean([b['right'] for b in blind])
+    assert by['tuned, without images', 'unread'] == np.mean([b['read'] == '-' for b in blind])
+    page, table = (home/'page'/'report.html').read_text(encoding='utf-8'), (home/'page'/'table.txt').read_text()
+    for part in ('What the answers were', 'tuned, without images', 'Seeing the pictures, for tuned,', '>asks</td>',
+                 'data:image/png', 'outside the choices'): assert part in page
+    counts = {l.split()[0]: l.split()[-2:] for l in table.split('answers ')[-1].splitlines()[1:] if l.strip()}
+    said = lines, blind
+    assert counts['right'] == [str(sum(a['right'] for a in some)) for some in said] and table.strip() in out
+    assert counts['refused'] == [str(sum(a['why'] == 'refused' for a in some)) for some in said]
+    assert [sum(int(n[i]) for n in counts.values()) for i in (0, 1)] == [16, 16]
+
+def test_the_rule_that_answers_are_read_by_is_that_of_the_settings(home, real, monkeypatch):
+    import gmail_nb.runs.vqa as room
+    asked = []
+    monkeypatch.setattr(room, 'ask_questions', lambda *_, **how: asked.append(how) or [])
+    for s in (VQASettings(), VQASettings(strict=True, guess=True)):
+        room.answered(str(real), asked_set('emoji-questions'), s)
+    assert [(how['strict'], how['guess']) for how in asked] == [(False, False), (True, True)]
+
+@pytest.mark.parametrize('command, argv', [(gmail_tune, ['llava']), (gmail_eval, ['vqa']), (gmail_chat, [])])
+def test_choices_of_a_flag_are_in_the_help(capsys, command, argv):
+    shown = dict(llava=('--layers {all,attention}', '--dtype {float32,bfloat16,float16}', '--precision {auto,no,bf16}',
+                        '--arm {gmail,indiscriminate,both,mix,real}', '--plain-side {real,generated}'),
+                 vqa=('--kind {scienceqa,mmmu}',), chat=('--side {real,generated}',))
+    try: _, out, _ = answer(capsys, command, *argv, '--help')
+    except SystemExit: out = capsys.readouterr().out
+    for part in shown[argv[0] if argv else 'chat']: assert part in out
+    wrong = part.split()[0], 'none'
+    assert "invalid choice: 'none'" in refused(capsys, command, *(argv or ['?']), *wrong)
+
 def test_a_picture_with_dollars_in_its_choices_is_drawn():
     from gmail_nb.vqa import Question, judge, show_answers
     q = Question('q', 'Is it $6 or $7, or {x_{?', 0, ('$6', '$7'), tuple(small_scienceqa()['image'][:1]))
@@ -531,3 +575,38 @@ def test_one_text_says_where_smollm2_comes_from(monkeypatch):
     assert str(e.value) == look_lm('smollm2').note == SMOLLM2_FROM
     readme = Path(__file__).parent.parent/'README.md'
     assert SMOLLM2_FROM.partition(': ')[2] in readme.read_text(encoding='utf-8')
+
+# pictures that do not decode
+
+def spoiled(ds, numbers):
+    rows = [dict(r) for r in ds.cast_column('image', datasets.Image(decode=False))]
+    for i in numbers: rows[i]['image'] = dict(bytes=b'no picture', path=None)
+    return datasets.Dataset.from_list(rows, features=ds.features)
+
+@pytest.mark.parametrize('bad, more, status', [(1, (), 0), (2, (), 2), (2, ('--most-damaged', '.5'), 0),
+                                               (1, ('--most-damaged', '0'), 2)])
+def test_training_leaves_out_what_does_not_decode_up_to_a_share(capsys, home, tmp_path, bad, more, status):
+    with quiet_datasets():
+        spoiled(datasets.Dataset.from_parquet(str(home/'real.parquet')), range(bad)).to_parquet(home/'spoiled.parquet')
+    ended, _, err = tune(capsys, home, tmp_path/'out', home/'spoiled.parquet', *more)
+    lost = [json.loads(l) for l in (tmp_path/'out'/'skipped.jsonl').read_text().splitlines()]
+    assert ended == status and len(lost) == bad and err.count('left out: ') == bad, err
+    assert f'{bad} of 12 images left out' in err and {r['side'] for r in lost} == {'real'}
+    assert (tmp_path/'out'/'card.json').exists() == (not status) and ('--most-damaged' in err) == bool(status)
+    if not status: assert not {r['key'] for r in lost} & set(trained_on(tmp_path/'out'))
+
+@pytest.mark.parametrize('bad, more, status', [(1, (), 0), (2, (), 2), (2, ('--most-damaged', '.9'), 0),
+                                               (4, ('--most-damaged', '1', '--images-only'), 2)])
+def test_questions_are_asked_without_pictures_that_do_not_decode(capsys, home, tmp_path, bad, more, status):
+    "Of six questions, four have a picture."
+    if not (home/'real'/'card.json').exists(): tune(capsys, home, 'real', home/'real.parquet')
+    science = small_scienceqa()
+    seen = [i for i, r in enumerate(science['image']) if r is not None]
+    with quiet_datasets(): spoiled(science, seen[:bad]).to_parquet(tmp_path/'test.parquet')
+    ended, out, err = answer(capsys, gmail_eval, 'vqa', tmp_path/'test.parquet', '--model', home/'real',
+                             '--max-new-tokens', 2, '--out', tmp_path/'vqa', *more)
+    assert ended == status and 'Traceback' not in err and err.count('left out: ') == bad, err
+    assert f'{bad} of 4 images left out' in err and (tmp_path/'vqa'/'results.jsonl').exists() == (not status)
+    lost = [json.loads(l)['key'] for l in (tmp_path/'vqa'/'skipped.jsonl').read_text().splitlines()]
+    assert lost == [str(i) for i in (range(bad) if '--images-only' in more else seen[:bad])]
+    if not status: assert len((tmp_path/'vqa'/'answers.jsonl').read_text().splitlines()) == 6 - bad

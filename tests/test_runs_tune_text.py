@@ -4,12 +4,13 @@ import gmail_nb.runtime
 import json
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from gmail_nb.align import GenReal
 from gmail_nb.cli.commands import gmail_tune
-from gmail_nb.data import emoji
+from gmail_nb.data import emoji, quiet_datasets
 from gmail_nb.encoders import load_encoder
 from gmail_nb.generate import generate
 from gmail_nb.runs.presets import TEXT_RECIPES
@@ -129,3 +130,20 @@ def test_images_that_do_not_decode_are_left_out_with_their_captions(files, capsy
         found.captions.keys() == {real[i]['key'] for i in (0, 1, 3, 4, 5)}
         and found.images.read(slice(None)).isfinite().all()
     )
+
+@pytest.mark.parametrize('bad, share, fails', [(1, .01, False), (2, .01, True), (2, .5, False)])
+def test_real_images_that_do_not_decode_are_left_out_up_to_a_share(tmp_path, capsys, bad, share, fails):
+    "They were an error of the first of them, whatever the share."
+    with quiet_datasets():
+        some = emoji('B', 'noto').select(range(12)).cast_column('image', datasets.Image(decode=False))
+        rows = [dict(r) for r in some]
+        for r in rows[:bad]: r['image'] = dict(bytes=b'no picture', path=None)
+        datasets.Dataset.from_list(rows, features=emoji('B', 'noto').features).to_parquet(tmp_path/'set.parquet')
+    def run(): return tune_from_files(tmp_path/'out', brief, real=tmp_path/'set.parquet', most_damaged=share, desc=None)
+    if fails:
+        with pytest.raises(ValueError, match='2 of 12 images of real do not decode'): run()
+    else:
+        run()
+        assert len(trained_on(tmp_path/'out')) == 12 - bad
+    assert f'{bad} of 12 images of real left out' in capsys.readouterr().err
+    assert len((tmp_path/'out'/'skipped.jsonl').read_text().splitlines()) == bad

@@ -62,7 +62,7 @@ def test_nothing_but_the_alignment_is_between_mix_and_both(tmp_path):
     b = make_side(encoder, 'B', 32, 1, s, tmp_path)
     x = dict(b_generated=b.generated_features, b_aligned=b.generated_features, b_real=b.real_features)
     tests = chain.chain_tests(encoder, b, tmp_path)
-    records = shares.share_records(encoder, b, x, tests, CRUDE, 0, s)
+    records = shares.share_records(chain.Chain(encoder, None, b, x, tests, CRUDE, 0, s))
     found = {(r['arm'], r['split']): r['found'] for r in records}
     assert len(records) == len(found) == 2 * (len(SHARE_ARMS) * len(SHARES[1:]) - 1)
     for share in SHARES[1:]:

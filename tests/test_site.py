@@ -1,15 +1,29 @@
 "The pages are built from the committed notebooks: one for each, with its pictures, no link broken, nothing fetched from elsewhere."
 
+import functools
 import html.parser
+import http.server
+import importlib.util
+import os
 import re
 import shutil
 import sys
+import threading
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import browser
 import pytest
 from house import cells_of, flags_of, names, root, run
 
 def weight(item): return 90
+
+def site_tool():
+    "tools/site.py as a module; its name is one of the standard library's."
+    spec = importlib.util.spec_from_file_location('site_tool', root/'tools'/'site.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
 
 class Page(html.parser.HTMLParser):
     "The links, pictures and anchors of one page."
@@ -36,10 +50,14 @@ def target(site, page, link):
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
-    if not shutil.which('quarto'):
-        pytest.importorskip('smalldocs', reason='neither quarto nor smalldocs (Python 3.11 or later) is installed')
-    out = tmp_path_factory.mktemp('pages')/'site'
-    run(sys.executable, root/'tools'/'site.py', '--out', out, cwd=root)
+    "The folder of the pages, and what is in them. GMAIL_SITE names one that is built already."
+    if built := os.environ.get('GMAIL_SITE'):
+        out = Path(built).resolve()
+    else:
+        if not shutil.which('quarto'):
+            pytest.importorskip('smalldocs', reason='neither quarto nor smalldocs (Python 3.11 or later) is installed')
+        out = tmp_path_factory.mktemp('pages')/'site'
+        run(sys.executable, root/'tools'/'site.py', '--out', out, cwd=root)
     return out, {p.relative_to(out).as_posix(): Page(p) for p in out.rglob('*.html')}
 
 def test_every_notebook_has_a_page(site):
@@ -52,11 +70,10 @@ def test_pages_bring_what_they_need(site):
         for link in page.files:
             if link.startswith('data:'): continue
             elsewhere = urlsplit(link).netloc
-            assert shutil.which('quarto') or not elsewhere, f'{name} fetches {link}'
-            assert elsewhere or target(out, name, link).exists(), f'{name} lacks {link}'
+            assert not elsewhere, f'{name} fetches {link}'
+            assert target(out, name, link).exists(), f'{name} lacks {link}'
 
 def test_style_sheets_ask_nobody_else(site):
-    if shutil.which('quarto'): pytest.skip('what Quarto brings is its own')
     for sheet in site[0].rglob('*.css'):
         asked = re.findall(r'''(?:@import\s*|url\()["']?(?:https?:)?//[^;)]*''', sheet.read_text(encoding='utf-8'))
         assert not asked, f'{sheet.name}: {asked[:2]}'
@@ -88,3 +105,143 @@ def test_links_to_colab_name_the_notebook_in_the_repository(site):
     for name in (n for n in names if n.startswith('tutorials/')):
         found = [l for l in site[1][page_of(name)].links if 'colab.research.google.com' in l]
         assert found and found[0].endswith(f'/nbs/{name}.ipynb'), f'{name}: {found}'
+
+def test_the_evidence_is_a_page_with_tables_and_in_the_sidebar(site):
+    out, pages = site
+    text = (out/'evidence.html').read_text(encoding='utf-8')
+    first = (root/'gmail_nb'/'assets'/'evidence'/'page.md').read_text(encoding='utf-8')
+    claims = [l for l in first.splitlines() if l.startswith('| ') and not l.startswith('| claim')]
+    assert text.count('<tr') >= len(claims) > 30 and 'Failed claims' in text and '|---' not in text
+    for name, page in pages.items():
+        assert any(target(out, name, l).resolve() == out.resolve()/'evidence.html' for l in page.links), name
+
+
+# What Quarto writes is finished by the same functions; here is a page of its kind, so that it need not be installed
+
+QUARTO = '''<html><head>
+<link href="../site_libs/quarto-html/quarto.css" rel="stylesheet">
+<script src="https://cdnjs.cloudflare.com/ajax/libs/require.js/2.3.6/require.min.js" integrity="sha512-c3"
+  crossorigin="anonymous"></script>
+<script src="https://cdnjs.cloudflare.com/polyfill/v3/polyfill.min.js?features=es6"></script>
+<script type="application/javascript">define('jquery', [],function() {return window.jQuery;})</script>
+<link rel="stylesheet" href="https://cdn.jsdelivr.net/npm/katex@0.15.1/dist/katex.min.css" />
+<script defer="" src="/site_libs/katex/katex.min.js"></script>
+<link rel="stylesheet" href="/site_libs/katex/katex.min.css">
+</head><body><a href="https://github.com/gmail-nb/gmail_nb">code</a>
+<span class="math inline">x^2</span><a href="../losses.html#GenReal.encode">encode</a></body></html>'''
+SHEET = '@import"https://fonts.googleapis.com/css2?family=Source+Sans+Pro:wght@300;400&display=swap";body{color:red}'
+
+@pytest.fixture
+def by_quarto(tmp_path):
+    (tmp_path/'site_libs'/'bootstrap').mkdir(parents=True)
+    (tmp_path/'site_libs'/'bootstrap'/'bootstrap.min.css').write_text(SHEET)
+    (tmp_path/'runs').mkdir()
+    (tmp_path/'runs'/'align.html').write_text(QUARTO)
+    (tmp_path/'index.html').write_text(QUARTO.replace('../', ''))
+    (tmp_path/'losses.html').write_text('<html><h3 id="GenReal">GenReal</h3></html>')
+    return site_tool().finish(tmp_path)
+
+@pytest.mark.parametrize('name', ['index.html', 'runs/align.html'])
+def test_a_page_of_quarto_asks_nobody_else(by_quarto, name):
+    page = Page(by_quarto/name)
+    assert not [f for f in page.files if urlsplit(f).netloc]
+    wanted = [f for f in page.files if 'katex' in f]
+    assert len(wanted) == 3
+    for file in wanted: assert target(by_quarto, name, file).exists(), file
+    assert 'https://github.com/gmail-nb/gmail_nb' in page.links # a link is no request
+    assert page.links[-1].endswith('losses.html#GenReal')
+
+def test_a_style_sheet_of_quarto_asks_nobody_else(by_quarto):
+    assert (by_quarto/'site_libs'/'bootstrap'/'bootstrap.min.css').read_text() == 'body{color:red}'
+
+def test_quarto_is_told_to_take_the_katex_of_the_site():
+    text = (root/'_quarto.yml').read_text(encoding='utf-8')
+    assert re.search(r'html-math-method:.*\n\s+method: katex\n\s+url: /site_libs/katex/', text)
+
+
+# In a browser, at the width of a desk and of a hand
+
+WIDTHS = 1200, 390
+FEW = ('index.html', 'losses.html', 'evidence.html', 'rooms.html', 'tutorials/your_pictures.html', 'runs/align.html')
+LOOK = '''(() => {
+  const text = document.createTreeWalker(document.querySelector('main') || document.body, NodeFilter.SHOW_TEXT)
+  const raw = [], kept = 'code, pre, script, style, textarea, .katex-mathml'
+  while (text.nextNode()) {
+    const said = text.currentNode
+    if (!said.parentElement.closest(kept) && /\\\\[(\\[]|\\$\\$/.test(said.data)) raw.push(said.data.slice(0, 60))
+  }
+  for (const e of document.querySelectorAll('.katex-error')) raw.push(e.title || e.innerText.slice(0, 60))
+  for (const e of document.querySelectorAll('span.math'))
+    if (!e.querySelector('.katex')) raw.push(e.innerText.slice(0, 60))
+  const within = e => { // something around it scrolls
+    for (let p = e; p && p !== document.body; p = p.parentElement)
+      if (/auto|scroll/.test(getComputedStyle(p).overflowX) &&
+          p.getBoundingClientRect().right <= innerWidth + 1) return true
+    return false
+  }
+  const shown = e => e.offsetParent && !e.closest('.katex-mathml')
+  const wide = [...document.querySelectorAll('main *')].filter(
+    e => shown(e) && e.getBoundingClientRect().right > innerWidth + 1 && !within(e))
+  const all = [...document.images]
+  return {maths: raw, over: document.documentElement.scrollWidth - innerWidth,
+          wide: wide.slice(0, 3).map(e => e.outerHTML.slice(0, 120)),
+          pictures: all.filter(i => i.complete && !i.naturalWidth).map(i => i.src.slice(0, 80))}
+})()'''
+LOADED = "[...document.images].every(i => { i.loading = 'eager'; return i.complete })"
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_): pass
+
+@pytest.fixture(scope='module')
+def address(site):
+    "Where the pages are served: a browser asks for the index of the search, which it does not do of files."
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(site[0]))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_address[1]}'
+        server.shutdown()
+
+def faults(page, address, name):
+    "What is wrong with one page, at each width."
+    page.errors, page.requests, found = [], [], []
+    url = f'{address}/{name}'
+    for width in WIDTHS:
+        page.size(width, 900)
+        if width == WIDTHS[0]: page.open(url)
+        page.wait(f"location.href == '{url}' && document.readyState == 'complete' && {LOADED}")
+        seen = page.run(LOOK)
+        if seen['over'] > 0: found.append(f"{name} at {width}: {seen['over']} pixels too wide")
+        found += [f'{name} at {width}: {what}: {e}' for what in ('maths', 'wide', 'pictures') for e in seen[what]]
+    found += [f'{name}: console: {e}' for e in page.errors]
+    return found + [f'{name} asks {r[:90]}' for r in page.requests if not r.startswith((address, 'data:', 'blob:'))]
+
+def look_at(tmp_path, address, pages):
+    with browser.Page(tmp_path/'profile') as page:
+        return [f for name in pages for f in faults(page, address, name)]
+
+needs_browser = pytest.mark.skipif(not browser.chromium, reason='there is no chromium')
+
+@needs_browser
+def test_a_browser_finds_no_fault_in_a_few_pages(site, address, tmp_path):
+    found = look_at(tmp_path, address, FEW)
+    assert not found, '\n'.join(found)
+
+@needs_browser
+@pytest.mark.slow
+def test_a_browser_finds_no_fault_in_any_page(site, address, tmp_path):
+    found = look_at(tmp_path, address, sorted(site[1]))
+    assert not found, '\n'.join(found)
+
+WRONG = dict(
+    maths='<p>loss \\[ x^2 \\]</p>', picture='<img src="none.png">', wide='<pre style="width: 2000px">x</pre>',
+    console='<script>null.x</script>', elsewhere='<script>fetch("http://127.0.0.1:9/").catch(() => 0)</script>')
+
+@needs_browser
+@pytest.mark.parametrize('name', WRONG)
+def test_the_browser_would_find_it(tmp_path, name):
+    (tmp_path/'page.html').write_text(f'<html><main>{WRONG[name]}</main></html>')
+    (tmp_path/'favicon.ico').write_bytes(b'')
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = look_at(tmp_path, f'http://127.0.0.1:{server.server_address[1]}', ['page.html'])
+        server.shutdown()
+    assert found

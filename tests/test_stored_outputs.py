@@ -71,6 +71,14 @@ def test_outputs_that_are_stale_or_absent_do_not_grow_in_number():
     assert all(len(e) == 2 and (e.get('stale') or e.get('same')) for e in entries)
     assert len(stale) <= 9, stale
 
+def test_outputs_that_are_kept_over_a_change_do_not_grow_in_number():
+    "Each says what changed, and that it changes no output; a run with `--with` in place of `--same` takes one away."
+    kept = {(n, i): e['same'] for n, cells in RUNS.items() for i, e in cells.items()
+            if isinstance(e, dict) and 'same' in e}
+    vague = {where: why for where, why in kept.items() if len(why.split()) < 3}
+    assert not vague, f'these do not say what changed: {vague}'
+    assert len(kept) <= 31, f'{len(kept)} outputs are of an older source than stands beside them'
+
 @pytest.mark.parametrize('name', names)
 def test_no_prose_excuses_what_is_stored(name):
     excuse = re.compile(r'present form|run of version|has\s+not\s+been\s+repeated')

@@ -474,6 +474,18 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(forks, tmp_path)
     for done in forks.together(script, tmp_path, tmp_path/'checkpoints', processes=2):
         assert done.status != 0 and 'was written by 1 processes that trained together, and here are 2' in done.err
 
+@pytest.mark.parametrize('victim', [0, 1])
+def test_when_one_of_two_is_killed_the_other_ends_and_the_same_command_goes_on(forks, tmp_path, victim):
+    "It waits for nobody: here without a launcher, which would end it too."
+    checkpoints = tmp_path/'checkpoints'
+    whole, weights = run(forks, tmp_path/'whole', tmp_path/'others', processes=2)['kept']
+    other = forks.killed_in_a_pair(victim, lambda: newest(checkpoints) > 8, tmp_path, checkpoints, script=script)
+    assert other.status != 0, other.err[-2000:]
+    assert 'another process of this run has ended without a word' in other.err, other.err[-2000:]
+    assert 8 < newest(checkpoints) < len(whole)
+    killed, found = run(forks, tmp_path/'killed', checkpoints, processes=2)['kept']
+    assert killed == whole and all(torch.equal(found[k], weights[k]) for k in weights)
+
 @pytest.mark.slow
 def test_three_processes_follow_the_curve_of_one(forks, tmp_path):
     "Of a batch of two, the third process gets no row."

@@ -392,6 +392,21 @@ def test_the_base_is_loaded_by_the_name_on_the_card(folders):
     asked = []
     load_tuned(folders/'tuned', load=lambda name: asked.append(name) or load_encoder(name))
     assert asked == ['embedded']
+@pytest.mark.parametrize('victim', [0, 1])
+def test_when_one_of_two_is_killed_the_other_ends_and_the_same_command_goes_on(forks, tmp_path, victim):
+    "As of an alignment, in tests/test_train.py."
+    def kept(name):
+        (tmp_path/name).mkdir()
+        for done in forks.together(script, tmp_path/name, tmp_path/f'{name}.pt'):
+            assert done.status == 0, done.err[-3000:]
+        return json.loads((tmp_path/name/'kept.json').read_text()), load_file(tmp_path/name/'kept.safetensors')
+    whole, weights = kept('whole')
+    checkpoint = tmp_path/'killed.pt'
+    other = forks.killed_in_a_pair(victim, checkpoint.exists, tmp_path, checkpoint, script=script)
+    assert other.status != 0, other.err[-2000:]
+    assert 'another process of this run has ended without a word' in other.err, other.err[-2000:]
+    again, found = kept('killed')
+    assert again == whole and all(torch.equal(found[k], weights[k]) for k in weights)
 
 def test_cards_of_before_are_read_in_the_words_of_today(encoder, tuned, tmp_path):
     before = dict(part='whole', blocks=1, rank=4, projection=True, steps=9, held_out=.2, look=7)

@@ -1,16 +1,20 @@
 "Questions: what is refused, how they are asked, what counts as an answer, and questions about drawings that nobody can answer by place."
 
 import gmail_nb.runtime
+import re
 from collections import Counter
 
 import datasets
+import numpy as np
 import pytest
 import yaml
 from gmail_nb.data import emoji, quiet_datasets
 from gmail_nb.vqa import (
-    LETTERS, OPEN_WORDS, Answered, Question, Questions, accuracy, accuracy_difference, check_question,
+    LETTERS, OPEN_WORDS, OUTSIDE, REFUSED, Answered, Question, Questions, accuracy, accuracy_difference,
+    answer_kinds, check_question,
     drawing_questions, judge, load_questions, main_colour, mmmu_choice, mmmu_prompt, mmmu_question, open_right,
-    scienceqa_choice, scienceqa_prompt, scienceqa_question, small_mmmu, small_scienceqa, vqa_records, with_markers)
+    scienceqa_choice, scienceqa_prompt, scienceqa_question, small_mmmu, small_scienceqa, vqa_records, why_unread,
+    with_markers)
 from PIL import Image
 
 plain = Question('q', 'Which?', 1, ('red', 'green', 'blue'))
@@ -101,6 +105,69 @@ def test_science_answers(answer, number): assert scienceqa_choice(answer, 3) == 
 
 @pytest.mark.parametrize('answer, number', MMMU.items())
 def test_mmmu_answers(answer, number): assert mmmu_choice(answer, plain.choices) == number
+
+def as_published(text, choices):
+    "LLaVA's rule when its paper appeared: a letter, a letter with a point, or 'The answer is X.' exactly once."
+    options = 'ABCDE'
+    if text in list(options): said = text
+    elif len(text) >= 3 and text[0] in options and text[1:3] == '. ': said = text[0]
+    else:
+        found = re.findall(r'The answer is ([A-Z]).', text)
+        said = found[0] if len(found) == 1 else 'FAILED'
+    return options.index(said) if said in list(options[:choices]) else None
+
+STRICT = {'A': 0, 'B.': None, 'C. blue': 2, 'C\nblue': None, 'The answer is B': None, 'The answer is B.': 1,
+          'The answer is B. No, The answer is C.': None, 'The answer is D.': None, 'The answer is Z.': None,
+          ' A ': 0, 'I think The answer is C, and more': 2, 'b': None, '': None, 'AB': None}
+
+@pytest.mark.parametrize('answer, number', STRICT.items())
+def test_the_stricter_rule_of_the_paper(answer, number):
+    assert scienceqa_choice(answer, 3, strict=True) == number == as_published(answer.strip(), 3)
+
+def test_the_two_rules_part_where_the_page_says_so():
+    kinder = [a for a in STRICT if scienceqa_choice(a, 3) != scienceqa_choice(a, 3, strict=True)]
+    assert kinder == ['C\nblue', 'The answer is B', 'The answer is B. No, The answer is C.']
+    q = Question('q', 'Which?', 1, ('red', 'green', 'blue'))
+    assert judge(q, 'The answer is B').right and not judge(q, 'The answer is B', strict=True).right
+    mixed = [f'{a}{b}' for a in ('The answer is ', 'So. The answer is ', '', 'A. ') for b in
+             ('A', 'B.', 'C. The answer is C.', 'E', 'F.', 'D\n', 'a')]
+    for a in mixed: assert scienceqa_choice(a, 4, strict=True) == as_published(a.strip(), 4), a
+
+def test_scienceqas_own_script_draws_where_nothing_can_be_read():
+    several = [Question(str(i), 'Which?', 1, plain.choices) for i in range(300)]
+    drawn = [judge(q, 'I cannot tell', guess=True) for q in several]
+    assert .2 < np.mean([a.right for a in drawn]) < .47
+    assert drawn == [judge(q, 'I cannot tell', guess=True) for q in several]
+    assert not any(judge(q, 'I cannot tell').right for q in several) and {a.why for a in drawn} == {REFUSED}
+    assert judge(plain, 'A', guess=True) == judge(plain, 'A') # what can be read is read
+    strictly = [judge(q, 'The answer is A', guess=True, strict=True).read for q in several]
+    assert set(strictly) == set('ABC')
+
+@pytest.mark.parametrize('answer, why', [
+    ('I am sorry, I cannot help with that.', REFUSED), ("I can't see any image", REFUSED),
+    ('No image is given.', REFUSED),
+    ('I do not know.', REFUSED), ('D', OUTSIDE), ('(E)', OUTSIDE), ('The answer is F.', OUTSIDE), ('G. none', OUTSIDE),
+    ('', 'empty'), (' \n', 'empty'), ('a bird', 'unread'), ('b', 'unread'), ('(D) or rather (B)', 'unread')])
+def test_a_refusal_is_no_answer_outside_the_choices(answer, why):
+    assert why_unread(answer, 'ABC') == why
+    assert judge(plain, answer).why == why and not judge(plain, answer).right
+
+def test_kinds_of_answers_are_counted():
+    run = [judge(plain, a) for a in ('B', 'A', 'I cannot tell', 'E', '', 'a bird')]
+    assert answer_kinds(run) == dict.fromkeys(('right', 'wrong', REFUSED, OUTSIDE, 'empty', 'unread'), 1)
+    values = {r['metric']: r['value'] for r in vqa_records('real', 'mini', 'test', [run])}
+    assert values['unread'] == 4 / 6 and values[REFUSED] == values[OUTSIDE] == 1 / 6
+    opened = Question('q', 'How many?', ('12',))
+    assert [judge(opened, a, 'mmmu').why for a in ('12', '13', 'I cannot count them')] == ['', '', REFUSED]
+    assert answer_kinds([judge(opened, a, 'mmmu') for a in ('12', '13')])['wrong'] == 1
+
+def test_the_stricter_rule_is_asked_for(monkeypatch):
+    import gmail_nb.vqa as room
+    monkeypatch.setattr(room, 'answer_all', lambda model, asked, *_: ['The answer is B'] * len(asked))
+    see = type('See', (), dict(encoder=None))
+    model, questions = type('Model', (), dict(marker='<image>')), Questions(small_scienceqa())
+    kind, strict = (room.ask_questions(model, see, questions, strict=s) for s in (False, True))
+    assert [a.read for a in kind[:3]] == ['B'] * 3 and {a.read for a in strict} == {'-'}
 
 OPEN = [
     ('24', ('24',), True),

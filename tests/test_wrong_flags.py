@@ -100,6 +100,13 @@ def test_defaults_are_values_that_may_be_meant(name, c, stubbed):
 def test_two_that_exclude_each_other_are_told(c, argv, said, stubbed, capsys):
     assert said in one_line_and_nothing_written(capsys, c, *argv)
 
+@pytest.mark.parametrize('part', ['2/2', '3/2', 'a/b', '1/0', '-1/2', '0/', '/2', '1', '1/2/3', '0/1e3', '٣/٤'])
+@pytest.mark.parametrize('c', [gmail_generate, gmail_embed], ids=lambda c: c.name)
+def test_a_part_that_is_none_is_told(c, part, stubbed, capsys):
+    "0/2 is the first of two."
+    assert f'part is {part!r}: expected i/n' in one_line_and_nothing_written(capsys, c, f'--part={part}')
+    with pytest.raises(Reached): c([*required(c), '--part=0/2'])
+
 DEVICED = gmail_generate, gmail_align, gmail_tune.commands['text'], gmail_embed, gmail_caption, gmail_eval
 
 @pytest.mark.parametrize('device', ['cuda', 'cuda:7', 'tpu', 'cuda:x', 'CPU'])

@@ -3,6 +3,7 @@
 nbdev turns the notebooks into pages with their API entries; Quarto renders them where it is installed,
 smalldocs (pure Python) where it is not. Works on a copy, so the tree and parallel builds stay untouched.
 The notebooks are shown as they were executed: nothing is run again but the definitions that the API entries need.
+Whoever renders, the pages bring all that they show: no script, style, font or formula comes from another server.
 """
 import argparse, json, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
@@ -36,8 +37,19 @@ def split_title(nb):
     first['source'] = ''.join(head).strip()
     nb['cells'].insert(1, {'cell_type': 'markdown', 'id': 'after-title', 'metadata': {}, 'source': ''.join(rest)})
 
+def evidence_notebook():
+    "The page of claims that ships with the package, as a notebook of prose."
+    text = (root/'gmail_nb'/'assets'/'evidence'/'page.md').read_text(encoding='utf-8')
+    title, _, rest = text.partition('\n')
+    top = f'{title}\n\n> Every claim of this package about its method, with its interval, and the failed ones first.'
+    made = '[The published page](experiments/19_evidence.ipynb) tells how it is made, and from which records.'
+    prose = lambda id, source: dict(cell_type='markdown', id=id, metadata={}, source=source)
+    kernel = dict(display_name='python3', language='python', name='python3')
+    return dict(cells=[prose('title', top), prose('made', made), prose('claims', rest.strip())],
+                metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
+
 def stage(work):
-    "Copy what the pages need into the folder `work`, with the sidebar cut to the notebooks that exist."
+    "Copy what the pages need into the folder `work`: the sidebar has the notebooks that exist, and the evidence."
     shutil.copytree(root/'nbs', work/'nbs', symlinks=False, ignore=shutil.ignore_patterns('.ipynb_checkpoints', '_*'))
     for name in ('settings.ini', '_quarto.yml'): shutil.copy(root/name, work/name)
     shutil.copy(root/'_quarto.yml', work/'nbs'/'_quarto.yml')
@@ -49,7 +61,11 @@ def stage(work):
     sidebar = work/'nbs'/'sidebar.yml'
     lines = sidebar.read_text(encoding='utf-8').splitlines()
     listed = lambda line: (m := re.search(r'(\S+\.ipynb)', line)) is None or (work/'nbs'/m[1]).exists()
-    sidebar.write_text('\n'.join(filter(listed, lines)) + '\n', encoding='utf-8')
+    lines = list(filter(listed, lines))
+    at = next(i for i, line in enumerate(lines) if 'rooms.ipynb' in line) + 1
+    lines[at:at] = ['      - text: The evidence', '        href: evidence.ipynb']
+    sidebar.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    (work/'nbs'/'evidence.ipynb').write_text(json.dumps(evidence_notebook(), ensure_ascii=False), encoding='utf-8')
 
 def process(work):
     "nbdev's processing of every notebook in one process (libraries are imported once); returns the folder of results."
@@ -85,12 +101,25 @@ def rename_outputs(done):
     for path in pages: path.rename(path.with_name(f'{page_name(path.stem)}.ipynb'))
 
 def local_katex(site):
-    "Serve KaTeX from the site itself instead of a content delivery network."
-    shutil.copytree(katex, site/'site_libs'/'katex')
+    "Serve KaTeX from the site itself: smalldocs names a content delivery network, Quarto the address of _quarto.yml."
+    shutil.copytree(katex, site/'site_libs'/'katex', dirs_exist_ok=True)
+    address = re.compile(r'https?://[^"\'\s]*/katex@[\d.]+/dist/(?:contrib/)?|(?<=["\'])[./]*site_libs/katex/')
     for page in site.glob('**/*.html'):
         text = page.read_text(encoding='utf-8')
         ours = f'{to_top(page, site)}site_libs/katex/'
-        page.write_text(re.sub(r'https://[^"\s]*/katex@[\d.]+/dist/(contrib/)?', ours, text), encoding='utf-8')
+        page.write_text(address.sub(ours, text), encoding='utf-8')
+
+def no_scripts_from_elsewhere(site):
+    """Leave out scripts and styles that a page would load from another server.
+
+    Quarto adds them for widgets, of which these pages have none; offline each of them is an error of the console."""
+    theirs = re.compile(r'<script\b[^>]*\bsrc="(?:https?:)?//[^>]*>\s*</script>\s*|'
+                        r'<link\b(?=[^>]*\brel="(?:stylesheet|preload|preconnect)")'
+                        r'(?=[^>]*\bhref="(?:https?:)?//)[^>]*>\s*')
+    for page in site.glob('**/*.html'):
+        text = page.read_text(encoding='utf-8')
+        plain = theirs.sub('', text)
+        if plain != text: page.write_text(plain, encoding='utf-8')
 
 def no_fonts_from_elsewhere(site):
     "Leave out the fonts that a theme asks another server for: offline there are none, and the console has an error."
@@ -112,17 +141,22 @@ def methods_to_classes(site):
         mended = re.sub(r'href="([^"#:]*)#([\w-]+)\.([\w.-]+)"', repair, text)
         if mended != text: page.write_text(mended, encoding='utf-8')
 
+def finish(site):
+    "What the pages of either renderer still need."
+    local_katex(site)
+    no_scripts_from_elsewhere(site)
+    no_fonts_from_elsewhere(site)
+    methods_to_classes(site)
+    return site
+
 def render(done, doc_path):
     "Render the processed notebooks with Quarto, or else with smalldocs; returns the folder of the site."
     if shutil.which('quarto'):
         subprocess.run(['quarto', 'render', '--no-cache', '--no-execute'], cwd=done, check=True)
-        return done/doc_path
-    rename_outputs(done)
-    subprocess.run([sys.executable, '-m', 'smalldocs.cli', 'render', '.'], cwd=done, check=True)
-    local_katex(done/doc_path)
-    no_fonts_from_elsewhere(done/doc_path)
-    methods_to_classes(done/doc_path)
-    return done/doc_path
+    else:
+        rename_outputs(done)
+        subprocess.run([sys.executable, '-m', 'smalldocs.cli', 'render', '.'], cwd=done, check=True)
+    return finish(done/doc_path)
 
 def build(out):
     "Build the site into the folder `out`, which is replaced."

@@ -6,8 +6,8 @@
 __all__ = ['BATCH', 'DECODERS', 'FORMS', 'made_photo', 'made_photos', 'PlainPhotos', 'transform', 'rate', 'plain_rate',
            'our_rate', 'bench_data', 'handed_over', 'write_tar', 'in_form', 'work_rate', 'read_plainly', 'read_ours',
            'bench_forms', 'show_forms', 'cores_for', 'anonymous', 'Stage', 'write_rows', 'TinyTower', 'TinyPreprocess',
-           'stages', 'measured_stages', 'Painter', 'work_stages', 'MadeImages', 'MadeCaptions', 'TinyText', 'letters',
-           'made_features', 'tiny_encoder', 'training_stages', 'slopes', 'planned_hours', 'show_costs']
+           'Course', 'stages', 'measured_stages', 'Painter', 'work_stages', 'MadeImages', 'MadeCaptions', 'TinyText',
+           'letters', 'made_features', 'tiny_encoder', 'training_stages', 'slopes', 'planned_hours', 'show_costs']
 
 # %% ../../nbs/bench/50_data.ipynb #e2217d8f
 import gmail_nb.runtime # before torchvision
@@ -41,7 +41,7 @@ from ..align import GenReal
 from .comparison import comparison
 from ..classification import Labelled, linear_probe
 from ..encoders import Encoder, NoText
-from ..features import Features, LazyPixels, cores, embed
+from ..features import Features, LazyPixels, embed
 from ..generate import generate
 from ..plan import Plan, make_settings, read_captions
 from ..retrieval import nearest
@@ -294,35 +294,50 @@ class TinyPreprocess:
     def __repr__(self): return 'TinyPreprocess()'
 
 # %% ../../nbs/bench/50_data.ipynb #ac93af32
+class Course:
+    "Rows that are made for a measurement, and what each stage of the work on them took."
+    def __init__(self, n:int, home:str|Path): # n: rows
+        torch.manual_seed(0)
+        self.rows, self.home, self.found = n, Path(home), []
+        self.file = self.home/'rows.parquet'
+        self.how = SourceSettings(cache_dir=str(self.home/'cache'))
+        self.quiet = EmbedSettings(show_progress=False, batch_size=512)
+        self.run = AlignRunSettings(align=AlignSettings(epochs=1, batch_size=256))
+        self.encoder = Encoder('tiny', TinyTower(), NoText(), TinyPreprocess(), NoText(), 512)
+        write_rows(self.file, n)
+
+    def timed(self, name:str, work:Callable):
+        "What the work gives; its seconds and megabytes are noted."
+        with Stage() as s: result = work()
+        self.found.append(dict(rows=self.rows, stage=name, seconds=s.seconds, megabytes=s.megabytes))
+        return result
+
+    def embedded(self, ds) -> Features: # (N, 512)
+        return embed(ds, self.encoder, self.home/'features', settings=self.quiet)
+
+    def alignment(self, sets) -> Alignment:
+        "An alignment of the projections on these pairs, at its start."
+        model = GenReal(self.encoder, AdapterSettings(tuning='projections'))
+        return Alignment(model, sets.pixels, sets.features, self.run.align, max_bank=0)
+
+# %% ../../nbs/bench/50_data.ipynb #aaf1e49f
 def stages(
     n:int,      # rows
     home:str|Path
 ) -> list[dict]: # rows, stage, seconds, megabytes
     "Every stage of the data side, one after the other."
-    home, found, how = Path(home), [], SourceSettings(cache_dir=str(Path(home)/'cache'))
-    torch.manual_seed(0)
-    encoder = Encoder('tiny', TinyTower(), NoText(), TinyPreprocess(), NoText(), 512)
-    run = AlignRunSettings(align=AlignSettings(epochs=1, batch_size=256))
-    def timed(name, work):
-        with Stage() as s: result = work()
-        found.append(dict(rows=n, stage=name, seconds=s.seconds, megabytes=s.megabytes))
-        return result
-    file = home/'rows.parquet'
-    write_rows(file, n)
-    timed('load_captioned, the first time', lambda: load_captioned(file, how))
-    ds = timed('load_captioned', lambda: load_captioned(file, how))
-    timed('fingerprint of the pixels', lambda: LazyPixels(ds, encoder.preprocess).fingerprint)
-    quiet = EmbedSettings(show_progress=False, batch_size=512)
-    features = timed('embed', lambda: embed(ds, encoder, home/'features', settings=quiet))
-    timed('embed, when it is done', lambda: embed(ds, encoder, home/'features', settings=quiet))
-    made = timed('generated_images', lambda: generated_images(file, how))
-    timed('check_pairs', lambda: check_common_keys(made, ds, run))
-    sets = timed('pair_sets', lambda: pair_sets(made, features, encoder.preprocess, run))
-    model = GenReal(encoder, AdapterSettings(tuning='projections'))
-    job = timed('align: its start',
-                lambda: Alignment(model, sets.pixels, sets.features, run.align, max_bank=0))
-    timed('align: three steps', lambda: [job.advance() for _ in range(3)])
-    return found
+    c = Course(n, home)
+    c.timed('load_captioned, the first time', lambda: load_captioned(c.file, c.how))
+    ds = c.timed('load_captioned', lambda: load_captioned(c.file, c.how))
+    c.timed('fingerprint of the pixels', lambda: LazyPixels(ds, c.encoder.preprocess).fingerprint)
+    features = c.timed('embed', lambda: c.embedded(ds))
+    c.timed('embed, when it is done', lambda: c.embedded(ds))
+    made = c.timed('generated_images', lambda: generated_images(c.file, c.how))
+    c.timed('check_pairs', lambda: check_common_keys(made, ds, c.run))
+    sets = c.timed('pair_sets', lambda: pair_sets(made, features, c.encoder.preprocess, c.run))
+    job = c.timed('align: its start', lambda: c.alignment(sets))
+    c.timed('align: three steps', lambda: [job.advance() for _ in range(3)])
+    return c.found
 
 # %% ../../nbs/bench/50_data.ipynb #8f629c4e
 def measured_stages(n:int, which:str='stages') -> list[dict]: # or 'work_stages', 'training_stages'
@@ -350,32 +365,21 @@ def work_stages(
     home:str|Path
 ) -> list[dict]: # rows, stage, seconds, megabytes
     "What `stages` leaves out: plan, shards, an epoch of alignment, the nearest of some captions."
-    home, found, how = Path(home), [], SourceSettings(cache_dir=str(Path(home)/'cache'))
-    encoder = Encoder('tiny', TinyTower(), NoText(), TinyPreprocess(), NoText(), 512)
-    def timed(name, work):
-        with Stage() as s: result = work()
-        found.append(dict(rows=n, stage=name, seconds=s.seconds, megabytes=s.megabytes))
-        return result
+    c = Course(n, home)
     painter = Generator('painter', 'painter', '0' * 40, image_format='png')
-    write_rows(home/'rows.parquet', n)
-    captions = timed('read_captions', lambda: read_captions(home/'rows.parquet', how))
-    settings = make_settings(captions, painter, DrawSettings(), 1000, 'float32')
-    plan = Plan(captions, settings)
-    timed('plan: all items', lambda: sum(len(plan.items(k)) for k in range(len(plan))))
+    captions = c.timed('read_captions', lambda: read_captions(c.file, c.how))
+    plan = Plan(captions, make_settings(captions, painter, DrawSettings(), 1000, 'float32'))
+    c.timed('plan: all items', lambda: sum(len(plan.items(k)) for k in range(len(plan))))
     work = WorkSettings(shard_size=1000, batch_size=100, show_progress=False)
-    def shards(): generate(captions, painter, home/'made', work=work, pipeline=Painter())
-    timed('shards', shards)
-    timed('shards, when they are done', shards)
-    quiet = EmbedSettings(show_progress=False, batch_size=512)
-    ds = load_captioned(home/'rows.parquet', how)
-    features = embed(ds, encoder, home/'features', settings=quiet)
-    run = AlignRunSettings(align=AlignSettings(epochs=1, batch_size=256))
-    sets = pair_sets(generated_images(home/'made', how), features, encoder.preprocess, run)
-    model = GenReal(encoder, AdapterSettings(tuning='projections'))
-    job = Alignment(model, sets.pixels, sets.features, run.align, max_bank=0)
-    timed('align: an epoch', lambda: [job.advance() for _ in range(len(job.plan))])
-    timed('nearest images of 1,000 captions', lambda: nearest(features[:1000], features.mapped))
-    return found
+    def shards(): generate(captions, painter, c.home/'made', work=work, pipeline=Painter())
+    c.timed('shards', shards)
+    c.timed('shards, when they are done', shards)
+    features = c.embedded(load_captioned(c.file, c.how))
+    made = generated_images(c.home/'made', c.how)
+    job = c.alignment(pair_sets(made, features, c.encoder.preprocess, c.run))
+    c.timed('align: an epoch', lambda: [job.advance() for _ in range(len(job.plan))])
+    c.timed('nearest images of 1,000 captions', lambda: nearest(features[:1000], features.mapped))
+    return c.found
 
 # %% ../../nbs/bench/50_data.ipynb #5e3a7c21
 class MadeImages:

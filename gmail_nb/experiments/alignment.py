@@ -26,7 +26,7 @@ from .demo import Side, make_side
 from ..files import (
     atomic_write, check_writable, progress, record, unknown_name, write_results)
 from ..gap import paired_cosines, ranks
-from ..pages import save_figure, table_text
+from ..pages import as_written, save_figure, table_text
 from ..runtime import default_device, fingerprint, set_seed, stable_seed
 from ..settings import STUDY, STUDY_SEEDS, AdapterSettings, AlignSettings, DemoSettings
 from ..settings import described
@@ -283,7 +283,7 @@ def show_alignment(
     difference_lines(ax, differences, scale)
     what = metric.replace('_', ' ') + (', points' if scale == 100 else '')
     ax.set_xlabel(f'{what}: difference from {reference!r}', fontsize=11)
-    fig.tight_layout()
+    as_written(fig).tight_layout()
     plt.close(fig)
     return fig
 

@@ -14,22 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..caption_metrics import cider, tokenized
 from ..data import emoji
 from ..encoders import Encoder, load_encoder
-from .captioning import (
-    CaptionWorld, SeedArms, drawn_features, in_file_names)
-from .chain import Test, chain_seed
-from .controls import more_of_chain
-from .curve import (
-    caption_table, gathered, is_stored, joined, show_curve, stored)
+from .captioning import CaptionWorld, drawn_features
+from .chain import Test
 from .demo import Side
-from .protocol import (
-    CAPTION_POINTS, CLAIMS, Point, caption_record, chosen_settings, claims_table, said_first)
-from ..files import atomic_write, check_writable, write_results
-from ..pages import save_figure, table_text
-from ..runs.dry_run import Look, look_device, look_out, time_text
-from ..runtime import default_device, fingerprint
+from .protocol import Point
+from ..runtime import default_device
 from ..settings import CaptionExperimentSettings, ProofSettings
 
 # %% ../../nbs/experiments/45_caption_curve.ipynb #15d45c92
@@ -47,6 +38,13 @@ def chain_world(
     arms, names = dict(indiscriminate=x['b_generated'], gmail=x['b_aligned']), names_of(b.keys)
     base = torch.stack([x['a_real'], fluent]), names_of(a.keys)
     return CaptionWorld(base, arms, names, test.features, dict(zip(b.keys, names)))
+
+# %% ../../nbs/experiments/45_caption_curve.ipynb #536bcfe7
+from ..caption_metrics import cider, tokenized
+from .captioning import SeedArms, in_file_names
+from .chain import Chain, chain_seed
+from .protocol import caption_record
+from ..runtime import fingerprint
 
 # %% ../../nbs/experiments/45_caption_curve.ipynb #3ace8762
 def cider_of(said:list[str], references:dict[str, list[str]]) -> np.ndarray: # (N,), 0 to 10
@@ -92,11 +90,20 @@ def captions_seed(
 ) -> list[dict]:
     "The captioners of one chain, or what was finished before."
     made_from = fingerprint(json.dumps(captioner_card(how)))[:6]
-    def compute(encoder, a, b, x, tests, point, seed, s):
-        world = chain_world(encoder, a, b, x, tests['seen'])
+    def compute(c:Chain):
+        world = chain_world(c.encoder, c.a, c.b, c.x, c.tests['seen'])
         return caption_records(seed_arms(world, how, seed, [] if before is None else before), point)
     what = f'captions-{made_from}'
-    return more_of_chain(what, compute, point, seed, out, chosen, settings, encoder)
+    return chain_seed(point, seed, out, chosen, settings, encoder, what, compute)
+
+# %% ../../nbs/experiments/45_caption_curve.ipynb #320fe4a6
+from .curve import (
+    caption_table, gathered, is_stored, joined, show_curve, stored)
+from .protocol import (
+    CAPTION_POINTS, CLAIMS, chosen_settings, claims_table, said_first)
+from ..files import atomic_write, check_writable, write_results
+from ..pages import save_figure, table_text
+from ..runs.dry_run import Look, look_device, look_out, time_text
 
 # %% ../../nbs/experiments/45_caption_curve.ipynb #ede86ea1
 def has_captions(
@@ -113,9 +120,9 @@ def caption_claims() -> tuple: # of the protocol
     return tuple(c for c in CLAIMS if c.metric == 'CIDEr')
 
 def captions_text(records:list[dict]) -> str:
-    "Claims about captions, those that failed first, and the table."
+    "Claims about captions, those that were not confirmed first, and the table."
     own = caption_claims()
-    parts = [said_first(records, own), table_text(claims_table(records, own)),
+    parts = [said_first(records, own), table_text(claims_table(records, own), width=118),
              table_text(caption_table(records))]
     return '\n\n'.join(parts) + '\n'
 

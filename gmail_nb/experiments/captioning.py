@@ -41,7 +41,7 @@ from ..encoders import preprocess_images
 from .demo import Side, make_side
 from .retrieval import FIVE_ARMS
 from ..files import atomic_write, check_writable, progress, record, write_results
-from ..pages import save_figure, table_text
+from ..pages import as_written, save_figure, table_text
 from ..runtime import default_device, fingerprint, noise_generator, set_seed, stable_seed
 from ..settings import CaptionerSettings, CaptionExperimentSettings, DemoSettings, HeadSettings
 from ..settings import described
@@ -381,7 +381,7 @@ def show_intervals(
     _panel(axes[0], means, f'{metric} x 100')
     _panel(axes[1], differences, 'paired difference')
     axes[1].axvline(0, color='black', lw=.8, ls=':')
-    fig.tight_layout()
+    as_written(fig).tight_layout()
     plt.close(fig)
     return fig
 
@@ -422,7 +422,7 @@ def show_captions(
         left.imshow(image)
         said = [(a, c[i], scores[a][i] if scores else None) for a, c in captions.items()]
         _caption_lines(right, reference, said, letters)
-    fig.subplots_adjust(0, 0, 1, 1, wspace=.05, hspace=.1)
+    as_written(fig).subplots_adjust(0, 0, 1, 1, wspace=.05, hspace=.1)
     plt.close(fig)
     return fig
 

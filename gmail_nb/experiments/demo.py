@@ -134,19 +134,24 @@ def make_side(
     return Side(keys, [p['caption'] for p in first], x_g, *features, joined)
 
 # %% ../../nbs/experiments/10_demo.ipynb #6cff0fef
-def align_side(encoder:Encoder, side:Side, settings:DemoSettings) -> tuple[GenReal, list[dict]]:
+def align_side(
+    encoder:Encoder, side:Side, settings:DemoSettings,
+    start:GenReal|None=None, # goes on from this model, in place
+    keep_best:bool=False     # end with the epoch that the pairs kept out found best
+) -> tuple[GenReal, list[dict]]:
     "Eq. 1 on the pairs of A but some, which draw the curve: the aligned model, and one row a step."
     set_seed(settings.seed)
     order = torch.randperm(len(side.keys), generator=noise_generator('held out', settings.seed))
     n = settings.validation_captions
     validation, kept = order[:n], order[n:]
-    model = GenReal(encoder, settings.adapters).to(encoder.device)
+    model = start or GenReal(encoder, settings.adapters).to(encoder.device)
     x, target = side.generated_pixels[0, validation], side.real_features[validation]
     def evaluate(m):
         cosines = paired_cosines(encode_images(m.encode_generated, x), target)
         return dict(paired_cosine=cosines.mean().item())
     pixels, features = side.generated_pixels[:, kept], side.real_features[kept]
-    return model, align(model, pixels, features, settings.align, evaluate, prefix=True)
+    return model, align(model, pixels, features, settings.align, evaluate, prefix=True,
+                        keep_best=keep_best)
 
 # %% ../../nbs/experiments/10_demo.ipynb #a102410e
 def demo_gap_records(

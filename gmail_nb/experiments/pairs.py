@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAIR_SHARES', 'WAYS_TO_ALIGN', 'fewer_rows', 'fewer_settings', 'pairs_arm', 'pair_features', 'pair_records',
-           'pairs_seed', 'pairs_of', 'finished_shares', 'nearer', 'pairs_rows', 'pairs_table', 'pairs_sentences',
-           'show_fewer_pairs', 'all_aligned', 'pairs_text', 'fewer_pairs']
+           'pairs_of', 'finished_shares', 'nearer', 'pairs_rows', 'pairs_table', 'pairs_sentences', 'show_fewer_pairs',
+           'all_aligned', 'pairs_text', 'fewer_pairs']
 
 # %% ../../nbs/experiments/16_pairs.ipynb #f7c1f13d
 import copy
@@ -18,16 +18,15 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ..encoders import Encoder, load_encoder
-from .chain import (
-    Test, chain_seed, chain_tests, kept_chain, some_of, tuned_ranks)
-from .controls import against, aligned_on, more_of_chain
-from .curve import KEPT_GAPS, gathered, is_stored, joined, mean_of, stored
+from ..encoders import Encoder
+from .chain import Chain, some_of, tuned_ranks
+from .controls import against, aligned_on, every_chain
+from .curve import KEPT_GAPS, mean_of
 from .demo import Side, demo_gap_records
-from .protocol import GOOD, Point, arm_record, chain_settings, chosen_settings
-from ..files import atomic_write, check_writable, write_results
+from .protocol import GOOD, Point, arm_record
+from ..files import atomic_write
 from ..pages import save_figure, table_text
-from ..runtime import default_device, noise_generator
+from ..runtime import noise_generator
 from ..settings import DemoSettings, ProofSettings
 from ..stats import Interval
 from ..tune import head_inputs
@@ -74,32 +73,20 @@ def pair_features(
 
 # %% ../../nbs/experiments/16_pairs.ipynb #09a7f3a3
 def pair_records(
-    encoder:Encoder, b:Side, x:dict, made:dict, tests:dict[str, Test],
-    point:Point, seed:int, settings:DemoSettings
+    chain:Chain,
+    made:dict[str, torch.Tensor]|None=None # from `pair_features`, made now if absent
 ) -> list[dict]:
     "Every part on both tests, and how near its features are to the real ones."
-    inputs, out = head_inputs(encoder, b.captions), []
-    how = dict(tune=dict(steps=settings.tune.steps, lr=settings.tune.lr))
+    c, out = chain, []
+    if made is None: made = pair_features(c.encoder, c.a, c.b, c.settings)
+    inputs = head_inputs(c.encoder, c.b.captions)
+    how = dict(tune=dict(steps=c.settings.tune.steps, lr=c.settings.tune.lr))
     for arm, features in made.items():
-        ranks = tuned_ranks(encoder, features, b.captions, settings, tests, inputs)
-        out += [arm_record(point, arm, seed, t, r, **how) for t, r in ranks.items()]
-        gaps = demo_gap_records('chain', arm, features, x['b_real'], seed)
-        out += [g | dict(point=asdict(point)) for g in gaps]
+        ranks = tuned_ranks(c.encoder, features, c.b.captions, c.settings, c.tests, inputs)
+        out += [arm_record(c.point, arm, c.seed, t, r, **how) for t, r in ranks.items()]
+        gaps = demo_gap_records('chain', arm, features, c.x['b_real'], c.seed)
+        out += [g | dict(point=asdict(c.point)) for g in gaps]
     return out
-
-# %% ../../nbs/experiments/16_pairs.ipynb #698387d1
-def pairs_seed(
-    point:Point,  # how the generator draws
-    seed:int,     # of the whole chain
-    out:str|Path, # as for `chain_seed`, whose images and features are read
-    chosen:dict,  # steps and lr of the text head
-    settings:ProofSettings=ProofSettings(),
-    encoder:Encoder|None=None
-) -> list[dict]:
-    "All parts of one chain, or what was finished before."
-    def compute(encoder, a, b, x, tests, point, seed, s):
-        return pair_records(encoder, b, x, pair_features(encoder, a, b, s), tests, point, seed, s)
-    return more_of_chain('pairs', compute, point, seed, out, chosen, settings, encoder)
 
 # %% ../../nbs/experiments/16_pairs.ipynb #78402725
 def pairs_of(arm:str) -> int: return int(arm.split()[0])
@@ -208,18 +195,10 @@ def fewer_pairs(
     shipped:bool=True                        # count what the package has as finished
 ) -> list[dict]: # all records
     "Every part that is missing at the generator's own setting; records.jsonl, pairs.txt, pairs.png."
-    out, chosen = check_writable(out), chosen_settings(out)
-    encoder, known = load_encoder('embedded').to(default_device()), stored() if shipped else []
     half = fewer_settings(settings.chain, round(PAIR_SHARES[-1] * settings.chain.align_captions),
                           WAYS_TO_ALIGN[0])
     arm = pairs_arm(half.align_captions - half.validation_captions, WAYS_TO_ALIGN[0])
-    for seed in range(settings.seeds):
-        if not is_stored(known, GOOD, seed, chosen):
-            chain_seed(GOOD, seed, out, chosen, settings, encoder)
-        if not is_stored(known, GOOD, seed, chosen, arm):
-            pairs_seed(GOOD, seed, out, chosen, settings, encoder)
-    records = joined(gathered(out), known)
-    write_results(out/'records.jsonl', records)
-    atomic_write(out/'pairs.txt', pairs_text(records, settings))
-    save_figure(show_fewer_pairs(records, all_aligned(settings)), out/'pairs.png')
+    records = every_chain('pairs', pair_records, arm, out, settings, shipped)
+    atomic_write(Path(out)/'pairs.txt', pairs_text(records, settings))
+    save_figure(show_fewer_pairs(records, all_aligned(settings)), Path(out)/'pairs.png')
     return records

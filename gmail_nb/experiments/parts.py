@@ -21,29 +21,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save
 
-from ..caption_metrics import Score, WordVectors, score_difference, score_interval
+from ..caption_metrics import Score, score_difference, score_interval
 from ..data import emoji
-from ..encoders import Encoder, embedded_encoder, encode_texts, load_encoder
-from .captioning import FEATURE_VARIANTS, CaptionRun, caption_runs, caption_world
-from .captioning import experiment_jobs
+from .captioning import (
+    FEATURE_VARIANTS, CaptionRun, caption_runs, experiment_jobs)
 from .costs import arm_costs
-from .demo import arm_ranks, make_side
-from .ifcap import ifcap_runs, text_world
-from .llava import caption_scores, llava_runs, llava_world, right_choices
-from .protocol import Point, chain_settings, chosen_settings
-from .retrieval import SeenImages, retrieval_world, tune_arms
-from ..files import asset, atomic_write, check_writable, read_results, record
-from ..files import unknown_name, write_results
-from ..gap import paired_cosines, ranks
-from ..pipelines import folder_fingerprint
-from ..retrieval import WAYS
-from ..runtime import default_device, fingerprint
-from ..settings import DemoSettings, ProofSettings, ReportSettings, described
+from .demo import make_side
+from ..files import read_results, record, unknown_name, write_results
+from ..gap import paired_cosines
 from ..stats import DRAWS, Interval, bootstrap, paired_difference
-from ..tune import TunedText, head_inputs, head_module
 
 # %% ../../nbs/experiments/66_parts.ipynb #a496278f
 Found = dict[str, dict[tuple[str, str], object]] # arm -> (split, metric) -> (N,) or a `Score`
@@ -82,6 +70,13 @@ def part_records(
         out += [one(f'{a} - {b}', k, chains_difference(found[a][k], found[b][k])) for k in of(found[a])]
     return out
 
+# %% ../../nbs/experiments/66_parts.ipynb #40e15e81
+from .protocol import Point, chain_settings, chosen_settings
+from ..files import asset, atomic_write, check_writable
+from ..pipelines import folder_fingerprint
+from ..runtime import fingerprint
+from ..settings import DemoSettings, ProofSettings, ReportSettings, described
+
 # %% ../../nbs/experiments/66_parts.ipynb #16fb32df
 def chain_demo(settings:ReportSettings, seed:int) -> DemoSettings:
     "The settings of generation, alignment and text side of one chain, as the protocol has them."
@@ -100,6 +95,7 @@ def report_chain(out:Path, settings:ReportSettings, seed:int) -> Path:
     name = fingerprint(json.dumps(described(chain_demo(settings, seed))), shipped_weights())[:8]
     return check_writable(Path(out)/'chains'/f'{seed}-{name}')
 
+# %% ../../nbs/experiments/66_parts.ipynb #6ac1bee3
 def kept_scores(file:Path, compute:Callable[[], Found]) -> Found:
     "Scores of items from their file, or computed now and kept."
     if not file.exists():
@@ -121,6 +117,14 @@ def miniature_report() -> ReportSettings:
                    align=replace(d.align, epochs=1, batch_size=8))
     return ReportSettings(demo=demo, chosen=False, shares=(1/2,), shown=2, samples=2)
 
+# %% ../../nbs/experiments/66_parts.ipynb #727dbe6f
+from ..encoders import Encoder, encode_texts, load_encoder
+from .demo import arm_ranks
+from .retrieval import SeenImages, retrieval_world, tune_arms
+from ..gap import ranks
+from ..retrieval import WAYS
+from ..tune import TunedText, head_inputs, head_module
+
 # %% ../../nbs/experiments/66_parts.ipynb #3d73112e
 LONG = ', described'
 
@@ -137,6 +141,7 @@ def described_ranks(head, tests:dict[str, SeenImages], inputs:dict) -> dict: # t
     found = {n: arm_ranks(head, t.features, inputs[n]) for n, t in tests.items()}
     return {n + LONG: {way: r[None] for way, r in ways.items()} for n, ways in found.items()}
 
+# %% ../../nbs/experiments/66_parts.ipynb #f7d2782b
 def recall_scores(runs:dict) -> dict: # runs: of an arm, test -> way -> ranks (1, N)
     "Whether each concept was found, by test and metric; `mean_recall` is the mean of the six."
     out = {}
@@ -228,6 +233,7 @@ def caption_found(runs:list[CaptionRun]) -> Found:
     "Scores of every arm; an arm that several processes have trained counts once."
     return {r.arm: {('B-twemoji', m): s for m, s in r.scores.scores.items()} for r in runs}
 
+# %% ../../nbs/experiments/66_parts.ipynb #26e492e9
 def caption_jobs(out:Path, settings:ReportSettings, seed:int, variants:dict) -> list[tuple]:
     "What `caption_runs` is to do for one chain."
     s = replace(settings.captions, seeds=1, extra_seeds=1, seed=seed)
@@ -247,6 +253,14 @@ def variant_scores(out:Path, settings:ReportSettings, seed:int) -> Found:
     cores = os.cpu_count() or 1
     jobs = [*dealt((main[0], arms, *main[2:]), min(cores, 2)), *others]
     return caption_found(caption_runs(jobs, min(cores, len(jobs))))
+
+# %% ../../nbs/experiments/66_parts.ipynb #35e042ee
+from ..caption_metrics import WordVectors
+from ..encoders import embedded_encoder
+from .captioning import caption_world
+from .ifcap import ifcap_runs, text_world
+from .llava import caption_scores, llava_runs, llava_world, right_choices
+from ..runtime import default_device
 
 # %% ../../nbs/experiments/66_parts.ipynb #a0a27055
 LLAVA_TABLE_ARMS = ('base', 'indiscriminate', 'gmail')
@@ -292,6 +306,7 @@ def part_name(part:str, settings:ReportSettings, *asked) -> str:
     seeds = 1 if part in ONCE else settings.seeds
     return f'{part}-{fingerprint(json.dumps(asked), seeds, shipped_weights())[:12]}'
 
+# %% ../../nbs/experiments/66_parts.ipynb #971acdda
 def part_file(
     out:str|Path, part:str, settings:ReportSettings, pairs:Iterable=(), columns:Iterable|None=None
 ) -> Path:
@@ -307,6 +322,7 @@ class Clock:
     def seconds(self) -> tuple[float, float]: # wall, cores
         return time.time() - self.wall, sum(os.times()[:4]) - self.cores
 
+# %% ../../nbs/experiments/66_parts.ipynb #c42b07a2
 def run_part(
     part:str,                  # of `PARTS`
     out:str|Path,              # chains and records are kept here

@@ -26,7 +26,7 @@ from ..data import emoji
 from ..encoders import Encoder, encode_images, encode_texts, load_encoder, preprocess_images
 from .demo import align_side, make_side
 from ..files import atomic_write, check_writable, progress, record, write_results
-from ..pages import save_figure, table_text
+from ..pages import as_written, save_figure, table_text
 from ..retrieval import WAYS, nearest, retrieval
 from ..runtime import default_device, fingerprint, stable_seed
 from ..settings import DemoSettings, TuneSettings, described, same_settings
@@ -320,7 +320,7 @@ def show_arms(
         ax.set_title(f'{test}, {way.replace("_", " ")}', fontsize=12)
     axes[0, 0].invert_yaxis() # of all panels, which share it
     for ax in axes[-1]: ax.set_xlabel(f'recall at {k} in %', fontsize=11)
-    fig.tight_layout()
+    as_written(fig).tight_layout()
     plt.close(fig)
     return fig
 
@@ -370,7 +370,7 @@ def show_found(
         images = [ds[index[test.keys[i]]]['image'] for i in best]
         name = textwrap.fill(test.captions[j], 28) + f'\n({arm})'
         answers_row(line, name, images, [i == j for i in best])
-    fig.subplots_adjust(0, 0, 1, 1, wspace=.12, hspace=.12)
+    as_written(fig).subplots_adjust(0, 0, 1, 1, wspace=.12, hspace=.12)
     plt.close(fig)
     return fig
 

@@ -10,7 +10,6 @@ __all__ = ['SIDES', 'MAPS', 'read_upload', 'Gallery', 'small', 'both_features', 
 # %% ../../nbs/runs/80_app.ipynb #b82a51e4
 import copy
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +22,12 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..align import GenReal
-from ..captioning import write_captions
-from ..data import FORMATS, decode_image, emoji, pairs
-from ..encoders import encode_texts, preprocess_images
-from ..files import progress, read_object
+from ..data import FORMATS, decode_image
+from ..encoders import encode_texts
 from ..gap import draw_pairs
-from ..generate import load_generated
-from ..llava_training import DESCRIBE
-from ..pipelines import EmojiPipeline, load_emoji_pipeline
-from .align import generated_images
-from .tune_caption import Seer, load_seer
-from .tune_llava import Talk, Talker, is_talker, load_talker
-from ..runtime import default_device, noise_generator
-from ..settings import AppSettings, DrawSettings
-from ..sources import load_captioned
+from ..pages import as_written
+from .tune_llava import Talker
+from ..settings import AppSettings
 
 # %% ../../nbs/runs/80_app.ipynb #da440098
 def read_upload(
@@ -61,6 +51,15 @@ def read_upload(
         raise ValueError(f'{name} is no picture that can be read: choose another') from e
     picture.thumbnail((1000, 1000))
     return picture
+
+# %% ../../nbs/runs/80_app.ipynb #0a000760
+from ..align import GenReal
+from ..data import emoji, pairs
+from ..encoders import preprocess_images
+from ..files import progress
+from ..pipelines import EmojiPipeline, load_emoji_pipeline
+from ..runtime import default_device, noise_generator
+from ..settings import DrawSettings
 
 # %% ../../nbs/runs/80_app.ipynb #ff826252
 SIDES = 'real', 'generated'
@@ -194,7 +193,7 @@ def show_on_map(
     ax.set_xlabel('along the gap before alignment', fontsize=9)
     ax.set_ylabel('across it', fontsize=9)
     fig.legend(fontsize=8, loc='outside lower center', ncols=3, frameon=False)
-    return fig
+    return as_written(fig)
 
 # %% ../../nbs/runs/80_app.ipynb #788edeca
 @torch.inference_mode()
@@ -231,6 +230,12 @@ def denoised(pipeline:EmojiPipeline, scheduler, x, t, told, guidance): # (1, C, 
         v_null, v_text = pipeline.unet(torch.cat([x, x]), t, **told).sample.chunk(2)
         v = v_null + guidance * (v_text - v_null)
     return scheduler.step(v, t, x).prev_sample
+
+# %% ../../nbs/runs/80_app.ipynb #06bf77e9
+from ..captioning import write_captions
+from ..llava_training import DESCRIBE
+from .tune_caption import load_seer
+from .tune_llava import Talk, is_talker, load_talker
 
 # %% ../../nbs/runs/80_app.ipynb #6cbf869c
 class Writer:
@@ -344,6 +349,12 @@ def landing(self:Viewer, seen:Seen, caption:str) -> list[list[str]]: # a heading
         return [name, f'{text @ x:.2f}', f'{near.max():.2f}', self.gallery.captions[near.argmax()]]
     heading = ['through', 'cosine with the caption', 'with the nearest real image', 'which is']
     return [heading, row('f_r', seen.f_r), row('f_g', seen.f_g)]
+
+# %% ../../nbs/runs/80_app.ipynb #e2ce0813
+from ..files import read_object
+from ..generate import load_generated
+from .align import generated_images
+from ..sources import load_captioned
 
 # %% ../../nbs/runs/80_app.ipynb #c0999974
 def demo_finished(folder:str|Path) -> bool:

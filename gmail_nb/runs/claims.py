@@ -44,12 +44,12 @@ def locked(
                               'wait until it ends, or choose another folder') from None
     return lock
 
+# %% ../../nbs/runs/07_claims.ipynb #be1860cc
 def sweep(folder:Path) -> None:
     "Remove what killed and stopped runs were writing. For who is alone in the folder."
     for stale in [*folder.rglob('.*.tmp')]:
         if stale.is_dir(): shutil.rmtree(stale, ignore_errors=True) # of a checkpoint
         else: stale.unlink(missing_ok=True)
-
 
 # %% ../../nbs/runs/07_claims.ipynb #7c5ca33c
 AT_THE_DOOR = 10 # seconds that a part waits while others of its array go through
@@ -59,6 +59,7 @@ def claim_name(part:str) -> str: # claim, or such as part-0-of-4
     i, n = part_of(part)
     return 'claim' if n == 1 else f'part-{i}-of-{n}'
 
+# %% ../../nbs/runs/07_claims.ipynb #1abc3b12
 def take(folder:Path, name:str) -> FileLock|None: # None where the disk knows no locks
     "Take a claim. `BlockingIOError` for a part beside a whole run, and the reverse."
     door = locked(folder, 'claim', 0 if name == 'claim' else AT_THE_DOOR)
@@ -72,7 +73,6 @@ def take(folder:Path, name:str) -> FileLock|None: # None where the disk knows no
     finally:
         if door and name != 'claim': door.release()
     return door
-
 
 # %% ../../nbs/runs/07_claims.ipynb #65c8523b
 def give_up(
@@ -88,6 +88,7 @@ def give_up(
             folder.rmdir()
     if lock: lock.release()
 
+# %% ../../nbs/runs/07_claims.ipynb #ea85fd7f
 @contextmanager
 def claimed(
     folder:str|Path, # made if absent, and gone again if nothing was written
@@ -110,7 +111,6 @@ def claimed(
         if whole and lock: sweep(folder)
         give_up(folder, lock, by, fresh)
 
-
 # %% ../../nbs/runs/07_claims.ipynb #d7cb9db9
 NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG # disk, quota, and largest size of a file
 
@@ -121,6 +121,7 @@ def is_no_room(error:BaseException) -> bool:
     words = [f'os error {n}' for n in NO_ROOM] + ['PytorchStreamWriter', 'inline_container']
     return any(w in said for w in words)
 
+# %% ../../nbs/runs/07_claims.ipynb #427efb14
 @contextmanager
 def room_told(
     folder:str|Path # that is written

@@ -33,17 +33,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..data import decode_image, emoji, parquet_files
-from ..files import asset, name_some, unknown_name
-from ..plan import Plan, make_settings, read_captions, settings_difference, splits_of
-from ..plan import training_split
-from .presets import ARMS, CAPTION_ARMS, CAPTION_SOURCES, EVAL_PRESETS, OWN, check_arm
-from ..runtime import default_device, default_dtype, machine
-from ..settings import GENERATORS, SMOLLM2_FROM, AfterSettings, CaptionRunSettings
-from ..settings import CaptionSettings, DrawSettings, EmbedSettings, EvalSettings
-from ..settings import Generator, ReadSettings, SourceSettings, WorkSettings, demo_settings, is_commit
-from ..sources import IMAGE_SUFFIXES, load_captioned, read_coco
-from ..weights import COMMITS
+from .presets import EVAL_PRESETS, OWN
+from ..runtime import default_device, machine
+from ..settings import EmbedSettings, demo_settings
 
 # %% ../../nbs/runs/50_dry_run.ipynb #671b9a6e
 class Look(NamedTuple):
@@ -95,6 +87,7 @@ def look_out(
     if needed > free: return Look('output', str(out), 'refused', f'too little room: {said}')
     return Look('output', str(out), 'there' if Path(out).exists() else 'to write', said)
 
+# %% ../../nbs/runs/50_dry_run.ipynb #c2b3dacf
 def look_device(
     name:str|None=None, # that was asked for
     dtype:str|None=None
@@ -111,6 +104,11 @@ def look_device(
     free, total = torch.cuda.mem_get_info(device)
     return Look('device', str(device), 'there',
                 f'{size_text(free)} of {size_text(total)} free, {machine()}')
+
+# %% ../../nbs/runs/50_dry_run.ipynb #92ba3c44
+from ..files import asset, unknown_name
+from ..settings import GENERATORS, SMOLLM2_FROM, Generator, is_commit
+from ..weights import COMMITS
 
 # %% ../../nbs/runs/50_dry_run.ipynb #c44f993b
 def cached(
@@ -185,6 +183,7 @@ def look_open_clip(spec:str) -> Look: # ARCHITECTURE/PRETRAINED, hf-hub:ID or lo
     if kept.is_file(): return Look(what, spec, 'there', size_text(kept.stat().st_size))
     return look_hub(what, repo) if repo else Look(what, spec, 'to download', known.get('url', ''))
 
+# %% ../../nbs/runs/50_dry_run.ipynb #f8a057a4
 def look_path(what:str, path:str|Path, needs:str='') -> Look: # needs: a file of the folder
     "A file or a folder of weights."
     path = Path(path)
@@ -218,6 +217,7 @@ def look_model(
     if kind == 'open_clip' and rest: return look_open_clip(rest)._replace(what=what)
     return look_path(what, name, 'card.json')
 
+# %% ../../nbs/runs/50_dry_run.ipynb #66314465
 def look_generator(
     name:str, revision:str|None=None, repo:str|None=None
 ) -> tuple[Look, Generator]:
@@ -240,6 +240,12 @@ def look_lm(name:str, what:str='language model') -> Look:
         return Look(what, name, 'there' if there else 'missing', SMOLLM2_FROM)
     return look_hub(what, name) if on_hub(name) else look_path(what, name, 'config.json')
 
+# %% ../../nbs/runs/50_dry_run.ipynb #2557cddc
+from ..files import name_some
+from ..plan import training_split
+from ..settings import SourceSettings
+from ..sources import load_captioned, read_coco
+
 # %% ../../nbs/runs/50_dry_run.ipynb #cfa1c452
 def coco_pictures(path:Path, settings:SourceSettings, most:int=200) -> tuple[int, list[str]]:
     "How many pictures a COCO file names, and which of some are not there."
@@ -251,6 +257,7 @@ def coco_pictures(path:Path, settings:SourceSettings, most:int=200) -> tuple[int
     there = [(folder/sub/name).exists() or (folder/name).exists() for sub, name in some]
     return len(rows), [name for (_, name), ok in zip(some, there) if not ok]
 
+# %% ../../nbs/runs/50_dry_run.ipynb #a69d6233
 def look_pictures(source, settings:SourceSettings) -> Look|None:
     "Whether the pictures of a set are where it says; None where reading the captions has told."
     path = Path(source)
@@ -311,6 +318,7 @@ def look_set(
     said = Look(what, name, 'there', f'{len(ds):,} images, {many:,} captions{splits}')
     return [said, *([pictures] if pictures else [])], ds
 
+# %% ../../nbs/runs/50_dry_run.ipynb #fb6de48d
 def look_generated(
     folder:str|Path, what:str='generated'
 ) -> tuple[list[Look], dict|None]: # rows, and its manifest
@@ -405,6 +413,7 @@ def a_batch(encoder, size:int, texts:bool=False) -> Callable: # that encodes it
     pixels = one[None].repeat(size, 1, 1, 1).to(encoder.device)
     return lambda: encoder.encode_image(pixels)
 
+# %% ../../nbs/runs/50_dry_run.ipynb #3de47dc1
 @torch.inference_mode()
 def batch_rate(
     encoder, size:int,  # images of a batch
@@ -430,6 +439,7 @@ class Speed(NamedTuple):
     weights:int|None=None # bytes
     how:str=''            # it was measured, or why it was not
 
+# %% ../../nbs/runs/50_dry_run.ipynb #e67de186
 def forward_rate(
     name:str,            # an encoder whose weights are there
     batch_size:int=8,    # of the run
@@ -463,6 +473,12 @@ def encoder_speed(
         return Speed(how='too large to be loaded for a measurement')
     try: return forward_rate(name, *run, texts=texts)
     except Exception as e: return Speed(how=f'it could not be measured: {first_line(e)}')
+
+# %% ../../nbs/runs/50_dry_run.ipynb #20bc02cd
+from ..data import decode_image, emoji, parquet_files
+from ..plan import Plan, make_settings, read_captions, settings_difference
+from ..settings import AfterSettings, DrawSettings, WorkSettings
+from ..sources import IMAGE_SUFFIXES
 
 # %% ../../nbs/runs/50_dry_run.ipynb #7cc602bb
 BYTES = dict(png=1.6, jpeg=.4, webp=.3) # of a pixel, about; see the lesson below
@@ -534,6 +550,7 @@ def some_keys(folder:str|Path) -> list[str]|None:
     tables = (pq.read_table(folder/s['shard'], columns=['key']) for s in shards)
     return [k for table in tables for k in table['key'].to_pylist()]
 
+# %% ../../nbs/runs/50_dry_run.ipynb #8aa58aff
 def look_matches(
     real:datasets.Dataset|None, generated:str|Path
 ) -> tuple[Look|None, int|None]: # a row, and the pairs; None where they cannot be counted
@@ -650,6 +667,7 @@ def look_epochs(
     refused = f'{kept_out} of {pairs} are kept out: change --validation-share'
     return [Look('pairs', '', 'refused', refused), *rows], learned
 
+# %% ../../nbs/runs/50_dry_run.ipynb #63b90266
 def dry_align(
     captioned, generated, encoder:str='embedded', out:str='aligned', push=None,
     source:SourceSettings=SourceSettings(), settings=None, **rest
@@ -686,6 +704,11 @@ def dry_embed(
                        'features' if images is None else f'features of {images:,} images',
                        run=(settings.batch_size, settings.precision, settings.device)),
             *look_decoding(images, captioned, source, settings.workers)]
+
+# %% ../../nbs/runs/50_dry_run.ipynb #22574289
+from ..plan import splits_of
+from .presets import ARMS, CAPTION_ARMS, CAPTION_SOURCES, check_arm
+from ..settings import CaptionRunSettings, CaptionSettings, EvalSettings, ReadSettings
 
 # %% ../../nbs/runs/50_dry_run.ipynb #06ef89bd
 def look_arm(arm:str|None, model, generated, real, arms:tuple=ARMS) -> list[Look]:
@@ -737,6 +760,7 @@ def dry_text(
     return [*rows, *work,
             look_time(read_texts, texts.rate, f'texts; {texts.how}')._replace(what='time of texts')]
 
+# %% ../../nbs/runs/50_dry_run.ipynb #a2f0ef4d
 def dry_captioner(
     captioned=None, out:str='captions', generated=None, model=None, arm=None, test=None,
     source:SourceSettings=SourceSettings(), preset=None,
@@ -802,6 +826,7 @@ HUB_SETS = {'coco-5k': 'nlphuji/mscoco_2014_5k_test_image_text_retrieval',
             'coco-1k': 'nlphuji/mscoco_2014_5k_test_image_text_retrieval',
             'flickr30k': 'nlphuji/flickr_1k_test_image_text_retrieval'}
 
+# %% ../../nbs/runs/50_dry_run.ipynb #c7c45800
 def look_data(name:str, root:str|Path|None, source:SourceSettings=SourceSettings()) -> list[Look]:
     "A set that is measured on, by name or of one's own."
     if name.startswith('emoji'): return [Look('data', name, 'there', 'comes with the package')]
@@ -837,6 +862,7 @@ def counted(names:Iterable[str], source:SourceSettings) -> int|None: # images
         total += len(ds)
     return total
 
+# %% ../../nbs/runs/50_dry_run.ipynb #8e1d9274
 def look_models(
     looks:Iterable[Look], specs:Iterable[str], # rows of models, and their strings
     images:int|None,

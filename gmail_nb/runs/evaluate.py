@@ -11,7 +11,8 @@ __all__ = ['LEVELS', 'EMOJI_WORDS', 'MISSING', 'TOLD', 'EvalRun', 'write_queries
            'compared_names', 'check_leaks', 'read_sets', 'load_or_say', 'reason', 'Results', 'main_process_first',
            'measured_task', 'measure_row', 'compare_rows', 'load_rows', 'evaluate_rows', 'evaluate', 'short_name',
            'table_cell', 'table_blocks', 'row_order', 'eval_table', 'differences_told', 'told', 'eval_verdict',
-           'eval_pictures', 'chosen_models', 'task_of', 'Tables', 'tables_of', 'write_eval_page', 'evaluate_as_asked']
+           'eval_pictures', 'chosen_models', 'task_of', 'Tables', 'tables_of', 'aligned_below', 'write_eval_page',
+           'evaluate_as_asked']
 
 # %% ../../nbs/runs/40_evaluate.ipynb #308b3ede
 import pickle
@@ -26,31 +27,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..classification import CLASSIFICATION_SETS, ClassificationSet, Labelled, LabelledFiles
-from ..classification import Predictions, classification_records, classify, fine_tune, image_names
-from ..classification import image_rows, linear_probe, load_classification_set, per_image
-from ..classification import plain_tower, process_state, read_class_folders
-from ..classification import show_confusion_matrix, show_confusions
-from ..classification import zero_shot_weights
-from ..data import decode_image, emoji, undecoded
-from ..encoders import Encoder, NoText
-from ..features import LazyPixels
-from ..files import atomic_path, atomic_write, check_writable, in_one_line, read_results, record
-from ..files import unknown_name, write_results
-from ..generate import load_generated
-from ..pages import data_uri, save_figure, table_html, table_text
-from ..retrieval import RETRIEVAL_SETS, WAYS, embed_captioned, image_identity, load_retrieval_set
-from ..retrieval import per_query, retrieval_grid, retrieval_in_folds, retrieval_records, set_features
-from ..retrieval import show_recall
-from .claims import is_no_room
-from .embed import tell_skipped, undecodable
-from .judge import FEWEST, Verdict, show_differences, word_of, write_page
-from .models import chosen_device, eval_model, safe_name, spec_of, trained_keys
-from .presets import AGAINST, EVAL_PRESETS, OWN, TASKS, EvalPreset
-from ..runtime import fingerprint
-from ..settings import EvalSettings, SourceSettings, described
-from ..sources import IMAGE_SUFFIXES
-from ..splits import check_apart
+from ..classification import process_state
+from ..files import atomic_path, record
+from ..pages import data_uri, table_text
+from ..retrieval import WAYS
+from .embed import tell_skipped
+from .judge import FEWEST, Verdict, show_differences, word_of
+from .models import safe_name
+from ..settings import EvalSettings, SourceSettings
 from ..stats import Interval, bootstrap, sentence
 
 # %% ../../nbs/runs/40_evaluate.ipynb #8d9b6362
@@ -120,6 +104,7 @@ def opened_queries(
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError) as e:
         raise ValueError(f'{path.name} is damaged ({e}): delete it, and measure its row again') from e
 
+# %% ../../nbs/runs/40_evaluate.ipynb #c6a55fd7
 def read_queries(
     path:Path, # from `write_queries`
     way:str,   # whose keys: a direction, or 'image'
@@ -160,6 +145,18 @@ def difference_records(
         return record(run.experiment, f'{arm} - {base}', name, split, metric, d.value, 0, d.n,
                       low=d.low, high=d.high, minus=base, **extra)
     return [of(m, d) for m, d in found.items()]
+
+# %% ../../nbs/runs/40_evaluate.ipynb #1eb07be5
+from ..classification import ClassificationSet, per_image
+from ..data import decode_image, emoji
+from ..encoders import Encoder
+from ..files import in_one_line
+from ..pages import save_figure
+from ..retrieval import (
+    embed_captioned, load_retrieval_set, per_query, retrieval_grid, retrieval_in_folds,
+    retrieval_records, show_recall)
+from .models import eval_model
+from ..runtime import fingerprint
 
 # %% ../../nbs/runs/40_evaluate.ipynb #eee0ae22
 @dataclass
@@ -215,6 +212,19 @@ def retrieval_pictures(e, ds, ranks, arm:str, stem:Path) -> None:
     for way in WAYS: save_figure(retrieval_grid(e, image, way), f'{stem}_{way}.png')
     save_figure(show_recall({arm: ranks}), f'{stem}_recall.png')
 
+# %% ../../nbs/runs/40_evaluate.ipynb #c9a3c9ad
+from ..classification import (
+    CLASSIFICATION_SETS, Labelled, LabelledFiles, Predictions, classification_records, classify,
+    fine_tune, image_names, image_rows, linear_probe, load_classification_set, plain_tower,
+    read_class_folders, show_confusion_matrix, show_confusions, zero_shot_weights)
+from ..encoders import NoText
+from ..features import LazyPixels
+from ..files import check_writable, unknown_name
+from ..generate import load_generated
+from ..retrieval import set_features
+from .embed import undecodable
+from ..splits import check_apart
+
 # %% ../../nbs/runs/40_evaluate.ipynb #4b628d2a
 LEVELS = dict(group='group', subgroup='subgroup', concept='label') # columns of the package's own set
 EMOJI_WORDS = '{c}', 'an emoji of {c}', 'a drawing of {c}'
@@ -252,6 +262,7 @@ def some_files(files:LabelledFiles, left:list[int]) -> LabelledFiles:
     "Some of the labelled images, in this order."
     return LabelledFiles([files.files[i] for i in left], files.labels[left], files.classnames)
 
+# %% ../../nbs/runs/40_evaluate.ipynb #05875db5
 def whole_files(files:LabelledFiles, encoder:Encoder, run:EvalRun, name:str) -> LabelledFiles:
     "The files that decode, for a training that reads them again and again."
     workers = run.settings.embed.workers
@@ -293,6 +304,7 @@ def generated_training(
     left = run.left_out(lost, len(ds), folder.name)
     return Labelled(x, torch.tensor([label[names[i]] for i in left]))
 
+# %% ../../nbs/runs/40_evaluate.ipynb #2e73e9ae
 def start_tower(
     encoder:Encoder,
     start:str # of `FineTuneSettings`
@@ -323,6 +335,7 @@ def fine_tuned_classes(
                      run.out/'checkpoints'/f'{stem}.pt', desc)
     return p, how
 
+# %% ../../nbs/runs/40_evaluate.ipynb #9c37ff59
 def learned_classes(
     encoder:Encoder, name:str, arm:str, run:EvalRun
 ) -> tuple[Predictions, LabelledFiles, str]: # predictions, the test images, and how
@@ -372,6 +385,12 @@ def eval_classification(
     records = classification_records(run.experiment, arm, name, 'test', p, **more)
     main = next(r for r in records if r['metric'] == known.metric)
     return records + [dict(main, metric='main', of=known.metric)]
+
+# %% ../../nbs/runs/40_evaluate.ipynb #8a9203cc
+from ..data import undecoded
+from ..retrieval import RETRIEVAL_SETS, image_identity
+from .models import trained_keys
+from ..sources import IMAGE_SUFFIXES
 
 # %% ../../nbs/runs/40_evaluate.ipynb #73c4b3c2
 def set_fingerprint(
@@ -436,6 +455,13 @@ def check_leaks(
         raise ValueError(f'{e}. Where two sets only happen to have equal keys, allow them '
                          '(--equal-keys allow)') from e
 
+# %% ../../nbs/runs/40_evaluate.ipynb #6f763b04
+from ..files import read_results, write_results
+from .claims import is_no_room
+from .models import chosen_device, spec_of
+from .presets import TASKS
+
+
 # %% ../../nbs/runs/40_evaluate.ipynb #3a2964e3
 MISSING = OSError, RuntimeError, pickle.UnpicklingError # weights that cannot be had, or are none
 
@@ -452,6 +478,7 @@ def read_sets(
     raise FileNotFoundError(f'none of the sets is there: {", ".join(data)}. '
                             'Name the folder that holds them with --root')
 
+# %% ../../nbs/runs/40_evaluate.ipynb #c86e8cb7
 def load_or_say(arm:str, spec:str, below:Path, run:EvalRun) -> Encoder|None:
     "The model of a row, on its device; None when it is not there, which is said."
     device = chosen_device(run.settings.embed.device)
@@ -499,6 +526,7 @@ def main_process_first():
     finally:
         if state.is_main_process: state.wait_for_everyone()
 
+# %% ../../nbs/runs/40_evaluate.ipynb #bbffd4cc
 def measured_task(
     arm:str, d:str,
     encoder:Encoder, tested:EvalSet,
@@ -570,6 +598,7 @@ def load_rows(
         else:
             if encoder is not None: yield arm, spec, encoder
 
+# %% ../../nbs/runs/40_evaluate.ipynb #a19da3fa
 def evaluate_rows(
     models:dict[str, str],     # row -> model string
     data:tuple,                # names of sets
@@ -621,6 +650,7 @@ def table_cell(r:dict|None) -> str:
     value = Interval(r['value'], r['low'], r['high'])
     return value.text(1 if 'median' in r['metric'] else 100, '+' if 'minus' in r else '')
 
+# %% ../../nbs/runs/40_evaluate.ipynb #5ffba8cb
 def table_blocks(
     table:list[list[str]], # a header and its rows
     width:int=110          # characters of a line
@@ -677,6 +707,7 @@ def differences_told(
     name = lambda r: f"{r['arm']}, {short_name(r['metric'])} on {Path(r['dataset']).name}"
     return {name(r): (r, Interval(r['value'], r['low'], r['high'], r['n'])) for r in ours}
 
+# %% ../../nbs/runs/40_evaluate.ipynb #a806d643
 def told(r:dict, d:Interval) -> str:
     "The sentence of one difference."
     ours = r['arm'].removesuffix(f" - {r['minus']}")
@@ -698,6 +729,7 @@ def eval_verdict(
     word = word_of(first) if first.n >= FEWEST else 'untold'
     return Verdict(word, tuple(told(*f) for f in found.values()), measures={k: d for k, (_, d) in found.items()})
 
+# %% ../../nbs/runs/40_evaluate.ipynb #2540b48e
 def eval_pictures(
     run:EvalRun, arms:list[str], data:tuple, verdict:Verdict,
     most:int=8 # pictures of rows
@@ -712,6 +744,14 @@ def eval_pictures(
     if not verdict.measures: return found
     fig = show_differences(dict(list(verdict.measures.items())[:12]))
     return found | {'Differences in points': save_figure(fig, run.out/'differences.png')}
+
+# %% ../../nbs/runs/40_evaluate.ipynb #a8a54cb5
+from ..files import atomic_write, read_object
+from ..pages import table_html
+from .align import gap_before_and_after
+from .judge import write_page
+from .presets import AGAINST, EVAL_PRESETS, OWN, EvalPreset
+from ..settings import described
 
 # %% ../../nbs/runs/40_evaluate.ipynb #ccde7de9
 def chosen_models(
@@ -751,6 +791,7 @@ class Tables(str):
 
     def _repr_html_(self) -> str: return ''.join(map(table_html, self.rows.values()))
 
+# %% ../../nbs/runs/40_evaluate.ipynb #64b47aad
 def tables_of(
     results:Results,
     data:tuple, # names of sets
@@ -770,15 +811,36 @@ def tables_of(
     out.failed, out.rows = results.failed, rows
     return out
 
+# %% ../../nbs/runs/40_evaluate.ipynb #5e10c001
+def aligned_below(
+    models:dict[str, str],  # row -> model string
+    below:str|Path='.'      # where models' folders are
+) -> dict[str, Path]: # rows -> the folder of the aligned model that they use
+    "Which aligned models the rows go through; a row whose folder cannot be read is left out."
+    found = {}
+    for row, asked in models.items():
+        try:
+            kind, _, rest = spec_of(asked.removeprefix('stretched:'), Path(below)).partition(':')
+            if kind not in ('aligned', 'tuned', 'tuned-f_g'): continue
+            folder = Path(below)/rest
+            if kind != 'aligned': folder = folder.parent/read_object(folder/'card.json')['aligned']
+        except (OSError, ValueError, KeyError, TypeError): continue # the table says what is wrong
+        found.setdefault(folder.resolve(), []).append(row)
+    return {', '.join(rows): folder for folder, rows in found.items()}
+
 # %% ../../nbs/runs/40_evaluate.ipynb #7bbbd858
 def write_eval_page(
-    run:EvalRun, tables:Tables, results:Results, data:tuple, models:dict[str, str]
+    run:EvalRun, tables:Tables, results:Results, data:tuple,
+    models:dict[str, str], # row -> model string
+    below:str|Path='.'     # where models' folders are
 ) -> Path: # report.html
     "The page of a measurement; its verdict stays on the tables."
     tables.verdict = eval_verdict(results.records, run.experiment, data)
-    pictures = eval_pictures(run, list(models), data, tables.verdict)
+    gaps, gap_tables = gap_before_and_after(aligned_below(models, below))
+    pictures = eval_pictures(run, list(models), data, tables.verdict) | gaps
     about = dict(task=run.task, models=models, data=list(data), settings=described(run.settings))
-    return write_page(run.out, f'Measured: {run.experiment}', pictures, tables.verdict, tables.rows, about)
+    return write_page(run.out, f'Measured: {run.experiment}', pictures, tables.verdict,
+                      tables.rows | gap_tables, about)
 
 # %% ../../nbs/runs/40_evaluate.ipynb #c1b84f1d
 def evaluate_as_asked(
@@ -800,5 +862,5 @@ def evaluate_as_asked(
     results = evaluate_rows(models, data, run, below, AGAINST if known else None)
     tables = tables_of(results, data, known)
     atomic_write(Path(out)/'table.txt', tables + '\n')
-    write_eval_page(run, tables, results, data, models)
+    write_eval_page(run, tables, results, data, models, below)
     return tables

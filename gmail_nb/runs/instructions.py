@@ -74,6 +74,7 @@ class Asked:
         return [Example(tuple(turns), tuple((kind, at[r]) for r in rows))
                 for turns, rows in self.told if all(r in at for r in rows)]
 
+# %% ../../nbs/runs/55_instructions.ipynb #ae2526a5
 _columns = datasets.Features(dict(key=datasets.Value('string'), image=datasets.Image(decode=False)))
 
 def with_pictures(told:list, images:dict, keys:list[str], side:str='real') -> Asked:
@@ -115,6 +116,7 @@ def question_turns(q:Question, number:int) -> tuple[list, list]: # turns, and (n
     turns, order = conversation(q, number)
     return turns_of(turns[0]['content'], LETTERS[q.answer] if q.choices else q.answer[0]), order
 
+# %% ../../nbs/runs/55_instructions.ipynb #f7ce8dfd
 def scienceqa_instructions(source, split:str='train') -> Asked: # a folder, a Hub id or a Dataset
     "ScienceQA's rows to learn from. `ValueError` for another set."
     questions = load_questions(source, split)

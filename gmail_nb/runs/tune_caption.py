@@ -25,32 +25,12 @@ from accelerate import Accelerator
 from datasets import Image as DatasetImage
 from safetensors.torch import load_file, save
 
-from ..align import GenReal, model_folder
-from ..caption_metrics import cider, score_captions, tokenized
-from ..captioning import (
-    Captioner, EncodedCaptions, Sources, caption_statistics, caption_text, caption_tokenizer,
-    captioner_card, captioner_settings, check_four_bit, generate_ids, load_captioner, load_lm,
-    read_encoded, save_captioner, small_decoder, train_captioner, write_captions, write_encoded)
-from ..data import decode_image, parquet_files, show_images
-from ..encoders import Encoder, NoText, load_encoder
-from ..features import Features, LazyPixels, cores, good_images
-from ..files import atomic_write, check_writable, record, write_results
-from .align import generated_images, set_name, validation_indices
-from ..pages import ResultTable, save_figure
+from ..data import show_images
+from ..features import Features
 from ..plan import training_split
-from .embed import embed_shared, features_place, tell_skipped
-from .judge import (
-    Measure, Verdict, enough_kept_out, judged, show_differences, spread, write_page)
-from .models import chosen_device
-from .presets import CAPTION_ARMS, check_arm
-from ..runtime import set_seed
-from ..settings import (
-    CaptionerSettings, CaptionRunSettings, CaptionSettings, EmbedSettings, RunSettings,
-    SourceSettings, described)
-from ..sources import IMAGE_SUFFIXES, TABLE_SUFFIXES, load_captioned, read_coco
-from ..splits import check_apart, trained_on, write_trained_on
-from ..train import differences, processes
-from ..weights import pinned
+from .align import set_name, validation_indices
+from ..settings import CaptionRunSettings, SourceSettings
+from ..sources import load_captioned, read_coco
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #932d91cd
 def coco_files(
@@ -94,7 +74,8 @@ def captioned_rows(
     if is_coco and settings.images:
         rows = coco_rows(source, settings.images, settings.split)
         return datasets.Dataset.from_list(rows, features=CAPTIONED_ROWS)
-    ds = load_captioned(source, settings).select_columns(['key', 'image', 'captions'])
+    every = replace(settings, decoded=0) # what does not decode is named with the features
+    ds = load_captioned(source, every).select_columns(['key', 'image', 'captions'])
     return ds.cast_column('image', DatasetImage(decode=False))
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #638bf176
@@ -153,6 +134,17 @@ def caption_sets(
         return CaptionSets(*split_rows(train, run.validation_share, learned), name, 'validation')
     split = run.test_split or ('test' if parted else None)
     return CaptionSets(train, captioned_rows(tested, replace(source, split=split)), name, split or 'test')
+
+# %% ../../nbs/runs/30_tune_caption.ipynb #a14b34c0
+from ..align import GenReal
+from ..captioning import Sources
+from ..encoders import Encoder, load_encoder
+from ..files import check_writable
+from .align import gap_before_and_after, generated_images
+from .embed import embed_shared, features_place
+from .presets import CAPTION_ARMS, check_arm
+from ..settings import EmbedSettings
+from ..train import processes
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #0e19d8a9
 class Embeddings:
@@ -262,6 +254,21 @@ def training_features(
         at = {k: i for i, k in enumerate(x_r.keys)}
         both = Sources([x_g, x_r.select([at[k] for k in x_g.keys])])
     return both if two else x_g, CaptionColumn(some, places(x_g), 'caption'), eyes.broken
+
+# %% ../../nbs/runs/30_tune_caption.ipynb #679687fc
+from ..caption_metrics import cider, score_captions, tokenized
+from gmail_nb.captioning import (
+    Captioner, caption_statistics, caption_text, caption_tokenizer, captioner_card,
+    captioner_settings, generate_ids, load_captioner, load_lm, save_captioner, small_decoder,
+    write_captions)
+from ..data import decode_image
+from ..encoders import NoText
+from ..pages import save_figure
+from .judge import Measure, Verdict, enough_kept_out, judged, show_differences, spread
+from ..runtime import set_seed
+from ..settings import CaptionerSettings
+from ..train import differences
+from ..weights import pinned
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #c8b2227a
 def check_start(
@@ -396,12 +403,23 @@ def caption_pictures_of(
     words = tokenized({k: t or '.' for k, t in zip(test.keys, texts)}, test.references)
     at, score, figures = places(test.features), cider(*words).each, {}
     for name, title, which in (
-        ('written', 'Captions that it writes for held-out images', spread(len(texts))),
+        ('written', 'Captions that it writes for validation images', spread(len(texts))),
         ('worst', 'Those with the lowest CIDEr', np.argsort(score, kind='stable')[:8].tolist())):
         images = [decode_image(pictures[int(at[i])]['image'], test.keys[i]) for i in which]
         figures[title] = name, show_images(images, [texts[i] for i in which], ncols=4, size=1.9)
     if verdict.measures: figures['The difference'] = 'difference', show_differences(verdict.measures, 1)
     return {t: save_figure(fig, out/f'{name}.png', dpi=80) for t, (name, fig) in figures.items()}
+
+# %% ../../nbs/runs/30_tune_caption.ipynb #2e2e58d2
+from ..align import model_folder
+from ..captioning import (
+    EncodedCaptions, check_four_bit, read_encoded, train_captioner, write_encoded)
+from ..files import atomic_write, record, write_results
+from ..pages import ResultTable
+from .embed import tell_skipped
+from .judge import write_page
+from ..settings import RunSettings, described
+from ..splits import check_apart, trained_on, write_trained_on
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #b3e6f1b5
 def caption_records(
@@ -500,7 +518,7 @@ class CaptionJob:
         reading = EmbedSettings(workers=run.workers, processes=run.processes, store=run.store)
         self.eyes = Embeddings(self.encoder, run.features or out/'features', reading, acc)
         self.test = caption_test(sets, self.encoder, self.eyes) # before its tower is adapted
-        self.projection, self.broken = None, {}
+        self.projection, self.broken, self.aligned = None, {}, {} # aligned: its name and folder
 
     def learned_from(self, model:str|Path|None, generated) -> tuple: # features and captions
         "Training images through their side of the encoder, all on one device."
@@ -508,6 +526,7 @@ class CaptionJob:
         aligned = None
         if self.arm in ('gmail', 'both'):
             aligned = GenReal.from_pretrained(model, self.encoder).to(self.acc.device)
+            self.aligned = {Path(model).name: model_folder(model)}
             self.projection = trained_projection(aligned)
         x, captions, self.broken = training_features(
             self.sets.train, self.encoder, self.arm, aligned, generated, eyes=self.eyes)
@@ -555,8 +574,9 @@ def finish_captioner(
     write_results(job.out/'results.jsonl', records)
     pictures = caption_pictures_of(job.out, job.test, job.sets.test, written[0], verdict)
     about = dict(arm=job.arm, captioner=described(s), run=described(job.run))
-    tables = {'Scores': ResultTable(records).rows()}
-    write_page(job.out, f'Captioner: {job.out.name}', pictures, verdict, tables, about)
+    gaps, gap_tables = gap_before_and_after(job.aligned)
+    tables = {'Scores': ResultTable(records).rows()} | gap_tables
+    write_page(job.out, f'Captioner: {job.out.name}', pictures | gaps, verdict, tables, about)
     return records
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #7f2258a2
@@ -591,6 +611,13 @@ def tune_captioner(
     records = finish_captioner(job, captioner, keys) if acc.is_main_process else []
     acc.wait_for_everyone()
     return records
+
+# %% ../../nbs/runs/30_tune_caption.ipynb #a73be54d
+from ..data import parquet_files
+from ..features import LazyPixels, cores, good_images
+from .models import chosen_device
+from ..settings import CaptionSettings
+from ..sources import IMAGE_SUFFIXES, TABLE_SUFFIXES
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #1645f963
 PICTURES = datasets.Features({k: CAPTIONED_ROWS[k] for k in ('key', 'image')})

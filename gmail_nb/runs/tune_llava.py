@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LLAVA_ARMS', 'JUDGED', 'check_llava_arm', 'set_tokens', 'Learned', 'arm_sets', 'learn_from', 'keys_of',
            'half_of_each', 'split_examples', 'likelihoods', 'words_alone', 'judge_llava', 'show_losses', 'Judged',
-           'llava_pictures', 'vision_of', 'token_width', 'started', 'keep_llava', 'say_broken', 'write_llava_page',
+           'llava_pictures', 'vision_of', 'token_width', 'started', 'keep_llava', 'tell_damaged', 'write_llava_page',
            'Instructed', 'instructed', 'check_plain_llava', 'Taught', 'taught', 'judge_and_write', 'Tuning',
            'begun_tuning', 'tune_llava', 'Talker', 'is_published', 'learned_by', 'aligned_tower', 'load_talker',
            'Aloud', 'Talk', 'typed', 'chat', 'is_talker', 'decoded_pictures', 'how_captions', 'llava_captions',
@@ -28,6 +28,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 from transformers import TextStreamer
 
+# %% ../../nbs/runs/60_tune_llava.ipynb #270806f1
 from ..align import GenReal, model_folder
 from ..data import decode_image, show_images
 from ..encoders import Encoder, load_encoder, preprocess_images
@@ -45,6 +46,7 @@ from .dry_run import (
     Look, first_line, look_device, look_generated, look_hub, look_lm, look_model, look_out,
     look_path, look_set, look_steps)
 from .instructions import OWN_QUESTIONS, load_instructions
+from .embed import tell_skipped
 from .judge import (
     FEWEST, Measure, Verdict, enough_kept_out, judged, show_differences, spread, word_of, write_page)
 from .models import chosen_device
@@ -306,10 +308,16 @@ def keep_llava(
                  images={k: len(f) for k, f in found.files.items()}, last_losses=last, **facts)
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #4b183d60
-def say_broken(broken:dict[str, str]) -> None:
-    "Name images that do not decode on the error stream."
-    for why in broken.values(): print(f'left out: {why}', file=sys.stderr)
-    if broken: print(f'{len(broken)} images left out', file=sys.stderr)
+def tell_damaged(
+    files:dict,          # kind -> tokens
+    out:Path, settings:LlavaSettings,
+    first:bool=True      # whether this process tells and writes
+) -> None:
+    "Name, count and list images that do not decode. `ValueError` when they are too many."
+    lost = [dict(side=kind, key=f['key'], reason=f['reason'])
+            for kind, tokens in files.items() for f in tokens.features.failed]
+    read = len(lost) + sum(map(len, files.values()))
+    tell_skipped(lost, read, out, settings.most_damaged, first=first)
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #bbac867b
 def write_llava_page(
@@ -399,7 +407,6 @@ def judge_and_write(
 ) -> None:
     "The verdict, the folder and the page."
     r, more = run, parts.more
-    say_broken(r.found.broken | (more.broken if more else {}))
     def measured(t): return likelihoods(r.llava, r.found, parts.validation, r.settings, r.acc, t)
     own, turned = measured(0), measured(1)
     verdict = judge_llava(before, own, turned, len(parts.learn))
@@ -466,7 +473,8 @@ def tune_llava(
     plain:str|Path|None=None,        # a folder: save a LLaVA of transformers there too
     plain_side:str='real'            # its tower: f_r, or generated: f_g
 ) -> dict[str, list[float]]: # stage -> the loss of each step
-    "Train both stages, and save; call it again to go on. `ValueError` as the arm's."
+    """Train both stages, and save; call it again to go on. Images that do not decode are named and
+    counted. `ValueError` when they are too many, and as the arm's."""
     arm = arm or ('real' if generated is None else 'gmail')
     check_llava_arm(arm, model, generated, real)
     used = model if 'generated' in LLAVA_ARMS[arm].values() else None # f_r is that of the base
@@ -478,7 +486,10 @@ def tune_llava(
     it = begun_tuning(sets, settings, used, arm, below, out, acc)
     run = replace(run, checkpoints=str(out/'checkpoints'), log_file=str(out/'log.jsonl'),
                   desc='llava')
-    history = it.learn(taught(it.found, asked, it.vision, below, acc, settings), run)
+    parts = taught(it.found, asked, it.vision, below, acc, settings)
+    files = it.found.files | (parts.more.files if parts.more else {})
+    tell_damaged(files, out, settings, acc.is_main_process)
+    history = it.learn(parts, run)
     tower = it.vision if plain_side == 'generated' else None
     if acc.is_main_process and plain: save_llava(it.llava, plain, tower)
     acc.wait_for_everyone()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Captions', 'rows_with_features', 'Sides', 'partners', 'TextPairs', 'text_pairs', 'pairs_of_files', 'Seen', 'one_each',
-           'seen_by', 'judge_text', 'text_pictures', 'recall_rows', 'keys_asked_for', 'check_text_test_apart',
-           'keep_tuned', 'tune_from_files', 'finish_text', 'tune_sets']
+           'text_tries', 'seen_by', 'judge_text', 'text_pictures', 'recall_rows', 'keys_asked_for',
+           'check_text_test_apart', 'keep_tuned', 'tune_from_files', 'finish_text', 'tune_sets']
 
 # %% ../../nbs/runs/20_tune_text.ipynb #694d4430
 from collections.abc import Iterable
@@ -17,22 +17,15 @@ import torch
 from accelerate import Accelerator
 
 from ..align import GenReal
-from ..data import decode_image, show_images
-from ..encoders import Encoder, encode_texts, load_encoder
+from ..data import show_images
+from ..encoders import Encoder, load_encoder
 from ..features import Features
-from ..files import check_writable
-from ..gap import ranks
-from ..pages import save_figure
-from .align import generated_images, set_name
+from .align import generated_images
 from .embed import embed_shared, embed_together, tell_skipped
-from .judge import Measure, Verdict, judged, show_differences, spread, write_page
-from .presets import ARMS, TEXT_RECIPES, TextRecipe, check_arm
-from ..settings import ReadSettings, SourceSettings, TuneSettings, described
-from ..sources import load_captioned
-from ..splits import check_apart, trained_on, write_trained_on
-from ..train import StopTogether, processes
-from ..tune import (
-    ImageRows, TunedText, own_temperature, save_tuned, show_tuning, split_pairs, tune_text)
+from .presets import check_arm
+from ..settings import ReadSettings
+from ..train import processes
+from ..tune import ImageRows
 
 # %% ../../nbs/runs/20_tune_text.ipynb #a41740ec
 class Captions:
@@ -66,6 +59,7 @@ def rows_with_features(found:Features) -> np.ndarray: # (n,)
     "The rows of the dataset that have features."
     return np.arange(len(found)) if found.indices is None else found.indices
 
+# %% ../../nbs/runs/20_tune_text.ipynb #98a013c6
 class Sides:
     "Images through the side of the encoder that their arm asks for; features are kept below `out`."
     def __init__(self,
@@ -123,6 +117,7 @@ class TextPairs:
     captions:Captions             # N
     real:ImageRows|None=None      # (N, D), real partners, where they have a projection of their own
 
+# %% ../../nbs/runs/20_tune_text.ipynb #c556aa23
 def text_pairs(
     sides:Sides, arm:str,
     generated=None,             # from `generated_images`, for all but 'real'
@@ -157,6 +152,16 @@ def pairs_of_files(
     found = text_pairs(Sides(out, encoder, model), arm, generated, real)
     return found.images, found.captions
 
+# %% ../../nbs/runs/20_tune_text.ipynb #da6a0540
+from ..data import decode_image
+from ..encoders import encode_texts
+from ..gap import ranks
+from ..pages import save_figure
+from .judge import (
+    Measure, Verdict, enough_kept_out, judged, show_differences, spread)
+from ..settings import TuneSettings
+from ..tune import TunedText, show_tuning, split_pairs
+
 # %% ../../nbs/runs/20_tune_text.ipynb #351ce286
 @dataclass
 class Seen:
@@ -171,15 +176,25 @@ class Seen:
         images, texts = getattr(self, side)
         return ranks(texts, images).numpy(), ranks(images, texts).numpy()
 
+# %% ../../nbs/runs/20_tune_text.ipynb #46543ded
 def one_each(captions:Captions, index:np.ndarray) -> np.ndarray:
     "Of these captions, the first of each image."
     return index[np.sort(np.unique(captions.rows[index], return_index=True)[1])]
+
+# %% ../../nbs/runs/20_tune_text.ipynb #5e10b001
+def text_tries(said:str, tuned:TunedText, learned:int, images:int) -> tuple[str, ...]:
+    "What may help: more steps where the best of them is the last, fewer where it is not."
+    if said == 'helps': return ()
+    if said == 'untold': return (enough_kept_out(images, 'captions'),)
+    n = len(tuned.history)
+    steps = f'more --steps than {n}: the best is the last' if tuned.best == n else 'fewer --steps, or --tuning head'
+    return f'more captions: {learned} were learned from', steps
 
 # %% ../../nbs/runs/20_tune_text.ipynb #b4207293
 def seen_by(
     tuned:TunedText, encoder:Encoder, pairs:TextPairs, arm:str, settings:TuneSettings
 ) -> Seen:
-    "The held-out captions through both sides; of a mix, with the real images."
+    "The validation captions through both sides; of a mix, with the real images."
     held = one_each(pairs.captions, split_pairs(len(pairs.captions), settings)[1].numpy())
     if not len(held): return Seen(held, [], *2 * [2 * [torch.zeros(0, encoder.dim)]])
     said = pairs.captions[held.tolist()]
@@ -188,20 +203,23 @@ def seen_by(
     texts = [encode_texts(encoder, said, how) for how in (None, tuned.encode_text)]
     return Seen(held, said, (images, texts[0]), (own, texts[1]))
 
-def judge_text(seen:Seen, tuned:TunedText, learned:int, settings:TuneSettings) -> Verdict:
+# %% ../../nbs/runs/20_tune_text.ipynb #d8988db2
+def judge_text(
+    seen:Seen, tuned:TunedText,
+    learned:int, # captions
+    images:int   # in all: one caption of each judges, where it is kept out
+) -> Verdict:
     "Whether the tuned side finds more than the untuned one."
     none = np.zeros(0), np.zeros(0)
     before, after = (seen.ranks(s) if len(seen.index) else none for s in ('before', 'after'))
     names = 'text-to-image R@1 of captions kept out', 'image-to-text R@1 of them'
     measures = [Measure(n, a < 1, b < 1) for n, a, b in zip(names, after, before)]
-    found, share = judged('Tuning', measures, 'captions'), settings.validation_share
-    if found.said == 'helps': tries = ()
-    elif found.said == 'untold': tries = (f'a larger --validation-share than {share}',)
-    else: tries = (f'more captions: {learned} were learned from', 'fewer --steps, or --tuning head')
+    found = judged('Tuning', measures, 'captions')
     n, looks = len(tuned.history), any('validation_loss' in h for h in tuned.history)
     by = ', chosen by the same captions' * looks
     known = f'The tuned side has the weights of step {tuned.best} of {n}{by}.'
-    return replace(found, sentences=(*found.sentences, known), tries=tries,
+    return replace(found, sentences=(*found.sentences, known),
+                   tries=text_tries(found.said, tuned, learned, images),
                    facts=dict(kept_step=tuned.best, learned_from=learned))
 
 # %% ../../nbs/runs/20_tune_text.ipynb #11e41468
@@ -223,13 +241,14 @@ def text_pictures(
         first = grid(best[asked], [seen.captions[i] for i in asked])
         figures['What the tuned side finds first for captions that were kept out'] = 'found', first
         lost = grid(worst, [f'{last[i]}: {seen.captions[i]}' for i in worst])
-        figures['Held-out captions whose image it finds last, and how many come before'] = 'worst', lost
+        figures['Validation captions whose image it finds last, and how many come before'] = 'worst', lost
     found = verdict.measures
     if found: figures['Tuned minus untuned'] = 'difference', show_differences(found)
     figures['The loss by step'] = 'loss', show_tuning(dict(tuned=tuned))
     return {title: save_figure(fig, out/f'{name}.png', dpi=80)
             for title, (name, fig) in figures.items()}
 
+# %% ../../nbs/runs/20_tune_text.ipynb #9ed9df45
 def recall_rows(seen:Seen) -> list[list[str]]:
     "Recalls of both sides, as a table."
     rows = [['captions kept out', *(f'{way} R@{k}' for way in ('T2I', 'I2T') for k in (1, 5, 10))]]
@@ -237,6 +256,18 @@ def recall_rows(seen:Seen) -> list[list[str]]:
         found = [100 * np.mean(r < k) for r in seen.ranks(name) for k in (1, 5, 10)]
         rows.append([dict(before='untuned', after='tuned')[name], *(f'{v:.1f}' for v in found)])
     return rows
+
+# %% ../../nbs/runs/20_tune_text.ipynb #0f68f38b
+from ..align import model_folder
+from ..files import check_writable
+from .align import gap_before_and_after, set_name
+from .judge import write_page
+from .presets import TEXT_RECIPES, TextRecipe
+from ..settings import SourceSettings, described
+from ..sources import load_captioned
+from ..splits import check_apart, trained_on, write_trained_on
+from ..train import StopTogether
+from ..tune import own_temperature, save_tuned, tune_text
 
 # %% ../../nbs/runs/20_tune_text.ipynb #710ef107
 def keys_asked_for(generated, real) -> set[str]: # of datasets, or None
@@ -294,7 +325,7 @@ def tune_from_files(
     out, acc = check_writable(out), processes(device=read.device)
     with StopTogether(acc):
         drawn = None if generated is None or arm == 'real' else generated_images(generated)
-        captioned = None if real is None else load_captioned(real, source)
+        captioned = None if real is None else load_captioned(real, replace(source, decoded=0))
         if test is not None:
             how = replace(source, split=read.test_split)
             check_text_test_apart(keys_asked_for(drawn, captioned), model, test, how)
@@ -309,12 +340,13 @@ def finish_text(
     s = recipe.settings
     learned = len(split_pairs(len(pairs.captions), s)[0])
     seen = seen_by(tuned, encoder, pairs, arm, s)
-    verdict = judge_text(seen, tuned, learned, s)
+    verdict = judge_text(seen, tuned, learned, len(np.unique(pairs.captions.rows)))
     keep_tuned(tuned, encoder, out, model, recipe, pairs.captions, arm, verdict=verdict.card())
     pictures = text_pictures(out, seen, tuned, verdict, images, pairs.captions)
     about = dict(arm=arm, model=model and Path(model).name, recipe=described(recipe))
-    tables = {'Recalls': recall_rows(seen)}
-    write_page(out, f'Tuned text side: {out.name}', pictures, verdict, tables, about)
+    gaps, gap_tables = gap_before_and_after({} if model is None else {Path(model).name: model_folder(model)})
+    tables = {'Recalls': recall_rows(seen)} | gap_tables
+    write_page(out, f'Tuned text side: {out.name}', pictures | gaps, verdict, tables, about)
 
 # %% ../../nbs/runs/20_tune_text.ipynb #08631b9e
 def tune_sets(
