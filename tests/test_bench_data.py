@@ -1,8 +1,14 @@
 "The benchmark of reading in small: both ways make the same tensors, and every stage is measured."
+import subprocess
+import sys
+
 import numpy as np
+import pytest
 import torch
 
-from gmail_nb.bench.data import PlainPhotos, Stage, bench_data, cores_for, made_photo, made_photos, transform
+from gmail_nb.bench.data import (
+    FORMS, MadeCaptions, PlainPhotos, Stage, bench_data, bench_forms, cores_for, in_form, made_photo, made_photos,
+    measured_stages, read_ours, transform, work_rate)
 from gmail_nb.features import LazyPixels
 from gmail_nb.sources import load_captioned
 
@@ -24,3 +30,33 @@ def test_a_stage_counts_memory_without_files(tmp_path):
     np.save(tmp_path/'a.npy', np.ones(2**22))
     with Stage() as mapped: np.load(tmp_path/'a.npy', mmap_mode='r').sum()
     assert mapped.megabytes < 20
+
+@pytest.mark.parametrize('form', FORMS)
+def test_every_form_holds_the_same_photographs(tmp_path, form):
+    folder = made_photos(tmp_path/'photos', 5, 300)
+    place = in_form(folder, form)
+    assert place.exists() and read_ours(place, 2) == 5
+    assert torch.equal(LazyPixels(load_captioned(place), transform())[0:5],
+                       LazyPixels(load_captioned(folder), transform())[0:5])
+
+def test_forms_are_measured_with_each_number_of_cores():
+    found = {(r['form'], r['cores']): r['rate'] for r in bench_forms(n=8, size=64, rounds=1, several=(1, 2))}
+    assert set(found) == {(f, k) for f in (*FORMS, 'DataLoader, folder') for k in (1, 2)} and min(found.values()) > 0
+
+def test_work_of_other_processes_is_counted():
+    busy = 'import time\nwhile time.process_time() < .3: pass'
+    assert work_rate(lambda: subprocess.run([sys.executable, '-c', busy]).returncode + 3) < 3 / .29
+
+def test_made_captions_end(): assert list(MadeCaptions(2)) == ['caption 0', 'caption 1']
+
+def test_trainings_are_measured():
+    found = measured_stages(400, 'training_stages')
+    assert [r['stage'].partition(':')[0] for r in found] == ['align'] * 2 + ['tune text'] * 2 + ['probe']
+    assert all(r['rows'] == 400 and 0 <= r['megabytes'] < 500 for r in found)
+
+@pytest.mark.slow
+def test_a_million_rows_take_no_more_memory_than_few():
+    "Alignment and tuning over a file of two gigabytes hold less than two beside it; the table is printed."
+    for r in (found := measured_stages(1_000_000, 'training_stages')):
+        print(f'{r["stage"]:32} {r["seconds"] / 10:8.3f} s for 100,000 rows, {r["megabytes"]:6.0f} MB')
+    assert max(r['megabytes'] for r in found if not r['stage'].startswith('probe')) < 2000 # which holds all features

@@ -420,15 +420,3 @@ def test_every_tuning_can_be_asked_for(tuning): assert TuneSettings(tuning).tuni
 def test_a_projection_alone_makes_an_encoder_of_the_base(encoder, tuned, pixels):
     whole = tuned_encoder(GenReal(load_encoder('embedded'), AdapterSettings(tuning='projections')), tuned)
     assert whole.name == 'embedded+tuned' and whole.encode_image(pixels).shape == (4, 256)
-
-# Many rows
-
-@pytest.mark.slow
-def test_a_million_rows_take_no_more_memory_than_few(tmp_path):
-    "Alignment and tuning over a file of two gigabytes hold less than two beside it; the table is printed."
-    script = Path(__file__).with_name('million_rows.py')
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    for stage, seconds in found['seconds'].items(): print(f'{stage:32} {seconds:8.3f} s for 100,000 rows')
-    assert found['file_gb'] > 2 and found['most_gb'] < 2
