@@ -753,6 +753,7 @@ REASONS = {
     'runs.vqa.dry_vqa': 'reads names of models',
     'runs.vqa.answers_file': 'reads the card of a folder',
     'runs.tune_text.check_text_test_apart': 'reads the keys of a folder',
+    'runs.tune_text.text_tries': 'reads which step was the best',
     'encoders.fill_tower': 'reads weights from files before a tower goes to a device',
     'export.known_facts': 'reads the card of a folder',
     'export.push_to_hub': 'uploads what `export` wrote',

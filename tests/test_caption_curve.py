@@ -74,7 +74,8 @@ def test_the_table_of_the_curve_has_captions_where_there_are_some():
     without = curve.curve_table(recalls, 'steps')
     whole = curve.curve_table(recalls + made_up('gmail', 2) + made_up('indiscriminate', 1), 'steps')
     assert 'the same in CIDEr' not in without[0] and whole[0][-2] == 'the same in CIDEr'
-    assert whole[1][-2].startswith('+100.0') and whole[1][-1] == without[1][-1] == '1'
+    assert whole[1][-2].startswith('+100.0') and whole[1][-1] == '2', 'two chains of captions'
+    assert whole[1][-3] == without[1][-1] == '1', 'one of recalls'
     assert curve.caption_table(recalls)[1:] == []
 
 def test_captions_of_other_settings_are_run_again():

@@ -197,7 +197,7 @@ def test_groups_of_flags_have_headings_and_no_comments():
 
 def test_what_is_left_out_says_what_happens_then(capsys):
     for c, flag, words in ((commands.gmail_align, '--no-key', 'the number of a row is its name'),
-                           (gmail_tune.commands['text'], '--no-patience', 'it never stops early')):
+                           (gmail_tune.commands['text'], '--no-patience', 'to the end')):
         told = ' '.join(answer(capsys, c, '--help')[1].split())
         assert f'{flag} {words}' in told
 

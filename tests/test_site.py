@@ -111,7 +111,7 @@ def test_the_evidence_is_a_page_with_tables_and_in_the_sidebar(site):
     text = (out/'evidence.html').read_text(encoding='utf-8')
     first = (root/'gmail_nb'/'assets'/'evidence'/'page.md').read_text(encoding='utf-8')
     claims = [l for l in first.splitlines() if l.startswith('| ') and not l.startswith('| claim')]
-    assert text.count('<tr') >= len(claims) > 30 and 'Failed claims' in text and '|---' not in text
+    assert text.count('<tr') >= len(claims) > 30 and 'Claims that were not confirmed' in text and '|---' not in text
     for name, page in pages.items():
         assert any(target(out, name, l).resolve() == out.resolve()/'evidence.html' for l in page.links), name
 
