@@ -84,7 +84,7 @@ def test_harm_is_said_first_and_a_threshold_is_read_off():
     assert [r[1] for r in plain[2:]] == ['25%', '50%', '100%'] and [r[2] for r in ways[2:]] == ['plain', 'half way']
 
 def test_nothing_is_said_of_chains_that_were_not_run():
-    assert threshold_sentences([])[0] == 'The plain way harms the text side with none of them.'
+    assert threshold_sentences([]) == ['No chain is finished: `gmail_experiment thresholds` runs them.']
     assert len(threshold_table([], True)) == 2
 
 def test_the_grid_holds_the_hard_case():

@@ -163,6 +163,7 @@ def threshold_table(
 def threshold_sentences(records:list[dict], point:Point=GOOD) -> list[str]:
     "Where the plain way harms, from where on it helps, and which ways are better in the hard case."
     arms = finished_thresholds(records, point)
+    if not arms: return ['No chain is finished: `gmail_experiment thresholds` runs them.']
     plain = {is_of(a)[:2]: against(records, a, 'indiscriminate', point)[0]
              for a in arms if is_of(a)[2] == 'plain'}
     def those(test):
