@@ -1,7 +1,7 @@
 """Put the finished chains of a run into the package: `python tools/publish_evidence.py FOLDER`.
 
 Writes assets/evidence: records.jsonl, chosen.json, and page.md, which is made from them. Then run the pages again:
-`python tools/execute.py` with nbs/experiments/ 11_chain, 12_curve, 14_controls, 15_unseen, 16_pairs, 17_fair, 18_shares, 19_evidence and
+`python tools/execute.py` with nbs/experiments/ 11_chain, 12_curve, 13_controls, 14_unseen, 15_pairs, 16_fair, 18_shares, 19_evidence and
 45_caption_curve.
 """
 import argparse
