@@ -222,10 +222,10 @@ class Captioner(nn.Module):
         lm:nn.Module,               # any transformers causal language model
         tokenizer,                  # its tokenizer
         dim:int,                    # of the image features
-        prefix_length:int=4,        # k
-        mapper:str='mlp',           # or 'transformer'
-        tuning:str='full',          # of the language model: 'full', 'lora' or 'frozen'
-        rank:int=8,                 # of LoRA
+        prefix_length:int=CaptionerSettings.prefix_length, # k
+        mapper:str=CaptionerSettings.mapper, # or 'transformer'
+        tuning:str=CaptionerSettings.tuning, # of the language model: 'full', 'lora' or 'frozen'
+        rank:int=CaptionerSettings.rank, # of LoRA
         name:str|None=None,         # of the language model, if it need not be saved too
         revision:str|None=None,     # of that name on the Hub
         four_bit:bool=False         # whether it was loaded in 4 bit
@@ -372,8 +372,9 @@ def noisy_features(
 # %% ../nbs/35_captioning.ipynb #h8cap015
 class CaptionLearner:
     "AdamW under a cosine with a short warm-up; gradients are clipped, and losses are kept."
-    def __init__(self, model:nn.Module, steps:int, lr:float, weight_decay:float=.01,
-                 fused:bool=False, accelerator:Accelerator|None=None, warmup:int|None=None):
+    def __init__(self, model:nn.Module, steps:int, lr:float,
+                 weight_decay:float=CaptionerSettings.weight_decay, fused:bool=False,
+                 accelerator:Accelerator|None=None, warmup:int|None=None):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=weight_decay,
                                            fused=fused)

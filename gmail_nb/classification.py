@@ -41,7 +41,7 @@ from .pages import as_written
 from .retrieval import check_features, feature_rows
 from .runtime import (fingerprint, module_fingerprint, noise_generator, stable_seed,
                               to_device)
-from .settings import FineTuneSettings, ProbeSettings
+from .settings import EmbedSettings, FineTuneSettings, ProbeSettings
 from .sources import IMAGE_SUFFIXES
 from .stats import DRAWS, Interval, bootstrap, class_mean
 from .train import batches, cosine_rate, in_precision
@@ -730,7 +730,7 @@ def linear_probe(
 # %% ../nbs/31_classification.ipynb #77faddba
 def plain_tower(
     f_g:nn.Module,    # of an aligned model
-    start:str='f_g'   # or 'f_r', its base
+    start:str=FineTuneSettings.start # or 'f_r', its base
 ) -> nn.Module: # a copy, of the base tower's class
     "A tower all of whose parameters can be trained."
     if isinstance(f_g, FrozenTower):
@@ -891,7 +891,7 @@ def predict(
     run:FineTuning,
     pixels,            # (M, 3, H, W): a tensor or `LazyPixels`
     k:int=5,
-    batch_size:int=64
+    batch_size:int=EmbedSettings.batch_size
 ) -> torch.Tensor: # (M, k), best first, in every process
     "The best classes of each image."
     run.model.eval()

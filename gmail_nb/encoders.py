@@ -29,6 +29,7 @@ from torch import nn
 from .files import (asset, atomic_write, found_on_disk, plain_weights, progress, unknown_name,
                             without_hub)
 from .runtime import copied_late, fingerprint, module_fingerprint, to_device
+from .settings import EmbedSettings
 from .weights import (
     check_finite, check_names, from_place, load_part, load_whole, quiet_weights, read_tensors, read_torch)
 
@@ -589,7 +590,7 @@ def encode_images(
     images,                         # pixels (N, 3, H, W), `LazyPixels`, or (key, image) pairs
     preprocess:Callable|None=None,  # PIL image -> (3, H, W); only for images that are to be decoded
     *,
-    batch_size:int=64,              # images a forward pass
+    batch_size:int=EmbedSettings.batch_size, # images a forward pass
     desc:str|None=None,             # beside a progress bar; no bar if absent
     total:int|None=None,            # for the bar, where an iterable does not know its length
     broken:dict|None=None           # what does not decode goes there as {key: reason}, left out
@@ -617,7 +618,7 @@ def encode_texts(
     texts:list[str],
     encode:Callable|None=None,   # tokens (a dict, or keywords) -> (B, D); `encoder.encode_text`
     *,
-    batch_size:int=64,           # texts a forward pass
+    batch_size:int=EmbedSettings.batch_size, # texts a forward pass
     desc:str|None=None,          # beside a progress bar; no bar if absent
     by_length:bool=False         # texts of about one length go together, so that little is padding
 ) -> torch.Tensor: # (N, D), float32, on the CPU, in the order of the texts

@@ -156,9 +156,9 @@ def begin(pixels:LazyPixels) -> None:
     torch.set_num_threads(1)
 
 # %% ../nbs/24_features.ipynb #e4431122
-def decode_some(rows:list[int]) -> list: # arrays (3, H, W), or errors
-    "Several rows, in a process."
-    return [caught(lambda r: _pixels.decode_row(r).numpy(), row) for row in rows]
+def decode_some(indices:list[int]) -> list: # arrays (3, H, W), or errors
+    "Several images, in a process."
+    return [caught(lambda r: _pixels.decode_row(r).numpy(), i) for i in indices]
 
 def decoding_processes(pixels:LazyPixels) -> Executor:
     "Processes with a set each: its table, mapped where it is large, and the preprocessing."
@@ -179,10 +179,10 @@ def select(self:LazyPixels, numbers) -> LazyPixels:
 @patch
 def begun(self:LazyPixels, numbers:list[int]) -> list: # futures, in this order
     "Hand images to the threads or processes."
-    pool, rows = self.team.start(), self.indices[numbers].tolist()
-    if not self.processes: return [pool.submit(self.decode_row, r) for r in rows]
-    several = [pool.submit(decode_some, rows[i:i + SOME]) for i in range(0, len(rows), SOME)]
-    return [Arriving(several[i // SOME], i % SOME) for i in range(len(rows))]
+    pool, indices = self.team.start(), self.indices[numbers].tolist()
+    if not self.processes: return [pool.submit(self.decode_row, i) for i in indices]
+    several = [pool.submit(decode_some, indices[i:i + SOME]) for i in range(0, len(indices), SOME)]
+    return [Arriving(several[i // SOME], i % SOME) for i in range(len(indices))]
 
 # %% ../nbs/24_features.ipynb #06086ac4
 @patch
@@ -614,13 +614,13 @@ def mapped_array(
 # %% ../nbs/24_features.ipynb #5d407175
 def check_rows(
     array:np.ndarray,  # (n, dim)
-    rows,              # numbers to look at
+    indices,           # of the rows to look at
     failed:list[dict], # have no features
     name:str           # of the folder
 ) -> None:
     "`ValueError` naming rows whose values are no finite numbers though their images decode."
-    rows = np.setdiff1d(rows, [f['index'] for f in failed])
-    bad = rows[~np.isfinite(array[rows]).all(1)]
+    indices = np.setdiff1d(indices, [f['index'] for f in failed])
+    bad = indices[~np.isfinite(array[indices]).all(1)]
     if not len(bad): return
     raise ValueError(f'{name}/features.npy: {len(bad)} rows hold values that are no finite numbers, '
                      f'such as {name_some(bad.tolist())}: run `embed` again')

@@ -34,7 +34,7 @@ from .generate import load_generated
 from .pages import STYLE, table_html
 from .pipelines import quiet_loading
 from .runtime import default_device
-from .settings import GENERATORS
+from .settings import GENERATORS, EmbedSettings
 from .sources import load_captioned
 
 # %% ../nbs/37_gallery.ipynb #7aac8b9a
@@ -81,7 +81,7 @@ def write_sheets(
 def image_caption_scores(
     ds:datasets.Dataset, # a generated set
     encoder,             # an `Encoder`
-    batch_size:int=64,   # images at once
+    batch_size:int=EmbedSettings.batch_size, # images at once
     show_progress:bool=True
 ) -> np.ndarray: # (n,) in [0, 1]
     "CLIPScore of each image with its own caption."

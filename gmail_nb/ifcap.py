@@ -27,7 +27,7 @@ from .captioning import (
     continue_from, load_captioner, prefixed_logits, save_captioner)
 from .files import atomic_write, progress
 from .runtime import noise_generator, stable_seed, to_device
-from .settings import IFCapTraining
+from .settings import CaptionerSettings, CaptionSettings, IFCapTraining
 from .weights import read_tensors
 
 # %% ../nbs/36_ifcap.ipynb #65896376
@@ -110,7 +110,8 @@ def entity_prompt(entities:list[str]) -> str:
 # %% ../nbs/36_ifcap.ipynb #b9ebfe48
 class Fusion(nn.Module):
     "Features (B, dim) and retrieved text features (B, K, dim) to a prefix (B, length, width)."
-    def __init__(self, dim:int, length:int, embeddings:nn.Embedding, mapper:str='mlp', heads:int=4):
+    def __init__(self, dim:int, length:int, embeddings:nn.Embedding,
+                 mapper:str=CaptionerSettings.mapper, heads:int=4):
         super().__init__()
         width = embeddings.embedding_dim
         self.scale, self.inputs, self.memory = dim**.5, nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -259,7 +260,7 @@ def write_after(
     model:IFCap,
     prefix:torch.Tensor,      # (B, length, width)
     prompts:list[list[int]],  # of equal length
-    max_new_tokens:int=24,
+    max_new_tokens:int=CaptionSettings.max_new_tokens,
     beams:int=1               # 1 is greedy
 ) -> list[list[int]]: # tokens, the end token last if it was reached
     "What the language model writes after a prefix and a prompt."
@@ -273,8 +274,8 @@ def ifcap_ids(
     model:IFCap,
     features:torch.Tensor,      # (N, dim), of images through f_r
     beams:int=1,
-    max_new_tokens:int=24,
-    batch_size:int=64,
+    max_new_tokens:int=CaptionSettings.max_new_tokens,
+    batch_size:int=CaptionSettings.batch_size,
     *,
     words_of:torch.Tensor|None=None,   # (N, dim), look the words up with these, to see what they do
     captions_of:torch.Tensor|None=None # (N, dim), and the retrieved captions with these

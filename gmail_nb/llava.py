@@ -31,6 +31,7 @@ from .encoders import (
     Encoder, check_pixels, check_processor, fill_tower, tower_encoder, weight_files)
 from .files import check_writable, checked_card, found_on_disk, progress, write_card
 from .runtime import to_device
+from .settings import VQASettings
 from .weights import load_part, load_whole
 
 # %% ../nbs/38_llava.ipynb #8dd412f9
@@ -340,7 +341,7 @@ def answer_all(
     model:Llava,
     asked:list[tuple[list, list]],  # as in `encode_all`
     look:Callable,                  # a list of images -> (M, T, width)
-    batch_size:int=16,
+    batch_size:int=VQASettings.batch_size,
     max_new_tokens:int=32,
     desc:str|None=None,             # beside a progress bar; none if absent
     **how                           # of `generate_answers`

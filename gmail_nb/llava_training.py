@@ -57,8 +57,8 @@ class GridTokens:
 
     def __len__(self) -> int: return len(self.features)
 
-    def __getitem__(self, rows) -> torch.Tensor: # (B, T, width), float16
-        return self.features[rows].unflatten(-1, self.grid)
+    def __getitem__(self, indices) -> torch.Tensor: # (B, T, width), float16
+        return self.features[indices].unflatten(-1, self.grid)
 
     @property
     def shape(self) -> torch.Size: return torch.Size((len(self), *self.grid))
@@ -167,8 +167,8 @@ class LiveTokens:
 
     def __len__(self) -> int: return len(self.pixels)
 
-    def __getitem__(self, rows) -> torch.Tensor: # (B, T, width)
-        with torch.no_grad(): return self.tokens(self.pixels[rows])
+    def __getitem__(self, indices) -> torch.Tensor: # (B, T, width)
+        with torch.no_grad(): return self.tokens(self.pixels[indices])
 
     @property
     def shape(self) -> torch.Size: return torch.Size((len(self), *self.grid))
@@ -273,7 +273,7 @@ def mixed_tokens(
     return torch.stack([x.float() for x in found]) if found else None
 
 # %% ../nbs/40_llava_training.ipynb #d6a50031
-def linear_names(lm:nn.Module, layers:str='all') -> list[str]:
+def linear_names(lm:nn.Module, layers:str=LlavaSettings.layers) -> list[str]:
     "Names of the layers that get LoRA."
     if layers == 'attention': return lora_modules(lm)
     head = lm.get_output_embeddings()

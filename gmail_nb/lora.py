@@ -42,7 +42,7 @@ MLP = 'c_fc', 'c_proj', 'fc1', 'fc1_g', 'fc1_x', 'fc2'
 
 def block_layers(
     tower:nn.Module,  # an image tower
-    layers:str='all'  # all (attention and MLP), or attention alone
+    layers:str=AdapterSettings.layers # all (attention and MLP), or attention alone
 ) -> list[str]: # full module names; none in a CNN
     "What LoRA adapts in the blocks of a vision transformer, without its pooling and its head."
     whole = [n for n, m in tower.named_modules() if isinstance(m, nn.MultiheadAttention)]
@@ -57,7 +57,7 @@ def block_layers(
 # %% ../nbs/22_lora.ipynb #22a00022
 def lora_targets(
     tower:nn.Module,  # an image tower
-    layers:str='all'  # as in `block_layers`
+    layers:str=AdapterSettings.layers # as in `block_layers`
 ) -> list[str]: # full module names, for `LoraConfig.target_modules`
     "The modules that LoRA adapts in this architecture; `ValueError` when it finds no known kind."
     if layers not in LAYERS: raise unknown_name('layers', layers, LAYERS)
@@ -178,7 +178,7 @@ def block_list(
 def late_targets(
     tower:nn.Module,   # an image tower
     share:float=1/3,   # of the blocks, counted from the end
-    layers:str='all'   # as in `block_layers`
+    layers:str=AdapterSettings.layers # as in `block_layers`
 ) -> list[str]: # full module names
     "`lora_targets` in the last blocks and behind them; `ValueError` unless 0 < share <= 1."
     if not 0 < share <= 1:

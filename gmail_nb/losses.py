@@ -224,10 +224,10 @@ def expected_partner(g, bank, targets, tau, bank_ids, columns): # g: (rows, D) -
 class StreamedInfoNCE(torch.autograd.Function):
     "Mean of logsumexp(g bank' / tau) - g . bank[target] / tau over rows, with its gradient."
     @staticmethod
-    def forward(ctx, g, bank, targets, tau, bank_ids, rows, columns):
+    def forward(ctx, g, bank, targets, tau, bank_ids, chunk, columns):
         grad, grad_tau, total = torch.empty_like(g), g.new_zeros(()), g.new_zeros(())
-        for i in range(0, len(g), rows):
-            part, t = slice(i, i + rows), targets[i:i + rows]
+        for i in range(0, len(g), chunk):
+            part, t = slice(i, i + chunk), targets[i:i + chunk]
             partner = bank[t].to(g)
             norm, toward = expected_partner(g[part], bank, t, tau, bank_ids, columns)
             own = (g[part] * partner).sum(1, keepdim=True) / tau
@@ -260,7 +260,7 @@ def bank_info_nce(
     targets:torch.Tensor,            # (B,), the partner's row in the bank
     tau:float|torch.Tensor=.07,
     bank_ids:torch.Tensor|None=None, # (M,), equal where rows belong to one caption: no negatives
-    rows:int|None=None,              # generated rows at a time; of 64 MiB, but 64 at least, if absent
+    chunk:int|None=None,             # generated rows at a time; of 64 MiB, but 64 at least, if absent
     columns:int|None=None            # rows of the bank at a time; as many as fit 64 MiB if absent
 ) -> torch.Tensor: # a scalar
     "Eq. 1 against a bank of M real features. Raises as `check_bank` does."
@@ -269,9 +269,9 @@ def bank_info_nce(
     # a number becomes a tensor on the device itself, and is not copied there
     tau = tau.to(g) if isinstance(tau, torch.Tensor) else g.new_full((), tau)
     cells = 2**26 // g.element_size()
-    rows = rows or max(64, cells // len(bank))
-    columns = columns or max(1, cells // rows)
-    return StreamedInfoNCE.apply(g, bank.detach(), targets, tau, bank_ids, rows, columns)
+    chunk = chunk or max(64, cells // len(bank))
+    columns = columns or max(1, cells // chunk)
+    return StreamedInfoNCE.apply(g, bank.detach(), targets, tau, bank_ids, chunk, columns)
 
 # %% ../nbs/21_losses.ipynb #a366a5ad
 def _cosine(generated_features, real_features, tau=None): # no temperature

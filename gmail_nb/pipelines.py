@@ -48,7 +48,7 @@ from transformers import AutoTokenizer, BertModel, CLIPTextConfig, CLIPTextModel
 from .files import (asset, check_no_code, found_on_disk, on_disk, plain_weights, read_object,
                             unknown_name, without_hub)
 from .runtime import default_device, default_dtype
-from .settings import GENERATORS, Generator, is_commit
+from .settings import GENERATORS, Generator, WorkSettings, is_commit
 
 # %% ../nbs/07_pipelines.ipynb #dcd09ec3
 class Refine(nn.Module):
@@ -487,7 +487,7 @@ def load_generator(
     dtype:torch.dtype|None=None,     # `default_dtype(device)` if absent
     device:torch.device|str|None=None, # `default_device()` if absent
     scheduler:str|None=None,         # a class of diffusers, such as 'DPMSolverMultistepScheduler'
-    attention:str='sdpa',            # 'sdpa' (fused), or 'sliced' where memory is short
+    attention:str=WorkSettings.attention, # 'sdpa' (fused), or 'sliced' where memory is short
     compile:bool=False               # compile the denoiser; pays after some hundred images on a GPU
 ) -> DiffusionPipeline:
     "Load any text-to-image pipeline of diffusers, quiet and ready to run."

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from .data import column_of
 from .files import name_some, unknown_name
 from .runtime import fingerprint, stable_seed
-from .settings import DrawSettings, Generator, SourceSettings
+from .settings import DrawSettings, Generator, SourceSettings, WorkSettings
 from .sources import load_captioned, read_coco
 
 # %% ../nbs/08_plan.ipynb #ca2b278b
@@ -209,7 +209,7 @@ def make_settings(
     captions:pa.Table,       # from `read_captions`
     generator:Generator,     # resolved: its revision is a commit or a fingerprint
     draw:DrawSettings=DrawSettings(), # what is absent is taken from the generator
-    shard_size:int=256,      # images in a shard
+    shard_size:int=WorkSettings.shard_size, # images in a shard
     dtype:str='float32'      # number format of the arithmetic
 ) -> Settings:
     "Settings of a run; `ValueError` for a count below one or an unknown image format."

@@ -21,6 +21,7 @@ from .align import GenReal
 from .files import atomic_path, atomic_write, progress
 from .lora import block_list
 from .runtime import fingerprint
+from .settings import EmbedSettings
 
 # %% ../nbs/25_prefix.ipynb #5826487c
 class _Stop(Exception): pass
@@ -165,7 +166,7 @@ def cache_prefix(
     prefix:FrozenPrefix,
     pixels:torch.Tensor,        # (..., 3, H, W), leading dimensions are kept; or `LazyPixels`
     path:str|Path|None=None,    # a .safetensors file; memory only if absent
-    batch_size:int=64,
+    batch_size:int=EmbedSettings.batch_size,
     max_bytes:int=8 * 2**30,    # stop rather than fill a disk
     desc:str='frozen prefix'    # beside the progress bar
 ) -> torch.Tensor: # (..., activation), on the CPU

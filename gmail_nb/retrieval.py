@@ -436,7 +436,7 @@ def embed_texts(
     encoder:Encoder,
     texts:list[str],          # M of them
     cache:str|Path|None=None, # a folder below which features are kept; in memory alone if absent
-    store:str='float32',      # or float16, half the disk
+    store:str=EmbedSettings.store, # or float16, half the disk
     chunk:int=8192            # texts between two writes
 ) -> torch.Tensor: # (M, D), unit length; with a cache, mapped from its file
     "Features of texts, made once for the same weights and texts."

@@ -753,7 +753,7 @@ class ProofSettings:
 # %% ../nbs/01_settings.ipynb #2fb40ea0
 def proof_settings(
     quick:bool=False, # one small chain a point
-    seeds:int=5       # of a run that is not quick
+    seeds:int=ProofSettings.seeds # of a run that is not quick
 ) -> ProofSettings:
     "The settings of the evidence, with or without `--quick`."
     if not quick: return ProofSettings(seeds=seeds)
@@ -875,7 +875,7 @@ class ReportSettings:
 
 def report_settings(
     quick:bool=False, # one small chain
-    seeds:int=1       # whole chains of a run that is not quick
+    seeds:int=ReportSettings.seeds # whole chains of a run that is not quick
 ) -> ReportSettings:
     "The settings of `gmail_report`, with or without `--quick`."
     if not quick: return ReportSettings(seeds)

@@ -137,7 +137,7 @@ def _rows_as_table(
     return datasets.Dataset(pa.Table.from_batches(held, schema))
 
 def _captioned_rows(
-    rows:Iterable[dict], name:str, images:bool, decoded=1000, **more
+    rows:Iterable[dict], name:str, images:bool, decoded=SourceSettings.decoded, **more
 ) -> datasets.Dataset:
     "A checked captioned set of rows; `more` are further columns and their types."
     columns = [c for c in CAPTIONED if images or c != 'image']
@@ -152,7 +152,7 @@ def from_folder(
     captions:str|None=None, # name of its file of captions; found by itself if absent
     caption:str='caption',  # column of captions in metadata.csv
     images:bool=True,       # False: captions alone; no image is decoded
-    decoded:int=1000        # at most so many images are decoded, to see whether they can be
+    decoded:int=SourceSettings.decoded # at most so many images are decoded, to see whether they can be
 ) -> datasets.Dataset: # `key` is the file's path without suffix, see `key_of`
     """A captioned set from a folder of images; `ValueError` or `FileNotFoundError` naming files
     without captions and captions without files."""
@@ -306,7 +306,7 @@ def from_coco(
     split:str|None=None,    # Karpathy's 'train', 'restval', 'val', 'test', or several with '+'
     training:bool=False,    # without a split: of a file that has some, those for training
     outside:bool=False,     # whether pictures may lie outside of the folder
-    decoded:int=1000        # as in `from_folder`
+    decoded:int=SourceSettings.decoded # as in `from_folder`
 ) -> datasets.Dataset: # `key` is COCO's image id; `file` its name
     "COCO's or Flickr30k's captioned images; files stay where they are and are read when needed."
     path = Path(annotations)
@@ -580,7 +580,7 @@ def _shards(folder:Path) -> list[Path]:
     return shards
 
 # %% ../nbs/06_sources.ipynb #0a9c4d7f
-def _from_generated(folder:Path, images:bool, cache_dir:str|None, decoded=1000) -> datasets.Dataset:
+def _from_generated(folder:Path, images:bool, cache_dir:str|None, decoded=SourceSettings.decoded) -> datasets.Dataset:
     "The images of a complete run, each with a list of the one caption it was drawn from."
     columns = None if images else ['key', 'caption', 'sample']
     ds = read_parquet(_shards(folder), cache_dir, columns=columns)

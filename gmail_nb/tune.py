@@ -37,7 +37,7 @@ from .features import Features
 from .files import atomic_write, check_writable, checked_card, unknown_name, write_card
 from .lora import lora_tower
 from .runtime import to_device
-from .settings import TEXT_TUNINGS, AdapterSettings, TuneSettings
+from .settings import TEXT_TUNINGS, AdapterSettings, EmbedSettings, TuneSettings
 from .weights import check_names, read_tensors
 
 # %% ../nbs/27_tune.ipynb #1b2d0001
@@ -104,7 +104,7 @@ def text_parameters(
 def head_inputs(
     encoder:Encoder,
     captions:list[str], # N
-    batch_size:int=64   # captions a forward pass
+    batch_size:int=EmbedSettings.batch_size # captions a forward pass
 ) -> torch.Tensor: # (N, W), on the CPU
     "What the head reads for every caption. `ValueError` for a tower whose last map is no module."
     head, read = head_module(encoder.text), []
@@ -279,14 +279,14 @@ def embed_captions(
 # %% ../nbs/27_tune.ipynb #eb79ec39
 def mapped(
     run:TextRun,
-    rows:torch.Tensor,    # (S, B, D), from `ImageRows`
+    features:torch.Tensor,    # (S, B, D), from `ImageRows`
     source:torch.Tensor|int # (B,), which of them each image is from; or one for all
 ) -> torch.Tensor: # (B, D), unit length
     "Images of these sources through P, real ones of a mix through their own map."
-    x = to_device(rows[source, torch.arange(rows.shape[1])], run.device)
+    x = to_device(features[source, torch.arange(features.shape[1])], run.device)
     out = run.shared(x) if run.settings.projection else x
-    if run.real is None or len(rows) == 1: return out
-    real = to_device(torch.as_tensor(source == len(rows) - 1).expand(len(x))[:, None], x.device)
+    if run.real is None or len(features) == 1: return out
+    real = to_device(torch.as_tensor(source == len(features) - 1).expand(len(x))[:, None], x.device)
     return torch.where(real, run.real(x), out)
 
 # %% ../nbs/27_tune.ipynb #2ebd4d5d
@@ -303,18 +303,18 @@ def contrastive_losses(
 
 # %% ../nbs/27_tune.ipynb #eed5be83
 def whole_batch(
-    rows:torch.Tensor,   # (b, D), of this process
+    features:torch.Tensor,   # (b, D), of this process
     places:torch.Tensor, # (b,), in the batch; none where the process has no part in it
     size:int,
     accelerator:Accelerator
 ) -> torch.Tensor: # (size, D)
-    "The rows of all processes. The gradient of one's own counts by the number of processes."
-    out, n = rows.new_zeros(size, rows.shape[1]), accelerator.num_processes
-    if rows.requires_grad: rows.register_hook(lambda g: g * n) # an average over processes follows
-    own = rows[:len(places)]
+    "The features of all processes. The gradient of one's own counts by the number of processes."
+    out, n = features.new_zeros(size, features.shape[1]), accelerator.num_processes
+    if features.requires_grad: features.register_hook(lambda g: g * n) # an average over processes follows
+    own = features[:len(places)]
     out[places] = own.detach()
     out = accelerator.reduce(out, 'sum')
-    return out.index_copy(0, places.to(out.device), own) + 0 * rows.sum()
+    return out.index_copy(0, places.to(out.device), own) + 0 * features.sum()
 
 # %% ../nbs/27_tune.ipynb #2351f67c
 def own_places(size:int, accelerator:Accelerator) -> torch.Tensor: # of this process in a batch
@@ -331,8 +331,8 @@ def texts_of(
     if acc.num_processes == 1: return embed_captions(run, index, noise)
     places = own_places(len(index), acc)
     read = places if len(places) else torch.zeros(1, dtype=torch.long) # of no account
-    rows = embed_captions(run, index[read], noise, (read, len(index)))
-    return whole_batch(rows, places, len(index), acc)
+    features = embed_captions(run, index[read], noise, (read, len(index)))
+    return whole_batch(features, places, len(index), acc)
 
 # %% ../nbs/27_tune.ipynb #1b2d0005
 def text_loss(
@@ -455,17 +455,17 @@ def validation_loss(
 ) -> float:
     "The loss over all of these pairs at once, with the mean of the sources for an image."
     run.text.eval()
-    rows, each = x.read(index), range(len(x.sources))
-    if run.real is None: images = mean_of_sources(run, rows)
-    else: images = F.normalize(sum(mapped(run, rows, s) for s in each), dim=-1)
+    features, each = x.read(index), range(len(x.sources))
+    if run.real is None: images = mean_of_sources(run, features)
+    else: images = F.normalize(sum(mapped(run, features, s) for s in each), dim=-1)
     texts = torch.cat([texts_of(run, i) for i in index.split(chunk)])
     value = contrastive_losses(run, images, texts, real.read(index) if real else None).item()
     return broadcast_object_list([value])[0] # of the first process, so that all decide alike
 
-def mean_of_sources(run:TextRun, rows:torch.Tensor) -> torch.Tensor: # (S, B, D) -> (B, D)
+def mean_of_sources(run:TextRun, features:torch.Tensor) -> torch.Tensor: # (S, B, D) -> (B, D)
     "The mean of the sources, through P."
-    images = to_device(rows.mean(0), run.device)
-    if len(rows) > 1: images = F.normalize(images, dim=-1)
+    images = to_device(features.mean(0), run.device)
+    if len(features) > 1: images = F.normalize(images, dim=-1)
     return run.shared(images) if run.settings.projection else images
 
 # %% ../nbs/27_tune.ipynb #1b2c0030

@@ -34,6 +34,7 @@ from .files import name_some, record, unknown_name
 from .llava import Llava, VisualTokens, answer_all, turns_of
 from .pages import as_written
 from .runtime import stable_seed
+from .settings import VQASettings
 from .stats import Interval, bootstrap, paired_difference
 
 # %% ../nbs/39_vqa.ipynb #07c15761
@@ -457,8 +458,8 @@ def ask_questions(
     questions,               # a list of `Question`, or `Questions`
     kind:str|None=None,      # how they are asked; that of the set, or as ScienceQA
     blind:bool=False,        # leave the images out
-    batch_size:int=16,
-    max_new_tokens:int=16,
+    batch_size:int=VQASettings.batch_size,
+    max_new_tokens:int=VQASettings.max_new_tokens,
     desc:str|None=None,      # beside a progress bar; none if absent
     guess:bool=False, strict:bool=False # as of `judge`
 ) -> list[Answered]:

@@ -91,6 +91,55 @@ def test_hidden_cells_are_short():
             if c['cell_type'] == 'code' and 'hide' in flags_of(c) and not exported(c) and len(lines_of(c)) > 25]
     assert not long, long
 
+# Defaults have one home
+
+WORDS_OF_ALL = {'key', 'image', 'side', 'encoder', 'part'} # a usual word (our column, all parts), and no choice of a setting
+OWN_SIZES = { # module, function, parameter: a size of its own, which only happens to be one of some settings
+    ('captioning', 'TransformerMapper.__init__', 'layers'),   # of the mapper, where the settings' are the decoder's
+    ('captioning', 'small_decoder', 'width'), ('plan', 'make_settings', 'dtype'), # of the arithmetic
+    ('experiments.llava', 'grid_tokens', 'batch_size'), ('experiments.llava', 'preferred', 'batch_size'),
+    ('runs.app', 'gallery_of', 'batch_size'), ('runs.dry_run', 'forward_rate', 'batch_size'),
+    ('runs.embed', 'undecodable', 'batch_size')}
+
+def literals(code):
+    "(function, parameter, value) of every default that is a number above 1 or below 0, or a text."
+    def inside(node, above):
+        for x in ast.iter_child_nodes(node):
+            if not isinstance(x, (ast.ClassDef, ast.FunctionDef)):
+                yield from inside(x, above)
+                continue
+            name = f'{above}{x.name}'
+            if isinstance(x, ast.FunctionDef):
+                a = x.args
+                pairs = list(zip((a.posonlyargs + a.args)[::-1], a.defaults[::-1]))
+                for arg, value in pairs + list(zip(a.kwonlyargs, a.kw_defaults)):
+                    if isinstance(value, ast.Constant) and isinstance(value.value, (int, float, str)):
+                        if value.value not in (0, 1, True, False, ''): yield name, arg.arg, value.value
+            yield from inside(x, f'{name}.')
+    yield from inside(ast.parse(code), '')
+
+def test_a_default_of_the_settings_is_written_there_alone():
+    "A function whose parameter is a field takes its default from there: `rank:int=CaptionerSettings.rank`."
+    from dataclasses import fields, is_dataclass
+    from gmail_nb import settings
+    known = {}
+    for c in vars(settings).values():
+        if isinstance(c, type) and is_dataclass(c) and c is not settings.Generator:
+            for f in fields(c): known.setdefault(f.name, []).append(f.default)
+    twice = []
+    for module, name in modules().items():
+        if module.startswith('bench'): continue # the plain way, and a bench, have sizes of their own
+        for function, arg, value in literals(exported_code(name)):
+            if arg in WORDS_OF_ALL or (module, function, arg) in OWN_SIZES: continue
+            if any(value == d for d in known.get(arg, ())): twice.append(f'{module}.{function}: {arg}={value!r}')
+    assert not twice, f'write the field of the settings in place of its value: {twice}'
+
+def test_rows_are_of_a_table_a_file_or_records():
+    "Numbers of rows are `indices`, tensors `features`, and a size is a `chunk`."
+    found = [f'{n}: {m[0]}' for n in names
+             for m in re.finditer(r'\brows:[^=,)#\n]*(?:\bint\b|Tensor|ndarray)[^=,)#\n]*', exported_code(n))]
+    assert not found, found
+
 def test_sidebar_names_every_notebook():
     listed = re.findall(r'(\S+)\.ipynb', (root/'nbs'/'sidebar.yml').read_text(encoding='utf-8'))
     assert sorted(listed) == sorted(names), f'nbs/sidebar.yml: {set(listed) ^ set(names)}'

@@ -99,11 +99,11 @@ def test_streamed_loss_and_gradient_equal_the_dense_ones(banked):
     x, bank, targets = banked
     dense = F.cross_entropy(F.normalize(x, dim=-1) @ bank.T / .07, targets)
     grad, = torch.autograd.grad(dense, x)
-    streamed = bank_info_nce(x, bank, targets, rows=7)
+    streamed = bank_info_nce(x, bank, targets, chunk=7)
     streamed_grad, = torch.autograd.grad(streamed, x)
     torch.testing.assert_close(streamed, dense, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(streamed_grad, grad, atol=1e-5, rtol=1e-4)
-    tiles = bank_info_nce(x, bank, targets, rows=7, columns=50)
+    tiles = bank_info_nce(x, bank, targets, chunk=7, columns=50)
     torch.testing.assert_close(tiles, dense, atol=1e-5, rtol=1e-5)
 
 
@@ -113,7 +113,7 @@ def test_the_batch_as_bank_is_eq1(banked):
     torch.testing.assert_close(ours, info_nce(x, bank[targets]))
 
 
-@pytest.mark.parametrize('how', [dict(rows=4), dict(bank_ids=ids, rows=5), dict(bank_ids=ids, rows=4, columns=3)],
+@pytest.mark.parametrize('how', [dict(chunk=4), dict(bank_ids=ids, chunk=5), dict(bank_ids=ids, chunk=4, columns=3)],
                          ids=['rows', 'with ids', 'rows, columns and ids'])
 def test_streamed_gradient_is_the_derivative(small, how):
     x, bank, targets, tau = small

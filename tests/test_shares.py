@@ -39,15 +39,15 @@ def made_up(real, seeds=2, **others):
     return [record_of(arm, right, seed) for arm, right in arms.items() for seed in range(seeds)]
 
 def test_shares_are_nested_and_a_seed_has_its_own():
-    rows = [set(shares.share_rows(697, s, 3).tolist()) for s in SHARES]
+    rows = [set(shares.share_indices(697, s, 3).tolist()) for s in SHARES]
     assert all(few < many for few, many in zip(rows, rows[1:]))
     assert [len(r) for r in rows] == [round(697 * s) for s in SHARES]
-    assert rows[1] != set(shares.share_rows(697, SHARES[1], 4).tolist())
+    assert rows[1] != set(shares.share_indices(697, SHARES[1], 4).tolist())
 
 def test_mix_and_both_differ_in_the_generated_images_alone():
     x = features()
     for share in SHARES[1:]:
-        made, rows = shares.share_features(x, share, 0), shares.share_rows(32, share, 0)
+        made, rows = shares.share_features(x, share, 0), shares.share_indices(32, share, 0)
         for kind, generated in (('mix', 'b_generated'), ('both', 'b_aligned')):
             first, second = made[share_arm(kind, share)].features
             assert torch.equal(first, x[generated]) and torch.equal(second[rows], x['b_real'][rows])

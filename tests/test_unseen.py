@@ -133,7 +133,7 @@ def test_blind_heads_have_seen_the_seen_targets_and_no_unseen_one():
     part = ProofSettings().validation_part
     keys, seen = list(emoji('A', source='noto')['key']), set(chain.seen_drawings(part)[2])
     for seed in range(2):
-        found = {k: {keys[i] for i in v} for k, v in fair.target_rows(keys, seed, part).items()}
+        found = {k: {keys[i] for i in v} for k, v in fair.target_indices(keys, seed, part).items()}
         assert found['seen'] <= seen and not found['unseen'] & seen and len(found['seen']) == len(found['unseen']) > 100
 
 def test_each_alignment_has_its_own_targets(monkeypatch):

@@ -166,9 +166,9 @@ def gmail_embed(
 # %% ../../nbs/cli/10_commands.ipynb #d3e85f81
 from .flags import Commands
 from ..runs.presets import CAPTIONER_PRESETS, TEXT_RECIPES, CaptionerPreset, TextRecipe
-from gmail_nb.settings import (
+from ..settings import (
     AppSettings, CaptionRunSettings, CaptionSettings, ChatSettings, LlavaSettings, ReadSettings,
-    RunSettings)
+    ReportSettings, RunSettings)
 
 # %% ../../nbs/cli/10_commands.ipynb #832c7583
 Arm = Literal['gmail', 'indiscriminate', 'real', 'mix']
@@ -707,7 +707,7 @@ def gmail_report(
     only:str|None=None,  # tables and figures with commas between, such as table2,figure3
     out:str='report',    # report.html, report.json and report.md, and all that was made for them
     quick:bool=False,    # on the embedded set: one small chain, for a first look
-    seeds:int=1,         # whole chains of the embedded set; at the paper's scale they share their images
+    seeds:int=ReportSettings.seeds, # whole chains of the embedded set; at the paper's scale they share their images
     settings:TableRun=TableRun()
 ):
     "Every table and figure of the paper with ours beside it, on one page. Run it again to go on."

@@ -257,11 +257,11 @@ def blind_encoder(
     return embedded_encoder(folder)
 
 # %% ../../nbs/experiments/11_chain.ipynb #343ae5b3
-def some_of(side:Side, rows:list[int]) -> Side:
+def some_of(side:Side, indices:list[int]) -> Side:
     "Some concepts of a side."
-    def take(values): return [values[i] for i in rows]
-    return Side(take(side.keys), take(side.captions), side.generated_pixels[:, rows],
-                side.generated_features[rows], side.real_features[rows], None)
+    def take(values): return [values[i] for i in indices]
+    return Side(take(side.keys), take(side.captions), side.generated_pixels[:, indices],
+                side.generated_features[indices], side.real_features[indices], None)
 
 def validation_test(encoder:Encoder, v:Side, out:Path) -> dict[str, Test]:
     "The drawings of validation concepts in the style for choosing."

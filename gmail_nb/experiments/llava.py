@@ -775,13 +775,13 @@ GAPS = dict(before='indiscriminate', gmail='gmail', tokens='gmail tokens',
 
 def token_gaps(
     tokens:dict[str, torch.Tensor],  # whole grids
-    rows:list[int]                   # pictures that are compared: each drawing once
+    indices:list[int]                # pictures that are compared: each drawing once
 ) -> dict[str, dict[str, np.ndarray]]: # arm -> measure -> (N,), one a drawing; of centroids (T,)
     "The gap of the tokens of B, which no alignment has seen, to their real partners."
-    real, found = tokens['real'][rows].float(), {}
+    real, found = tokens['real'][indices].float(), {}
     for arm in GAPS.values():
-        drawn = tokens[arm][rows].float()
-        near = (side_by_side(drawn) @ side_by_side(real).T).argmax(1) == torch.arange(len(rows))
+        drawn = tokens[arm][indices].float()
+        near = (side_by_side(drawn) @ side_by_side(real).T).argmax(1) == torch.arange(len(indices))
         values = dict(token_cosine=token_cosines(drawn, real).mean(1),
                       token_distance=token_distances(drawn, real).mean(1),
                       token_best_distance=by_best(drawn, real),
@@ -874,7 +874,7 @@ def write_llava(
     results:LlavaResults,
     chains:list[dict],             # the gap of each, from `token_gaps`
     whole:dict[str, torch.Tensor], # grids of tokens of the first chain
-    rows:list[int],                # of them that are compared
+    indices:list[int],             # of them that are compared
     longer:list[dict]=()           # records, from `longer_records`
 ) -> tuple[list[dict], dict]: # records, and the gap of the tokens
     "llava_results.jsonl, llava_table.txt, the figures, and answers.png with what was said about some."
@@ -889,15 +889,15 @@ def write_llava(
     said = [*(table_text(t, width=120) for t in tables), *said, *gap_sentences(gaps, n)]
     atomic_write(out/'llava_table.txt', '\n\n'.join(said) + '\n')
     save_figure(show_llava(told), out/'llava.png')
-    save_figure(show_gap_maps(whole, rows), out/'llava_gap.png')
+    save_figure(show_gap_maps(whole, indices), out/'llava_gap.png')
     save_figure(show_some_answers(results, some_questions(results.questions)), out/'answers.png')
     return found, gaps
 
 # %% ../../nbs/experiments/55_llava.ipynb #9e454e27
-def show_gap_maps(whole:dict[str, torch.Tensor], rows:list[int]) -> Figure:
+def show_gap_maps(whole:dict[str, torch.Tensor], indices:list[int]) -> Figure:
     "Where in the grid generated and real tokens agree, before and after."
-    real = whole['real'][rows].float()
-    fig = show_token_gap({when: token_cosines(whole[arm][rows].float(), real)
+    real = whole['real'][indices].float()
+    fig = show_token_gap({when: token_cosines(whole[arm][indices].float(), real)
                           for when, arm in GAPS.items()})
     fig.set_size_inches(8.5, 2.2) # the width of a page
     return fig

@@ -148,7 +148,8 @@ class PaperTable:
 BASE = CaptionTuning('real')
 
 def aligning(
-    encoder:str=L14, rank:int=4, tuning:str='lora', generator:str='stable-diffusion-2'
+    encoder:str=L14, rank:int=AdapterSettings.rank, tuning:str=AdapterSettings.tuning,
+    generator:str='stable-diffusion-2'
 ) -> Aligning:
     "An alignment as the paper describes it."
     settings = AlignRunSettings(AdapterSettings(tuning, rank), PAPER_ALIGN)

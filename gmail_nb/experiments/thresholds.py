@@ -23,7 +23,7 @@ from .chain import Chain, some_of
 from .controls import against, every_chain
 from .curve import KEPT_GAPS, mean_of, shown_number, stored
 from .demo import Side, align_side
-from .pairs import fewer_rows, fewer_settings, pair_records
+from .pairs import fewer_indices, fewer_settings, pair_records
 from .protocol import GOOD, Point
 from ..files import atomic_write
 from ..pages import save_figure, table_text
@@ -74,9 +74,9 @@ def half_way(model:GenReal) -> GenReal: # the same model
     return model
 
 # %% ../../nbs/experiments/17_thresholds.ipynb #75e63382
-def begun_elsewhere(encoder:Encoder, a:Side, rows:list[int], settings:DemoSettings) -> GenReal:
-    "Aligned on the concepts of A that are not among the rows."
-    others = [i for i in range(len(a.keys)) if i not in set(rows)]
+def begun_elsewhere(encoder:Encoder, a:Side, indices:list[int], settings:DemoSettings) -> GenReal:
+    "Aligned on the concepts of A that are not among these."
+    others = [i for i in range(len(a.keys)) if i not in set(indices)]
     s = fewer_settings(settings, len(others), 'as many epochs')
     return align_side(copy.deepcopy(encoder), some_of(a, others), s)[0]
 
@@ -84,10 +84,10 @@ def threshold_features(
     encoder:Encoder, a:Side, b:Side, settings:DemoSettings, share:float, right:float, way:str
 ) -> torch.Tensor: # (N, D) of generated B
     "Generated images of B through an `f_g` that was aligned on this part of A in this way."
-    rows = fewer_rows(len(a.keys), share, settings.seed)
-    side = wrong_pictures(some_of(a, rows), right, settings.seed)
-    s = way_settings(settings, len(rows), way)
-    start = begun_elsewhere(encoder, a, rows, settings) if way == 'begun elsewhere' else None
+    indices = fewer_indices(len(a.keys), share, settings.seed)
+    side = wrong_pictures(some_of(a, indices), right, settings.seed)
+    s = way_settings(settings, len(indices), way)
+    start = begun_elsewhere(encoder, a, indices, settings) if way == 'begun elsewhere' else None
     model, _ = align_side(copy.deepcopy(encoder), side, s, start, way == 'best step')
     if way == 'half way': half_way(model)
     return encode_images(model.encode_generated, b.generated_pixels[0], desc='f_g of generated B')

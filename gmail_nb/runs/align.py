@@ -119,7 +119,7 @@ class PairSets:
     test:LazyPixels           # (M, 3, H, W) kept out
     target:torch.Tensor       # (M, D) of their real partners
     keys:list[str]|None=None  # M, of the pairs kept out
-    rows:np.ndarray|None=None # (M,), their rows in the generated set
+    indices:np.ndarray|None=None # (M,), their rows in the generated set
 
     def halves(self) -> tuple[np.ndarray, np.ndarray]:
         "Those kept out that choose the weights, and those that judge them: the same where they are few."
@@ -299,7 +299,7 @@ def pairs_kept_out(
 ) -> Pairs:
     "The pairs that were kept out, as images."
     at = pc.index_in(pa.array(sets.keys), column_of(real, 'key').combine_chunks().cast(pa.string()))
-    return Pairs(real, made, at.to_numpy(), sets.rows)
+    return Pairs(real, made, at.to_numpy(), sets.indices)
 
 def write_pair_pictures(
     out:Path,

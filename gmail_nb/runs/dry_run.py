@@ -443,7 +443,7 @@ class Speed(NamedTuple):
 def forward_rate(
     name:str,            # an encoder whose weights are there
     batch_size:int=8,    # of the run
-    precision:str='auto',# of the run: auto, no or bf16
+    precision:str=EmbedSettings.precision,# of the run: auto, no or bf16
     device:str|None=None,# the fastest present if absent
     texts:bool=False     # of the text tower
 ) -> Speed:
@@ -581,7 +581,7 @@ def look_pass(
 def look_work(
     look:Look, encoder:str,  # the encoder and its row
     images:int|None, passes:float, # images that go through it, None if not known, and how often
-    out:str|Path, store:str='float32', note:str='',
+    out:str|Path, store:str=EmbedSettings.store, note:str='',
     kept:int|None=None,       # features that are kept; `images` if absent
     run:tuple=(),             # batch size, precision and device, as of `forward_rate`
     beside:Look|None=None     # a language model that is loaded too

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CAPTIONED_ROWS', 'PICTURES', 'coco_files', 'coco_rows', 'captioned_rows', 'is_karpathy', 'CaptionSets', 'keys_in',
-           'split_rows', 'caption_sets', 'Embeddings', 'features_of', 'rows_to_learn', 'CaptionColumn', 'places',
+           'split_rows', 'caption_sets', 'Embeddings', 'features_of', 'indices_to_learn', 'CaptionColumn', 'places',
            'training_features', 'check_start', 'started_captioner', 'new_captioner', 'CaptionTest', 'caption_test',
            'captions_for', 'score_captioner', 'judge_captions', 'caption_pictures_of', 'caption_records',
            'keep_captioner', 'keys_to_learn', 'models_below', 'check_test_apart', 'trained_projection', 'encoded_below',
@@ -188,7 +188,7 @@ def features_of(
     raise ValueError(f"none of {len(ds)} images decodes; the first: {found.failed[0]['reason']}")
 
 # %% ../../nbs/runs/30_tune_caption.ipynb #d74a225c
-def rows_to_learn(
+def indices_to_learn(
     generated:datasets.Dataset, # from `generated_images`
     keys,                       # of the training images; None takes all
     leave:frozenset=frozenset() # keys that are not learned from
@@ -247,7 +247,7 @@ def training_features(
     if two or arm == 'real': x_r = features_of(eyes, train, 'real', f_r, side='real')
     if arm == 'real': return x_r, CaptionColumn(train, places(x_r)), eyes.broken
     known = None if train is None else set(x_r.keys if two else train['key'])
-    numbers = rows_to_learn(generated, known, leave)
+    numbers = indices_to_learn(generated, known, leave)
     some = generated if len(numbers) == len(generated) else generated.select(numbers)
     x_g = features_of(eyes, some, 'generated', model if arm in ('gmail', 'both') else None, numbers)
     if two:

@@ -613,10 +613,10 @@ def is_talker(name:str|Path) -> bool:
     if str(name).startswith('llava:') or (folder/'projector.safetensors').exists(): return True
     return (folder/'config.json').exists() and is_llava(str(name))
 
-def decoded_pictures(pictures:datasets.Dataset, rows:Iterable[int]) -> tuple[dict, dict]: # of key, image
+def decoded_pictures(pictures:datasets.Dataset, indices:Iterable[int]) -> tuple[dict, dict]: # of key, image
     "Pictures by key, and why others do not decode."
     found, broken = {}, {}
-    for row in pictures.select(rows):
+    for row in pictures.select(indices):
         try: found[row['key']] = decode_image(row['image'], row['key'])
         except ValueError as e: broken[row['key']] = str(e)
     return found, broken
