@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN_WAYS',
-           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'TEXT_TUNINGS', 'SMOLLM2_FROM', 'STUDY',
-           'STUDY_SEEDS', 'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known',
-           'check_number', 'check_value', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'AfterSettings',
-           'Generator', 'is_commit', 'AdapterSettings', 'described', 'check_align', 'check_parts', 'AlignSettings',
-           'RunSettings', 'AlignRunSettings', 'part_of', 'EmbedSettings', 'ReadSettings', 'TuneSettings',
-           'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
-           'CaptionRunSettings', 'IFCapTraining', 'StageSettings', 'LlavaSettings', 'VQASettings', 'ChatSettings',
-           'AppSettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings', 'check_small_captioner',
-           'CaptionExperimentSettings', 'IFCapSettings', 'HeadSettings', 'LlavaExperimentSettings', 'ReportSettings',
-           'report_settings']
+           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'TEXT_TUNINGS', 'CALLED_LM', 'CALLED_DEPTH',
+           'SMOLLM2_FROM', 'STUDY', 'STUDY_SEEDS', 'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above',
+           'check_share', 'check_known', 'check_number', 'check_value', 'DrawSettings', 'SourceSettings',
+           'WorkSettings', 'AfterSettings', 'Generator', 'is_commit', 'AdapterSettings', 'described', 'check_align',
+           'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings', 'part_of', 'EmbedSettings',
+           'ReadSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'same_settings',
+           'CaptionerSettings', 'CaptionSettings', 'CaptionRunSettings', 'IFCapTraining', 'StageSettings',
+           'LlavaSettings', 'VQASettings', 'ChatSettings', 'AppSettings', 'DemoSettings', 'demo_settings',
+           'ProofSettings', 'proof_settings', 'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings',
+           'HeadSettings', 'LlavaExperimentSettings', 'ReportSettings', 'report_settings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -439,7 +439,7 @@ class TuneSettings:
     validation_share:float=.1   # share of the captions kept out; 0 trains on all to the last step
     validation_limit:int=5000   # at most so many of the captions kept out are looked at
     every:int=20                # steps between two looks at them
-    max_norm:float|None=None    # gradients longer than this are cut to it
+    max_norm:float|None=field(default=None, metadata=dict(flag='clip')) # longer gradients are cut to it
     patience:int|None=5         # checks without a better one until it stops; None: to the end
     precision:str='auto'        # bf16 for autocast, no for float32; auto: bf16 where it is fast
     seed:int=0                  # seed of order, noise and which captions are kept out
@@ -514,11 +514,14 @@ def same_settings(
     return all(same(f, getattr(settings, f.name)) for f in fields(settings))
 
 # %% ../nbs/01_settings.ipynb #8cc079e9
+# a field's own flag, where its name means something else in another command, or nothing in a shell
+CALLED_LM, CALLED_DEPTH = dict(flag='language-model'), dict(flag='decoder-layers')
+
 @dataclass(frozen=True)
 class CaptionerSettings:
     "What training a captioner depends on, besides the data."
     encoder:str='embedded'      # embedded, open_clip:NAME/PRETRAINED, hf:ID or timm:NAME/FILE
-    lm:str='small'              # small (trained from nothing), smollm2, a Hub id or a folder
+    lm:str=field(default='small', metadata=CALLED_LM) # small (trained from nothing), smollm2, a Hub id or a folder
     prefix_length:int=4         # tokens that an image becomes before the language model
     mapper:str='mlp'            # network from an image to its tokens: mlp or transformer
     tuning:str='full'           # what of the language model is trained: full, lora or frozen
@@ -637,7 +640,7 @@ class LlavaSettings:
     rank:int=16                 # rank of LoRA's matrices in the language model
     alpha:float|None=None       # LoRA's scale is alpha / rank; 2 * rank if absent
     layers:Literal['all', 'attention']='all' # linear layers of a block that get LoRA
-    warmup:float=.03            # share of the steps over which the rate rises
+    warmup:float=field(default=.03, metadata=dict(flag='warmup-share')) # share of the steps over which the rate rises
     weight_decay:float=0.       # weight decay of AdamW
     dtype:Literal['float32', 'bfloat16', 'float16']='float32' # number format of its frozen weights
     precision:Literal['auto', 'no', 'bf16']='auto' # number format of autocast; auto: bf16 where the device has it
@@ -780,8 +783,8 @@ def check_small_captioner(
 @dataclass(frozen=True)
 class CaptionExperimentSettings:
     "What a comparison of captioners depends on."
-    layers:int=2                # transformer blocks of the decoder
-    width:int=128               # numbers a token of the decoder
+    layers:int=field(default=2, metadata=CALLED_DEPTH) # transformer blocks of the decoder
+    width:int=field(default=128, metadata=dict(flag='decoder-width')) # numbers a token of the decoder
     captioner:CaptionerSettings=_small # few captions a step: here many updates count for more
     base_steps:int=1200         # steps of the base on real images of A, at the captioner's rate
     tune_steps:int=1800         # steps of each arm, on B
@@ -797,7 +800,7 @@ class IFCapSettings:
     "What the comparison of captioners from text alone depends on."
     base_steps:int=600          # steps from text and noise, with names of A and B
     tune_steps:int=600          # steps of each arm, with names of B
-    layers:int=2                # transformer blocks of the decoder
+    layers:int=field(default=2, metadata=CALLED_DEPTH) # transformer blocks of the decoder
     captioner:CaptionerSettings=replace(_small, batch_size=24) # its noise is for image features
     seeds:int=3                 # how often each arm is trained, with other seeds
     seed:int=0                  # seed of weights, order and noise of the first of them

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from gmail_nb.cli import commands
@@ -123,6 +124,31 @@ def test_a_flag_has_one_name_for_one_thing():
         assert len(set(names.values())) == len(names), name
     assert all(len(fields) == 1 for fields in meant.values())
 
+# words for one thing, of which all commands take the same
+SYNONYMS = [{'language-model', 'lm', 'llm'}, {'clip', 'max-norm', 'max-grad-norm'}, {'lr', 'learning-rate', 'rate'},
+            {'out', 'output', 'folder'}, {'batch-size', 'batch'}, {'seeds', 'chains'},
+            {'precision', 'autocast'}, {'workers', 'threads'}, {'rank', 'lora-rank'}, {'save-every', 'checkpoint-every'}]
+
+def kind_of(o):
+    "What is typed behind a flag: a number, nothing, or a text."
+    found = {k for k in (get_args(o.annotation) or (o.annotation,)) if k is not type(None)}
+    return 'number' if found & {int, float} else 'switch' if found == {bool} else 'text'
+
+def test_no_command_has_another_word_for_a_flag_of_another():
+    "Neither a synonym, nor one name for a choice here and a number there, nor for a count here and a share there."
+    kinds, meant = {}, {}
+    for name, c in all_commands():
+        found = options_of(c.work, c.presets, c.leave, tuple(c.fixed))
+        for o in found:
+            flag = flag_names(found)[o.dest]
+            kinds.setdefault(flag, {}).setdefault(kind_of(o), name)
+            if float in (get_args(o.annotation) or (o.annotation,)): meant.setdefault(flag, {}).setdefault('share', name)
+            if int in (get_args(o.annotation) or (o.annotation,)): meant.setdefault(flag, {}).setdefault('count', name)
+    for words in SYNONYMS:
+        assert len(words & set(kinds)) <= 1, words & set(kinds)
+    assert not {f: k for f, k in kinds.items() if len(k) > 1}
+    assert not {f: k for f, k in meant.items() if len(k) > 1}
+
 SETS = ['generate', 'align', 'embed', 'tune text', 'tune caption', 'tune llava', 'eval']
 
 @pytest.mark.parametrize('name', SETS)
@@ -151,6 +177,11 @@ OLDER = [ # as it was written, as it is written now, and what is said of it
     ('eval vqa', '--data questions --limit 3', 'questions --limit 3', 'SET, without a flag'),
     ('caption', 'a.png --captioner captions', 'a.png --model captions', '--model in place of --captioner'),
     ('experiment table2', '--data coco-5k --scale paper', '--test coco-5k --scale paper', '--test in place of --data'),
+    ('tune caption', 'photos --lm small', 'photos --language-model small', ''),
+    ('tune text', 'photos --max-norm 2', 'photos --clip 2', ''),
+    ('tune llava', 'photos --warmup .1', 'photos --warmup-share .1', ''),
+    ('experiment captioning', '--layers 3 --width 64', '--decoder-layers 3 --decoder-width 64', ''),
+    ('experiment table6', '--lm gpt2=small --scale paper', '--language-model gpt2=small --scale paper', ''),
     ('chat', 'what is it --generated', 'what is it --side generated', '--side generated in place of --generated')]
 
 @pytest.mark.parametrize('name, older, now, said', OLDER, ids=[f'{n} {o.split()[0]}' for n, o, *_ in OLDER])

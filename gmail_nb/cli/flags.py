@@ -88,6 +88,7 @@ class Option(NamedTuple):
     several:bool=False # `*images`: any number of arguments
     group:str=''       # heading of the settings that it belongs to; '' for the command itself
     positional:bool=False # written without a flag
+    spelled:str=''        # its flag, where the name of the field says too little in a shell
 
     @property
     def dest(self) -> str: return '.'.join(self.path)
@@ -125,7 +126,7 @@ def options_of_settings(
     settings,        # an instance: its values are the defaults
     path:tuple=()    # where it stands
 ) -> list[Option]:
-    "The fields, those of nested settings in their place, and without those marked `flag=False`."
+    "The fields, those of nested settings in their place; `flag` of one's metadata is its name, or False."
     said, found, unset = comments(type(settings)), [], derived(settings)
     said_first = (type(settings).__doc__ or '').split('\n')[0].rstrip('.')
     group = HEADINGS.get(type(settings).__name__, said_first)
@@ -133,7 +134,8 @@ def options_of_settings(
         value, here = None if f.name in unset else getattr(settings, f.name), (*path, f.name)
         if is_dataclass(value): found += options_of_settings(value, here)
         elif f.metadata.get('flag', True):
-            found.append(Option(here, f.type, value, said.get(f.name, ''), group=group))
+            flag = f.metadata.get('flag', '')
+            found.append(Option(here, f.type, value, said.get(f.name, ''), group=group, spelled=flag))
     return found
 
 # %% ../../nbs/cli/00_flags.ipynb #9548f8b8
@@ -178,11 +180,11 @@ def flag_names(
         same = [p for p in options if p.path[-1] == o.path[-1] and p is not o]
         return all(len(p.path) > len(o.path) for p in same)
     parts = {o.dest: o.path[-1:] if short(o) else o.path[-2:] for o in options}
-    files = {o.dest for o in options if o.annotation is list} # not the name of a column
-    def spelled(dest, part):
-        found = SPELLED.get(part[0]) if len(part) == 1 and dest not in files else None
-        return found or '-'.join(part).replace('_', '-')
-    return {dest: spelled(dest, part) for dest, part in parts.items()}
+    def spelled(o, part):
+        column = o.annotation is not list # several files are not the name of a column
+        found = o.spelled or (SPELLED.get(part[0]) if column else None)
+        return found if found and len(part) == 1 else '-'.join(part).replace('_', '-')
+    return {o.dest: spelled(o, parts[o.dest]) for o in options}
 
 # %% ../../nbs/cli/00_flags.ipynb #4dcb3beb
 class Help(argparse.HelpFormatter):
@@ -198,7 +200,7 @@ STATUS = 'exit status: 0 done, 1 a defect of the program, 2 not possible as aske
 # what other programs call it -> our flag
 OTHER_WORDS = {'learning-rate': 'lr', 'temperature': 'tau', 'output': 'out', 'dataset': 'set',
                'num-inference-steps': 'steps', 'guidance-scale': 'guidance',
-               'num-epochs': 'epochs', 'lora-rank': 'rank'}
+               'num-epochs': 'epochs', 'lora-rank': 'rank', 'max-grad-norm': 'clip'}
 
 class Parser(argparse.ArgumentParser):
     "A parser whose errors are a `ValueError` with near names."
@@ -269,14 +271,15 @@ def add_flag(
 ) -> None:
     "Give the parser one flag; what is not typed is not in its answer."
     how = how_to_read(o)
+    named = (o.spelled or o.path[-1]).replace('-', '_').upper()
     takes_value = how.get('action') in (None, 'append') and 'choices' not in how
-    if takes_value: how['metavar'] = METAVARS.get(how.get('type'), o.path[-1].upper())
+    if takes_value: how['metavar'] = METAVARS.get(how.get('type'), named)
     kept, own = dict(dest=o.dest, default=argparse.SUPPRESS), o.path[-1].replace('_', '-')
     if o.required: kept['required'] = True
     or_none = NoneType in get_args(o.annotation) and o.default is not None
     if or_none: parser = parser.add_mutually_exclusive_group() # a value, or its --no- form
     parser.add_argument(f'--{flag}', help=help_of(o, more), **kept, **how)
-    if SPELLED.get(o.path[-1]) == flag: # as it was called before
+    if flag in (o.spelled, SPELLED.get(o.path[-1])): # as it was called before
         parser.add_argument(f'--{own}', help=argparse.SUPPRESS, **kept, **how)
     if or_none:
         absent = said_of(o)[1] or f'leave {flag} to the command'

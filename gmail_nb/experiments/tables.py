@@ -30,7 +30,7 @@ from ..files import write_results
 from ..runs.presets import AGAINST, B16, CAPTION_SOURCES, CLIPCAP, EVAL_PRESETS, GPT2, L14
 from ..runs.presets import LLAMACAP, LONGCLIP, RECALLS, SAME_STEPS, SIGLIP, TEXT_RECIPES
 from ..runs.presets import TUNED_STEPS, CaptionSource, TextRecipe, recipe, with_known
-from ..settings import GENERATORS, PAPER_ALIGN, AdapterSettings, AlignRunSettings
+from ..settings import CALLED_LM, GENERATORS, PAPER_ALIGN, AdapterSettings, AlignRunSettings
 from ..settings import CaptionerSettings, DrawSettings, EmbedSettings, EvalSettings
 from ..settings import Generator, LlavaSettings, ReadSettings, RunSettings, SourceSettings
 from ..settings import StageSettings, VQASettings, WorkSettings
@@ -348,7 +348,7 @@ class TableRun:
     seeds:int=1                 # how many chains of alignment and tuning; they share their images
     rows:list=()                # only these rows of the table, repeatable
     encoder:list=()             # [NAME=]OTHER in place of an encoder, repeatable
-    lm:list=()                  # [NAME=]OTHER in place of a language model, repeatable
+    lm:list=field(default=(), metadata=CALLED_LM) # [NAME=]OTHER in place of a language model, repeatable
     generator:list=()           # [NAME=]OTHER in place of a generator, repeatable
     test:list=()                # sets to measure on in place of the table's, repeatable
     epochs:int|None=None        # epochs of every alignment, in place of the paper's
