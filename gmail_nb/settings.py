@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN_WAYS',
            'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'TEXT_TUNINGS', 'CALLED_LM', 'CALLED_DEPTH',
-           'SMOLLM2_FROM', 'STUDY', 'STUDY_SEEDS', 'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above',
-           'check_share', 'check_known', 'check_number', 'check_value', 'DrawSettings', 'SourceSettings',
+           'CALLED_SHARE', 'SMOLLM2_FROM', 'STUDY', 'STUDY_SEEDS', 'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA',
+           'check_above', 'check_share', 'check_known', 'check_number', 'check_value', 'DrawSettings', 'SourceSettings',
            'WorkSettings', 'AfterSettings', 'Generator', 'is_commit', 'AdapterSettings', 'described', 'check_align',
            'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings', 'part_of', 'EmbedSettings',
            'ReadSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'same_settings',
@@ -439,7 +439,7 @@ class TuneSettings:
     validation_share:float=.1   # share of the captions kept out; 0 trains on all to the last step
     validation_limit:int=5000   # at most so many of the captions kept out are looked at
     every:int=20                # steps between two looks at them
-    max_norm:float|None=field(default=None, metadata=dict(flag='clip')) # longer gradients are cut to it
+    max_norm:float|None=field(default=None, metadata=dict(flag='clip')) # cuts longer gradients to it
     patience:int|None=5         # checks without a better one until it stops; None: to the end
     precision:str='auto'        # bf16 for autocast, no for float32; auto: bf16 where it is fast
     seed:int=0                  # seed of order, noise and which captions are kept out
@@ -516,6 +516,7 @@ def same_settings(
 # %% ../nbs/01_settings.ipynb #8cc079e9
 # a field's own flag, where its name means something else in another command, or nothing in a shell
 CALLED_LM, CALLED_DEPTH = dict(flag='language-model'), dict(flag='decoder-layers')
+CALLED_SHARE = dict(flag='warmup-share')
 
 @dataclass(frozen=True)
 class CaptionerSettings:
@@ -640,7 +641,7 @@ class LlavaSettings:
     rank:int=16                 # rank of LoRA's matrices in the language model
     alpha:float|None=None       # LoRA's scale is alpha / rank; 2 * rank if absent
     layers:Literal['all', 'attention']='all' # linear layers of a block that get LoRA
-    warmup:float=field(default=.03, metadata=dict(flag='warmup-share')) # share of the steps over which the rate rises
+    warmup:float=field(default=.03, metadata=CALLED_SHARE) # share of the steps over which the rate rises
     weight_decay:float=0.       # weight decay of AdamW
     dtype:Literal['float32', 'bfloat16', 'float16']='float32' # number format of its frozen weights
     precision:Literal['auto', 'no', 'bf16']='auto' # number format of autocast; auto: bf16 where the device has it

@@ -125,7 +125,7 @@ def test_a_flag_has_one_name_for_one_thing():
     assert all(len(fields) == 1 for fields in meant.values())
 
 # words for one thing, of which all commands take the same
-SYNONYMS = [{'language-model', 'lm', 'llm'}, {'clip', 'max-norm', 'max-grad-norm'}, {'lr', 'learning-rate', 'rate'},
+SYNONYMS = [{'language-model', 'lm', 'llm'}, {'clip', 'max-norm', 'max-grad-norm'}, {'lr', 'learning-rate'},
             {'out', 'output', 'folder'}, {'batch-size', 'batch'}, {'seeds', 'chains'},
             {'precision', 'autocast'}, {'workers', 'threads'}, {'rank', 'lora-rank'}, {'save-every', 'checkpoint-every'}]
 
@@ -142,8 +142,8 @@ def test_no_command_has_another_word_for_a_flag_of_another():
         for o in found:
             flag = flag_names(found)[o.dest]
             kinds.setdefault(flag, {}).setdefault(kind_of(o), name)
-            if float in (get_args(o.annotation) or (o.annotation,)): meant.setdefault(flag, {}).setdefault('share', name)
-            if int in (get_args(o.annotation) or (o.annotation,)): meant.setdefault(flag, {}).setdefault('count', name)
+            numbers = {float, int} & set(get_args(o.annotation) or (o.annotation,))
+            for number in numbers: meant.setdefault(flag, {}).setdefault(number, name)
     for words in SYNONYMS:
         assert len(words & set(kinds)) <= 1, words & set(kinds)
     assert not {f: k for f, k in kinds.items() if len(k) > 1}

@@ -35,6 +35,13 @@ def test_notebook_opens_with_title_and_purpose(name):
     assert re.match(r'# \S', opening) and re.search(r'^> \S', opening, re.M)
 
 @pytest.mark.parametrize('name', names)
+def test_a_heading_has_a_cell_of_its_own(name):
+    "So that a link to it stays whole when the text below is written anew. The title has its `>` line with it."
+    shared = [c['id'] for c in cells_of(name) if c['cell_type'] == 'markdown'
+              and re.search(r'^##+ \S', source_of(c), re.M) and '\n' in source_of(c).strip()]
+    assert not shared, f'split these cells: {shared}'
+
+@pytest.mark.parametrize('name', names)
 def test_notebook_imports_only_lower_rooms(name):
     made_by = modules()
     for module, _ in imports(exported_code(name)):
@@ -93,7 +100,7 @@ def test_hidden_cells_are_short():
 
 # Defaults have one home
 
-WORDS_OF_ALL = {'key', 'image', 'side', 'encoder', 'part'} # a usual word (our column, all parts), and no choice of a setting
+WORDS_OF_ALL = {'key', 'image', 'side', 'encoder', 'part'} # a usual word, such as our column, and no choice
 OWN_SIZES = { # module, function, parameter: a size of its own, which only happens to be one of some settings
     ('captioning', 'TransformerMapper.__init__', 'layers'),   # of the mapper, where the settings' are the decoder's
     ('captioning', 'small_decoder', 'width'), ('plan', 'make_settings', 'dtype'), # of the arithmetic
