@@ -381,6 +381,7 @@ def summary(self:GenReal) -> dict[str, str]:
     return dict(base=self.encoder.name, f_g=f'{how}: {trained:,} parameters, {share:.1%} of the image tower',
                 embeddings=f'{self.encoder.dim} numbers, unit length', device=str(self.device))
 
+# %% ../nbs/23_align.ipynb #f560ba42
 @patch
 def _repr_html_(self:GenReal) -> str:
     return f"<b>GenReal</b>{table_html([['', ''], *map(list, self.summary().items())])}"

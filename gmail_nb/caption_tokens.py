@@ -91,6 +91,7 @@ def _symbol_rules():
             r'(@+|#+|_+|\*+|[?!]+|</?[a-z!?][^>]*>|&(?:amp|lt|gt|quot);)',
             rf"(''|``|[{_QUOTES}]{{1,2}})", r'(.)']
 
+# %% ../nbs/33_caption_tokens.ipynb #e68913a6
 @cache
 def _rules():
     "All rules, in the order in which a tie is decided."
@@ -125,6 +126,7 @@ def _longest_match(caption, i):
     if plain and plain[0] not in _joined: return plain
     return max((m for r in _rules() if (m := r.match(caption, i))), key=re.Match.end)
 
+# %% ../nbs/33_caption_tokens.ipynb #38ad95a7
 def tokenize_caption(
     caption:str # as a person or a model wrote it
 ) -> list[str]: # lower case, without punctuation

@@ -450,6 +450,7 @@ def caption_parts(
 # %% ../nbs/35_captioning.ipynb #82ed0c38
 def _from_zero(counts): return np.concatenate([[0], np.cumsum(counts)])
 
+# %% ../nbs/35_captioning.ipynb #cd6a537b
 def encode_captions(
     captioner:Captioner,
     captions:Iterable[list[str]], # one or more for each image
@@ -683,6 +684,7 @@ def checkpointing_of(lm:nn.Module, what:str) -> Callable: # what: enable or disa
     new = getattr(lm, f'activation_checkpointing_{what}', None)
     return new or getattr(lm, f'gradient_checkpointing_{what}')
 
+# %% ../nbs/35_captioning.ipynb #a956cadc
 @contextmanager
 def checkpointed(
     lm:nn.Module, # of transformers
@@ -940,6 +942,7 @@ def captioner_settings(
     later = dict(revision=card.get('revision'), four_bit=card.get('four_bit', False))
     return settings | later | dict(tuning='full' if tuning == 'whole' else tuning)
 
+# %% ../nbs/35_captioning.ipynb #a125778f
 def captioner_card(
     folder:str|Path # of a captioner, or the one that holds `captioner/`
 ) -> tuple[Path, dict]: # the captioner's own folder, and its card

@@ -412,6 +412,7 @@ CALTECH_WORDINGS = with_articles(
 _craft = 'a photo of a {c}, a type of aircraft.', 'a photo of the {c}, a type of aircraft.'
 _imagenet = tuple(t('{c}') for t in open_clip.OPENAI_IMAGENET_TEMPLATES)
 
+# %% ../nbs/31_classification.ipynb #db265181
 CLASSIFICATION_SETS = {
     'dtd': ClassificationSet(read_dtd, DTD_WORDINGS),
     'cars': ClassificationSet(read_cars, CARS_WORDINGS),
@@ -571,6 +572,7 @@ def logits_of(
     z = x @ theta[:, :-1].T + theta[:, -1]
     return z if len(theta) > 1 else torch.cat([torch.zeros_like(z), z], 1)
 
+# %% ../nbs/31_classification.ipynb #194ce114
 def probe_gradient(
     theta:torch.Tensor,   # (K, D + 1)
     data:Standardised,
@@ -606,6 +608,7 @@ class Fit:
     tried:int=0        # strengths that were tried before
     searched:int=0     # passes over the rows for them
 
+# %% ../nbs/31_classification.ipynb #5a6ad002
 @torch.no_grad()
 def fit_strength(
     data:Standardised, y:torch.Tensor, # (N, D), and (N,) from 0
@@ -639,6 +642,7 @@ def clearly_lower(
     "Whether a share is below the best by more than two standard errors."
     return value < best - 2 * (best * (1 - best) / n)**.5
 
+# %% ../nbs/31_classification.ipynb #b39b9ca8
 def best_strength(
     score:Callable,      # of one strength
     strengths:tuple=ProbeSettings().strengths, # in order
@@ -772,6 +776,7 @@ def same_start(model:nn.Module, state) -> None:
     with torch.no_grad():
         for x in (*model.parameters(), *model.buffers()): x.copy_(broadcast(x.detach().clone()))
 
+# %% ../nbs/31_classification.ipynb #ba58c5f2
 class FineTuning:
     "A run of fine-tuning: the model, its optimizer, and what has happened so far."
     def __init__(self,
@@ -811,6 +816,7 @@ def add_gradients(run:FineTuning) -> None:
     for p in run.model.parameters():
         if p.grad is not None: p.grad = reduce(p.grad, 'sum')
 
+# %% ../nbs/31_classification.ipynb #fa7ac42d
 def one_step(run:FineTuning, index:torch.Tensor) -> None: # of a whole batch
     "Train on a batch. `FloatingPointError` for a loss that is no number."
     s, own = run.settings, run.own(index)

@@ -196,6 +196,7 @@ def check_columns(ds, expected:tuple, name:str) -> None:
         raise ValueError(f'{name} has no column {name_some(missing)}: it has {there}; expected are '
                          f'{name_some(expected, 12)}. Rename columns with `as_captioned`.')
 
+# %% ../nbs/05_data.ipynb #7c09ef5e
 def column_of(
     ds:datasets.Dataset,
     name:str
@@ -376,6 +377,7 @@ def whole_parquet(file:Path):
         raise ValueError(f'{file.name} is not a whole parquet file ({in_one_line(e)}): '
                          'make or download it again') from e
 
+# %% ../nbs/05_data.ipynb #6863339d
 def check_parquet(files:list[Path]) -> None:
     "`FileNotFoundError` or `ValueError` naming a file that is absent or cut."
     for file in map(Path, files):
@@ -539,6 +541,7 @@ def png_of(fig:Figure) -> bytes:
 def _repr_png_(self:Pairs) -> bytes|None: # none where there is no pair
     return png_of(show_pairs(self)) if len(self) else None
 
+# %% ../nbs/05_data.ipynb #88299b74
 def show_captioned(
     ds:datasets.Dataset, # a captioned or a generated set
     n:int=12,            # images, evenly spread over the rows
@@ -559,6 +562,7 @@ def set_as_grid(ds:datasets.Dataset) -> bytes|None: # none for a dataset that is
     try: return png_of(show_captioned(ds))
     except (ValueError, OSError): return None
 
+# %% ../nbs/05_data.ipynb #8fdeda78
 def show_sets_in(shell) -> None: # shell: of IPython, or None
     "Let a notebook show sets as grids."
     if shell is None: return

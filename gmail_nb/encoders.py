@@ -44,6 +44,7 @@ def first_weight(
     "The first weight of a module, those that are packed into integers left out."
     return next((p for p in module.parameters() if p.is_floating_point()), otherwise)
 
+# %% ../nbs/20_encoders.ipynb #dbaa350c
 def check_pixels(pixels:torch.Tensor) -> torch.Tensor:
     "Return `pixels` when they are a float batch (B, 3, H, W); `ValueError` with the shape otherwise."
     if pixels.ndim != 4 or pixels.shape[1] != 3:
@@ -466,6 +467,7 @@ class LlavaTower(nn.Module):
         layers = [self.layer] if isinstance(self.layer, int) else self.layer
         return torch.cat([states[i][:, self.skip:] for i in layers], -1)
 
+# %% ../nbs/20_encoders.ipynb #da32d0c6
 def check_processor(processor, config) -> None:
     "`ValueError` when pictures or patches of the processor are not those that the tower was made for."
     made, vision = processor.image_processor, config.vision_config
@@ -534,6 +536,7 @@ _forms = ('embedded', 'open_clip:ViT-B-32/openai', 'open_clip:ViT-L-14/openai',
           'hf:openai/clip-vit-large-patch14', 'hf:google/siglip-base-patch16-224',
           'timm:vit_base_patch16_224/synclr.pth', 'llava:llava-hf/llava-1.5-7b-hf')
 
+# %% ../nbs/20_encoders.ipynb #ec4509a2
 def load_encoder(
     name:str='embedded', # or open_clip:NAME/PRETRAINED, hf:ID[@REVISION], timm:NAME/FILE, llava:ID[@REVISION]
     **kwargs             # for `embedded_encoder`, `open_clip_encoder`, `hf_encoder` and the others

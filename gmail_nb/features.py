@@ -227,6 +227,7 @@ def key_of(self:LazyPixels, i:int) -> str:
     "The key of image i, which may be damaged."
     return self.ds.select_columns([self.key])[int(self.indices[i])][self.key]
 
+# %% ../nbs/24_features.ipynb #84d8f3c6
 @patch(as_prop=True)
 def fingerprint(self:LazyPixels) -> str: # 16 hexadecimal digits
     "Of every key in order, of the preprocessing, and of the encoded bytes of 64 images."
@@ -792,6 +793,7 @@ def as_column(
     if not isinstance(values, pa.ChunkedArray): values = pa.chunked_array([pa.array(list(values))])
     return pc.cast(values, pa.string())
 
+# %% ../nbs/24_features.ipynb #8514dbd9
 def match_keys(
     real_keys,      # a list or a column, of `Features.key_column` for example: each key once
     generated_keys  # of generated images, in any order and any number a key

@@ -123,6 +123,7 @@ def with_checksum(facts:dict) -> dict:
     "The dict, and what it says in short."
     return facts | dict(checksum=checksum_of(facts))
 
+# %% ../nbs/00_files.ipynb #e0e3e48f
 def without_checksum(
     facts:dict, # as JSON gave it back
     name:str    # of the file, and of the place in it
@@ -237,6 +238,7 @@ def why_refused(error:BaseException) -> str:
     return (f'it is a pickle that {what}, and is not opened; '
             'where you trust it, convert it to safetensors')
 
+# %% ../nbs/00_files.ipynb #79cbe1b7
 def _causes(error): # the error, and those behind it
     while error is not None:
         yield error

@@ -140,6 +140,7 @@ def uniformity(
 # %% ../nbs/28_gap.ipynb #1662331a
 GAP_PAIRS = 5000 # that are compared with each other
 
+# %% ../nbs/28_gap.ipynb #fd7b16bc
 def some_pairs(
     n:int,               # pairs
     limit:int=GAP_PAIRS, # at most so many

@@ -266,6 +266,7 @@ def run_device(
     if missing: raise ValueError(f'there is no device {name!r} here: leave it out for {default_device()}')
     return device
 
+# %% ../nbs/10_generate.ipynb #a883a185
 def check_dtype(
     dtype:str, # one of `DTYPES`
     device:torch.device

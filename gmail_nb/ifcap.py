@@ -229,6 +229,7 @@ def changed_training(training, *others, **changes) -> IFCapTraining:
     names = [f.name for f in fields(IFCapTraining)]
     return IFCapTraining(**dict(zip(names, (training, *others))), **changes)
 
+# %% ../nbs/36_ifcap.ipynb #d2397298
 def train_ifcap(
     model:IFCap,                # trained in place
     features:torch.Tensor,      # (N, dim): text features, or image features

@@ -392,6 +392,7 @@ def plain_state(model:nn.Module) -> dict[str, torch.Tensor]:
     "Weights under the names they had before any adapter; adapters are left out."
     return {plain_name(k): v for k, v in model.state_dict().items() if '.lora_' not in k}
 
+# %% ../nbs/38_llava.ipynb #6fa7a4d5
 def merged_state(tower:nn.Module) -> dict[str, torch.Tensor]: # f_g's weights by their plain names
     "Weights of an adapted tower with LoRA merged into them; the tower stays as it is."
     tower.merge_adapter()

@@ -184,6 +184,7 @@ class Example:
     turns:tuple             # role, content; the last is the answer; `<image>` where an image stands
     images:tuple=()         # of each `<image>`: its kind (which file of tokens), and its row there
 
+# %% ../nbs/40_llava_training.ipynb #9e577498
 def example(
     question:str, answer:str,
     *images:tuple[str, int] # ('generated', 5)
@@ -220,6 +221,7 @@ DESCRIBE = ('Describe the picture briefly.', 'What does the picture show?',
             'Write a caption for the picture.', 'What is in this picture?',
             'Say in a few words what you see.')
 
+# %% ../nbs/40_llava_training.ipynb #0ad6acb0
 class CaptionExamples(Sequence):
     "An example for each caption of a set."
     def __init__(self,
@@ -314,6 +316,7 @@ def only_trained(
     finally:
         for p, flag in before.items(): p.requires_grad_(flag)
 
+# %% ../nbs/40_llava_training.ipynb #747fea25
 @patch
 def trained(self:Llava) -> dict[str, nn.Parameter]:
     "What the optimiser moves, by name."
@@ -402,6 +405,7 @@ def examples_fingerprint(examples:Sequence[Example], chunk:int=4096) -> str:
     parts = (fingerprint([said(i) for i in range(s, min(s + chunk, len(examples)))]) for s in starts)
     return fingerprint(list(parts))
 
+# %% ../nbs/40_llava_training.ipynb #12277bac
 def language_facts(model:Llava) -> dict: # as JSON
     "What tells one language model from another, without reading all of it."
     rows = model.lm.get_input_embeddings().weight[:64]
@@ -434,6 +438,7 @@ def as_trained(model:Llava, checkpointing:bool):
         with checkpointed(model.lm, checkpointing): yield
     finally: model.eval()
 
+# %% ../nbs/40_llava_training.ipynb #c0581582
 def stage_run(run:RunSettings, name:str) -> RunSettings:
     "Each stage has checkpoints and a log of its own."
     def below(place): return str(Path(place)/name) if place else None
@@ -484,6 +489,7 @@ def adapter_place(model:Llava) -> str:
 
 PROJECTOR = 'multi_modal_projector' # its name in a LLaVA of transformers
 
+# %% ../nbs/40_llava_training.ipynb #d2524950
 def adapter_state(model:Llava) -> dict[str, torch.Tensor]:
     "LoRA of the language model under the names of peft; empty where there is none."
     place = f'base_model.model.{adapter_place(model)}'
@@ -551,6 +557,7 @@ def is_llava(name:str, revision:str|None=None) -> bool: # a Hub id or a folder
     if name == 'smollm2': return False
     return AutoConfig.from_pretrained(name, revision=revision).model_type == 'llava'
 
+# %% ../nbs/40_llava_training.ipynb #0c22aca8
 def new_llava(
     settings:LlavaSettings,
     width:int|None=None  # of the tower's tokens, for a language model without a tower

@@ -40,6 +40,7 @@ def linear_layers(tower:nn.Module, *names:str) -> list[str]: # full module names
 ATTENTION = 'q_proj', 'k_proj', 'v_proj', 'out_proj', 'qkv', 'proj'
 MLP = 'c_fc', 'c_proj', 'fc1', 'fc1_g', 'fc1_x', 'fc2'
 
+# %% ../nbs/22_lora.ipynb #d92fdbeb
 def block_layers(
     tower:nn.Module,  # an image tower
     layers:str=AdapterSettings.layers # all (attention and MLP), or attention alone

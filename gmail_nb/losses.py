@@ -82,6 +82,7 @@ def column_sums(
     "Over these rows, the log of the sum of the exponentials in every column."
     return (F.normalize(generated_features, dim=-1) @ bank.T / tau).logsumexp(0)
 
+# %% ../nbs/21_losses.ipynb #b8a3fb82
 def symmetric_rows(
     generated_features:torch.Tensor, # (b, D), some rows of a batch, any length
     bank:torch.Tensor,               # (B, D), unit length
@@ -172,6 +173,7 @@ def by_best(generated_tokens:torch.Tensor, real_tokens:torch.Tensor) -> torch.Te
 # %% ../nbs/21_losses.ipynb #9283bc96
 TOKEN_LOSSES = dict(position=by_position, best=by_best)
 
+# %% ../nbs/21_losses.ipynb #d5d26af1
 def token_loss(
     generated_tokens:torch.Tensor, # f_g's, (B, T, W)
     real_tokens:torch.Tensor,      # f_r's of the partners, (B, S, W); no gradient flows here

@@ -55,6 +55,7 @@ def table_markdown(rows:list[list[str]]) -> str:
     rule = '|---|' + '---:|' * (len(rows[0]) - 1)
     return '\n'.join([bar(rows[0]), rule, *map(bar, rows[1:])])
 
+# %% ../nbs/04_pages.ipynb #a0dd7954
 def table_html(rows:list[list[str]]) -> str:
     "The table for a page; every cell is escaped."
     def line(r, tag): return '<tr>' + ''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in r) + '</tr>'
@@ -115,6 +116,7 @@ def is_place(value) -> bool:
     "Whether a value is the whole path of a file or folder."
     return isinstance(value, (str, Path)) and Path(value).is_absolute()
 
+# %% ../nbs/04_pages.ipynb #6d5a86dc
 def flat_facts(
     values,     # a dict or settings, nested as they are
     above:str='' # what they belong to
@@ -162,6 +164,7 @@ class Page:
         frame = f'width:100%;height:{self.height}px;border:1px solid #ddd'
         return f'<iframe sandbox="" style="{frame}" srcdoc="{html.escape(self.text)}"></iframe>'
 
+# %% ../nbs/04_pages.ipynb #e9c9f55b
 def show_page(
     folder:str|Path, # of a run, such as that of `gmail_align`; or a page
     height:int=420   # of the frame, in pixels

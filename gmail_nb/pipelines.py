@@ -427,6 +427,7 @@ def pinned_generator(
                 'pin it with revision=%s', found.name, found.revision, found.repo, commit[:12], commit)
     return replace(found, revision=commit)
 
+# %% ../nbs/07_pipelines.ipynb #8ebb3a92
 def resolve_generator(
     name:str|Path|Generator, # of `GENERATORS`, a pipeline folder, or a Hub id such as 'owner/model'
     revision:str|None=None,  # a Hub revision other than the one written down
@@ -655,6 +656,7 @@ def count_truncated(
 TAKEN = ('self', 'prompt', 'prompt_embeds', 'negative_prompt', 'generator', 'num_inference_steps',
          'guidance_scale', 'output_type', 'height', 'width')
 
+# %% ../nbs/07_pipelines.ipynb #ad64d5d7
 def check_options(
     pipeline:DiffusionPipeline, # loaded
     options:dict                # further arguments of the call

@@ -129,6 +129,7 @@ def splits_of(
     found = read_coco(source)
     return {} if 'annotations' in found else dict(Counter(i['split'] for i in found['images']))
 
+# %% ../nbs/08_plan.ipynb #cc022f2b
 def training_split(
     source, # a captioned set
     settings:SourceSettings=SourceSettings()
@@ -239,6 +240,7 @@ def settings_difference(
 NOISE_SETTINGS = ('steps', 'guidance', 'width', 'height', 'scheduler', 'prefix', 'suffix',
                   'negative', 'options')
 
+# %% ../nbs/08_plan.ipynb #613a7e3b
 def image_seed(
     key:str,          # of the caption
     sample:int,       # number of the image within its key

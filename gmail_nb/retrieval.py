@@ -683,6 +683,7 @@ def own_set(
         if any(i.get('split') == 'test' for i in images): source = replace(source, split='test')
     return load_captioned(name, source), RetrievalSet(lambda root: None, split=source.split or 'all')
 
+# %% ../nbs/30_retrieval.ipynb #b1afa5dd
 def load_retrieval_set(
     name:str,                # of `RETRIEVAL_SETS`, or anything that `load_captioned` reads
     root:str|Path|None=None, # the folder that holds the benchmark's files; from the Hub if absent

@@ -122,6 +122,7 @@ def stable_seed(
     text = json.dumps(parts, ensure_ascii=True, separators=(',', ':'))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') >> 1
 
+# %% ../nbs/02_runtime.ipynb #440dd85d
 def noise_generator(
     *parts # as in `stable_seed`
 ) -> torch.Generator:
@@ -186,6 +187,7 @@ def fingerprint(
     for x in parts: _update(h, x)
     return h.hexdigest()[:16]
 
+# %% ../nbs/02_runtime.ipynb #306ab2d4
 def module_fingerprint(
     module:nn.Module # its parameters and buffers are hashed, with their names
 ) -> str:

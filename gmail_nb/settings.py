@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN_WAYS',
-           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'TEXT_TUNINGS', 'CALLED_LM', 'CALLED_DEPTH',
-           'CALLED_SHARE', 'SMOLLM2_FROM', 'STUDY', 'STUDY_SEEDS', 'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA',
-           'check_above', 'check_share', 'check_known', 'check_number', 'check_value', 'DrawSettings', 'SourceSettings',
-           'WorkSettings', 'AfterSettings', 'Generator', 'is_commit', 'AdapterSettings', 'described', 'check_align',
-           'check_parts', 'AlignSettings', 'RunSettings', 'AlignRunSettings', 'part_of', 'EmbedSettings',
-           'ReadSettings', 'TuneSettings', 'ProbeSettings', 'FineTuneSettings', 'EvalSettings', 'same_settings',
-           'CaptionerSettings', 'CaptionSettings', 'CaptionRunSettings', 'IFCapTraining', 'StageSettings',
-           'LlavaSettings', 'VQASettings', 'ChatSettings', 'AppSettings', 'DemoSettings', 'demo_settings',
-           'ProofSettings', 'proof_settings', 'check_small_captioner', 'CaptionExperimentSettings', 'IFCapSettings',
-           'HeadSettings', 'LlavaExperimentSettings', 'ReportSettings', 'report_settings']
+           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'TEXT_TUNINGS', 'CALLED_CLIP', 'CALLED_LM',
+           'CALLED_SHARE', 'CALLED_DEPTH', 'CALLED_WIDTH', 'SMOLLM2_FROM', 'STUDY', 'STUDY_SEEDS', 'QUICK_CAPTIONS',
+           'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number', 'check_value',
+           'DrawSettings', 'SourceSettings', 'WorkSettings', 'AfterSettings', 'Generator', 'is_commit',
+           'AdapterSettings', 'described', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings',
+           'AlignRunSettings', 'part_of', 'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings',
+           'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
+           'CaptionRunSettings', 'IFCapTraining', 'StageSettings', 'LlavaSettings', 'VQASettings', 'ChatSettings',
+           'AppSettings', 'DemoSettings', 'demo_settings', 'ProofSettings', 'proof_settings', 'check_small_captioner',
+           'CaptionExperimentSettings', 'IFCapSettings', 'HeadSettings', 'LlavaExperimentSettings', 'ReportSettings',
+           'report_settings']
 
 # %% ../nbs/01_settings.ipynb #cdceb6ba
 import json
@@ -420,6 +421,7 @@ class ReadSettings:
 
 # %% ../nbs/01_settings.ipynb #466ebbf8
 TEXT_TUNINGS = ('head', 'lora', 'last', 'full')
+CALLED_CLIP = dict(flag='clip') # a field's own flag, as that of the same thing in another command
 
 @dataclass(frozen=True)
 class TuneSettings:
@@ -439,7 +441,7 @@ class TuneSettings:
     validation_share:float=.1   # share of the captions kept out; 0 trains on all to the last step
     validation_limit:int=5000   # at most so many of the captions kept out are looked at
     every:int=20                # steps between two looks at them
-    max_norm:float|None=field(default=None, metadata=dict(flag='clip')) # cuts longer gradients to it
+    max_norm:float|None=field(default=None, metadata=CALLED_CLIP) # longer gradients are cut to it
     patience:int|None=5         # checks without a better one until it stops; None: to the end
     precision:str='auto'        # bf16 for autocast, no for float32; auto: bf16 where it is fast
     seed:int=0                  # seed of order, noise and which captions are kept out
@@ -514,9 +516,8 @@ def same_settings(
     return all(same(f, getattr(settings, f.name)) for f in fields(settings))
 
 # %% ../nbs/01_settings.ipynb #8cc079e9
-# a field's own flag, where its name means something else in another command, or nothing in a shell
-CALLED_LM, CALLED_DEPTH = dict(flag='language-model'), dict(flag='decoder-layers')
-CALLED_SHARE = dict(flag='warmup-share')
+CALLED_LM, CALLED_SHARE = dict(flag='language-model'), dict(flag='warmup-share')
+CALLED_DEPTH, CALLED_WIDTH = dict(flag='decoder-layers'), dict(flag='decoder-width')
 
 @dataclass(frozen=True)
 class CaptionerSettings:
@@ -641,7 +642,7 @@ class LlavaSettings:
     rank:int=16                 # rank of LoRA's matrices in the language model
     alpha:float|None=None       # LoRA's scale is alpha / rank; 2 * rank if absent
     layers:Literal['all', 'attention']='all' # linear layers of a block that get LoRA
-    warmup:float=field(default=.03, metadata=CALLED_SHARE) # share of the steps over which the rate rises
+    warmup:float=field(default=.03, metadata=CALLED_SHARE) # share of the steps with a rising rate
     weight_decay:float=0.       # weight decay of AdamW
     dtype:Literal['float32', 'bfloat16', 'float16']='float32' # number format of its frozen weights
     precision:Literal['auto', 'no', 'bf16']='auto' # number format of autocast; auto: bf16 where the device has it
@@ -785,7 +786,7 @@ def check_small_captioner(
 class CaptionExperimentSettings:
     "What a comparison of captioners depends on."
     layers:int=field(default=2, metadata=CALLED_DEPTH) # transformer blocks of the decoder
-    width:int=field(default=128, metadata=dict(flag='decoder-width')) # numbers a token of the decoder
+    width:int=field(default=128, metadata=CALLED_WIDTH) # numbers a token of the decoder
     captioner:CaptionerSettings=_small # few captions a step: here many updates count for more
     base_steps:int=1200         # steps of the base on real images of A, at the captioner's rate
     tune_steps:int=1800         # steps of each arm, on B

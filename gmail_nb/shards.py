@@ -48,6 +48,7 @@ def image_fault(
 # %% ../nbs/09_shards.ipynb #9c7d368a
 MEMORY_TEXTS = ('out of memory', "can't allocate memory", 'not enough memory', 'alloc_failed')
 
+# %% ../nbs/09_shards.ipynb #5228c365
 def is_out_of_memory(
     error:BaseException # anything raised while drawing
 ) -> bool:

@@ -271,6 +271,7 @@ class Inside:
             self.known[path.parent] = path.parent.resolve().is_relative_to(self.root)
         return self.known[path.parent] and path.name != '..'
 
+# %% ../nbs/06_sources.ipynb #44624123
 def check_inside(
     outside:list[str], # names in a file of annotations that lead out of its folder
     name:str,          # of the file
@@ -508,6 +509,7 @@ def _rows_of_tars(shards:list[tuple], caption:str|None, images:bool=True) -> Ite
     "Rows of several; `shards` are (path, size, time), so that a changed one is another set."
     for path, _, _ in shards: yield from _tar_rows(path, caption, images)
 
+# %% ../nbs/06_sources.ipynb #54cbab3b
 def _from_tars(files:list[Path], settings:SourceSettings, images:bool, name:str) -> datasets.Dataset:
     "Shards as a captioned set."
     shards = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
@@ -658,6 +660,7 @@ def _from_file(path:Path, settings, images, training=False):
 # %% ../nbs/06_sources.ipynb #b24d7f60
 _file_suffixes = (*TABLE_SUFFIXES, *IMAGE_SUFFIXES, '.parquet', '.tar', '.txt')
 
+# %% ../nbs/06_sources.ipynb #6be6ebc8
 def load_captioned(
     source, # a Dataset, or the name of a file, a pattern, a folder or a set of the Hub
     settings:SourceSettings=SourceSettings(), # which column is which

@@ -34,6 +34,7 @@ class Interval(NamedTuple):
 # %% ../nbs/03_stats.ipynb #28565d1c
 DRAWS = 2000 # of every interval, unless the caller says otherwise
 
+# %% ../nbs/03_stats.ipynb #ecc9f551
 def resample(
     statistic:Callable, # (seed indices, item indices) -> a number
     seeds:int,          # how many seeds there are

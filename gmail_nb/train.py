@@ -675,6 +675,7 @@ def check_whole(
     raise ValueError(f'the file of the features ends after {there} rows, but row {last} is asked '
                      'for: it was cut short; run `embed` again')
 
+# %% ../nbs/26_train.ipynb #19572963
 def check_pairs(model:GenReal, samples:list, real_features) -> None:
     "`ValueError` for images and features that are no pairs, or come from another encoder."
     n, d, base = len(real_features), model.encoder.dim, model.base_fingerprint
@@ -907,6 +908,7 @@ def read_state(
     "What its state.json says, once its files are as they were written. `ValueError` names what is not."
     return checked_card(checkpoint, 'state.json', step=int, settings=dict)
 
+# %% ../nbs/26_train.ipynb #b41a71a4
 def flat_tensors(tensors:dict) -> dict: # 'kind.name': tensor, on the CPU
     "Tensors of several kinds as one dict, for a file."
     return {f'{kind}.{k}': t.detach().cpu().contiguous()

@@ -174,6 +174,7 @@ def load_whole(
     check_finite(model.named_parameters(), f'the model {Path(name).name}')
     return model
 
+# %% ../nbs/12_weights.ipynb #98decede
 def load_part(
     kind,           # of transformers, such as `AutoTokenizer`, `AutoConfig`, `AutoImageProcessor`
     name:str|Path,  # a folder, or a Hub id

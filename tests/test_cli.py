@@ -127,7 +127,8 @@ def test_a_flag_has_one_name_for_one_thing():
 # words for one thing, of which all commands take the same
 SYNONYMS = [{'language-model', 'lm', 'llm'}, {'clip', 'max-norm', 'max-grad-norm'}, {'lr', 'learning-rate'},
             {'out', 'output', 'folder'}, {'batch-size', 'batch'}, {'seeds', 'chains'},
-            {'precision', 'autocast'}, {'workers', 'threads'}, {'rank', 'lora-rank'}, {'save-every', 'checkpoint-every'}]
+            {'precision', 'autocast'}, {'workers', 'threads'}, {'rank', 'lora-rank'},
+            {'save-every', 'checkpoint-every'}]
 
 def kind_of(o):
     "What is typed behind a flag: a number, nothing, or a text."

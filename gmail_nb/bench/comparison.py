@@ -88,6 +88,7 @@ BENCHES = dict(
     data=Bench(f'{_room}.data:bench_data', 'pictures read beside torchvision and a DataLoader', 60),
     gpu=Bench(f'{_room}.gpu:gpu_page', "all of it in published models' shapes", None, cuda=True))
 
+# %% ../../nbs/bench/00_comparison.ipynb #55ea45fd
 def bench_named(name:str) -> Bench:
     "`ValueError` with near names for one that does not exist."
     if name in BENCHES: return BENCHES[name]

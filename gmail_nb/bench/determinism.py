@@ -150,6 +150,7 @@ def distance_to_plain(
 # %% ../../nbs/bench/70_determinism.ipynb #a5af05b9
 PINNED = '04969f6de9a26301' # of `drawn_by_seed`, in every version of Python
 
+# %% ../../nbs/bench/70_determinism.ipynb #eafa4f98
 def drawn_by_seed() -> str: # a fingerprint
     "Everything that is a function of a seed: a number here that changes would change every run."
     noise = torch.randn(4, generator=noise_generator('key', 0, 'embedded'))

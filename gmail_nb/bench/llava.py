@@ -44,6 +44,7 @@ def small_language(width:int) -> Llava: # width: of the tower's tokens
         num_attention_heads=4, num_key_value_heads=4, eos_token_id=chat.eos_token_id))
     return Llava(lm, chat, new_projector(width, lm))
 
+# %% ../../nbs/bench/60_llava.ipynb #7e5cde58
 def smollm2(width:int) -> Llava:
     "SmolLM2 of 135 million weights. `ImportError` where its package is absent."
     return new_llava(LlavaSettings(), width)[0]
@@ -55,6 +56,7 @@ def clock_of(device:torch.device) -> Callable[[], float]: # seconds
     "Of the processor on a processor, where what else the machine does shall not count; else of the wall."
     return time.process_time if device.type == 'cpu' else time.perf_counter
 
+# %% ../../nbs/bench/60_llava.ipynb #3bafb2d4
 def kept_and_live(
     encoder:Encoder, ds, # ds: of the emoji set
     stack:ExitStack      # what is to be undone at the end
@@ -162,6 +164,7 @@ def compare_memory(language:str='smollm2', batch:int=16) -> dict:
 LEAST = {'ViT-B/16, small Llama': 1.5} # ratio; where the language model is the larger part none can hold
 MOST = 6 * 1024 # MiB of a step with activations computed again
 
+# %% ../../nbs/bench/60_llava.ipynb #f3e08257
 def bench_llava(
     images:int=64,  # drawings before the embedded tower and a small language model
     few:int=16      # before the ViT, and before SmolLM2

@@ -118,6 +118,7 @@ use_all_cores()
 print(json.dumps(measure_here(sys.argv[1].split(','), *map(int, sys.argv[2:5]))))
 '''
 
+# %% ../../nbs/bench/20_retrieval.ipynb #70e2e80a
 def measure_ways(
     n:int,                       # images
     m:int,                       # captions

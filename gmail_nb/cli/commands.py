@@ -93,6 +93,7 @@ _draw = ('gmail_generate dataset_coco.json --which all --generator stable-diffus
 
 _words = dict(generator=in_brackets(GENERATORS), captioned=SET_FORMS)
 
+# %% ../../nbs/cli/10_commands.ipynb #6b743070
 @command(leave=_not_asked, more=_words, dry=dry('dry_generate'),
          example=_draw, alone=False) # processes share the shards
 def gmail_generate(
@@ -121,6 +122,7 @@ ALIGN_RUNS = dict(small=AlignRunSettings(), paper=AlignRunSettings(align=PAPER_A
 
 _align = 'gmail_align photos --generated drawn --encoder open_clip:ViT-L-14/openai --out aligned'
 
+# %% ../../nbs/cli/10_commands.ipynb #6cd33334
 @command(presets=ALIGN_RUNS, leave=('cache_dir', 'which'), dry=dry('dry_align'), example=_align,
          more=dict(captioned=SET_FORMS))
 def gmail_align(
@@ -175,6 +177,7 @@ Arm = Literal['gmail', 'indiscriminate', 'real', 'mix']
 
 _text = 'gmail_tune text --generated generated --model aligned --preset gmail-clip --out tuned'
 
+# %% ../../nbs/cli/10_commands.ipynb #69a035c3
 @command(presets=TEXT_RECIPES, name='gmail_tune text', leave=('cache_dir', 'which'),
          dry=dry('dry_text'), example=_text, more=dict(captioned=SET_FORMS))
 def gmail_tune_text(
@@ -202,6 +205,7 @@ def gmail_tune_text(
 CaptionArm = Literal['gmail', 'indiscriminate', 'both', 'mix', 'real']
 _caption = 'gmail_tune caption photos --generated generated --model aligned --out captions'
 
+# %% ../../nbs/cli/10_commands.ipynb #865f87f0
 @command(presets=CAPTIONER_PRESETS, leave=('cache_dir', 'which'),
          name='gmail_tune caption', more=dict(captioned=SET_FORMS),
          dry=dry('dry_captioner'), example=_caption)
@@ -557,6 +561,7 @@ def experiment_unseen(
     keep_unseen(out, proof_settings(False, seeds))
     return show_file(out, 'unseen.txt')
 
+# %% ../../nbs/cli/10_commands.ipynb #639c1abb
 @command(name='gmail_experiment fair', dry=dry_proof,
          example='gmail_experiment fair --seeds 2 --out proof')
 def experiment_fair(

@@ -126,7 +126,7 @@ def options_of_settings(
     settings,        # an instance: its values are the defaults
     path:tuple=()    # where it stands
 ) -> list[Option]:
-    "The fields, those of nested settings in their place; `flag` of one's metadata is its name, or False."
+    "The fields, nested ones in their place; `flag` of the metadata of one is its name, or False."
     said, found, unset = comments(type(settings)), [], derived(settings)
     said_first = (type(settings).__doc__ or '').split('\n')[0].rstrip('.')
     group = HEADINGS.get(type(settings).__name__, said_first)
@@ -134,8 +134,8 @@ def options_of_settings(
         value, here = None if f.name in unset else getattr(settings, f.name), (*path, f.name)
         if is_dataclass(value): found += options_of_settings(value, here)
         elif f.metadata.get('flag', True):
-            flag = f.metadata.get('flag', '')
-            found.append(Option(here, f.type, value, said.get(f.name, ''), group=group, spelled=flag))
+            more = dict(group=group, spelled=f.metadata.get('flag', ''))
+            found.append(Option(here, f.type, value, said.get(f.name, ''), **more))
     return found
 
 # %% ../../nbs/cli/00_flags.ipynb #9548f8b8
@@ -150,6 +150,7 @@ def is_argument(p:inspect.Parameter) -> bool:
     if p.name in SETS or p.kind is p.VAR_POSITIONAL: return True
     return p.default is p.empty and p.kind is not p.KEYWORD_ONLY
 
+# %% ../../nbs/cli/00_flags.ipynb #e5b98698
 def options_of(
     work:Callable,          # the function of a command
     presets:dict|None=None, # name -> settings, of its settings parameter
@@ -172,6 +173,7 @@ def options_of(
 # %% ../../nbs/cli/00_flags.ipynb #8e34744c
 SPELLED = dict(image='image-column', captioned='set', questions='set') # name -> how a person spells it
 
+# %% ../../nbs/cli/00_flags.ipynb #1fd62cf6
 def flag_names(
     options:list[Option]
 ) -> dict[str, str]: # dest -> the flag, without its dashes
@@ -202,6 +204,7 @@ OTHER_WORDS = {'learning-rate': 'lr', 'temperature': 'tau', 'output': 'out', 'da
                'num-inference-steps': 'steps', 'guidance-scale': 'guidance',
                'num-epochs': 'epochs', 'lora-rank': 'rank', 'max-grad-norm': 'clip'}
 
+# %% ../../nbs/cli/00_flags.ipynb #65393a0c
 class Parser(argparse.ArgumentParser):
     "A parser whose errors are a `ValueError` with near names."
     def __init__(self, name:str, description:str|None, example:str|None=None):
@@ -263,6 +266,7 @@ def help_of(o:Option, more:str='') -> str:
 # %% ../../nbs/cli/00_flags.ipynb #beaaf41d
 METAVARS = {int: 'N', float: 'X', json_object: 'JSON'} # what stands for a value in the help
 
+# %% ../../nbs/cli/00_flags.ipynb #f9b2ecad
 def add_flag(
     parser,        # a parser, or a group of one
     o:Option,
@@ -437,6 +441,7 @@ def one_line(
 class Terminated(KeyboardInterrupt):
     "SIGTERM, in the form of Ctrl-C."
 
+# %% ../../nbs/cli/00_flags.ipynb #8a23b578
 @contextmanager
 def stopped_by_sigterm():
     "Inside the block, SIGTERM is raised as `Terminated`."
@@ -505,6 +510,7 @@ def arguments_of(
         elif () in below: given[p.name] = below[()]
     return inspect.signature(work).bind(*several, **given)
 
+# %% ../../nbs/cli/00_flags.ipynb #50246a21
 def call_with(work:Callable, named:dict, preset=None, fixed:dict|None=None):
     "Call a function with what `arguments_of` makes of typed values."
     bound = arguments_of(work, named, preset, fixed)
@@ -633,6 +639,7 @@ def functions_of(command) -> str: # command: a `Command`, or `Commands`
     parser = command.parser() if hasattr(command, 'parser') else None
     return first + complete_flags(command.name, parser, words)
 
+# %% ../../nbs/cli/00_flags.ipynb #0591e072
 class Completion(argparse.Action):
     "Prints the completion of its parser, and ends as `--help` does."
     def __call__(self, parser, namespace, values, option_string=None):

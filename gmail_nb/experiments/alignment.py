@@ -52,6 +52,7 @@ REFERENCE = 'the demo: LoRA of rank 4'
 def _adapters(**changes): return Variant(adapters=changes)
 def _align(**changes): return Variant(align=changes)
 
+# %% ../../nbs/experiments/30_alignment.ipynb #9850f526
 VARIANTS = {
     REFERENCE: Variant(),
     'rank 2': _adapters(rank=2),
@@ -220,6 +221,7 @@ def alignment_records(
 MEASURES = dict(paired_cosine=('cosine', 1, 3), # title, scale, digits
                 gen_to_real_recall_at_1=('R@1 in %', 100, 1))
 
+# %% ../../nbs/experiments/30_alignment.ipynb #cea9012f
 def reference_differences(
     records:list[dict], # from `alignment_records`
     metric:str          # of `MEASURES`

@@ -30,6 +30,7 @@ def names_of(keys:list[str]) -> list[list[str]]: # one caption each
     label = dict(zip(drawn['key'], drawn['label']))
     return [[label[k]] for k in keys]
 
+# %% ../../nbs/experiments/45_caption_curve.ipynb #59847dec
 def chain_world(
     encoder:Encoder, a:Side, b:Side, x:dict, test:Test
 ) -> CaptionWorld:
@@ -115,6 +116,7 @@ def has_captions(
              if (r['metric'], r['point'], r['seed'], r.get('captioner')) == asked}
     return {'indiscriminate', 'gmail'} <= there
 
+# %% ../../nbs/experiments/45_caption_curve.ipynb #f143c80b
 def caption_claims() -> tuple: # of the protocol
     "The claims that concern captions."
     return tuple(c for c in CLAIMS if c.metric == 'CIDEr')

@@ -33,6 +33,7 @@ def chain_folder(out:Path, point:Point, seed:int) -> Path: # of its images
     p = point
     return out/'chains'/f'steps{p.steps}-guidance{p.guidance:g}-trained{p.trained:g}-{seed}'
 
+# %% ../../nbs/experiments/11_chain.ipynb #4b999091
 def generator_of(point:Point, out:Path) -> str|Path: # as `generate` takes it
     "The shipped generator, or one after a share of its training. `FileNotFoundError` if absent."
     if point.trained == 1: return 'embedded'

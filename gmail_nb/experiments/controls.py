@@ -46,6 +46,7 @@ def shuffled_pairs(a:Side, seed:int) -> Side:
     other[order] = order.roll(1)  # a cycle through all: none keeps its own
     return replace(a, real_features=a.real_features[other])
 
+# %% ../../nbs/experiments/13_controls.ipynb #0f98d67e
 def two_styles(encoder:Encoder, a:Side, style:str='fluent') -> Side:
     "Real drawings in the place of the generated images."
     ds = emoji('A', source=style)
@@ -121,6 +122,7 @@ def control_features(
             'ridge': ridge(g, r, base), 'random map': random_map(base, x['b_aligned'], s.seed),
             'batch statistics': batch_statistics(encoder, pixels, b.generated_pixels[0])}
 
+# %% ../../nbs/experiments/13_controls.ipynb #6ff322e9
 LONGER = {'twice the steps': 2, 'four times the steps': 4}
 
 # %% ../../nbs/experiments/13_controls.ipynb #32bad208

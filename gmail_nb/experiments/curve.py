@@ -37,6 +37,7 @@ def stored() -> list[dict]:
     "The records that ship with the package."
     return read_results(asset('evidence', 'records.jsonl'))
 
+# %% ../../nbs/experiments/12_curve.ipynb #bcb222cc
 def curve_claims() -> tuple: # of the protocol
     "The claims that concern the curve."
     return tuple(c for c in CLAIMS if {c.ours, c.theirs} <= set(SHOWN_ARMS))
@@ -57,6 +58,7 @@ def curve_points(
     def rank(p): return (p.trained != 1, p.guidance != GOOD.guidance, ORDER.index(p.steps))
     return sorted(points, key=rank)
 
+# %% ../../nbs/experiments/12_curve.ipynb #aae0bc36
 def chains(seeds:int, axes:Iterable[str]=CURVES) -> list[tuple[Point, int]]: # of (point, seed)
     "Every chain in the order of running."
     return [(p, seed) for seed in range(seeds) for p in curve_points(axes)]
@@ -75,6 +77,7 @@ def record_key(r:dict) -> tuple:
     "What a record is of."
     return r['arm'], tuple(r['point'].values()), r['seed'], r['split'], r['metric']
 
+# %% ../../nbs/experiments/12_curve.ipynb #af07f65f
 def gathered(
     out:str|Path # of a run, with a folder of records
 ) -> list[dict]:
@@ -94,6 +97,7 @@ def mean_of(
              if (r['arm'], r['point'], r['metric'], r['split']) == asked]
     return float(np.mean(found)) if found else None
 
+# %% ../../nbs/experiments/12_curve.ipynb #d1daab1b
 def benefit(
     records:list[dict], point:Point, test:str='seen', metric:str='mean_recall' # or CIDEr
 ) -> tuple[Interval|None, int]:
@@ -134,6 +138,7 @@ def caption_points(records:list[dict]) -> list[Point]:
     "Those at which both arms have a captioner."
     return [p for p in CAPTION_POINTS if benefit(records, p, metric='CIDEr')[0]]
 
+# %% ../../nbs/experiments/12_curve.ipynb #ba6ff7e6
 def caption_table(
     records:list[dict]
 ) -> list[list[str]]: # a heading and a row a point
@@ -238,6 +243,7 @@ def name_at_the_right(ax, heads:dict[str, tuple[float, float]]) -> None: # name 
         ax.plot([head[0] + .5, x - .5], [head[1], y], color='.8', lw=.8, zorder=0)
         ax.annotate(name, (x, y), fontsize=8, va='center')
 
+# %% ../../nbs/experiments/12_curve.ipynb #654eea2a
 def show_gap_closed(records:list[dict], axes:Iterable[str]=CURVES) -> Figure:
     "What aligning adds against the gap, an arrow a point."
     added, heads = {p: 100 * d.value for p in curve_points(axes) if (d := benefit(records, p)[0])}, {}
@@ -267,6 +273,7 @@ def is_stored(records:list[dict], point:Point, seed:int, chosen:dict, arm:str='g
     asked = arm, asdict(point), seed, chosen
     return any((r['arm'], r['point'], r['seed'], r.get('tune')) == asked for r in records)
 
+# %% ../../nbs/experiments/12_curve.ipynb #16c36694
 def joined(records:list[dict], more:list[dict]) -> list[dict]:
     "Records, and those of others whose arm, point, seed, test and metric they lack."
     known = {record_key(r) for r in records}

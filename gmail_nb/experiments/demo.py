@@ -230,6 +230,7 @@ def point_of(records:list[dict]) -> Point:
     raise ValueError('these records have no mean recall with its concepts: '
                      'they are of a version before 0.5, run gmail_demo again')
 
+# %% ../../nbs/experiments/10_demo.ipynb #50e92d98
 def score_records(hits:dict, settings:DemoSettings) -> list[dict]:
     "Mean recall of every arm and head on both tests, then GMAIL minus indiscriminate on each."
     s, point = settings, Point(settings.draw.steps, settings.draw.guidance)
@@ -283,6 +284,7 @@ def demo_claims(
            and c.metric == 'mean_recall' and not c.less]
     return [replace(c, point=point, said=c.said.partition(', at')[0]) for c in own]
 
+# %% ../../nbs/experiments/10_demo.ipynb #917ead50
 def said_of_claim(records:list[dict], claim:Claim) -> tuple[bool, str]: # confirmed, in words
     "What a run says of a claim."
     d, _ = claim_difference(records, claim)

@@ -204,6 +204,7 @@ def another(n:int, seed:int=0) -> torch.Tensor: # (N,), row numbers
     other[order] = order.roll(1)
     return other
 
+# %% ../../nbs/experiments/50_ifcap.ipynb #a255ee50
 def ifcap_told(model:IFCap, x:torch.Tensor, parts:tuple, max_new_tokens:int) -> list[list[int]]:
     "Captions of images (N, dim) where some of what IFCap is told comes from another image."
     y = x[another(len(x))]
@@ -219,6 +220,7 @@ def as_written(model:IFCap, ids:list[list[int]], started:float) -> dict:
     return dict(captions=caption_text(model, ids), ended=[row[-1] == model.end for row in ids],
                 seconds=time.process_time() - started)
 
+# %% ../../nbs/experiments/50_ifcap.ipynb #73f6fccf
 def told_runs(
     t:TextWorld, seeds:int, settings:IFCapSettings=IFCapSettings(),
     arms:tuple=('text', 'gmail', 'real')
@@ -246,6 +248,7 @@ def words_found(
     return tuple(sum(test(s, o) for s, o in pairs) / len(pairs)
                  for test in (lambda s, o: bool(s & o), lambda s, o: o <= s))
 
+# %% ../../nbs/experiments/50_ifcap.ipynb #c8e9326b
 def told_table(runs:list[CaptionRun], arms:tuple) -> list[list[str]]: # a heading and a row an arm
     "CIDEr times 100, and what is lost when one thing comes from another picture, with intervals."
     of = {}
@@ -270,6 +273,7 @@ def tuned_bank(
     tuned = tune_text(encoder, t.world.arms[arm], names, replace(demo.tune, seed=seed))
     return encode_texts(encoder, t.names, tuned.encode_text, batch_size=128)
 
+# %% ../../nbs/experiments/50_ifcap.ipynb #6754e578
 def looked_up_runs(
     encoder:Encoder, t:TextWorld, seeds:int, settings:IFCapSettings=IFCapSettings(),
     demo:DemoSettings=DemoSettings()
@@ -300,6 +304,7 @@ def looked_up_table(runs:list[CaptionRun], found:dict) -> list[list[str]]: # a h
                      *(f'{v:.0%}' for v in found[name])])
     return [['names encoded by', 'CIDEr', 'added [95%]', 'a word told', 'all words told'], *rows]
 
+# %% ../../nbs/experiments/50_ifcap.ipynb #eea690e8
 def looked_up_verdict(runs:list[CaptionRun]) -> str:
     "What the paired interval allows one to say of aligning first."
     of = {n: [r.scores['CIDEr'] for r in runs if r.arm == n] for n in ('gmail', 'indiscriminate')}

@@ -57,6 +57,7 @@ def pairs_arm(pairs:int, way:str) -> str:
     "As records call it."
     return f'{pairs} pairs, {way}'
 
+# %% ../../nbs/experiments/15_pairs.ipynb #7c7a6ccf
 def pair_features(
     encoder:Encoder, a:Side, b:Side, settings:DemoSettings,
     shares:Iterable[float]=PAIR_SHARES

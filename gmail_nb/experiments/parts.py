@@ -41,6 +41,7 @@ def interval(scores:list) -> Interval: # scores: one of each chain
     if isinstance(scores[0], Score): return score_interval(scores, DRAWS)
     return bootstrap(np.stack(scores))
 
+# %% ../../nbs/experiments/66_parts.ipynb #959ef0ae
 def chains_difference(ours:list, theirs:list) -> Interval:
     "Ours minus theirs, paired by chain and item."
     if isinstance(ours[0], Score): return score_difference(ours, theirs, DRAWS)
@@ -85,6 +86,7 @@ def chain_demo(settings:ReportSettings, seed:int) -> DemoSettings:
     point = Point(d.draw.steps, d.draw.guidance)
     return replace(chain_settings(ProofSettings(chain=d), point, seed, chosen), seeds=1)
 
+# %% ../../nbs/experiments/66_parts.ipynb #69328395
 @functools.cache
 def shipped_weights() -> str:
     "A fingerprint of the encoder and the generator that ship with the package."
@@ -213,6 +215,7 @@ def pair_scores(generated:torch.Tensor, real:torch.Tensor) -> dict: # (N, D) eac
     return {('B', 'paired_cosine'): paired_cosines(generated, real),
             ('B', 'gen_to_real_recall_at_1'): (ranks(generated, real) < 1).float()}
 
+# %% ../../nbs/experiments/66_parts.ipynb #62053050
 def gap_scores(out:Path, settings:ReportSettings, seed:int) -> Found:
     "Generated images of B beside their real partners, and both beside their captions."
     encoder, world = retrieval_world(out, chain_demo(settings, seed))

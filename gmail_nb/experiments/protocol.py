@@ -36,6 +36,7 @@ def found(
     "How many of its six questions each concept has answered."
     return sum((ranks[way] < k).long() for way in WAYS for k in KS)
 
+# %% ../../nbs/experiments/05_protocol.ipynb #1e1e22a8
 def six_recalls(ranks:dict[str, torch.Tensor]) -> dict[str, float]:
     "The six recalls by name."
     return {f'{way}_recall_at_{k}': recall_at_k(ranks[way], k) for way in WAYS for k in KS}
@@ -57,6 +58,7 @@ class Point:
         share = '' if self.trained == 1 else f', {self.trained:.0%} trained'
         return f'{self.steps} step{"s"[:self.steps > 1]}, guidance {self.guidance:g}{share}'
 
+# %% ../../nbs/experiments/05_protocol.ipynb #87930c66
 GOOD = Point(GENERATORS['embedded'].steps, GENERATORS['embedded'].guidance) # the generator's own
 
 # %% ../../nbs/experiments/05_protocol.ipynb #39b25eeb
@@ -82,6 +84,7 @@ def is_validation(
     "Whether a family is kept out, so that settings can be chosen on it."
     return stable_seed('validation', family) % part == 0
 
+# %% ../../nbs/experiments/05_protocol.ipynb #05255d13
 def without_validation(families:Iterable[str], part:int) -> tuple[list[int], list[int]]:
     "Numbers of the rows to train on, and of those to choose on."
     kept_out = [is_validation(f, part) for f in families]
@@ -114,6 +117,7 @@ class Claim:
         "What its difference is counted in, times 100."
         return METRICS[self.metric]
 
+# %% ../../nbs/experiments/05_protocol.ipynb #e18f0eb6
 METRICS = dict(mean_recall='points of mean recall', CIDEr='points of CIDEr')
 
 STEPS, GUIDANCE, TRAINED = (1, 2, 3, 5, 8, 16), (1., 3., 8.), (.1, .3, 1.)
@@ -152,6 +156,7 @@ def share_arm(
 # %% ../../nbs/experiments/05_protocol.ipynb #a7c98cf1
 def _better(theirs, what, **more): return Claim(f'aligning beats {what}', 'gmail', theirs, **more)
 
+# %% ../../nbs/experiments/05_protocol.ipynb #6d31f370
 CLAIMS = (
     *(_better('indiscriminate', f'not aligning, at {p.name}', point=p)
       for p in dict.fromkeys(sum(CURVES.values(), []))),
@@ -185,6 +190,7 @@ def arm_record(
                   seed, len(hits), point=asdict(point), recalls=six_recalls(ranks),
                   found=''.join(map(str, hits.tolist())), **more)
 
+# %% ../../nbs/experiments/05_protocol.ipynb #482a5713
 def caption_record(
     point:Point, arm:str, seed:int,
     each:np.ndarray,              # (N,), CIDEr of every caption
@@ -209,6 +215,7 @@ def by_seed(
     return {r['seed']: scores(r) for r in records
             if (r['arm'], r['split'], r.get('point'), r['metric']) == asked}
 
+# %% ../../nbs/experiments/05_protocol.ipynb #db411466
 def claim_difference(
     records:list[dict],
     claim:Claim
@@ -259,6 +266,7 @@ def claims_table(
 # %% ../../nbs/experiments/05_protocol.ipynb #c66b591e
 NOT_CONFIRMED = STATES[:2] # named before the rest wherever claims are told
 
+# %% ../../nbs/experiments/05_protocol.ipynb #d945e5b3
 def said_first(
     records:list[dict],
     claims:tuple=CLAIMS

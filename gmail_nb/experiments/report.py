@@ -114,6 +114,7 @@ class Row:
     arm:str=''
     why:str=''     # that nothing does
 
+# %% ../../nbs/experiments/70_report.ipynb #748e24d3
 @dataclass(frozen=True)
 class Counterpart:
     "What stands for a table on the embedded set."
@@ -303,6 +304,7 @@ def parts_needed(names:Iterable[str]) -> list[str]:
     "The parts that tables need, each once."
     return list(dict.fromkeys(r.part for n in names for r in EMBEDDED[n].rows if r.part))
 
+# %% ../../nbs/experiments/70_report.ipynb #0563c9fc
 def asked_of(part:str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]: # pairs, columns
     "Differences of arms, and (split, metric), that all tables together want of a part."
     pairs, columns = {}, {}
@@ -353,6 +355,7 @@ def our_cells(r:dict|None, column:Column, sign:str='') -> str:
     if found.low == found.high: return f'{column.scale * found.value:{sign},.{column.digits}f}'
     return found.text(column.scale, sign, column.digits)
 
+# %% ../../nbs/experiments/70_report.ipynb #648cfaa4
 def their_cell(value:float|None, sign:str='') -> str:
     "A number of the paper, in hundredths where it has them."
     return '' if value is None else f'{round(value, 2):{sign},g}'
@@ -544,6 +547,7 @@ def all_claims(shown:Iterable[Shown]) -> list[Checked]:
     claims = [c for s in shown for c in s.claims]
     return sorted(claims, key=lambda c: STATES.index(plain_state(c.state)))
 
+# %% ../../nbs/experiments/70_report.ipynb #9baa8479
 def claim_rows(claims:Iterable[Checked]) -> list[list[str]]: # a heading and its rows
     "A row a claim."
     head = ['', 'claim', 'of', 'in the paper', 'here [95%]', 'chains', 'what became of it']
@@ -655,6 +659,7 @@ def report(
         write_paper_report(out, shown, scale, settings, evidence)
     return shown
 
+# %% ../../nbs/experiments/70_report.ipynb #d2d20e6e
 def report_snippet(out:str|Path='report') -> str: # markdown
     "The table of claims that a report has written, for a README."
     return (Path(out)/'report.md').read_text(encoding='utf-8')

@@ -77,6 +77,7 @@ def share_records(chain:Chain) -> list[dict]:
 def mix_and_a(share:float) -> str: # as records call it
     return f'mix and A, {share_text(share)} of real' if share else 'matched'
 
+# %% ../../nbs/experiments/18_shares.ipynb #2b8a0b2b
 def mix_and_a_records(chain:Chain) -> list[dict]:
     "The mix of each share with the real images of A beside it, on both tests."
     c, out = chain, []
@@ -92,6 +93,7 @@ def mix_and_a_records(chain:Chain) -> list[dict]:
 # %% ../../nbs/experiments/18_shares.ipynb #45bbb37f
 def share_n(share:float, n:int) -> int: return round(share * n) # of concepts
 
+# %% ../../nbs/experiments/18_shares.ipynb #6170ea9f
 def seen_table(
     concepts:int=ProofSettings().chain.tune_captions, # of B
     pairs:int=all_aligned(ProofSettings())            # of A, in an alignment
@@ -115,6 +117,7 @@ def finished_shares(records:list[dict], point:Point=GOOD) -> list[float]:
     def there(kind, s): return by_seed(records, share_arm(kind, s), point, 'seen')
     return [s for s in SHARES if all(there(kind, s) for kind in SHARE_ARMS)]
 
+# %% ../../nbs/experiments/18_shares.ipynb #6e3e5787
 def share_scores(
     records:list[dict], arms:list[str], point:Point=GOOD, test:str='seen'
 ) -> np.ndarray: # (arms, S, N), of the chains that all of them have
@@ -131,6 +134,7 @@ def share_interval(records:list[dict], kind:str, share:float, point:Point=GOOD) 
 def beside(records, share, other, point, test='seen') -> Interval|None: # `both` less another arm
     return against(records, share_arm('both', share), share_arm(other, share), point, test)[0]
 
+# %% ../../nbs/experiments/18_shares.ipynb #4e82a8cc
 def shares_table(
     records:list[dict], point:Point=GOOD, test:str='seen',
     concepts:int=ProofSettings().chain.tune_captions
@@ -241,6 +245,7 @@ def best_sentences(
 SHARE_LOOKS = dict(mix=('tab:orange', 'mix, as they are'), both=('tab:blue', 'both, aligned first'),
                    real=('tab:green', 'real images alone'))
 
+# %% ../../nbs/experiments/18_shares.ipynb #58959453
 def draw_shares(ax, records:list[dict], shares:list[float], point:Point) -> None:
     "A line an arm with its intervals, and from the left end of two of them to the third."
     for kind, (color, label) in SHARE_LOOKS.items():

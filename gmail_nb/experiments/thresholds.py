@@ -52,6 +52,7 @@ WAYS = {'plain': 'as the whole chain, with as many steps',
         'half way': 'weights in the middle between before and after',
         'begun elsewhere': 'from the weights of an alignment on other pairs, all right'}
 
+# %% ../../nbs/experiments/17_thresholds.ipynb #fa9f4d2f
 def way_settings(settings:DemoSettings, n:int, way:str) -> DemoSettings:
     "Settings of an alignment on n concepts by one of `WAYS`."
     epochs = 'as many epochs'
@@ -80,6 +81,7 @@ def begun_elsewhere(encoder:Encoder, a:Side, indices:list[int], settings:DemoSet
     s = fewer_settings(settings, len(others), 'as many epochs')
     return align_side(copy.deepcopy(encoder), some_of(a, others), s)[0]
 
+# %% ../../nbs/experiments/17_thresholds.ipynb #1e062ec2
 def threshold_features(
     encoder:Encoder, a:Side, b:Side, settings:DemoSettings, share:float, right:float, way:str
 ) -> torch.Tensor: # (N, D) of generated B
@@ -101,6 +103,7 @@ def threshold_arm(pairs:int, right:float, way:str='plain') -> str:
     "As records call it."
     return f'{pairs} concepts, {right:.1%} right, {way}'
 
+# %% ../../nbs/experiments/17_thresholds.ipynb #c1e44057
 def threshold_cells() -> list[tuple[float, float, str]]: # share, right, way
     "All that is aligned in one chain."
     grid = [(n, r, 'plain') for n in THRESHOLD_SHARES for r in RIGHT_SHARES]
@@ -124,6 +127,7 @@ def is_of(arm:str) -> tuple[int, float, str]: # concepts, share of right picture
     n, right, way = arm.split(', ')
     return int(n.split()[0]), float(right.split('%')[0]) / 100, way
 
+# %% ../../nbs/experiments/17_thresholds.ipynb #e2c432af
 def finished_thresholds(records:list[dict], point:Point=GOOD) -> list[str]:
     "Arms with at least one chain, few concepts first, and among these few right pictures first."
     arms = {r['arm'] for r in records if ' right, ' in r['arm'] and r['point'] == asdict(point)}
@@ -177,6 +181,7 @@ def threshold_sentences(records:list[dict], point:Point=GOOD) -> list[str]:
             f'from {min(helps):.1%} right pictures on.' if helps else 'with no share of right pictures.'))
     return said + ways_sentences(records, arms, point)
 
+# %% ../../nbs/experiments/17_thresholds.ipynb #f7396186
 def ways_sentences(records:list[dict], arms:list[str], point:Point) -> list[str]:
     "Each way beside the plain one, in the hard case."
     case, said = hard_case(arms), []
@@ -235,6 +240,7 @@ def thresholds_text(records:list[dict]) -> str:
     tables = [table_text(threshold_table(records, ways), width=118) for ways in (False, True)]
     return '\n\n'.join(['\n'.join(threshold_sentences(records)), *tables]) + '\n'
 
+# %% ../../nbs/experiments/17_thresholds.ipynb #e2bd1649
 def thresholds(
     out:str|Path='proof',                    # as for `curve`, whose chains are read
     settings:ProofSettings=ProofSettings(),

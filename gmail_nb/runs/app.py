@@ -361,6 +361,7 @@ def demo_finished(folder:str|Path) -> bool:
     "Whether `gmail_demo` has come to its end there."
     return all((Path(folder)/name).exists() for name in ('results.jsonl', 'model/card.json'))
 
+# %% ../../nbs/runs/80_app.ipynb #c3a71f5c
 def open_demo(
     folder:str|Path # of `gmail_demo`
 ) -> tuple: # model, its pairs, and how they were drawn

@@ -99,6 +99,7 @@ def tell_skipped(
                      'set, or allow more with most_damaged (--most-damaged). The first: '
                      f'{lost[0]["reason"]}')
 
+# %% ../../nbs/runs/03_embed.ipynb #b72ee688
 def say_skipped(
     lost:list[dict],
     n:int,

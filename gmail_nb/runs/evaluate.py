@@ -200,6 +200,7 @@ def retrieval_keys(e) -> dict[str, list[str]]: # e: from `embed_captioned`
     captions = zip(e.image_of_text.tolist(), number.tolist())
     return dict(text_to_image=[f'{e.keys[i]}\t{j}' for i, j in captions], image_to_text=e.keys)
 
+# %% ../../nbs/runs/40_evaluate.ipynb #be47426c
 def draw_if_asked(run:EvalRun, stem:str, draw:Callable, *of) -> None:
     "Draw a row's pictures. What cannot be drawn is told, and the row keeps its numbers."
     if not run.pictures: return
@@ -229,6 +230,7 @@ from ..splits import check_apart
 LEVELS = dict(group='group', subgroup='subgroup', concept='label') # columns of the package's own set
 EMOJI_WORDS = '{c}', 'an emoji of {c}', 'a drawing of {c}'
 
+# %% ../../nbs/runs/40_evaluate.ipynb #231bd29d
 def labelled_set(
     name:str,          # of `CLASSIFICATION_SETS`, a folder, or 'emoji-' and one of `LEVELS`
     root:Path|None,
@@ -258,6 +260,7 @@ def file_features(
     files = some_files(files, left) if lost else files
     return Labelled(x, files.labels), files
 
+# %% ../../nbs/runs/40_evaluate.ipynb #428f0bb7
 def some_files(files:LabelledFiles, left:list[int]) -> LabelledFiles:
     "Some of the labelled images, in this order."
     return LabelledFiles([files.files[i] for i in left], files.labels[left], files.classnames)
@@ -644,6 +647,7 @@ def short_name(metric:str) -> str:
     for long, short in shorter.items(): metric = metric.replace(long, short)
     return metric
 
+# %% ../../nbs/runs/40_evaluate.ipynb #f442b739
 def table_cell(r:dict|None) -> str:
     "A record with its interval; recalls and accuracies in %, differences in points."
     if r is None: return ''

@@ -21,6 +21,7 @@ from ..sources import load_captioned, read_manifest
 # %% ../../nbs/runs/05_generate.ipynb #9cc0be5a
 CHEAP = 2000 # images that the embedded encoder scores in about a minute
 
+# %% ../../nbs/runs/05_generate.ipynb #70177542
 def look_at(
     out:Path,     # folder of a complete run
     encoder,      # loaded, its name, or None

@@ -24,6 +24,7 @@ from ..stats import Interval, paired_difference, sentence
 SAID = dict(helps='helps', hurts='hurts', unclear='no difference that this run can show',
             untold='too few were kept out to tell') # word -> what it means
 
+# %% ../../nbs/runs/04_judge.ipynb #d013d3ae
 @dataclass(frozen=True)
 class Verdict:
     "What a run may say of its own result."
@@ -140,6 +141,7 @@ def spread(n:int, most:int=8) -> list[int]:
     "So many numbers below n at most, evenly spread."
     return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int)).tolist()
 
+# %% ../../nbs/runs/04_judge.ipynb #ea4953ed
 def show_judged(
     pairs:Pairs,
     cosines,        # (N,), of each pair

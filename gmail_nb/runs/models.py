@@ -85,6 +85,7 @@ def timm_below(
     architecture, _, file = spec.partition('/')
     return load_encoder(f'timm:{architecture}/{models/file if (models/file).is_file() else file}')
 
+# %% ../../nbs/runs/08_models.ipynb #2eaf53e5
 def synclr_encoder(spec:str, models:Path) -> Encoder:
     "A tower of timm that expects pixels as CLIP does."
     encoder = timm_below(spec, models)
@@ -104,6 +105,7 @@ def kind_of_folder(
     if 'kind' not in said: return 'aligned' if 'base' in said and 'dim' in said else 'no model'
     return 'tuned' if said['kind'] == 'tuned text' else said['kind']
 
+# %% ../../nbs/runs/08_models.ipynb #c5a64bd9
 def spec_of(
     spec:str,             # what a person writes
     models:Path=Path('.') # the folder that FOLDER and FILE are below

@@ -25,6 +25,7 @@ class EvalPreset:
     metrics:tuple              # in the order of `reported`
     reported:dict = field(default_factory=dict) # (row, set) -> the paper's numbers, in %
 
+# %% ../../nbs/runs/00_presets.ipynb #ce2cdb9a
 RECALLS = tuple(f'{way}_recall_at_{k}' for way in ('image_to_text', 'text_to_image') for k in (1, 5, 10))
 
 # %% ../../nbs/runs/00_presets.ipynb #b82aec39
@@ -36,6 +37,7 @@ MODEL_ROWS = {
     'Long-CLIP + GMAIL': 'tuned:gmail-longclip',
     'Long-CLIP + GMAIL (f_g)': 'tuned-f_g:gmail-longclip'}
 
+# %% ../../nbs/runs/00_presets.ipynb #3bde0a04
 AGAINST = {row + more: row
            for row in ('CLIP', 'Long-CLIP', 'SynCLR')
            for more in (' + GMAIL', ' + GMAIL (f_g)')}
@@ -81,6 +83,7 @@ TABLE7 = {
     ('CC12M captions', 'flickr30k-all'): (50.9, 75.3, 84.6, 34.9, 54.7, 64.8)}
 TABLE7_ROWS = {f'{c} captions': f'tuned:gmail-clip-{c.lower()}' for c in ('COCO', 'CC3M', 'CC12M')}
 
+# %% ../../nbs/runs/00_presets.ipynb #ea0d623d
 EVAL_PRESETS = {
     'paper-table2': EvalPreset('retrieval', MODEL_ROWS, ('coco-val2017', 'coco-5k'), RECALLS, TABLE2),
     'paper-table3': EvalPreset('retrieval', MODEL_ROWS, ('flickr30k-all', 'flickr30k'), RECALLS,
@@ -174,6 +177,7 @@ def with_known(
     known = {f.name for f in fields(settings)}
     return replace(settings, **{name: v for name, v in wanted.items() if name in known})
 
+# %% ../../nbs/runs/00_presets.ipynb #2b5acdeb
 GPT2, LLAMA = 'openai-community/gpt2', 'meta-llama/Meta-Llama-3-8B'
 SIGLIP = 'hf:google/siglip-base-patch16-224'
 CLIPCAP = CaptionerSettings(L14, GPT2, prefix_length=10, mapper='mlp', tuning='full', steps=141_000,
@@ -188,6 +192,7 @@ TUNED_STEPS = dict(gmail=60_000, real=60_000, both=60_000, # of Table 12; it nam
                    indiscriminate=70_000, mix=70_000)
 SAME_STEPS = 50_000 # of all arms in Table 13
 
+# %% ../../nbs/runs/00_presets.ipynb #9e91a600
 _siglip = CaptionerPreset(replace(CLIPCAP, encoder=SIGLIP))
 CAPTIONER_PRESETS = {
     'small': CaptionerPreset(),
@@ -202,6 +207,7 @@ CAPTIONER_PRESETS = {
 ARMS = ('gmail', 'indiscriminate', 'real', 'mix')
 CAPTION_ARMS = (*ARMS, 'both') # both: real images through f_r, generated ones through f_g
 
+# %% ../../nbs/runs/00_presets.ipynb #384bb390
 def check_arm(
     arm:str,
     model,     # an aligned model, or None

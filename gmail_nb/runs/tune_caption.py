@@ -431,6 +431,7 @@ def caption_records(
     return [record('caption', arm, test.name, test.split, m, v, seed, len(test.keys))
             for m, v in values.items()]
 
+# %% ../../nbs/runs/30_tune_caption.ipynb #6710325b
 def keep_captioner(
     captioner:Captioner, encoder:Encoder,
     folder:Path,         # made if absent
@@ -556,6 +557,7 @@ def captions_before(job:CaptionJob) -> list[str]|None:
     before = load_captioner(s.start, dtype=s.dtype).to(job.acc.device)
     return captions_for(before, job.test, s.max_new_tokens, s.beams, job.projection)[0]
 
+# %% ../../nbs/runs/30_tune_caption.ipynb #f66be826
 def finish_captioner(
     job:CaptionJob,
     captioner:Captioner,
