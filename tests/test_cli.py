@@ -381,6 +381,7 @@ def test_an_error_without_words_is_named(capsys):
         (gmail_tune, ['caption', '--preset', 'paper-table2'], "did you mean 'paper-table"),
         (gmail_tune, ['--task', 'text'], 'the kind comes first: gmail_tune text|caption'),
         (gmail_tune, ['speech'], "unknown kind 'speech'"),
+        (gmail_tune, ['text', 'a', '--clip', '0'], '--clip: max_norm is 0.0: it must be above 0'),
         (gmail_experiment, ['alignmnt'], "did you mean 'alignment'"),
         (commands.gmail_align, ['photos'], 'the following arguments are required: --generated'),
         (commands.gmail_align, [], 'the following arguments are required: set'),

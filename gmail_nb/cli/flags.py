@@ -704,10 +704,14 @@ def parser(self:Command) -> Parser:
 
 # %% ../../nbs/cli/00_flags.ipynb #d92583e5
 def check_typed(
-    values:dict # dest -> what was typed
+    values:dict,      # dest -> what was typed
+    spelled:dict|None=None # dest -> its flag, where that is not the name of the field
 ) -> None:
     "`ValueError` for a value outside of its range, and for a device that is not there."
-    for dest, value in values.items(): check_value(dest.rpartition('.')[2], value)
+    for dest, value in values.items():
+        try: check_value(dest.rpartition('.')[2], value)
+        except ValueError as e:
+            raise ValueError(f'--{spelled[dest]}: {e}' if dest in (spelled or {}) else f'{e}') from e
     asked = [v for dest, v in values.items()
              if dest.rpartition('.')[2] == 'device' and v not in (None, 'cpu')]
     if not asked: return
@@ -737,7 +741,8 @@ def run(self:Command, argv:list[str]) -> int|dict|None:
     preset, dry = self.quick if named.get('quick') else None, named.pop('dry_run', False)
     if self.presets: preset = preset_named(named.pop('preset'), self.presets)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
-    check_typed(values)
+    options = options_of(self.work, self.presets, self.leave, tuple(self.fixed))
+    check_typed(values, {o.dest: o.spelled for o in options if o.spelled})
     if not dry: return self.carry_out(values, preset)
     bound = arguments_of(self.work, values, preset, self.fixed)
     bound.apply_defaults()
