@@ -82,11 +82,11 @@ class LazyPixels:
 # %% ../nbs/24_features.ipynb #450a6374
 @patch
 def decode_row(self:LazyPixels,
-    row:int,        # of the dataset
+    index:int,      # of the row in the dataset
     draft:bool=True # as the whole set is read; False: the full size, in any case
 ) -> torch.Tensor: # (3, H, W)
     "A row of the dataset, preprocessed."
-    found = self.ds[row]
+    found = self.ds[index]
     side = min(self.size[1:]) * 8 // 7 if draft and self.draft else None # some crop after resizing
     return self.preprocess(decode_image(found[self.column], found[self.key], side))
 

@@ -53,7 +53,7 @@ class Captions:
     def keys(self, index=slice(None)) -> set[str]:
         "The keys of some of them, or of all."
         keys = list(self.ds['key'])
-        return {keys[row] for row in self.indices[index]}
+        return {keys[i] for i in self.indices[index]}
 
 # %% ../../nbs/runs/20_tune_text.ipynb #f844c390
 def indices_with_features(found:Features) -> np.ndarray: # (n,)
