@@ -1,6 +1,7 @@
 "Class vectors, labels, scores, the eight sets on disk, probes and fine-tuning."
 import importlib.util
 import json
+import shutil
 import sys
 from importlib import resources
 from pathlib import Path
@@ -61,8 +62,13 @@ def weights(encoder): return zero_shot_weights(encoder, NAMES, WORDINGS)
 @pytest.fixture(scope='module')
 def x(): return F.normalize(torch.randn(60, 256, generator=torch.Generator().manual_seed(0)), dim=-1)
 
+@pytest.fixture(scope='module')
+def miniature(tmp_path_factory): return classification_miniature(tmp_path_factory.mktemp('miniature'))
+
 @pytest.fixture
-def root(tmp_path): return classification_miniature(tmp_path/'sets')
+def root(miniature, tmp_path):
+    "A copy that a test may change, without the 2,000 folders of ImageNet, which take seconds to remove."
+    return shutil.copytree(miniature, tmp_path/'sets', ignore=shutil.ignore_patterns('imagenet'))
 
 @pytest.fixture(scope='module')
 def drawn(): return [im.convert('RGB') for im in emoji('B', source='twemoji').select(range(40))['image']]

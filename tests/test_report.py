@@ -1,21 +1,23 @@
 "The report: tables from small records, one page, a run that goes on where it was, and names that are wrong."
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from gmail_nb.cli import commands
-from gmail_nb.experiments import parts, report
+from gmail_nb.experiments import parts, report, results
 from gmail_nb.experiments.costs import Cost, settled, smoothed
 from gmail_nb.experiments.parts import (
     PARTS, chain_demo, report_chain, dealt, kept_scores, miniature_report, part_file, part_name, run_part)
 from gmail_nb.experiments.report import (
     EMBEDDED, PartRecords, Shown, all_claims, asked_of, checked_claims, chosen_names, claim_rows, counted, dry_parts,
     dry_report, page_html, parts_needed, report_snippet, paper_numbers, table_rows)
-from gmail_nb.experiments.protocol import GOOD, chain_settings, chosen_settings
+from gmail_nb.experiments.protocol import (
+    GOOD, NOT_CONFIRMED, STATES, chain_settings, chosen_settings, plain_state)
 from gmail_nb.experiments.tables import TABLES, TableRun
-from gmail_nb.files import read_results
+from gmail_nb.files import asset, read_results, write_results
 from gmail_nb.settings import ProofSettings, ReportSettings, report_settings
 
 def weight(item): return 30
@@ -226,3 +228,23 @@ def test_settled_is_a_step_of_the_training():
     assert smoothed([1., 3., 5.], 2).tolist() == [1, 2, 4]
     assert settled([5.]) == 1 and settled(list(range(100, 0, -1))) > 80
     with pytest.raises(ValueError, match='no steps'): settled([])
+
+# what ships
+
+def test_the_tables_that_ship_are_made_of_their_records():
+    assert asset('evidence', 'tables.md').read_text(encoding='utf-8') == results.results_page()
+
+def test_a_changed_record_changes_the_page(tmp_path):
+    folder = shutil.copytree(asset('evidence', 'tables'), tmp_path/'tables')
+    records = read_results(folder/'texts.jsonl')
+    changed = next(i for i, r in enumerate(records) if (r['arm'], r['metric']) == ('gmail - base', 'mean_recall'))
+    records[changed] |= dict(value=-.5, low=-.6, high=-.4)
+    write_results(folder/'texts.jsonl', [{k: v for k, v in r.items() if k != 'checksum'} for r in records])
+    page = results.results_page(folder)
+    assert page != results.results_page() and '-50.0 [-60.0, -40.0]' in page
+
+def test_claims_that_were_not_confirmed_stand_first():
+    claims = report.all_claims(results.stored_tables())
+    said = results.result_sentences(claims)
+    states = [plain_state(c.state) for c in claims]
+    assert states == sorted(states, key=STATES.index) and len(said) == 1 + sum(s in NOT_CONFIRMED for s in states)

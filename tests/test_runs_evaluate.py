@@ -397,7 +397,8 @@ def test_what_a_person_gets_wrong(world, capsys, tmp_path, argv, said):
     assert status == 2 and said in err
 
 def test_sun397_needs_its_two_lists_for_a_probe(world, capsys, tmp_path):
-    root = classification_miniature(tmp_path/'sets')
+    root = tmp_path/'sets'
+    shutil.copytree(world.root/'SUN397', root/'SUN397')
     for split in ('Training', 'Testing'): (root/'SUN397'/f'{split}_01.txt').unlink()
     status, _, err = world.ask(
         capsys,

@@ -9,10 +9,10 @@ __all__ = ['MORE', 'SCORES', 'CAPTION_TABLES', 'MORE_CAPTION_TABLES', 'VARIANT_T
            'table_14', 'table_15', 'table_16', 'table_17', 'figure_2', 'figure_3', 'CALLS', 'WIDE', 'paper_numbers',
            'Column', 'recall_columns', 'caption_columns', 'Row', 'Counterpart', 'chosen_names', 'parts_needed',
            'asked_of', 'PartRecords', 'run_parts', 'chains_text', 'our_cells', 'their_cell', 'table_rows', 'Checked',
-           'checked_claims', 'shown_samples', 'shown_gap', 'Shown', 'kept_shown', 'embedded_shown', 'paper_shown',
-           'PaperCall', 'all_claims', 'claim_rows', 'counted', 'shown_html', 'evidence_html', 'page_html',
-           'report_json', 'intro_text', 'write_paper_report', 'report', 'report_snippet', 'measured_seconds',
-           'dry_parts', 'dry_chains', 'dry_tables', 'dry_report']
+           'checked_claims', 'shown_samples', 'shown_gap', 'Shown', 'kept_shown', 'table_shown', 'embedded_shown',
+           'paper_shown', 'PaperCall', 'all_claims', 'claim_rows', 'counted', 'shown_html', 'evidence_html',
+           'page_html', 'report_json', 'intro_text', 'write_paper_report', 'report', 'report_snippet',
+           'measured_seconds', 'dry_parts', 'dry_chains', 'dry_tables', 'dry_report']
 
 # %% ../../nbs/experiments/70_report.ipynb #0457f782
 import html
@@ -471,6 +471,16 @@ def kept_shown(shown:Shown, out:Path) -> Shown: # the same
     return shown
 
 # %% ../../nbs/experiments/70_report.ipynb #81e3e4be
+def table_shown(name:str, found:PartRecords, pictures:dict|None=None) -> Shown:
+    "A table or a figure on the embedded set, from records and pictures that are there."
+    c, pictures = EMBEDDED[name], pictures or {}
+    arms = {(r.part, a) for r in c.rows for a in (r.arm, *(f'{r.arm} - {o.arm}' for o in c.rows))}
+    mine = [r for part, rs in found.records.items() for r in rs if (part, r['arm']) in arms]
+    tables = [table_rows(name, found)] if c.rows else []
+    absent = '' if found.records or pictures else 'Not run: nothing here stands for it.'
+    claims = checked_claims(name, found)
+    return Shown(name, c.title, 'embedded', c.stands, tables, claims, pictures, mine, absent)
+
 def embedded_shown(
     name:str, out:str|Path, settings:ReportSettings=ReportSettings(), say:Callable=print
 ) -> Shown:
@@ -480,13 +490,7 @@ def embedded_shown(
     if c.figure:
         for title, figure in FIGURES[c.figure](out, settings).items():
             pictures[title] = save_figure(figure, check_writable(out/name)/f'{name}.png')
-    arms = {(r.part, a) for r in c.rows for a in (r.arm, *(f'{r.arm} - {o.arm}' for o in c.rows))}
-    mine = [r for part, rs in found.records.items() for r in rs if (part, r['arm']) in arms]
-    tables = [table_rows(name, found)] if c.rows else []
-    absent = '' if found.records or pictures else 'Not run: nothing here stands for it.'
-    claims = checked_claims(name, found)
-    shown = Shown(name, c.title, 'embedded', c.stands, tables, claims, pictures, mine, absent)
-    return kept_shown(shown, out)
+    return kept_shown(table_shown(name, found, pictures), out)
 
 # %% ../../nbs/experiments/70_report.ipynb #9c34b612
 def paper_shown(
