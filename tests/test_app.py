@@ -314,6 +314,11 @@ def test_a_browser_finds_neighbours_and_draws_and_asks_nobody_else(served, tmp_p
         page.run("document.querySelectorAll('.thumbnail-item')[1].click()")
         page.wait(f'{maps} == 2')
         assert page.run("document.querySelectorAll('.found .row figure').length") == 8
+        page.wait(f'{CHOSEN} == "1,0"')
+        page.run("document.querySelectorAll('.choose')[1].querySelectorAll('.thumbnail-item')[0].click()")
+        page.wait(f'{CHOSEN} == "0,1"') # a drawing of the other kind: the first one is chosen no more
+        page.run("document.querySelectorAll('.choose')[0].querySelectorAll('.thumbnail-item')[0].click()")
+        page.wait(f'{CHOSEN} == "1,0"')
         page.run("document.querySelector('input[type=radio][value=generated]').click()")
         page.wait("document.querySelector('input[type=radio][value=generated]').checked")
         page.run("document.querySelector('button[aria-label^=Remove]').click()")
@@ -335,6 +340,8 @@ def test_a_browser_finds_neighbours_and_draws_and_asks_nobody_else(served, tmp_p
         beyond = page.run(f'{wide}.map(e => e.outerHTML.slice(0, 90))')
         assert page.run("document.documentElement.scrollWidth") <= 390, beyond
 
+CHOSEN = """[...document.querySelectorAll('.choose')]
+  .map(g => g.querySelectorAll('.thumbnail-item.selected').length).join()"""
 ROWS = "[...document.querySelectorAll('.found tr')].map(r => [...r.cells].map(c => c.innerText.trim()))"
 BOX = """[...document.querySelectorAll('label')].find(l => l.innerText.trim().startsWith('{}'))
   .querySelector('textarea, input')"""
