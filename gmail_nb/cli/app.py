@@ -24,7 +24,7 @@ from ..pages import data_uri, table_html
 from ..settings import AppSettings
 
 # %% ../../nbs/cli/05_app.ipynb #c3f4b211
-NEEDED = ('gmail_app shows a page of gradio 6, and {}; in the clone: '
+NEEDED = ('gmail_app needs gradio 6, and {}; in the clone: '
           'pip install -c constraints.txt ".[app]"')
 
 def check_gradio() -> str: # its version
