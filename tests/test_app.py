@@ -46,7 +46,7 @@ from gmail_nb.settings import AppSettings, CaptionerSettings, DrawSettings
 def weight(item): return 30 if 'browser' in item.name else 5
 
 no_gradio = not importlib.util.find_spec('gradio')
-needs_gradio = pytest.mark.skipif(no_gradio, reason='gradio is not installed: pip install "gmail_nb[app]"')
+needs_gradio = pytest.mark.skipif(no_gradio, reason='gradio is not installed: pip install -c constraints.txt ".[app]"')
 needs_browser = pytest.mark.skipif(not browser.chromium, reason='there is no chromium')
 FAST = DrawSettings(steps=2, guidance=1., options=dict(style='noto'))
 
@@ -189,10 +189,10 @@ def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch, tmp_p
     monkeypatch.setattr(app, 'version', absent)
     monkeypatch.chdir(tmp_path)
     status, _, err = answer(capsys)
-    assert status == 2 and len(err.splitlines()) == 1 and 'pip install "gmail_nb[app]"' in err
+    assert status == 2 and len(err.splitlines()) == 1 and '.[app]' in err
     assert not list(tmp_path.iterdir())
     status, out, _ = answer(capsys, '--dry-run')
-    assert status == 2 and 'gmail_nb[app]' in out and not list(tmp_path.iterdir())
+    assert status == 2 and '.[app]' in out and not list(tmp_path.iterdir())
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(app, 'version', lambda name: '6.31.0')
@@ -261,7 +261,7 @@ def arms(tmp_path_factory):
 @pytest.fixture(scope='module')
 def served(tmp_path_factory, arms):
     "The address of a page that is served. At the end: nothing was asked of a network, and no upload is left."
-    if no_gradio: pytest.skip('gradio is not installed: pip install "gmail_nb[app]"')
+    if no_gradio: pytest.skip('gradio is not installed: pip install -c constraints.txt ".[app]"')
     home, port = tmp_path_factory.mktemp('app'), free_port()
     env = os.environ | dict(TMPDIR=str(home), PYTHONUNBUFFERED='1')
     env.pop('HF_HUB_OFFLINE', None) # nothing is asked without it either
@@ -314,6 +314,11 @@ def test_a_browser_finds_neighbours_and_draws_and_asks_nobody_else(served, tmp_p
         page.run("document.querySelectorAll('.thumbnail-item')[1].click()")
         page.wait(f'{maps} == 2')
         assert page.run("document.querySelectorAll('.found .row figure').length") == 8
+        page.wait(f'{CHOSEN} == "1,0"')
+        page.run("document.querySelectorAll('.choose')[1].querySelectorAll('.thumbnail-item')[0].click()")
+        page.wait(f'{CHOSEN} == "0,1"') # a drawing of the other kind: the first one is chosen no more
+        page.run("document.querySelectorAll('.choose')[0].querySelectorAll('.thumbnail-item')[0].click()")
+        page.wait(f'{CHOSEN} == "1,0"')
         page.run("document.querySelector('input[type=radio][value=generated]').click()")
         page.wait("document.querySelector('input[type=radio][value=generated]').checked")
         page.run("document.querySelector('button[aria-label^=Remove]').click()")
@@ -335,6 +340,8 @@ def test_a_browser_finds_neighbours_and_draws_and_asks_nobody_else(served, tmp_p
         beyond = page.run(f'{wide}.map(e => e.outerHTML.slice(0, 90))')
         assert page.run("document.documentElement.scrollWidth") <= 390, beyond
 
+CHOSEN = """[...document.querySelectorAll('.choose')]
+  .map(g => g.querySelectorAll('.thumbnail-item.selected').length).join()"""
 ROWS = "[...document.querySelectorAll('.found tr')].map(r => [...r.cells].map(c => c.innerText.trim()))"
 BOX = """[...document.querySelectorAll('label')].find(l => l.innerText.trim().startsWith('{}'))
   .querySelector('textarea, input')"""

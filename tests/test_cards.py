@@ -54,6 +54,7 @@ def test_a_card_has_the_numbers_the_verdict_and_the_command(texts, kind):
                'llava': '--model mine'}[kind]
     assert command in text and 'its 2 training images' in text and 'steps | 40 |' in text and 'gmail_nb 1.2.3' in text
     assert 'tau' not in text and 'elsewhere' not in text and 'None' not in text
+    assert 'pip install git+https://' in text and 'pip install gmail_nb' not in text, 'it is on no registry'
     head = json.loads(text.split('---')[1])
     assert head['library_name'] == 'gmail_nb'
 

@@ -1,5 +1,6 @@
 "The gap before and after stands on every page of what an aligned model is below; other pages say so."
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,15 @@ from gmail_nb.files import record, write_results
 from gmail_nb.pages import data_uri
 from gmail_nb.runs.align import GAP_TITLE, gap_before_and_after
 from gmail_nb.runs.evaluate import aligned_below, evaluate_as_asked
+from gmail_nb.runs.instructions import OWN_QUESTIONS
+from gmail_nb.runs.judge import Verdict
 from gmail_nb.runs.presets import TEXT_RECIPES
+from gmail_nb.runs.tune_llava import Judged, write_llava_page
 from gmail_nb.runs.tune_text import text_tries, tune_from_files
-from gmail_nb.settings import TuneSettings
+from gmail_nb.runs.vqa import VQAResult, aligned_behind, asked_set, write_vqa
+from gmail_nb.settings import LlavaSettings, TuneSettings, VQASettings
 from gmail_nb.tune import TunedText
+from gmail_nb.vqa import Answered
 
 def weight(item): return 15
 
@@ -98,6 +104,38 @@ def test_the_page_of_a_captioner(tuned, files, monkeypatch): # noqa: F811
         Job.aligned = aligned
         room.finish_captioner(Job, None, [])
         assert bool(shown['pictures']) == bool(aligned) and any(GAP_TITLE in t for t in shown['tables'])
+
+def test_the_page_of_a_llava(tuned):
+    it = Judged(None, {}, [], None, None, Verdict('untold', ('nothing was kept out',)))
+    for name, model in (('seeing', tuned/'model'), ('plain', None)):
+        (tuned/name).mkdir()
+        write_llava_page(tuned/name, it, dict(project=[2., 1.]), LlavaSettings(), 'gmail', model)
+    there, without = page(tuned/'seeing'), page(tuned/'plain')
+    assert f'{GAP_TITLE}: model' in there and data_uri(PICTURE) in there and '0.75' in there
+    assert 'nothing was aligned here' in without and data_uri(PICTURE) not in without
+
+def llava_folder(folder, aligned):
+    "As much of a tuned folder as the page of its answers reads."
+    folder.mkdir()
+    card = dict(kind='llava', settings={}, aligned=aligned and str(aligned))
+    (folder/'card.json').write_text(json.dumps(card))
+    return folder
+
+def test_the_page_of_questions(tuned):
+    tuned_llavas = dict(mine=llava_folder(tuned/'l1', tuned/'model'), other=llava_folder(tuned/'l2', None),
+                        lost=llava_folder(tuned/'l3', tuned/'gone'), hub='llava-hf/llava-1.5-7b-hf')
+    behind = aligned_behind(tuned_llavas)
+    assert behind == dict(mine=(tuned/'model').resolve(), lost=tuned/'gone')
+    asked = asked_set(OWN_QUESTIONS, VQASettings(limit=4))
+    said = [Answered(asked[i].key, asked[i].subject, 'B', 'B', False, '') for i in range(4)]
+    for name in ('mine', 'other', 'lost'):
+        found = VQAResult({name: said}, 'ours', 'test', verdict=Verdict('untold', ('alone',)))
+        out = tuned/f'asked {name}'
+        out.mkdir()
+        write_vqa(found, asked, {name: tuned_llavas[name]}, out, VQASettings())
+    assert f'{GAP_TITLE}: mine' in page(tuned/'asked mine') and data_uri(PICTURE) in page(tuned/'asked mine')
+    assert 'nothing was aligned here' in page(tuned/'asked other')
+    assert 'no gap was measured' in page(tuned/'asked lost')
 
 # What is advised where tuning did not help
 

@@ -5,6 +5,7 @@ A folder of `gmail_align` and of each `gmail_tune` gets a model card with the nu
 the captioner in a folder of its own, either may be named: the card is written beside the captioner's weights.
 """
 import argparse, json, sys
+from configparser import ConfigParser
 from pathlib import Path
 
 from gmail_nb.files import atomic_write, read_object, read_results
@@ -28,7 +29,7 @@ TEXT = '''---
 {what} {below}
 
 ```sh
-pip install gmail_nb
+pip install git+{repository}
 {use}
 ```
 
@@ -50,6 +51,12 @@ pip install gmail_nb
 
 Versions: {versions}
 '''
+
+def repository():
+    "Where pip finds the package, which is on no registry: the address in settings.ini."
+    parser = ConfigParser(delimiters=['='], interpolation=None)
+    parser.read(Path(__file__).resolve().parent.parent/'settings.ini', encoding='utf-8')
+    return parser['DEFAULT']['git_url']
 
 def kind_of(card):
     "Which of KINDS a card is of; none for others. The card of a captioner names no kind."
@@ -86,7 +93,7 @@ def tuned_card(folder, card, kind):
     rows = '\n'.join(f'| {k} | {str(v).replace("|", " ")} |' for k, v in flat_settings(settings).items())
     return TEXT.format(
         head=json.dumps(head, indent=1), title=title, name=facts['name'], what=what.format(**facts), below=below,
-        use=use.format(**facts), said='\n\n'.join(said) or 'Its run has recorded no verdict, so nothing is claimed.',
+        use=use.format(**facts), repository=repository(), said='\n\n'.join(said) or 'Its run has recorded no verdict, so nothing is claimed.',
         table=measured(folder), base=base, keys=known if keys else '', settings=rows,
         versions=', '.join(f'{k} {v}' for k, v in card.get('versions', {}).items()))
 

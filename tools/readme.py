@@ -14,14 +14,14 @@ def relink(markdown):
     "Links to notebooks as seen from the README, one folder up."
     return re.sub(r'\]\((?!https?:|#|/)([\w./-]+\.ipynb)', r'](nbs/\1', markdown)
 
-def render_output(out, name):
-    "One stored output as markdown, and the picture it needs as {file name: bytes}."
+def render_output(out, name, alt=''):
+    "One stored output as markdown, and the picture it needs as {file name: bytes}; `alt` says what it shows."
     if out['output_type'] == 'stream':
         return ('', {}) if out.get('name') == 'stderr' else (f"```\n{text(out['text']).rstrip()}\n```", {})
     data = out.get('data', {})
     if 'text/markdown' in data: return relink(text(data['text/markdown']).strip()), {}
     if 'image/png' in data:
-        return f'![]({pictures}/{name}.png)', {f'{name}.png': base64.b64decode(text(data['image/png']))}
+        return f'![{alt}]({pictures}/{name}.png)', {f'{name}.png': base64.b64decode(text(data['image/png']))}
     if 'text/html' in data: return re.sub(r'<style.*?</style>\s*', '', text(data['text/html']), flags=re.S).strip(), {}
     return (f"```\n{text(data['text/plain']).rstrip()}\n```", {}) if 'text/plain' in data else ('', {})
 
@@ -34,9 +34,10 @@ def render_cell(cell):
     if cell['cell_type'] != 'code' or any(re.match(r'(hide|export|default_exp|include:\s*false)', o) for o in options):
         return '', {}
     code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
+    alt = next((o.removeprefix('fig-alt:').strip(' "') for o in options if o.startswith('fig-alt:')), '')
     parts, files = ([] if 'echo: false' in options or not code else [f'```python\n{code}\n```']), {}
     for i, out in enumerate(cell['outputs']):
-        part, pics = render_output(out, f"{cell['id']}-{i}")
+        part, pics = render_output(out, f"{cell['id']}-{i}", alt)
         parts.append(part); files |= pics
     return '\n\n'.join(filter(None, parts)), files
 

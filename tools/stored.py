@@ -19,7 +19,7 @@ PATH = root/'tests'/'stored_runs.json'
 def source_of(cell): return ''.join(cell['source'])
 
 def flags_of(source):
-    "The flags for which the tests pass over a cell."
+    "The flags for which the tests leave a cell out."
     found = set(re.findall(r'^#\|\s*(\w+)\s*$', source, re.M)) & set(FLAGS)
     return found | {'eval'} if re.search(r'^#\|\s*eval:\s*false', source, re.M) else found
 

@@ -1,7 +1,7 @@
 """Write what every tutorial begins with: `python tools/tutorials.py [--check]`.
 
 The link that opens it in Colab comes from settings.ini, and the day and length of the run that is shown from what its
-last cell printed, so none of them can be wrong. A page that the ordinary tests pass over says why (`LONG`, which the
+last cell printed, so none of them can be wrong. A page that the ordinary tests leave out says why (`LONG`, which the
 tests read). The cell below them installs the package where it is not (in Colab), finds its commands, and works in an
 empty folder.
 """
@@ -68,9 +68,9 @@ def taken(nb, alone):
     return f'{said} The machine had much other work then; a run before, with less of it, took {alone} seconds.'
 
 def tested(path):
-    "Which tests run a tutorial, for a page that the ordinary ones pass over."
+    "Which tests run a tutorial, for a page that the ordinary ones leave out."
     if path.stem not in LONG: return ''
-    return (f' The tests of every change pass over this page, because {LONG[path.stem]}. {OTHERS}; this page '
+    return (f' The tests of every change leave this page out, because {LONG[path.stem]}. {OTHERS}; this page '
             'itself is run by `python -m pytest -m slow -k tutorials`, which a workflow does every week.')
 
 def put(nb, id, kind, at, source):

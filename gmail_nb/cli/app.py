@@ -24,7 +24,8 @@ from ..pages import data_uri, table_html
 from ..settings import AppSettings
 
 # %% ../../nbs/cli/05_app.ipynb #c3f4b211
-NEEDED = 'gmail_app shows a page of gradio 6, and {}: pip install "gmail_nb[app]"'
+NEEDED = ('gmail_app needs gradio 6, and {}; in the clone: '
+          'pip install -c constraints.txt ".[app]"')
 
 def check_gradio() -> str: # its version
     "`ImportError` that says what to install. Gradio itself is not loaded, which takes seconds."
@@ -198,11 +199,13 @@ def connect_picture(gradio, viewer, upload, kind, drawings:dict, found, words:li
         seen = picture and viewer.look(picture, kind == 'generated')
         return [findings_html(viewer, seen), *([captions_html(viewer, seen)] if words else [])]
     def chooser(side, some):
-        def choose(event:gradio.SelectData): return enlarged(some[event.index][0]), side
+        def choose(event:gradio.SelectData):
+            return enlarged(some[event.index][0]), side, gradio.Gallery(selected_index=None)
         return choose
     how = dict(api_visibility='private', show_progress='minimal')
     for side, (gallery, some) in drawings.items():
-        gallery.select(chooser(side, some), None, [upload, kind], **how)
+        other, = (g for s, (g, _) in drawings.items() if s != side) # where nothing is chosen then
+        gallery.select(chooser(side, some), None, [upload, kind, other], **how)
     for event in (upload.change, kind.input): event(look, [upload, kind], [found, *words], **how)
 
 # %% ../../nbs/cli/05_app.ipynb #f5c8941a

@@ -492,7 +492,7 @@ def set_name(source) -> str:
     return Path(source).stem if Path(source).is_file() else Path(source).name
 
 # %% ../../nbs/runs/10_align.ipynb #5e10a002
-GAP_TITLE = 'The gap on held-out pairs, before aligning and after'
+GAP_TITLE = 'The gap on validation pairs, before aligning and after'
 
 def measured_gap(folder:Path) -> list[list[str]]: # rows of a table
     "What `align_sets` measured, or one line that says why there is nothing."

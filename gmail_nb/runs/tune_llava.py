@@ -319,13 +319,17 @@ def tell_damaged(
     read = len(lost) + sum(map(len, files.values()))
     tell_skipped(lost, read, out, settings.most_damaged, first=first)
 
+# %% ../../nbs/runs/60_tune_llava.ipynb #51ab2e01
+from .align import gap_before_and_after
+
 # %% ../../nbs/runs/60_tune_llava.ipynb #bbac867b
 def write_llava_page(
     out:Path, it:Judged,
     history:dict, # stage -> the loss of each step
-    settings:LlavaSettings, arm:str
+    settings:LlavaSettings, arm:str,
+    model:str|Path|None=None # a folder of an aligned model, behind which it was tuned
 ) -> None:
-    "report.html, and its pictures as files."
+    "report.html, with the gap before aligning and after, and its pictures as files."
     pictures = llava_pictures(out, it, history)
     def ends(x): return [f'{np.mean(part):.3f}' for part in (x[:20], x[-20:])]
     rows = [[name, str(len(losses)), *ends(losses)] for name, losses in history.items() if losses]
@@ -334,7 +338,9 @@ def write_llava_page(
         means = [f'{x.mean():.3f}' for x in (it.before, it.after)]
         tables['Captions kept out, log-likelihood a word'] = [['untuned', 'tuned'], means]
     about = dict(arm=arm, settings=described(settings))
-    write_page(out, f'LLaVA: {out.name}', pictures, it.verdict, tables, about)
+    aligned = {Path(model).name: model_folder(model)} if model else {}
+    gaps, gap_tables = gap_before_and_after(aligned)
+    write_page(out, f'LLaVA: {out.name}', pictures | gaps, it.verdict, tables | gap_tables, about)
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #c48839ff
 @dataclass
@@ -414,7 +420,7 @@ def judge_and_write(
     keep_llava(r.llava, r.found, r.vision, history, r.out, r.settings, r.arm, r.model, parts.learn,
                more.keys if more else (), verdict=verdict.card(), **facts)
     it = Judged(r.found, r.sets, parts.validation, before, own, verdict)
-    write_llava_page(r.out, it, history, r.settings, r.arm)
+    write_llava_page(r.out, it, history, r.settings, r.arm, r.model)
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #be0d97c0
 @dataclass

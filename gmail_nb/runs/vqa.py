@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAID', 'BLIND', 'Chosen', 'asked_set', 'readable', 'unread', 'check_unseen', 'drawn_together', 'named_models',
            'answers_file', 'read_answers', 'answer_lines', 'answered', 'VQAResult', 'compared', 'differences',
-           'told_difference', 'judge_answers', 'result_records', 'picked', 'show_accuracy', 'vqa_pictures', 'write_vqa',
-           'evaluate_vqa', 'look_questions', 'dry_vqa']
+           'told_difference', 'judge_answers', 'result_records', 'picked', 'show_accuracy', 'vqa_pictures',
+           'aligned_behind', 'write_vqa', 'evaluate_vqa', 'look_questions', 'dry_vqa']
 
 # %% ../../nbs/runs/70_vqa.ipynb #670ac552
 import gmail_nb.runtime
@@ -307,11 +307,32 @@ def vqa_pictures(
     if apart: figures['Differences of accuracy in points'] = 'differences', show_differences(apart)
     return {title: save_figure(fig, out/f'{name}.png') for title, (name, fig) in figures.items()}
 
+# %% ../../nbs/runs/70_vqa.ipynb #51ab2e03
+from ..align import model_folder
+from ..llava_training import trained_card
+from .align import gap_before_and_after
+from .tune_llava import is_published
+
+# %% ../../nbs/runs/70_vqa.ipynb #51ab2e04
+def aligned_behind(
+    models:dict # row -> what `load_talker` takes
+) -> dict[str, Path]: # rows -> the folder of the aligned model
+    "The aligned models that folders were tuned behind, by their cards."
+    found = {}
+    for row, m in models.items():
+        if isinstance(m, Talker) or is_published(m): continue
+        name = trained_card(m)[0].get('aligned')
+        if not name: continue
+        try: folder = model_folder(name)
+        except OSError: folder = Path(name) # the page says that its numbers are not there
+        found.setdefault(folder.resolve(), []).append(row)
+    return {', '.join(rows): folder for folder, rows in found.items()}
+
 # %% ../../nbs/runs/70_vqa.ipynb #a65869dc
 def write_vqa(
     found:VQAResult, questions:Chosen, models:dict, out:Path, settings:VQASettings
 ) -> None:
-    "results.jsonl, answers.jsonl, table.txt, report.html and its pictures."
+    "results.jsonl, answers.jsonl, table.txt, report.html with the gap, and its pictures."
     write_results(out/'results.jsonl', found.records)
     seeing = {row: said for row, said in found.said.items() if not row.endswith(BLIND)}
     lines = (answer_lines(questions, said, found.said.get(row + BLIND), model=row)
@@ -323,7 +344,9 @@ def write_vqa(
     about = dict(questions=found.data, split=found.split, asked=len(questions), models=places,
                  settings=described(settings))
     tables = {'Accuracy': found.rows(), 'What the answers were': found.kinds()}
-    write_page(out, f'Questions: {found.data}', pictures, found.verdict, tables, about)
+    gaps, gap_tables = gap_before_and_after(aligned_behind(models))
+    write_page(out, f'Questions: {found.data}', pictures | gaps, found.verdict,
+               tables | gap_tables, about)
 
 # %% ../../nbs/runs/70_vqa.ipynb #413cfc6f
 def evaluate_vqa(
