@@ -183,13 +183,14 @@ def test_an_aligned_model_is_found_from_any_directory(capsys, home, tmp_path, mo
     place.rename(tmp_path/'second')
     assert load_talker(tmp_path/'second'/'llava', generated=True).generated
     shutil.rmtree(tmp_path/'second'/'aligned')
-    with pytest.raises(FileNotFoundError, match='llava was tuned behind the aligned model .*first.aligned, which is not'):
+    with pytest.raises(FileNotFoundError, match='behind the aligned model .*first.aligned, which is not there'):
         load_talker(tmp_path/'second'/'llava', generated=True)
     assert load_talker(tmp_path/'second'/'llava').keys # f_r needs none of it
 
 def test_another_alignment_in_the_same_folder_is_refused(capsys, home, tmp_path):
     shutil.copytree(home/'aligned', tmp_path/'aligned')
-    assert tune(capsys, home, tmp_path/'llava', '--generated', home/'drawn.parquet', '--model', tmp_path/'aligned')[0] == 0
+    drawn = '--generated', home/'drawn.parquet', '--model', tmp_path/'aligned'
+    assert tune(capsys, home, tmp_path/'llava', *drawn)[0] == 0
     again = GenReal.from_pretrained(tmp_path/'aligned')
     with torch.no_grad():
         for name, p in again.f_g.named_parameters():
