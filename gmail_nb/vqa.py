@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LETTERS', 'MARK', 'QUESTION_KINDS', 'SPLIT_NAME', 'SCIENCEQA_COLUMNS', 'MMMU_COLUMNS', 'DIRECTLY', 'BRIEFLY',
            'PROMPTS', 'NUMBERS', 'BEFORE', 'REFUSED', 'OUTSIDE', 'REFUSALS', 'LETTER', 'COLOURS', 'SEVERAL',
-           'OPEN_WORDS', 'Question', 'check_question', 'scienceqa_question', 'as_texts', 'not_kept_back',
+           'OPEN_WORDS', 'Question', 'check_question', 'scienceqa_question', 'as_list', 'as_texts', 'not_kept_back',
            'mmmu_question', 'mmmu_subject', 'question_kind', 'Questions', 'has_image', 'split_files', 'hub_questions',
            'load_questions', 'small_scienceqa', 'small_mmmu', 'scienceqa_prompt', 'mmmu_prompt', 'with_markers',
            'scienceqa_letter', 'scienceqa_choice', 'mmmu_choice', 'plain_forms', 'answer_tails', 'open_right',
@@ -85,13 +85,16 @@ def scienceqa_question(row:dict, key:str) -> Question:
     return check_question(Question(key, row['question'], row['answer'], choices, images, *more))
 
 # %% ../nbs/39_vqa.ipynb #0b6bd31d
-def as_texts(text, key:str) -> tuple: # of texts
-    "MMMU's options: a list as text, read as data and never run. `ValueError` for anything else."
+def as_list(text, key:str) -> tuple:
+    "A list as text, read as data and never run. `ValueError` for anything else."
     try: found = ast.literal_eval(text or '[]') if isinstance(text, (str, type(None))) else text
     except (ValueError, SyntaxError) as e:
         raise ValueError(f'question {key!r}: its options are no list: {text!r}') from e
-    if not isinstance(found, (list, tuple)): return (str(found),)
-    return tuple(str(o) for o in found if not_kept_back(o, key))
+    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+
+def as_texts(text, key:str) -> tuple: # of texts
+    "MMMU's options, whatever they are. `ValueError` as `as_list`."
+    return tuple(map(str, as_list(text, key)))
 
 def not_kept_back(said, key:str) -> bool: # True
     "`ValueError` for what stands where an answer is not published, or is missing."
@@ -104,12 +107,11 @@ def not_kept_back(said, key:str) -> bool: # True
 def mmmu_question(row:dict, key:str) -> Question:
     "A row of MMMU. `ValueError` for an answer that is none of the letters."
     options, said = as_texts(row.get('options'), key), row['answer']
-    not_kept_back(said, key)
+    right = as_list(said, key) if str(said).startswith('[') else (said,)
+    for text in right: not_kept_back(text, key)
     images = tuple(row[f'image_{i}'] for i in range(1, 8) if row.get(f'image_{i}') is not None)
-    if options:
-        letters = LETTERS[:len(options)]
-        answer = letters.index(said) if said in tuple(letters) else said
-    else: answer = as_texts(said, key) if str(said).startswith('[') else (str(said),)
+    letters, answer = LETTERS[:len(options)], tuple(map(str, right))
+    if options: answer = letters.index(said) if said in tuple(letters) else said
     subject = mmmu_subject(row, key)
     return check_question(Question(key, row['question'], answer, options, images, '', subject))
 
@@ -311,10 +313,14 @@ def scienceqa_letter(
     strict:bool=False # as LLaVA's script read answers when its paper appeared
 ) -> str: # '' where none can be read
     "The letter that an answer names, whether or not there is such a choice."
-    text = answer.strip() if strict else answer.replace('\n', '. ').strip()
-    if re.fullmatch('[A-J]', text) or re.match(r'[A-E]\. ', text): return text[0]
-    said = re.findall(r'The answer is ([A-Z]).' if strict else 'The answer is ([A-E])', text)
-    return said[0] if len(said) == 1 or said and not strict else ''
+    text = answer.strip() if strict else answer.replace('\n', '. ')
+    if re.fullmatch('[A-J]', text.strip()) or re.match(r'[A-E]\. ', text): return text.strip()[0]
+    if strict:
+        said = re.findall('The answer is ([A-Z]).', text) # a dot that is any sign, as there
+        return said[0] if len(said) == 1 else ''
+    pointed = re.search(r'The answer is ([A-E])\.', text)
+    found = pointed or re.search('The answer is ([A-E])', text)
+    return found[1] if found else ''
 
 # %% ../nbs/39_vqa.ipynb #ddcd0437
 def scienceqa_choice(

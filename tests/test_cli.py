@@ -112,6 +112,16 @@ def test_the_help_of_a_flag_is_no_fragment(name, c):
         assert not re.match(r'(of|or|before|False:|None:)', said), (o.dest, said)
         assert 'None' not in said and 'load_encoder' not in said, (o.dest, said)
 
+@pytest.mark.parametrize('name, said', [
+    ('chat', 'one question; without it several turns are read, a line each, to an empty one'),
+    ('eval', "sets by name, or any captioned sets; without it the preset's, or our own")])
+def test_a_word_without_a_flag_says_what_its_absence_does(name, said):
+    "A flag says so at its --no- form; a word has none."
+    c = dict(all_commands())[name]
+    assert said in ' '.join(c.parser().format_help().split())
+    for o in options_of(c.work, c.presets, c.leave, tuple(c.fixed)):
+        if not o.positional: assert 'without it' not in help_of(o), o
+
 def test_a_flag_has_one_name_for_one_thing():
     "A flag that several commands have means the same: they take it from one field, or say the same of it."
     meant = {}

@@ -313,10 +313,49 @@ def test_a_longer_training_changes_its_steps_alone(world, settings, tmp_path, mo
     assert longer_runs(world, 0, s, tmp_path, train=False) == longer and not longer_runs(world, 1, s, tmp_path, train=False)
     begun = [*longer, replace(longer[0], seed=1)] # a chain that is not finished does not count
     assert room.finished_chains(begun) == longer and {r['seeds'] for r in longer_records(runs, begun, world, 9)} == {1}
-    assert len(llava_sentences(two, longer_claims(9, two))) == 4 < len(said) == 8
+    assert len(llava_sentences(two, longer_claims(9, two))) == 4 < len(said) == 10
+    assert room.chains_note(records, 9, 2).startswith('1 of 2 chains have trained for 9 steps; intervals over')
     both = llava_records(room.scored(runs, world)) + records
     assert of_length(both, 9) == records and {row[0] for row in llava_table(both)[1:8]} == set(SEVEN_ARMS)
     assert [t.get_text() for t in show_llava(both).axes[0].get_yticklabels()] == list(SEVEN_ARMS)
+
+@pytest.mark.parametrize('done, said', [
+    (0, '0 of 3 chains have trained for 320 steps.'), (1, '1 of 3 chains have trained for 320 steps; '),
+    (2, '2 of 3 chains have trained for 320 steps.'), (3, '3 of 3 chains have trained for 320 steps.')])
+def test_the_page_says_how_many_chains_trained_longer(done, said):
+    note = room.chains_note([dict(seeds=done)] * bool(done), 320, 3)
+    assert note.startswith(said) and ('over concepts alone' in note) == (done == 1)
+
+def of_chains(records, seeds):
+    "Records of this page as those of a longer training of so many chains."
+    def name(arm): return ' - '.join(longer_name(a, 320) for a in arm.split(' - '))
+    return [r | dict(arm=name(r['arm']), steps=320, seeds=seeds) for r in records]
+
+@pytest.mark.parametrize('seeds, over', [(1, '1 seed)'), (2, '2 seeds)')])
+def test_of_the_longer_training_it_is_said_which_alignment_helps(records, seeds, over):
+    "Each alignment beside none, and both beside one another, with intervals, in accuracy and in CIDEr."
+    longer = of_chains(records, seeds)
+    said = llava_sentences(longer, longer_claims(320, longer))
+    assert len(said) == 8 and all(s.startswith('After 320 steps, ') and s.endswith(f'{over}.') for s in said)
+    assert 'by Eq. 1 helps: accuracy' in said[0] and 'their tokens too' in said[2] and '95% interval' in said[2]
+    assert {row[-1] for row in longer_table(longer, 320)[1:]} == {str(seeds)}
+
+def test_seconds_that_hold_the_first_stage_are_marked(records):
+    "An arm that was run by itself trained the first stage as well: a star, and what is left without it."
+    assert room.seconds_note(records) == '' and not any('*' in row[-1] for row in llava_table(records))
+    took = dict(base=8., both=19., gmail=11.)
+    some = [r | dict(value=took.get(r['arm'], 10.)) if r['metric'] == 'seconds' else r for r in records]
+    by = {row[0]: row[-1] for row in llava_table(some)}
+    assert (by['both'], by['gmail'], by['base']) == ('19*', '11', '8')
+    said = room.seconds_note(some)
+    assert said.startswith('*: both was run by itself') and said.endswith('about 11')
+
+def test_the_arms_stand_beside_each_other(records):
+    by = {(r['arm'], r['metric']): r for r in records}
+    value = {a: by[a, 'accuracy']['value'] for a in SEVEN_ARMS}
+    for a, b in (('gmail', 'real'), ('both', 'gmail'), ('both', 'real')):
+        apart = by[f'{a} - {b}', 'accuracy']
+        assert apart['value'] == pytest.approx(value[a] - value[b]) and apart['low'] <= apart['value'] <= apart['high']
 
 # numbers
 

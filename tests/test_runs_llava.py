@@ -3,6 +3,7 @@
 import gmail_nb.runtime
 import io
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -167,6 +168,40 @@ def test_generated_pictures_go_through_the_aligned_tower(capsys, home):
     assert answer(capsys, gmail_chat, *ask, home/'gmail')[0] == 0
     status, _, err = answer(capsys, gmail_chat, *ask, home/'real')
     assert status == 2 and 'tuned without an aligned model' in err
+
+def test_an_aligned_model_is_found_from_any_directory(capsys, home, tmp_path, monkeypatch):
+    "The card holds its whole path; moved with the folder it is found beside it, and elsewhere it is missed by name."
+    place = tmp_path/'first'
+    shutil.copytree(home/'aligned', place/'aligned')
+    monkeypatch.chdir(place)
+    drawn = '--generated', home/'drawn.parquet', '--model', 'aligned'
+    assert tune(capsys, home, place/'llava', *drawn)[0] == 0
+    card, _ = trained_card(place/'llava')
+    assert card['aligned'] == str((place/'aligned').resolve()) and len(card['aligned_weights']) == 16
+    monkeypatch.chdir(home)
+    assert load_talker(place/'llava', generated=True).generated
+    place.rename(tmp_path/'second')
+    assert load_talker(tmp_path/'second'/'llava', generated=True).generated
+    shutil.rmtree(tmp_path/'second'/'aligned')
+    with pytest.raises(FileNotFoundError, match='behind the aligned model .*first.aligned, which is not there'):
+        load_talker(tmp_path/'second'/'llava', generated=True)
+    assert load_talker(tmp_path/'second'/'llava').keys # f_r needs none of it
+
+def test_another_alignment_in_the_same_folder_is_refused(capsys, home, tmp_path):
+    shutil.copytree(home/'aligned', tmp_path/'aligned')
+    drawn = '--generated', home/'drawn.parquet', '--model', tmp_path/'aligned'
+    assert tune(capsys, home, tmp_path/'llava', *drawn)[0] == 0
+    again = GenReal.from_pretrained(tmp_path/'aligned')
+    with torch.no_grad():
+        for name, p in again.f_g.named_parameters():
+            if 'lora_B' in name: p.mul_(2)
+    again.save_pretrained(tmp_path/'aligned')
+    with pytest.raises(ValueError, match='behind another f_g than that of .*aligned, which was aligned again since'):
+        load_talker(tmp_path/'llava', generated=True)
+    card = json.loads((tmp_path/'llava'/'card.json').read_text())
+    older = {k: v for k, v in card.items() if k not in ('aligned_weights', 'checksum')} # as before
+    (tmp_path/'llava'/'card.json').write_text(json.dumps(older))
+    assert load_talker(tmp_path/'llava', generated=True).generated
 
 def test_several_turns_are_one_conversation(home):
     talker, aloud = load_talker(home/'real'), io.StringIO()

@@ -66,7 +66,7 @@ def test_an_image_without_a_mark_stands_in_front():
     words, order = with_markers('Which?', Question('q', 'Which?', 0, ('a', 'b'), ('one',)))
     assert words == '<image>\nWhich?' and order == ['one']
 
-# Thirty-nine answers of the kind that models give, each judged by hand
+# Answers of the kind that models give, each judged by hand
 SCIENCE = {
     'A': 0,
     'B.': None,
@@ -81,6 +81,10 @@ SCIENCE = {
     'Answer: A': None,
     'I think The answer is C.': 2,
     ' A ': 0,
+    'The answer is A or B. The answer is B.': 1, # with its point first, and only then without
+    'The answer is A, or The answer is B': 0,
+    'The answer is D or B. The answer is D.': None,
+    'A\n': 0,
 }
 MMMU = {
     '(A)': 0,
@@ -116,6 +120,16 @@ def as_published(text, choices):
         said = found[0] if len(found) == 1 else 'FAILED'
     return options.index(said) if said in list(options[:choices]) else None
 
+def as_it_stands(text, choices):
+    "LLaVA's rule of today: the sentence with its point is looked for before the one without."
+    text, options, said = text.replace('\n', '. '), 'ABCDE', 'FAILED'
+    if text.strip() in list(options): said = text.strip()
+    elif len(text) >= 3 and text[0] in options and text[1:3] == '. ': said = text[0]
+    else:
+        ways = (re.search(pattern, text) for pattern in (r'The answer is ([A-E])\.', r'The answer is ([A-E])'))
+        said = next((found[1] for found in ways if found), said)
+    return options.index(said) if said in list(options[:choices]) else None
+
 STRICT = {'A': 0, 'B.': None, 'C. blue': 2, 'C\nblue': None, 'The answer is B': None, 'The answer is B.': 1,
           'The answer is B. No, The answer is C.': None, 'The answer is D.': None, 'The answer is Z.': None,
           ' A ': 0, 'I think The answer is C, and more': 2, 'b': None, '': None, 'AB': None}
@@ -131,7 +145,12 @@ def test_the_two_rules_part_where_the_page_says_so():
     assert judge(q, 'The answer is B').right and not judge(q, 'The answer is B', strict=True).right
     mixed = [f'{a}{b}' for a in ('The answer is ', 'So. The answer is ', '', 'A. ') for b in
              ('A', 'B.', 'C. The answer is C.', 'E', 'F.', 'D\n', 'a')]
-    for a in mixed: assert scienceqa_choice(a, 4, strict=True) == as_published(a.strip(), 4), a
+    for a in mixed:
+        assert scienceqa_choice(a, 4, strict=True) == as_published(a.strip(), 4), a
+        assert scienceqa_choice(a, 4) == as_it_stands(a, 4), a
+
+@pytest.mark.parametrize('answer', [*SCIENCE, *STRICT])
+def test_the_rule_as_it_stands(answer): assert scienceqa_choice(answer, 3) == as_it_stands(answer, 3)
 
 def test_scienceqas_own_script_draws_where_nothing_can_be_read():
     several = [Question(str(i), 'Which?', 1, plain.choices) for i in range(300)]
@@ -315,6 +334,14 @@ def test_answers_that_are_kept_back(answer, options):
     if options != '[]' and str(answer).startswith('['): return
     row = dict(question='?', options=options, answer=answer, image_1=None)
     with pytest.raises(ValueError, match="question 'test_Art_1' has no right answer"): mmmu_question(row, 'test_Art_1')
+
+def test_a_choice_may_be_the_sign_of_an_answer_that_is_kept_back():
+    "A sign to choose is no missing answer: the set stays, and each choice is shown as it is."
+    signs = ['?', 'nan', '', '!']
+    row = dict(question='Which sign is it?', options=str(signs), answer='B', image_1=None)
+    q = mmmu_question(row, 'validation_Math_1')
+    assert q.choices == tuple(signs) and q.right == 'B' and '(A) ?' in mmmu_prompt(q)
+    with pytest.raises(ValueError, match='has no right answer'): mmmu_question(row | dict(answer='?'), 'test_Math_1')
 
 @pytest.mark.parametrize('key, subject', [
     ('validation_Art_Theory_12', 'Art_Theory'), ('dev_Math_1', 'Math'), ('7', 'Painting')])

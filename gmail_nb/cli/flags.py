@@ -257,10 +257,13 @@ def said_of(o:Option) -> tuple[str, str]: # what a value means, and what its abs
     return value, absent
 
 def help_of(o:Option, more:str='') -> str:
-    "The comment with what else is to be said, and the default where it says something."
+    """The comment with what else is to be said, and the default where it says something. A flag says at
+    its --no- form what its absence does; a word without a flag has none, and says it itself."""
     plain = type(o.default) in (str, int, float) and o.default != ''
     default = f'(default: {o.default})' if plain else ''
-    said = ' '.join(part for part in (said_of(o)[0], more, default) if part)
+    value, absent = said_of(o)
+    if absent and o.positional: value = f'{value}; without it {absent}'
+    said = ' '.join(part for part in (value, more, default) if part)
     return said.strip().replace('%', '%%')
 
 # %% ../../nbs/cli/00_flags.ipynb #beaaf41d

@@ -9,13 +9,13 @@ __all__ = ['SEVEN_ARMS', 'WHICH_ARMS', 'SUBJECTS', 'PAIRS', 'ONE_SENTENCE', 'KIN
            'real_half', 'arm_examples', 'system', 'briefly', 'seeded_llava', 'LlavaArms', 'continued', 'choice_scores',
            'open_prompts', 'written_names', 'preferred', 'answered', 'arm_file', 'LlavaRun', 'llava_runs',
            'said_answers', 'right_choices', 'caption_scores', 'said_to_all', 'one_sentence', 'concepts_of',
-           'LlavaResults', 'scored', 'llava_records', 'by_arm', 'of_length', 'llava_table', 'kinds_table',
-           'llava_sentences', 'show_llava', 'longer_name', 'longer_runs', 'longer_pairs', 'finished_chains',
-           'longer_records', 'longer_table', 'longer_claims', 'with_tokens', 'align_tokens', 'token_model', 'Pictures',
-           'all_pictures', 'kept_tokens', 'all_tokens', 'drawn_once', 'named_keys', 'token_gaps', 'pooled_gaps',
-           'gap_rows', 'gap_sentences', 'gap_records', 'llava_world', 'answers_of', 'unshown', 'some_questions',
-           'show_some_answers', 'write_llava', 'show_gap_maps', 'whole_chain', 'check_same_drawings',
-           'llava_experiment', 'dry_llava_experiment']
+           'LlavaResults', 'scored', 'llava_records', 'by_arm', 'with_first_stage', 'seconds_note', 'of_length',
+           'llava_table', 'kinds_table', 'llava_sentences', 'show_llava', 'longer_name', 'longer_runs', 'longer_pairs',
+           'finished_chains', 'longer_records', 'longer_table', 'longer_claims', 'chains_note', 'with_tokens',
+           'align_tokens', 'token_model', 'Pictures', 'all_pictures', 'kept_tokens', 'all_tokens', 'drawn_once',
+           'named_keys', 'token_gaps', 'pooled_gaps', 'gap_rows', 'gap_sentences', 'gap_records', 'llava_world',
+           'answers_of', 'unshown', 'some_questions', 'show_some_answers', 'write_llava', 'show_gap_maps',
+           'whole_chain', 'check_same_drawings', 'llava_experiment', 'dry_llava_experiment']
 
 # %% ../../nbs/experiments/55_llava.ipynb #45acbf88
 import json
@@ -462,8 +462,9 @@ def scored(runs:list[LlavaRun], world:LlavaWorld) -> LlavaResults:
 # %% ../../nbs/experiments/55_llava.ipynb #f4f6d7a4
 SUBJECTS = ('name', 'group', 'count', 'colour')
 PAIRS = (('gmail', 'indiscriminate'), ('gmail tokens', 'indiscriminate'), ('gmail tokens', 'gmail'),
-         ('both', 'real'), ('real', 'indiscriminate'), ('indiscriminate', 'words'),
-         ('indiscriminate', 'base'), ('gmail', 'base'), ('real', 'base'), ('words', 'base'))
+         ('gmail', 'real'), ('both', 'real'), ('both', 'gmail'), ('real', 'indiscriminate'),
+         ('indiscriminate', 'words'), ('indiscriminate', 'base'), ('gmail', 'base'),
+         ('real', 'base'), ('words', 'base'))
 ONE_SENTENCE = 'one sentence'
 
 # %% ../../nbs/experiments/55_llava.ipynb #eb73d49d
@@ -500,6 +501,21 @@ def by_arm(records:list[dict]) -> dict[tuple, Interval]: # (arm, metric) -> what
     return {(r['arm'], r['metric']): Interval(r['value'], r['low'], r['high'], r['n'])
             for r in records}
 
+def with_first_stage(records:list[dict]) -> dict[str, float]: # arm -> seconds without that stage
+    """Arms whose seconds hold the first stage too, as they did when an arm was run by itself: they
+    took over half a first stage longer than the arms in the middle."""
+    took = {a: d.value for (a, m), d in by_arm(records).items() if m == 'seconds'}
+    first = took.pop('base', 0.)
+    if not took or not first: return {}
+    usual = float(np.median(list(took.values())))
+    return {a: s - first for a, s in took.items() if s > usual + first / 2}
+
+def seconds_note(records:list[dict]) -> str: # '' where there is nothing to say
+    "What is said below a table of seconds."
+    return '\n'.join(f'*: {arm} was run by itself, so its seconds hold the first stage; without the '
+                     f'seconds of base they are about {s:.0f}'
+                     for arm, s in with_first_stage(records).items())
+
 # %% ../../nbs/experiments/55_llava.ipynb #b08e4808
 def of_length(records:list[dict], steps:int|None=None) -> list[dict]:
     "Records of the longer training, or without a number of steps those of the plain one."
@@ -512,13 +528,14 @@ def llava_table(
     """A row an arm: both primary metrics with their intervals, accuracy by kind of question, beside it
     that of the arm that saw no pictures, and seconds."""
     by, mine = by_arm(records), of_length(records, steps)
+    marked = with_first_stage(mine) # `seconds_note` says what the star means
     def cell(arm, metric):
         found, sign = by.get((arm, metric)), '+' if ' - ' in arm else ''
         return found.text(sign=sign) if found else ''
     def short(arm, metric):
         found, blind = by.get((arm, metric)), by.get(('words', metric))
         if not found or ' - ' in arm: return ''
-        if metric == 'seconds': return f'{found.value:.0f}'
+        if metric == 'seconds': return f'{found.value:.0f}{"*" * (arm in marked)}'
         beside = f' ({100 * blind.value:.0f})' if blind and arm not in ('base', 'words') else ''
         return f'{100 * found.value:.0f}{beside}'
     more = [*(f'accuracy:{s}' for s in SUBJECTS), 'seconds']
@@ -643,11 +660,19 @@ def longer_claims(steps:int, records:list[dict]) -> tuple: # as `LLAVA_CLAIMS`
     "What is claimed of the longer training, as far as its arms are there."
     there, long = {r['arm'] for r in records}, {arm: longer_name(arm, steps) for arm in LONGER_ARMS}
     claims = (('gmail', 'indiscriminate', 'aligning the generated images by Eq. 1'),
+              ('gmail tokens', 'indiscriminate', 'aligning their tokens too'),
               ('gmail tokens', 'gmail', 'aligning the tokens beside Eq. 1'),
               ('real', 'indiscriminate', 'learning from real images in place of generated ones'))
     found = [(long[a], long[b], f'After {steps} steps, {what}') for a, b, what in claims]
     plain = long['indiscriminate'], 'indiscriminate', f'Learning from generated images for {steps} steps'
     return tuple(claim for claim in (*found, plain) if f'{claim[0]} - {claim[1]}' in there)
+
+def chains_note(records:list[dict], steps:int, chains:int) -> str: # records of the longer training
+    "How many of so many chains have trained longer, and what their intervals are over."
+    done = max((r['seeds'] for r in records), default=0)
+    over = ('; intervals over concepts alone say nothing of how another chain would come out'
+            if done == 1 else '')
+    return f'{done} of {chains} chains have trained for {steps} steps{over}.'
 
 # %% ../../nbs/experiments/55_llava.ipynb #7bee7dc3
 TOKEN_MODELS = {'gmail tokens': 'position', 'gmail best match': 'best'} # arm -> how tokens are matched
@@ -885,8 +910,10 @@ def write_llava(
     tables, said = [llava_table(told), gap_rows(gaps), kinds_table(told)], llava_sentences(told)
     for steps in dict.fromkeys(r['steps'] for r in longer):
         tables.append(longer_table(longer, steps))
+        said.append(chains_note(longer, steps, n))
         said += llava_sentences(longer, longer_claims(steps, longer))
     said = [*(table_text(t, width=120) for t in tables), *said, *gap_sentences(gaps, n)]
+    said[0] = '\n'.join(filter(None, (said[0], seconds_note(told))))
     atomic_write(out/'llava_table.txt', '\n\n'.join(said) + '\n')
     save_figure(show_llava(told), out/'llava.png')
     save_figure(show_gap_maps(whole, indices), out/'llava_gap.png')

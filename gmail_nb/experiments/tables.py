@@ -616,7 +616,7 @@ def asked_values(
     records, longest = [], run.max_new_tokens or VQASettings.max_new_tokens
     for name in run.test or table.data:
         split = QUESTION_SETS[name][2] if name in QUESTION_SETS else None
-        asks = VQASettings(split=split, max_new_tokens=longest, device=run.device)
+        asks = VQASettings(split=split, strict=True, max_new_tokens=longest, device=run.device)
         found = evaluate_vqa(models, question_place(name, run), out/name.replace('/', '_'), asks,
                              skip_existing=True)
         records += [r | dict(dataset=name) for r in found.records if 'minus' not in r]

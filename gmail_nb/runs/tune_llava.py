@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LLAVA_ARMS', 'JUDGED', 'check_llava_arm', 'set_tokens', 'Learned', 'arm_sets', 'learn_from', 'keys_of',
            'half_of_each', 'split_examples', 'likelihoods', 'words_alone', 'judge_llava', 'show_losses', 'Judged',
-           'llava_pictures', 'vision_of', 'token_width', 'started', 'keep_llava', 'tell_damaged', 'write_llava_page',
-           'Instructed', 'instructed', 'check_plain_llava', 'Taught', 'taught', 'judge_and_write', 'Tuning',
-           'begun_tuning', 'tune_llava', 'Talker', 'is_published', 'learned_by', 'aligned_tower', 'load_talker',
-           'Aloud', 'Talk', 'typed', 'chat', 'is_talker', 'decoded_pictures', 'how_captions', 'llava_captions',
-           'look_told', 'look_stages', 'look_images', 'dry_llava', 'look_llava', 'dry_chat']
+           'llava_pictures', 'vision_of', 'token_width', 'started', 'behind', 'keep_llava', 'tell_damaged',
+           'write_llava_page', 'Instructed', 'instructed', 'check_plain_llava', 'Taught', 'taught', 'judge_and_write',
+           'Tuning', 'begun_tuning', 'tune_llava', 'Talker', 'is_published', 'learned_by', 'aligned_place',
+           'aligned_tower', 'load_talker', 'Aloud', 'Talk', 'typed', 'chat', 'is_talker', 'decoded_pictures',
+           'how_captions', 'llava_captions', 'look_told', 'look_stages', 'look_images', 'dry_llava', 'look_llava',
+           'dry_chat']
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #f00c8d48
 import gmail_nb.runtime
@@ -36,10 +37,10 @@ from ..features import LazyPixels
 from ..files import check_writable, progress, unknown_name
 from ..llava import (
     Llava, VisualTokens, answer_all, encode_all, generate_answers, load_llava, save_llava, turns_of)
-from gmail_nb.llava_training import (
+from ..llava_training import (
     DESCRIBE, CaptionExamples, GridTokens, LlavaLoss, embed_tokens, encode_example, fit_projector,
-    grid_of, is_llava, load_trained, mixed_tokens, new_llava, save_trained, token_side, train_llava,
-    trained_card)
+    grid_of, is_llava, load_trained, mixed_tokens, new_llava, save_trained, token_side, token_weights,
+    train_llava, trained_card)
 from ..pages import save_figure
 from .align import generated_images, validation_indices
 from .dry_run import (
@@ -287,6 +288,12 @@ def started(
     return new_llava(settings, token_width(vision))[0].to(device), vision
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #9526c807
+def behind(model:str|Path|None, vision:GenReal|Encoder) -> dict: # for the card
+    "Where the aligned model lies, a Hub id as it is, and the fingerprint of its `f_g`."
+    if not model or not isinstance(vision, GenReal): return dict(aligned=model and str(model))
+    place = Path(model).resolve() if Path(model).exists() else model
+    return dict(aligned=str(place), aligned_weights=token_weights(vision, 'generated'))
+
 def keep_llava(
     llava:Llava, found:Learned,
     vision:GenReal|Encoder,
@@ -304,7 +311,7 @@ def keep_llava(
     keys = every if learn is None else [every[i] for i in learn]
     write_trained_on(out, [*keys, *asked, *below])
     last = {stage: float(np.mean(losses[-20:])) for stage, losses in history.items() if losses}
-    save_trained(llava, out, settings, arm=arm, encoder=encoder.name, aligned=model and str(model),
+    save_trained(llava, out, settings, arm=arm, encoder=encoder.name, **behind(model, vision),
                  images={k: len(f) for k, f in found.files.items()}, last_losses=last, **facts)
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #4b183d60
@@ -532,12 +539,28 @@ def learned_by(name:str|Path) -> list[str]:
                      'gmail_tune llava, or a published LLaVA')
 
 # %% ../../nbs/runs/60_tune_llava.ipynb #c2122888
-def aligned_tower(name, card:dict, encoder:Encoder) -> GenReal:
-    "The aligned model behind which a folder was tuned. `ValueError` where there was none."
-    if card.get('aligned'): return GenReal.from_pretrained(card['aligned'], encoder)
-    raise ValueError(f'{Path(name).name} was tuned without an aligned model, so it has no f_g for '
-                     'generated pictures: leave --side generated out, or tune with --model')
+def aligned_place(name:str|Path, card:dict) -> str|Path:
+    "Where the card says, or beside the folder, where both were moved together."
+    there, beside = Path(card['aligned']), Path(name).resolve().parent/Path(card['aligned']).name
+    return beside if not there.exists() and (beside/'card.json').exists() else card['aligned']
 
+def aligned_tower(name:str|Path, card:dict, encoder:Encoder) -> GenReal:
+    """The aligned model behind which a folder was tuned. `ValueError` where there was none, or where
+    another one lies in its place now; `FileNotFoundError` where it is gone."""
+    own, made = Path(name).name, card.get('aligned_weights') # older cards have no fingerprint
+    if not card.get('aligned'):
+        raise ValueError(f'{own} was tuned without an aligned model, so it has no f_g for '
+                         'generated pictures: leave --side generated out, or tune with --model')
+    place = aligned_place(name, card)
+    try: model = GenReal.from_pretrained(place, encoder)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f'{own} was tuned behind the aligned model {place}, which is not there: '
+                                f'put it back, or beside {own}') from e
+    if made in (None, token_weights(model, 'generated')): return model
+    raise ValueError(f'{own} was tuned behind another f_g than that of {place}, which was aligned again '
+                     'since: put the former model back, or tune again with --model')
+
+# %% ../../nbs/runs/60_tune_llava.ipynb #e6a10d11
 def load_talker(
     name:str|Path,            # a folder of `tune_llava`, or a Hub id or folder of a published LLaVA
     device:torch.device|str|None=None, # the fastest present if absent
