@@ -530,6 +530,22 @@ def the_app():
 
 # a LLaVA, from the shell
 
+@case
+def the_benchmark_of_a_gpu():
+    "Both ways of each comparison agree; in float32, because autocast computes nothing of bfloat16 here."
+    from gmail_nb.bench import gpu # what it imports no other case needs
+    on, name = gpu.Target(SIM, torch.float32, 1.), registered_vit(layers=3)
+    llama = dict(vocab_size=49408, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=128)
+    def clip():
+        set_seed(0)
+        return load_encoder(name)
+    lines = [gpu.compare_alignment('align', clip(), on, 32, 4, share, steps=1) for share in (1., 1/3)]
+    lines.append(gpu.compare_tuning('tune', clip(), on, 32, 4, steps=1))
+    lines.append(gpu.compare_caption_training('train', llama, clip(), on, 32, 4, steps=1))
+    lines.append(gpu.compare_caption_writing('write', llama, clip(), on, 32, 2, tokens=2))
+    assert all(line['ratio'] > 0 for line in lines) and lines[-1]['same'] == 1
+
 def small_words(folder):
     transformers.LlamaForCausalLM(language()).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -744,7 +760,7 @@ COVERED = {
 # ROOM.NAME, or all of a room -> why no case calls it
 REASONS = {
     'experiments.*': 'loads its encoder to `default_device` and calls what the cases call; a run takes minutes',
-    'bench.*': 'measures on the device there is; `gmail_bench gpu` is made for a GPU',
+    'bench.*': 'measures on the device there is; those of `gmail_bench gpu` are the case `the_benchmark_of_a_gpu`',
     'runs.dry_run.*': 'reads names of models; what it measures goes where `--device` says',
     'runs.presets.recipe': 'takes the name of an encoder, and loads none',
     'runs.tune_llava.dry_llava': 'reads names of models',

@@ -2,7 +2,8 @@
 
 `install()` registers it with PyTorch for the whole process, so tests do it in a process of their own. What crosses
 between the devices is counted in `traffic`, and so is each time that the program must wait for the device.
-Numbers of no dimension may cross uncounted, as they do on a GPU.
+Numbers of no dimension may cross uncounted, as they do on a GPU. Autocast is a fallthrough: a block under it computes
+in float32, so what runs here under `precision='bf16'` shows where tensors lie, and nothing of bfloat16.
 """
 from contextlib import contextmanager
 from dataclasses import dataclass, field

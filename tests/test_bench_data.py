@@ -3,11 +3,12 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from gmail_nb.bench.data import (
-    FORMS, MadeCaptions, PlainPhotos, Stage, bench_data, bench_forms, cores_for, in_form, made_photo, made_photos,
+    FORMS, MadeCaptions, PlainPhotos, Stage, bench_data, bench_forms, cores_for, held, in_form, made_photo, made_photos,
     measured_stages, read_ours, transform, work_rate)
 from gmail_nb.features import LazyPixels
 from gmail_nb.sources import load_captioned
@@ -54,8 +55,14 @@ def test_trainings_are_measured():
     assert [r['stage'].partition(':')[0] for r in found] == ['align'] * 2 + ['tune text'] * 2 + ['probe']
     assert all(r['rows'] == 400 and 0 <= r['megabytes'] < 500 for r in found)
 
+def test_what_a_stage_holds_is_told_by_the_row_and_for_other_rows():
+    "From the most rows that were measured; a megabyte of ten thousand rows is about a hundred bytes a row."
+    rows = [dict(rows=n, stage='keys', seconds=1., megabytes=m) for n, m in ((1000, 50.), (10_000, 1.))]
+    found = held(pd.DataFrame(rows), 10**6).loc['keys']
+    assert found['bytes a row'] == 2**20 / 10_000 and found['GB'] == pytest.approx(2**20 / 1e7)
+
 @pytest.mark.slow
-def test_a_million_rows_take_no_more_memory_than_few():
+def test_trainings_over_a_million_rows_hold_less_than_two_gigabytes():
     "Alignment and tuning over a file of two gigabytes hold less than two beside it; the table is printed."
     for r in (found := measured_stages(1_000_000, 'training_stages')):
         print(f'{r["stage"]:32} {r["seconds"] / 10:8.3f} s for 100,000 rows, {r["megabytes"]:6.0f} MB')

@@ -21,6 +21,7 @@ HEAVY = (
     'align_patience',
     'align_streamed',
     'align_tokens_best',
+    'the_benchmark_of_a_gpu',
 )
 GROUPS = dict(
     models=(

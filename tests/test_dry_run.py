@@ -17,6 +17,7 @@ from gmail_nb.runs.dry_run import (
     HUB_SETS,
     SET_FILES,
     dry_align,
+    dry_eval,
     dry_generate,
     dry_text,
     look_data,
@@ -37,10 +38,12 @@ from gmail_nb.settings import (
     AlignSettings,
     DrawSettings,
     EmbedSettings,
+    EvalSettings,
     RunSettings,
     SourceSettings,
     WorkSettings,
 )
+from gmail_nb.splits import write_trained_on
 
 quiet = WorkSettings(show_progress=False)
 
@@ -155,6 +158,44 @@ def test_too_few_pairs_are_refused(root):
     rows = dry_align(root/'dataset_coco.json', root/'drawn', source=SourceSettings(split='test'),
                      settings=AlignRunSettings(validation_share=0.))
     assert any(r.state == 'refused' and '--validation-share' in r.note for r in rows)
+
+def test_steps_and_images_are_those_of_the_plan_that_the_run_makes(root, monkeypatch):
+    "Five to seven images of a caption take turns: an epoch is as long as there are keys, and not images."
+    import math
+    from gmail_nb.align import GenReal
+    from gmail_nb.encoders import load_encoder
+    from gmail_nb.features import Features
+    from gmail_nb.runs.align import generated_images, pair_sets
+    from gmail_nb.sources import load_captioned
+    from gmail_nb.train import Alignment
+    source, align = SourceSettings(split='test'), AlignSettings(epochs=3, batch_size=3)
+    settings, model = AlignRunSettings(align=align, validation_share=.2), GenReal(load_encoder('embedded'))
+    real = load_captioned(root/'dataset_coco.json', source)
+    features = Features(list(real['key']), torch.zeros(len(real), 256), dict(content='0'), [])
+    sets = pair_sets(generated_images(root/'drawn'), features, model.encoder.preprocess, settings)
+    plan = Alignment(model, sets.pixels, sets.features, align).plan
+    seen = []
+    def looked(look, encoder, images, *more, **how):
+        seen.append(images)
+        return []
+    monkeypatch.setattr(dry_run, 'look_work', looked)
+    rows = dry_align(root/'dataset_coco.json', root/'drawn', source=source, settings=settings)
+    said = {r.what: r.note for r in rows}
+    assert said['steps'].startswith(f'{len(plan)} of 3 pairs') and len(plan) == 3 * math.floor(plan.n / 3)
+    assert seen == [10 + dry_run.STEP * 3 * len(plan)] and '60 of 60' in said['pairs'] and '10 pairs' in said['pairs']
+
+def test_a_row_that_would_be_refused_for_a_leak_says_so_first(root, tmp_path):
+    "Keys of restval lie in the model's folder, and val2017 has their images."
+    for name, key in dict(leaks='COCO_val2014_000000000003', apart='COCO_train2014_000000000099').items():
+        (tmp_path/name).mkdir()
+        write_trained_on(tmp_path/name, [key])
+        (tmp_path/name/'card.json').write_text('{}')
+    asked = dict(model=tuple(f'{n}=aligned:{n}' for n in ('leaks', 'apart')), models=tmp_path, root=root)
+    rows = dry_eval(('coco-val2017', 'emoji'), **asked)
+    refused, = (r for r in rows if r.state == 'refused')
+    assert refused[:2] == ('row leaks', 'coco-val2017') and 'are among those of the training of leaks' in refused.note
+    allowed = dry_eval(('coco-val2017',), settings=EvalSettings(equal_keys='allow'), **asked)
+    assert not [r for r in allowed if r.state == 'refused']
 
 def test_a_disk_without_room_is_refused(tmp_path):
     assert look_out(tmp_path, 1e18).state == 'refused' and look_out(tmp_path/'a'/'b').state == 'to write'

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from gmail_nb.cli.flags import preset_named
-from gmail_nb.experiments.tables import (TABLES, Drawing, TableRun, as_asked, chain, check_runs, dry_table, exchanged,
-                                         folder_name, needs_of, paper_plan, run_table, seeded, table_miniature,
-                                         tables_text)
+from gmail_nb.experiments.tables import (TABLES, Drawing, TableRun, alignment_plan, as_asked, chain, check_runs,
+                                         counts_of, dry_table, embedded_images, exchanged, folder_name, needs_of, paper_plan,
+                                         passes_of, run_table, seeded, table_miniature, tables_text)
 from gmail_nb.files import read_results
 from gmail_nb.pipelines import tiny_stable_diffusion
 from gmail_nb.runs import dry_run
@@ -188,6 +188,25 @@ def test_a_text_side_learns_from_no_image_that_is_measured(world):
     run_table('table2', home/'out', run)
     folder = next(s.folder for s in paper_plan('table2', home/'out', run) if s.folder.name.startswith('text'))
     assert json.loads((folder/'card.json').read_text())['pairs'] == 24 # twelve images of train with two captions each
+
+def test_the_steps_of_an_alignment_are_those_of_its_run(world, tmp_path):
+    "One image a key in an epoch, of the split that is learned from, without the keys that are kept out."
+    home, run = world
+    run = replace(run, rows=('CLIP + GMAIL',), test=('coco-val2017',))
+    told = next(r.note for r in dry_table('table2', tmp_path/'none', run) if r.what == 'aligned')
+    run_table('table2', home/'out', run)
+    folder = next(s.folder for s in paper_plan('table2', home/'out', run) if s.folder.name.startswith('aligned'))
+    steps = [l for l in (folder/'log.jsonl').read_text().splitlines() if 'loss' in json.loads(l)]
+    assert told.startswith(f'{len(steps)} steps of ') and '1 times through' in told
+    pairs = int(told.split('through ')[1].split()[0])
+    assert len(steps) == max(1, pairs // 8) and pairs < 12 # of train, of which some are kept out
+
+def test_the_published_numbers_stand_where_no_captions_are():
+    assert counts_of('coco', {}) == (113_287, 566_747) and counts_of('coco', {}, learned=True) == (82_783, 414_113)
+    link = TABLES['table6'].rows[1].last
+    assert alignment_plan(link.aligning, {}).n < 82_783 and embedded_images(link, {}) == 566_747
+    assert embedded_images(TABLES['table9'].rows[3].last, {}) == 113_287 # real images, each once
+    assert passes_of(link.aligning, {}) < 82_783 * (1 + 3 * link.aligning.settings.align.epochs)
 
 def test_the_command(world, capsys):
     from gmail_nb.cli.commands import gmail_experiment

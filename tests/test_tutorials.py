@@ -64,6 +64,26 @@ def told(*argv):
     with contextlib.redirect_stdout(io.StringIO()) as out: assert COMMANDS([*argv, '--help']) == 0
     return out.getvalue()
 
+def values_of(flag, words):
+    "What a command line gives a flag, as one word or as two."
+    yield from (w.partition('=')[2] for w in words if w.startswith(f'{flag}='))
+    yield from (value for w, value in zip(words, words[1:]) if w == flag)
+
+def preset(command, kind, value):
+    "The settings of a preset, as the command takes them; `ValueError` for one that it refuses."
+    from gmail_nb.cli.commands import COMMANDS
+    from gmail_nb.cli.flags import Commands, preset_named
+    from gmail_nb.runs.presets import EVAL_PRESETS
+    found = COMMANDS.commands[command]
+    if isinstance(found, Commands): found = found.find(kind[0] if kind else next(iter(found.commands)))
+    return preset_named(value, found.presets or (EVAL_PRESETS if command == 'eval' else {}))
+
+def test_a_preset_that_is_refused_is_noticed():
+    "The name is known, and says to use another command."
+    assert preset('tune', ['caption'], 'paper-table1') and preset('eval', [], 'paper-table2')
+    with pytest.raises(ValueError, match='gmail_experiment table9'): preset('tune', ['caption'], 'paper-table9')
+    assert list(values_of('--preset', ['--preset', 'a', '--steps', '3', '--preset=b'])) == ['b', 'a']
+
 @pytest.mark.parametrize('name', tutorials)
 def test_commands_and_flags_exist(name):
     for command, rest in shell_lines(name):
@@ -72,6 +92,7 @@ def test_commands_and_flags_exist(name):
         known = told(command, *kind)
         for flag in (w.partition('=')[0] for w in words if w.startswith('--')):
             assert re.search(rf'{flag}(?![\w-])', known), f'{name}: {command} has no {flag}'
+        for value in values_of('--preset', words): assert preset(command, kind, value), f'{name}: {command} {value}'
 
 def test_commands_are_found():
     found = {c for n in tutorials for c, _ in shell_lines(n)}

@@ -7,7 +7,8 @@ __all__ = ['BATCH', 'DECODERS', 'FORMS', 'made_photo', 'made_photos', 'PlainPhot
            'our_rate', 'bench_data', 'handed_over', 'write_tar', 'in_form', 'work_rate', 'read_plainly', 'read_ours',
            'bench_forms', 'show_forms', 'cores_for', 'anonymous', 'Stage', 'write_rows', 'TinyTower', 'TinyPreprocess',
            'Course', 'stages', 'measured_stages', 'Painter', 'work_stages', 'MadeImages', 'MadeCaptions', 'TinyText',
-           'letters', 'made_features', 'tiny_encoder', 'training_stages', 'slopes', 'planned_hours', 'show_costs']
+           'letters', 'made_features', 'tiny_encoder', 'training_stages', 'slopes', 'planned_hours', 'held',
+           'show_costs']
 
 # %% ../../nbs/bench/50_data.ipynb #e2217d8f
 import gmail_nb.runtime # before torchvision
@@ -476,6 +477,16 @@ def planned_hours(
     "Hours of one core for another number of rows, at least in proportion to the largest measured."
     largest = every[every.rows == every.rows.max()].set_index('stage')
     return largest.seconds * (n / largest.rows) ** slopes(every).clip(lower=1) / 3600
+
+# %% ../../nbs/bench/50_data.ipynb #7d20c0b0
+def held(
+    every:pd.DataFrame, # rows, stage, megabytes; of `measured_stages`
+    n:int               # rows of another set
+) -> pd.DataFrame: # by stage: bytes a row, and GB for n rows
+    "What a stage holds of the most rows that were measured, and in proportion of others."
+    largest = every[every.rows == every.rows.max()].set_index('stage')
+    each = largest.megabytes * 2**20 / largest.rows
+    return pd.DataFrame({'bytes a row': each, 'GB': each * n / 1e9})
 
 # %% ../../nbs/bench/50_data.ipynb #7d20c0a8
 def show_costs(every:pd.DataFrame) -> Figure:

@@ -528,7 +528,8 @@ def add_preset(parser:Parser, presets:dict) -> None:
 
 def preset_named(name:str, presets:dict):
     "The settings of that name. `ValueError` with near names, or with what to do instead."
-    if name not in presets: raise unknown_name('preset', name, presets)
+    if name not in presets:
+        raise unknown_name('preset', name, [n for n, p in presets.items() if not isinstance(p, str)])
     found = presets[name]
     if isinstance(found, str): raise ValueError(f'preset {name}: {found}')
     return found

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['Link', 'KINDS', 'BASE', 'FEW', 'MANY', 'LLAMA_BASE', 'LLAMA_GMAIL', 'SIGLIP_BASE', 'TABLE1', 'TABLE6', 'TABLE8',
            'TABLE9', 'TABLE11', 'TABLE13', 'TABLE16', 'TABLE17', 'LLAVA_ID', 'LLAMA_CHAT', 'LLAVA', 'LLAMA3',
-           'QUESTION_SETS', 'TABLE10', 'TABLE15', 'LONG_ALIGNED', 'TABLES', 'RUNNERS', 'TOKEN_BYTES', 'EMBEDDED_ARMS',
-           'Drawing', 'Aligning', 'TextTuning', 'CaptionTuning', 'LlavaTuning', 'needed', 'folder_name', 'chain',
-           'changed', 'seeded', 'TableRow', 'PaperTable', 'aligning', 'captioner', 'said', 'llava_settings', 'llava_of',
-           'asked_table', 'text_row', 'measured_rows', 'measured_table', 'unrun', 'needs_of', 'tables_text', 'TableRun',
-           'exchanged', 'as_asked', 'with_own_tower', 'changed_draw', 'Step', 'chosen_rows', 'row_links', 'paper_plan',
-           'source_of', 'encoder_name', 'run_drawing', 'run_aligning', 'learned_images', 'run_text', 'run_captioner',
-           'question_place', 'run_llava', 'run_step', 'table_miniature', 'caption_values', 'measured_values',
-           'asked_values', 'table_records', 'paper_table', 'mean_text', 'check_runs', 'run_table', 'images_of',
-           'step_costs', 'look_asked', 'passes_of', 'texts_of', 'tower_of', 'step_work', 'dry_table',
+           'QUESTION_SETS', 'TABLE10', 'TABLE15', 'LONG_ALIGNED', 'TABLES', 'RUNNERS', 'PUBLISHED', 'TOKEN_BYTES',
+           'EMBEDDED_ARMS', 'Drawing', 'Aligning', 'TextTuning', 'CaptionTuning', 'LlavaTuning', 'needed',
+           'folder_name', 'chain', 'changed', 'seeded', 'TableRow', 'PaperTable', 'aligning', 'captioner', 'said',
+           'llava_settings', 'llava_of', 'asked_table', 'text_row', 'measured_rows', 'measured_table', 'unrun',
+           'needs_of', 'tables_text', 'TableRun', 'exchanged', 'as_asked', 'with_own_tower', 'changed_draw', 'Step',
+           'chosen_rows', 'row_links', 'paper_plan', 'source_of', 'encoder_name', 'run_drawing', 'run_aligning',
+           'learned_images', 'run_text', 'run_captioner', 'question_place', 'run_llava', 'run_step', 'table_miniature',
+           'caption_values', 'measured_values', 'asked_values', 'table_records', 'paper_table', 'mean_text',
+           'check_runs', 'run_table', 'counts_of', 'images_of', 'alignment_plan', 'embedded_images', 'step_costs',
+           'look_asked', 'passes_of', 'texts_of', 'tower_of', 'step_work', 'learned_set', 'dry_table',
            'embedded_answers']
 
 # %% ../../nbs/experiments/60_tables.ipynb #05a01121
@@ -710,19 +711,52 @@ def run_table(
     return records
 
 # %% ../../nbs/experiments/60_tables.ipynb #8dd5e147
+PUBLISHED = dict(coco=(113_287, 82_783)) # images that are drawn, and learned from; others have one a caption
+
+def counts_of(
+    captions:str,       # of `CAPTION_SOURCES`
+    found:dict,         # (set of captions, whether of the split that is learned from) -> dataset or None
+    learned:bool=False  # of that split
+) -> tuple[int, int]: # real images, captions
+    "Counted where the captions are there, else as they are published."
+    ds, known = found.get((captions, learned)), CAPTION_SOURCES[captions]
+    if ds is not None: return len(ds), sum(map(len, ds['captions']))
+    many = known.learned_captions if learned and known.learned_captions else known.captions
+    return PUBLISHED.get(captions, (many, many))[learned], many
+
 def images_of(
     link:Drawing,
-    found:dict # set of captions -> (rows, dataset or None), as `look_set` gives them
+    found:dict # as in `counts_of`
 ) -> int:
-    "How many images are drawn: counted where the captions are there, else as they are published."
-    ds = found.get(link.captions, (None, None))[1]
-    return CAPTION_SOURCES[link.captions].captions if ds is None else sum(map(len, ds['captions']))
+    "How many images are drawn: one for every caption."
+    return counts_of(link.captions, found)[1]
+
+# %% ../../nbs/experiments/60_tables.ipynb #8dd5e150
+def alignment_plan(
+    link:Aligning, found:dict # as in `counts_of`
+): # -> StepPlan
+    "The steps of an alignment over the split that is learned from, without the keys that are kept out."
+    from gmail_nb.runs.align import validation_indices # what these import is not needed before
+    from gmail_nb.train import StepPlan
+    name, share = link.drawing.captions, link.settings.validation_share
+    ds, n = found.get((name, True)), counts_of(name, found, learned=True)[0]
+    kept_out = int(n * share) if ds is None else len(validation_indices(ds['key'], share, least=2))
+    return StepPlan(max(1, n - kept_out), link.settings.align)
+
+def embedded_images(
+    link:TextTuning|CaptionTuning|LlavaTuning, found:dict # as in `counts_of`
+) -> int:
+    "Images whose features are made for a tuning, by what its arm learns from."
+    name = link.drawing.captions if link.drawing else 'coco'
+    if isinstance(link, TextTuning): return counts_of(name, found, learned=True)[1]
+    real, generated = counts_of(name, found)
+    return dict(real=real, mix=real + generated, both=real + generated).get(link.arm, generated)
 
 # %% ../../nbs/experiments/60_tables.ipynb #44424fe9
 TOKEN_BYTES = 2 * 576 * 1024 # of an image through the ViT-L/14 of LLaVA 1.5, in 16 bits
 
 def step_costs(
-    link:Link, found:dict # as in `images_of`
+    link:Link, found:dict # as in `counts_of`
 ) -> tuple[str, int, float]: # in words, images to draw, bytes on disk
     "What a step does and takes."
     from gmail_nb.runs.dry_run import BYTES
@@ -732,10 +766,11 @@ def step_costs(
         size = images * pixels * BYTES[link.draw.image_format or g.image_format]
         return f'{images:,} images', images, size
     if isinstance(link, Aligning):
-        s, images = link.settings.align, images_of(link.drawing, found)
-        return f'{s.epochs} times through at most {images:,} pairs, {s.batch_size} at once', 0, images * 2048.
+        plan, real = alignment_plan(link, found), counts_of(link.drawing.captions, found, learned=True)[0]
+        does = f'{len(plan):,} steps of {plan.batches.size}, {plan.settings.epochs} times through {plan.n:,} pairs'
+        return does, 0, real * 2048.
     s = link.recipe.settings if isinstance(link, TextTuning) else link.settings
-    images = images_of(link.drawing or Drawing(), found)
+    images = embedded_images(link, found)
     if isinstance(link, LlavaTuning):
         one, two = s.project, s.instruct
         does = f'{one.steps:,} steps of {one.batch_size}, and {two.steps:,} of {two.batch_size}'
@@ -755,23 +790,20 @@ def look_asked(table:PaperTable, run:TableRun) -> list[tuple]: # of `Look`
 
 # %% ../../nbs/experiments/60_tables.ipynb #5f1d2a02
 def passes_of(
-    link:Link, found:dict # as in `images_of`
+    link:Link, found:dict # as in `counts_of`
 ) -> int: # forward passes of the image tower
     "How many images go through the tower in a training; a step counts as three passes."
     from gmail_nb.runs.dry_run import STEP
-    images = images_of(getattr(link, 'drawing', None) or Drawing(), found)
-    if not isinstance(link, Aligning): return images
-    s, name = link.settings.align, link.drawing.captions
-    ds = found.get(name, (None, None))[1]
-    real = images if ds is None else len(ds)
-    return real + STEP * s.epochs * images
+    if not isinstance(link, Aligning): return embedded_images(link, found)
+    plan, real = alignment_plan(link, found), counts_of(link.drawing.captions, found, learned=True)[0]
+    return real + STEP * len(plan) * plan.batches.size
 
 # %% ../../nbs/experiments/60_tables.ipynb #5f1d2a05
 def texts_of(link:TextTuning, found:dict) -> int: # forward passes of the text tower
     "A head learns from texts that went through once."
     from gmail_nb.runs.dry_run import STEP
     s = link.recipe.settings
-    return images_of(link.drawing, found) if s.tuning == 'head' else STEP * s.steps * s.batch_size
+    return embedded_images(link, found) if s.tuning == 'head' else STEP * s.steps * s.batch_size
 
 def tower_of(link:Aligning|TextTuning|CaptionTuning) -> tuple[str, int, str]:
     "The encoder of a training, with the batch and precision of a forward pass."
@@ -784,7 +816,7 @@ def tower_of(link:Aligning|TextTuning|CaptionTuning) -> tuple[str, int, str]:
 
 # %% ../../nbs/experiments/60_tables.ipynb #5f1d2a04
 def step_work(
-    link:Link, found:dict,   # as in `images_of`
+    link:Link, found:dict,   # as in `counts_of`
     run:TableRun,
     speeds:dict              # (encoder, batch, precision, texts) -> what was measured, which is filled
 ) -> list[tuple]: # of `Look`
@@ -794,7 +826,8 @@ def step_work(
     if isinstance(link, Drawing):
         return [look_time(images_of(link, found), *RATES.get(link.generator, (None, 'not measured')))]
     if isinstance(link, LlavaTuning):
-        return [Look('time', '', 'estimate', 'not known: gmail_bench gpu measures such a model')]
+        return [Look('time', '', 'estimate', 'not known: no LLaVA is loaded to be measured; on a GPU, '
+                     'gmail_bench gpu times the tower and a Llama of its size')]
     name, *how = tower_of(link)
     look = look_model(name, run.models)
     def speed(texts=False):
@@ -807,6 +840,18 @@ def step_work(
     if not isinstance(link, TextTuning): return rows
     said = look_time(texts_of(link, found), speed(True).rate, f'texts; {speed(True).how}')
     return [*rows, said._replace(what='time of texts')]
+
+# %% ../../nbs/experiments/60_tables.ipynb #5f1d2a07
+def learned_set(
+    captions:str, # of `CAPTION_SOURCES`
+    drawn,        # what is drawn of it, as `look_set` gives it, or None
+    run:TableRun
+): # -> datasets.Dataset|None
+    "Of the captions that are drawn those that are learned from; None where they are not there."
+    from gmail_nb.runs.dry_run import look_set
+    learned = CAPTION_SOURCES[captions].learned
+    if drawn is None or not learned: return drawn
+    return look_set(captions, *source_of(captions, run, learned), images=False)[1]
 
 # %% ../../nbs/experiments/60_tables.ipynb #4c7628f3
 def dry_table(
@@ -823,9 +868,10 @@ def dry_table(
     rows += [look_model(e, run.models) for e in needs.get('encoders', ())]
     rows += [look_lm(lm) for lm in needs.get('lms', ())]
     captions = [c for c in needs['sets'] if c in CAPTION_SOURCES]
-    found = {c: look_set(f'captions of {c}', *source_of(c, run),
-                         images=CAPTION_SOURCES[c].real) for c in captions}
-    rows += [r for looks, _ in found.values() for r in looks]
+    found = {}
+    for c in captions:
+        more, found[c, False] = look_set(f'captions of {c}', *source_of(c, run), images=CAPTION_SOURCES[c].real)
+        found[c, True], rows = learned_set(c, found[c, False], run), [*rows, *more]
     if t.task == 'vqa': rows += look_asked(t, run)
     elif t.task != 'caption': rows += [r for d in run.test or t.data for r in look_data(d, run.root)]
     for step in steps:

@@ -11,7 +11,7 @@ __all__ = ['RATES', 'SMALL', 'STEP', 'SLOW', 'FIRST', 'BYTES', 'SET_FILES', 'HUB
            'dry_generate', 'some_keys', 'look_matches', 'look_pass', 'look_work', 'some_files', 'some_pictures',
            'decode_rate', 'look_decoding', 'look_epochs', 'dry_align', 'dry_embed', 'look_arm', 'look_sides',
            'look_steps', 'dry_text', 'dry_captioner', 'dry_write', 'look_data', 'asked_models', 'counted',
-           'look_models', 'dry_eval', 'dry_demo']
+           'look_models', 'look_leaks', 'dry_eval', 'dry_demo']
 
 # %% ../../nbs/runs/50_dry_run.ipynb #454c80a4
 import importlib.util
@@ -553,15 +553,15 @@ def some_keys(folder:str|Path) -> list[str]|None:
 # %% ../../nbs/runs/50_dry_run.ipynb #8aa58aff
 def look_matches(
     real:datasets.Dataset|None, generated:str|Path
-) -> tuple[Look|None, int|None]: # a row, and the pairs; None where they cannot be counted
-    "How many generated images have a real partner."
-    keys = some_keys(generated)
-    if real is None or keys is None: return None, None
+) -> tuple[Look|None, list[str]|None]: # a row, and the keys of both; None where they cannot be read
+    "How many generated images have a real partner, and how many pairs an epoch has: one for each key."
+    made = some_keys(generated)
+    if real is None or made is None: return None, None
     known = set(real['key'])
-    pairs = sum(k in known for k in keys)
-    said = f'{pairs:,} of {len(keys):,} generated images have a real one'
-    if pairs: return Look('pairs', '', 'there', said), pairs
-    return Look('pairs', '', 'refused', 'no generated image has the key of a real one'), 0
+    keys, pairs = sorted(known.intersection(made)), sum(k in known for k in made)
+    said = f'{pairs:,} of {len(made):,} generated images have a real one: {len(keys):,} pairs an epoch'
+    if keys: return Look('pairs', '', 'there', said), keys
+    return Look('pairs', '', 'refused', 'no generated image has the key of a real one'), []
 
 # %% ../../nbs/runs/50_dry_run.ipynb #59b2e888
 def look_pass(
@@ -651,21 +651,24 @@ def look_decoding(
 
 # %% ../../nbs/runs/50_dry_run.ipynb #59b2e88a
 def look_epochs(
-    pairs:int|None, share:float, # that are kept out for validation
-    settings                     # an `AlignSettings`
-) -> tuple[list[Look], int]: # rows, and the pairs that are learned from
+    keys:list[str]|None, share:float, # of the pairs, and how much of them is kept out for validation
+    settings                          # an `AlignSettings`
+) -> tuple[list[Look], int]: # rows, and the generated images that go through the tower
     "How many steps an alignment takes."
+    from gmail_nb.runs.align import validation_indices # what these import is not needed before
+    from gmail_nb.train import StepPlan
     s, per = settings, f'{settings.epochs} epochs of batches of {settings.batch_size}'
-    if not pairs:
+    if not keys:
         return [Look('steps', '', 'estimate', f'not known before there are pairs: {per}')], 0
-    kept_out = max(2 * (pairs > 3 and share > 0), int(pairs * share))
-    learned = pairs - kept_out
-    steps = s.epochs * max(1, learned // s.batch_size)
-    said = f'{steps:,} of {s.batch_size} pairs, {s.epochs} epochs'
-    rows = [Look('steps', '', 'estimate', said)]
-    if min(kept_out, learned) > 1: return rows, learned
-    refused = f'{kept_out} of {pairs} are kept out: change --validation-share'
-    return [Look('pairs', '', 'refused', refused), *rows], learned
+    kept_out = len(validation_indices(keys, share, least=2))
+    learned = len(keys) - kept_out
+    if min(kept_out, learned) < 2:
+        refused = f'{kept_out} of {len(keys)} are kept out: change --validation-share'
+        return [Look('pairs', '', 'refused', refused)], 0
+    plan = StepPlan(learned, s)
+    size = plan.batches.size
+    said = f'{len(plan):,} of {size} pairs, {s.epochs} epochs of {learned:,}'
+    return [Look('steps', '', 'estimate', said)], len(plan) * size
 
 # %% ../../nbs/runs/50_dry_run.ipynb #63b90266
 def dry_align(
@@ -676,16 +679,16 @@ def dry_align(
     look, (real, ds) = look_model(encoder), look_set('real', captioned, source, learned=True)
     made, _ = look_generated(generated)
     rows, s = [look_device(settings.run.device), look, *real, *made], settings.align
-    match, pairs = look_matches(ds, generated)
-    more, learned = look_epochs(pairs, settings.validation_share, s)
+    match, keys = look_matches(ds, generated)
+    more, seen = look_epochs(keys, settings.validation_share, s)
     real_images = None if ds is None else len(ds)
-    images = real_images + STEP * s.epochs * learned if real_images and pairs else None
+    images = real_images + STEP * seen if real_images and keys else None
     said = f'features of {"the" if real_images is None else f"{real_images:,}"} real images'
     rows += [*([match] if match else []), *more]
     run = -(-s.batch_size // s.accumulation), s.precision, settings.run.device
     rows += look_work(look, encoder, images, 1, out, note=said, kept=real_images or 0, run=run)
     return [*rows, *look_decoding(real_images, captioned, source),
-            *look_decoding(s.epochs * learned, generated)]
+            *look_decoding(seen, generated)]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #0232cc04
 def dry_embed(
@@ -878,6 +881,28 @@ def look_models(
     how = unknown or f'{len(speeds)} models one after the other; {speeds[0].how}'
     return [Look('memory', '', 'estimate', memory), look_time(images, rate, how)]
 
+# %% ../../nbs/runs/50_dry_run.ipynb #dfebdb11
+def look_leaks(
+    models:dict[str, str], below:str|Path,   # row -> model string, and the folder of the models
+    names:Iterable[str], root:str|Path|None, # of sets, and the folder that holds their files
+    task:str='retrieval',
+    source:SourceSettings=SourceSettings(), settings:EvalSettings=EvalSettings()
+) -> list[Look]: # none where no set that is there was learned from
+    "Rows that would be refused, because their models learned from images of a set."
+    from gmail_nb.retrieval import load_retrieval_set # what these import is not needed before
+    from gmail_nb.runs.evaluate import EvalSet, check_leaks, labelled_set
+    found, below, root = [], Path(below), None if root is None else Path(root)
+    for name in names:
+        if name.startswith('emoji') or on_hub(name) or root is None and name in SET_FILES: continue
+        try:
+            tested = EvalSet(*(labelled_set(name, root) if task == 'classification'
+                               else load_retrieval_set(name, root, replace(source, decoded=0))))
+        except (OSError, ValueError): continue # the row of the set says why
+        for row, spec in models.items():
+            try: check_leaks(row, spec, below, name, tested, settings)
+            except ValueError as e: found.append(Look(f'row {row}', name, 'refused', first_line(e)))
+    return found
+
 # %% ../../nbs/runs/50_dry_run.ipynb #dfebdb0e
 def dry_eval(
     captioned:tuple=(), preset:str|None=None, task:str|None=None, model:tuple=(), root=None,
@@ -891,9 +916,12 @@ def dry_eval(
     found = [look_model(spec, models, f'row {row}') for row, spec in models_of.items()]
     names = tuple(captioned) or (known.data if known else (OWN[task or 'retrieval'],))
     sets = [r for name in names for r in look_data(name, root, source)]
+    task = known.task if known else task or 'retrieval'
+    leaks = look_leaks(models_of, models, names, root, task, source, settings)
     more = look_generated(generated)[0] if generated else []
     work = look_models(found, models_of.values(), counted(names, source), settings.embed)
-    return [look_device(settings.embed.device), *found, *sets, *more, look_out(out), *work]
+    return [look_device(settings.embed.device), *found, *sets, *leaks, *more, look_out(out),
+            *work]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #7c7ed0e7
 def dry_demo(
