@@ -1,8 +1,9 @@
 """Put the tables of a report into the package: `python tools/publish_tables.py FOLDER [--seeds N]`.
 
-FOLDER is that of `gmail_report --scale embedded --seeds N`, run on the machine where this is called. Writes assets/evidence: tables/, with the
-records of each part and about.json, tables.md, which is made from them, and part_seconds.json. Then run these pages again:
-`python tools/execute.py` with nbs/experiments/75_results.ipynb and nbs/index.ipynb, and `python tools/readme.py`.
+FOLDER is that of `gmail_report --scale embedded --seeds N`, run on the machine where this is called. Writes
+assets/evidence: tables/, with the records of each part and about.json, tables.md, which is made from them, and
+part_seconds.json. Then run these pages again: `python tools/execute.py` with nbs/experiments/75_results.ipynb
+and nbs/index.ipynb, and `python tools/readme.py`.
 """
 import argparse
 import json

@@ -171,7 +171,7 @@ def options_of(
     return [o for o in found if o.path[-1] not in leave or len(o.path) == 1]
 
 # %% ../../nbs/cli/00_flags.ipynb #8e34744c
-SPELLED = dict(image='image-column', captioned='set', questions='set') # name -> how a person spells it
+SPELLED = dict(image='image-column', captioned='set', questions='set') # name -> as it is spelled
 
 # %% ../../nbs/cli/00_flags.ipynb #1fd62cf6
 def flag_names(
@@ -367,7 +367,7 @@ def place(self:Parser,
     words:list[str],              # that no argument took
     must:list[argparse.Action]    # flags that must be given
 ) -> None:
-    "Give words behind a flag to the argument of several, or the one word to the one flag that lacks."
+    "Give words behind a flag to the argument of several, or the one word to the one that lacks."
     several = [a for a in self._get_positional_actions() if a.nargs in ('*', '+')]
     lacking = [a for a in must if not hasattr(found, a.dest)]
     if words and several:
