@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN_WAYS',
-           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'TEXT_TUNINGS', 'CALLED_CLIP', 'CALLED_LM',
-           'CALLED_SHARE', 'CALLED_DEPTH', 'CALLED_WIDTH', 'SMOLLM2_FROM', 'STUDY', 'STUDY_SEEDS', 'QUICK_CAPTIONS',
-           'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number', 'check_value',
-           'DrawSettings', 'SourceSettings', 'WorkSettings', 'AfterSettings', 'Generator', 'is_commit',
+           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'LEAST_VALIDATION', 'TEXT_TUNINGS', 'CALLED_CLIP',
+           'CALLED_LM', 'CALLED_SHARE', 'CALLED_DEPTH', 'CALLED_WIDTH', 'SMOLLM2_FROM', 'STUDY', 'STUDY_SEEDS',
+           'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number',
+           'check_value', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'AfterSettings', 'Generator', 'is_commit',
            'AdapterSettings', 'described', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings',
            'AlignRunSettings', 'part_of', 'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings',
            'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
@@ -335,13 +335,16 @@ class RunSettings:
 
 # %% ../nbs/01_settings.ipynb #d88e701c
 MOST_DAMAGED = .01 # share of the images of a set that may fail to decode; one may, unless it is 0
+# pairs that judge which weights were best: of few and wrong ones, a dozen prevent the harm
+# (experiments/17_thresholds); never more than a quarter of a small set
+LEAST_VALIDATION = 12
 
 @dataclass(frozen=True)
 class AlignRunSettings:
     "What `gmail_align` depends on: two sets on disk, and all of the above."
     adapters:AdapterSettings=AdapterSettings()
     align:AlignSettings=AlignSettings()
-    validation_share:float=.05   # share of the keys kept out of training, to measure on
+    validation_share:float=.05   # share of the keys kept out of training, to measure on; 12 at least, or a quarter
     validation_limit:int=5000    # at most so many of the pairs kept out are measured
     equal_captions:str='apart'   # apart: all other images are negatives; together: not those of an equal caption
     workers:int|None=None        # threads that decode; as many as cores if absent

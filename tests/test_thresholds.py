@@ -90,4 +90,5 @@ def test_nothing_is_said_of_chains_that_were_not_run():
 def test_the_grid_holds_the_hard_case():
     cells = threshold_cells()
     assert {c[:2] for c in cells if c[2] == 'plain'} == {(n, r) for n in THRESHOLD_SHARES for r in RIGHT_SHARES}
-    assert {c[2] for c in cells if c[:2] == HARD} == set(WAYS)
+    assert {c[2] for c in cells if c[:2] == HARD} == set(WAYS) and cells[-1][:2] == HARD
+    assert [c for c in cells if c[:2] != HARD and c[2] != 'plain'] == [(n, 1., 'best step') for n in THRESHOLD_SHARES]

@@ -31,7 +31,8 @@ from ..files import write_results
 from ..runs.presets import AGAINST, B16, CAPTION_SOURCES, CLIPCAP, EVAL_PRESETS, GPT2, L14
 from ..runs.presets import LLAMACAP, LONGCLIP, RECALLS, SAME_STEPS, SIGLIP, TEXT_RECIPES
 from ..runs.presets import TUNED_STEPS, CaptionSource, TextRecipe, recipe, with_known
-from ..settings import CALLED_LM, GENERATORS, PAPER_ALIGN, AdapterSettings, AlignRunSettings
+from ..settings import CALLED_LM, GENERATORS, LEAST_VALIDATION, PAPER_ALIGN
+from ..settings import AdapterSettings, AlignRunSettings
 from ..settings import CaptionerSettings, DrawSettings, EmbedSettings, EvalSettings
 from ..settings import Generator, LlavaSettings, ReadSettings, RunSettings, SourceSettings
 from ..settings import StageSettings, VQASettings, WorkSettings
@@ -740,7 +741,8 @@ def alignment_plan(
     from gmail_nb.train import StepPlan
     name, share = link.drawing.captions, link.settings.validation_share
     ds, n = found.get((name, True)), counts_of(name, found, learned=True)[0]
-    kept_out = int(n * share) if ds is None else len(validation_indices(ds['key'], share, least=2))
+    if ds is None: kept_out = int(n * share)
+    else: kept_out = len(validation_indices(ds['key'], share, LEAST_VALIDATION))
     return StepPlan(max(1, n - kept_out), link.settings.align)
 
 def embedded_images(

@@ -38,7 +38,8 @@ from .judge import (
     FEWEST, Measure, Verdict, enough_kept_out, judged, show_judged, spread, write_page)
 from .models import chosen_device, kind_of_folder, model_at
 from ..runtime import set_seed, stable_seed
-from ..settings import AlignRunSettings, EmbedSettings, SourceSettings, described
+from ..settings import LEAST_VALIDATION, AlignRunSettings, EmbedSettings, SourceSettings
+from ..settings import described
 from ..sources import is_generated, load_captioned
 from ..splits import write_trained_on
 from ..train import align, alignment_parameters, processes, show_history
@@ -89,13 +90,13 @@ def indices_by_sample(
 def validation_indices(
     keys,       # a list, or a column
     share:float, # of the keys that are kept out of training
-    least:int=0  # so many in any case, where they leave as many again to train on
+    least:int=0  # so many in any case, or a quarter where that is less, but two if there are four
 ) -> list[int]:
     "Indices of the keys that draw the curve and measure the gap."
     chunks = keys.chunks if isinstance(keys, pa.ChunkedArray) else [keys]
     every = (k for c in chunks for k in (c.to_pylist() if isinstance(c, pa.Array) else c))
     place = np.fromiter((stable_seed('held out', k) % 10_000 for k in every), int, len(keys))
-    found = np.flatnonzero(place < share * 10_000)
+    found, least = np.flatnonzero(place < share * 10_000), min(least, max(2, len(keys) // 4))
     if share and len(found) < least <= len(keys) // 2: found = np.sort(place.argsort()[:least])
     return found.tolist()
 
@@ -158,7 +159,7 @@ def pair_sets(
     made_keys, numbers = column_of(made, 'key'), column_of(made, 'sample')
     samples, partners = indices_by_sample(features.key_column, made_keys, numbers)
     keys = features.key_column.take(pa.array(partners))
-    kept_out = validation_indices(keys, settings.validation_share, least=2)
+    kept_out = validation_indices(keys, settings.validation_share, LEAST_VALIDATION)
     train = keep_pairs_out(len(partners), kept_out, settings.validation_share)
     looked_at, ids = measured_pairs(kept_out, settings.validation_limit), None
     pixels = LazyPixels(made, preprocess, workers=settings.workers, processes=settings.processes)
@@ -350,7 +351,7 @@ def check_common_keys(
     keys, share = column_of(real, 'key'), settings.validation_share
     partners = np.unique(match_keys(keys, column_of(made, 'key'))[1])
     for some in (partners[:10_000], partners): # of a large set, a part says enough
-        kept_out = validation_indices(keys.take(pa.array(some)), share, least=2)
+        kept_out = validation_indices(keys.take(pa.array(some)), share, LEAST_VALIDATION)
         if len(some) - 2 >= len(kept_out) >= 2: return
     keep_pairs_out(len(partners), kept_out, share)
 

@@ -35,7 +35,7 @@ import torch
 
 from .presets import EVAL_PRESETS, OWN
 from ..runtime import default_device, machine
-from ..settings import EmbedSettings, demo_settings
+from ..settings import LEAST_VALIDATION, EmbedSettings, demo_settings
 
 # %% ../../nbs/runs/50_dry_run.ipynb #671b9a6e
 class Look(NamedTuple):
@@ -660,7 +660,7 @@ def look_epochs(
     s, per = settings, f'{settings.epochs} epochs of batches of {settings.batch_size}'
     if not keys:
         return [Look('steps', '', 'estimate', f'not known before there are pairs: {per}')], 0
-    kept_out = len(validation_indices(keys, share, least=2))
+    kept_out = len(validation_indices(keys, share, LEAST_VALIDATION))
     learned = len(keys) - kept_out
     if min(kept_out, learned) < 2:
         refused = f'{kept_out} of {len(keys)} are kept out: change --validation-share'
