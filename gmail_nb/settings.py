@@ -344,7 +344,7 @@ class AlignRunSettings:
     "What `gmail_align` depends on: two sets on disk, and all of the above."
     adapters:AdapterSettings=AdapterSettings()
     align:AlignSettings=AlignSettings()
-    validation_share:float=.05   # share of the keys kept out, to measure on; at least 12, or a quarter
+    validation_share:float=.05   # share of keys kept out to measure on; 12 at least, or a quarter
     validation_limit:int=5000    # at most so many of the pairs kept out are measured
     equal_captions:str='apart'   # apart: all other images are negatives; together: not those of an equal caption
     workers:int|None=None        # threads that decode; as many as cores if absent
