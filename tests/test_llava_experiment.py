@@ -292,7 +292,7 @@ def test_a_longer_training_changes_its_steps_alone(world, settings, tmp_path, mo
     monkeypatch.setattr(room, 'DRAWS', 100)
     runs = [r for seed in range(2) for r in llava_runs(world, seed, s, tmp_path)]
     longer = longer_runs(world, 0, s, tmp_path)
-    assert [r.arm for r in longer] == [longer_name(a, 9) for a in ('gmail', 'indiscriminate', 'real', 'gmail tokens')]
+    assert [r.arm for r in longer] == [longer_name(a, 9) for a in room.LONGER_ARMS]
     plain = llava_runs(world, 0, replace(s, steps=9), arms=('gmail',))[0]
     gmail = longer[0]
     assert gmail == replace(plain, arm='gmail, 9 steps', training=gmail.training, testing=gmail.testing)
@@ -313,7 +313,7 @@ def test_a_longer_training_changes_its_steps_alone(world, settings, tmp_path, mo
     assert longer_runs(world, 0, s, tmp_path, train=False) == longer and not longer_runs(world, 1, s, tmp_path, train=False)
     begun = [*longer, replace(longer[0], seed=1)] # a chain that is not finished does not count
     assert room.finished_chains(begun) == longer and {r['seeds'] for r in longer_records(runs, begun, world, 9)} == {1}
-    assert len(llava_sentences(two, longer_claims(9, two))) == 4 < len(said) == 10
+    assert len(llava_sentences(two, longer_claims(9, two))) == 4 < len(said) == 14
     assert room.chains_note(records, 9, 2).startswith('1 of 2 chains have trained for 9 steps; intervals over')
     both = llava_records(room.scored(runs, world)) + records
     assert of_length(both, 9) == records and {row[0] for row in llava_table(both)[1:8]} == set(SEVEN_ARMS)
@@ -336,7 +336,7 @@ def test_of_the_longer_training_it_is_said_which_alignment_helps(records, seeds,
     "Each alignment beside none, and both beside one another, with intervals, in accuracy and in CIDEr."
     longer = of_chains(records, seeds)
     said = llava_sentences(longer, longer_claims(320, longer))
-    assert len(said) == 8 and all(s.startswith('After 320 steps, ') and s.endswith(f'{over}.') for s in said)
+    assert len(said) == 12 and all(s.startswith('After 320 steps, ') and s.endswith(f'{over}.') for s in said)
     assert 'by Eq. 1 helps: accuracy' in said[0] and 'their tokens too' in said[2] and '95% interval' in said[2]
     assert {row[-1] for row in longer_table(longer, 320)[1:]} == {str(seeds)}
 

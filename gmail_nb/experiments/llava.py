@@ -463,8 +463,8 @@ def scored(runs:list[LlavaRun], world:LlavaWorld) -> LlavaResults:
 SUBJECTS = ('name', 'group', 'count', 'colour')
 PAIRS = (('gmail', 'indiscriminate'), ('gmail tokens', 'indiscriminate'), ('gmail tokens', 'gmail'),
          ('gmail', 'real'), ('both', 'real'), ('both', 'gmail'), ('real', 'indiscriminate'),
-         ('indiscriminate', 'words'), ('indiscriminate', 'base'), ('gmail', 'base'),
-         ('real', 'base'), ('words', 'base'))
+         ('indiscriminate', 'words'), ('real', 'words'), ('indiscriminate', 'base'),
+         ('gmail', 'base'), ('real', 'base'), ('words', 'base'))
 ONE_SENTENCE = 'one sentence'
 
 # %% ../../nbs/experiments/55_llava.ipynb #eb73d49d
@@ -600,7 +600,7 @@ def show_llava(records:list[dict]) -> Figure:
     return fig
 
 # %% ../../nbs/experiments/55_llava.ipynb #8afcd670
-LONGER_ARMS = 'gmail', 'indiscriminate', 'real', 'gmail tokens' # in the order of their claims
+LONGER_ARMS = 'gmail', 'indiscriminate', 'real', 'gmail tokens', 'words' # as they are trained
 
 def longer_name(arm:str, steps:int) -> str: # of an arm whose stage two was longer
     return f'{arm}, {steps} steps'
@@ -662,7 +662,9 @@ def longer_claims(steps:int, records:list[dict]) -> tuple: # as `LLAVA_CLAIMS`
     claims = (('gmail', 'indiscriminate', 'aligning the generated images by Eq. 1'),
               ('gmail tokens', 'indiscriminate', 'aligning their tokens too'),
               ('gmail tokens', 'gmail', 'aligning the tokens beside Eq. 1'),
-              ('real', 'indiscriminate', 'learning from real images in place of generated ones'))
+              ('real', 'indiscriminate', 'learning from real images in place of generated ones'),
+              ('indiscriminate', 'words', 'seeing generated images beside words alone'),
+              ('real', 'words', 'seeing real images beside words alone'))
     found = [(long[a], long[b], f'After {steps} steps, {what}') for a, b, what in claims]
     plain = long['indiscriminate'], 'indiscriminate', f'Learning from generated images for {steps} steps'
     return tuple(claim for claim in (*found, plain) if f'{claim[0]} - {claim[1]}' in there)
