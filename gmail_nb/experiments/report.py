@@ -196,12 +196,14 @@ VARIANT_TABLES = dict(
 
 # %% ../../nbs/experiments/70_report.ipynb #d22447c9
 _no_long = 'there is no second text tower here that reads longer texts'
-_fine = 'a tower without text that is tuned on each set: gmail_eval --how fine-tune does it'
 _long = Row('Long-CLIP', why=_no_long), Row('Long-CLIP + GMAIL', why='as above')
 _mixed = '+ generated and real, no alignment'
 _clip = (Row('CLIP', 'texts', 'base'), Row('CLIP + GMAIL', 'texts', 'gmail'),
          Row(_mine, 'texts', 'indiscriminate'), Row(_mixed, 'texts', 'mix'),
          Row('+ real images of B', 'texts', 'real'))
+_probes = (Row('SynCLR', 'probes', 'indiscriminate'), Row('SynCLR + GMAIL', 'probes', 'gmail'),
+           Row('+ SynCLR, generated and real', 'probes', 'mix'),
+           Row('+ SynCLR, real images of B', 'probes', 'real'))
 _clip_claims = (('CLIP + GMAIL', 'CLIP'), ('CLIP + GMAIL', _mine))
 _drawn = ('in a style that nobody trained on. The text side learns the names of B from generated '
           'images; real images through f_r and aligned ones together are not run here: '
@@ -221,8 +223,9 @@ TEXT_TABLES = dict(
         recall_columns('unseen-twemoji'), (*_clip, *_long), _clip_claims),
     table4=Counterpart('Zero-shot classification', 'In the paper the mean of eight sets of '
         'photographs; here the eight groups and the subgroups of the emoji list, by their names, '
-        f'of drawings {_drawn}', _classes,
-        (*_clip, Row('SynCLR', why=_fine), Row('SynCLR + GMAIL', why='as above')), _clip_claims),
+        f'of drawings {_drawn} SynCLR is a tower that learned from generated images without text; here '
+        'a linear probe of the same tower, told the classes of generated images of B.', _classes,
+        (*_clip, *_probes), (*_clip_claims, ('SynCLR + GMAIL', 'SynCLR'))),
     table5=Counterpart('Retrieval with long captions', 'ShareGPT4V has captions of many sentences; '
         'here each drawing has a description of several, made from the emoji list. Drawn '
         f'{_drawn}', recall_columns('B-twemoji, described', (1,)), (*_clip, *_long), _clip_claims))
@@ -628,9 +631,15 @@ def report_json(shown:list[Shown], intro:str, settings) -> str:
     return json.dumps(said, indent=1, ensure_ascii=False)
 
 # %% ../../nbs/experiments/70_report.ipynb #c5713f78
-def intro_text(scale:str, settings) -> str:
+def intro_text(
+    scale:str,
+    settings,               # of the report
+    chains:Iterable[int]=() # of each of its parts, where they are not equal
+) -> str:
     "What was run, and where."
-    chains = f'{settings.seeds} whole chain' + 's'[:settings.seeds > 1]
+    least, most = min(chains, default=settings.seeds), max(chains, default=settings.seeds)
+    chains = f'{most} whole chain' + 's'[:most > 1]
+    if least < most: chains = f'{least} to {chains}, as each row says'
     what = (f'{settings.demo.align_captions} concepts of A, {settings.demo.tune_captions} of B'
             if isinstance(settings, ReportSettings) else 'sets and models of the paper')
     return (f'Scale: {scale}, {chains}, {what}. {machine()}. Intervals are 95%, over items and '
