@@ -117,7 +117,7 @@ def show_far(records:list[dict], near:dict[str, torch.Tensor], point:Point=GOOD,
         ax.set_xlabel(f'cosine to the nearest of A, by {by}', fontsize=10)
         ax.spines[['top', 'right']].set_visible(False)
     axes[0, 0].set_ylabel('added by aligning, points', fontsize=10)
-    axes[0, -1].legend(fontsize=9, frameon=False)
+    axes[0, -1].legend(fontsize=9, frameon=False, loc='lower right')
     plt.close(fig)
     return fig
 
