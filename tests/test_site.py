@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import browser
 import pytest
-from house import cells_of, flags_of, names, root, run
+from house import cells_of, flags_of, names, root
 
 def weight(item): return 90
 
@@ -49,7 +49,7 @@ def target(site, page, link):
     return (site/page).parent/path if path else site/page
 
 @pytest.fixture(scope='module')
-def site(tmp_path_factory):
+def site(tmp_path_factory, request):
     "The folder of the pages, and what is in them. GMAIL_SITE names one that is built already."
     if built := os.environ.get('GMAIL_SITE'):
         out = Path(built).resolve()
@@ -57,7 +57,9 @@ def site(tmp_path_factory):
         if not shutil.which('quarto'):
             pytest.importorskip('smalldocs', reason='neither quarto nor smalldocs (Python 3.11 or later) is installed')
         out = tmp_path_factory.mktemp('pages')/'site'
-        run(sys.executable, root/'tools'/'site.py', '--out', out, cwd=root)
+        forks = request.getfixturevalue('forks') # which has imported what the notebooks import
+        done = forks.start('--out', out, script=root/'tools'/'site.py', cwd=root).wait(900)
+        assert done.status == 0, done.err[-6000:]
     return out, {p.relative_to(out).as_posix(): Page(p) for p in out.rglob('*.html')}
 
 def test_every_notebook_has_a_page(site):

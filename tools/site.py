@@ -5,7 +5,7 @@ smalldocs (pure Python) where it is not. Works on a copy, so the tree and parall
 The notebooks are shown as they were executed: nothing is run again but the definitions that the API entries need.
 Whoever renders, the pages bring all that they show: no script, style, font or formula comes from another server.
 """
-import argparse, json, os, re, shutil, subprocess, sys, tempfile
+import argparse, functools, json, os, re, shutil, subprocess, tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
@@ -70,7 +70,8 @@ def stage(work):
 def process(work):
     "nbdev's processing of every notebook in one process (libraries are imported once); returns the folder of results."
     os.chdir(work)
-    import gmail_nb.runtime, torchvision  # before the notebooks: each would mend torchvision for itself, and once is all it takes
+    # before the notebooks: each would mend torchvision for itself, and once is all it takes
+    import gmail_nb.runtime, torchvision
     from nbdev.config import get_config
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
@@ -149,13 +150,24 @@ def finish(site):
     methods_to_classes(site)
     return site
 
+def by_smalldocs(done):
+    "Render with smalldocs, which looks for the class of each token in a list: once a kind of token is enough."
+    from smalldocs import cli, highlight
+    plain = highlight.css_class
+    known = functools.cache(plain) # what a token says counts only where it steers the program, as `if` does
+    highlight.css_class = lambda kind, said: known(kind, said if said in highlight.CONTROL else '')
+    os.chdir(done)
+    try:
+        if cli.main(['render', '.']): raise SystemExit('smalldocs did not render the pages: it says why above')
+    finally: highlight.css_class = plain
+
 def render(done, doc_path):
     "Render the processed notebooks with Quarto, or else with smalldocs; returns the folder of the site."
     if shutil.which('quarto'):
         subprocess.run(['quarto', 'render', '--no-cache', '--no-execute'], cwd=done, check=True)
     else:
         rename_outputs(done)
-        subprocess.run([sys.executable, '-m', 'smalldocs.cli', 'render', '.'], cwd=done, check=True)
+        by_smalldocs(done)
     return finish(done/doc_path)
 
 def build(out):

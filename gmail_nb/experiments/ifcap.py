@@ -11,6 +11,7 @@ __all__ = ['IFCAP_ARMS', 'WAYS_ON', 'TOLD', 'LOOKED_UP', 'TextWorld', 'text_worl
 # %% ../../nbs/experiments/50_ifcap.ipynb #f559ae66
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -223,12 +224,13 @@ def as_written(model:IFCap, ids:list[list[int]], started:float) -> dict:
 # %% ../../nbs/experiments/50_ifcap.ipynb #73f6fccf
 def told_runs(
     t:TextWorld, seeds:int, settings:IFCapSettings=IFCapSettings(),
-    arms:tuple=('text', 'gmail', 'real')
+    arms:tuple=('text', 'gmail', 'real'),
+    arms_of:Callable=IFCapArms # of a seed: others share a base that was trained before
 ) -> list[CaptionRun]: # an arm, a part and a seed each
     "What each arm writes when one thing it is told comes from another picture."
     runs, vectors, longest = [], WordVectors(), settings.captioner.max_new_tokens
     for seed in range(seeds):
-        trained = IFCapArms(t, settings, seed)
+        trained = arms_of(t, settings, seed)
         for arm in arms:
             started, model = time.process_time(), trained.model(arm)
             for other, parts in TOLD.items():
@@ -276,13 +278,13 @@ def tuned_bank(
 # %% ../../nbs/experiments/50_ifcap.ipynb #6754e578
 def looked_up_runs(
     encoder:Encoder, t:TextWorld, seeds:int, settings:IFCapSettings=IFCapSettings(),
-    demo:DemoSettings=DemoSettings()
+    demo:DemoSettings=DemoSettings(), arms_of:Callable=IFCapArms # as in `told_runs`
 ) -> tuple[list[CaptionRun], dict[str, tuple]]: # one a bank and a seed; how often words are found
     "One captioner of text alone, told what it is told from the banks of several text sides."
     runs, vectors, found, tests = [], WordVectors(), {}, t.world.test_features
     own = [c[0] for c in t.world.references.values()]
     for seed in range(seeds):
-        model, started = IFCapArms(t, settings, seed).model('text'), time.process_time()
+        model, started = arms_of(t, settings, seed).model('text'), time.process_time()
         for name in LOOKED_UP:
             bank = t.bank if name == LOOKED_UP[0] else tuned_bank(encoder, t, name, seed, demo)
             model.bank = torch.nn.functional.normalize(bank, dim=-1).to(model.bank)
