@@ -274,16 +274,19 @@ class OpenClipTokenizer:
 # %% ../nbs/20_encoders.ipynb #20a0000c
 def check_open_clip(
     architecture:str, # such as 'ViT-B-32'
-    pretrained:str    # a tag, the path of a file, 'random' or ''
+    pretrained:str    # a tag, the path of a file, or 'random'
 ) -> bool: # whether these weights were trained with QuickGELU
-    "`ValueError` with near names for an unknown architecture or unknown weights."
+    "`ValueError` with near names for an unknown architecture, and for unknown or no weights."
     import open_clip
     if architecture not in open_clip.list_models():
         raise unknown_name('open_clip architecture', architecture, open_clip.list_models())
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if pretrained in tags:
         return open_clip.get_pretrained_cfg(architecture, pretrained).get('quick_gelu', False)
-    if pretrained not in ('', 'random') and not Path(pretrained).exists():
+    if not pretrained:
+        raise ValueError(f'open_clip:{architecture} names no weights: write open_clip:{architecture}/WEIGHTS '
+                         f'with one of {", ".join([*tags[:3], "random"])}, or the path of a file')
+    if pretrained != 'random' and not Path(pretrained).exists():
         raise unknown_name(f'pretrained weights of {architecture}', pretrained, ['random', *tags])
     return False
 

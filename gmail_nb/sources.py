@@ -651,6 +651,9 @@ def _from_file(path:Path, settings, images, training=False):
     if suffix == '.parquet': return _from_parquet([path], settings, images, name)
     if suffix == '.tar': return _from_tars([path], settings, images, name)
     if suffix == '.json':
+        if settings.caption:
+            raise ValueError(f'{name} is a file of COCO, which has no columns: leave caption '
+                             f'({settings.caption!r}) out')
         pictures = settings.images or path.parent
         more = dict(training=training, outside=settings.outside, decoded=settings.decoded)
         return from_coco(path, pictures if images else None, settings.split, **more)

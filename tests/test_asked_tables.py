@@ -9,8 +9,8 @@ from transformers import LlamaForCausalLM
 from gmail_nb.cli.commands import gmail_experiment
 from gmail_nb.data import quiet_datasets
 from gmail_nb.experiments.tables import (
-    EMBEDDED_ARMS, LLAMA_CHAT, LLAVA_ID, QUESTION_SETS, TABLES, TableRun, as_asked, dry_table, embedded_answers,
-    folder_name, llava_of, needs_of, paper_plan, question_place, run_table, table_miniature)
+    EMBEDDED_ARMS, LLAMA_CHAT, LLAVA_ID, QUESTION_SETS, TABLES, Drawing, TableRun, as_asked, chain, dry_table,
+    embedded_answers, folder_name, llava_of, needs_of, paper_plan, question_place, run_table, table_miniature)
 from gmail_nb.files import read_results, record, write_results
 from gmail_nb.llava_training import trained_card
 from gmail_nb.runs.presets import L14
@@ -58,6 +58,15 @@ def test_a_tower_goes_with_its_llava():
     assert mine.settings.encoder == mine.aligning.encoder == 'llava:mine' and mine.settings.language_model == 'mine'
     named = as_asked(link, TableRun(encoder=(f'llava:{LLAVA_ID}=llava:other',), lm=(f'{LLAVA_ID}=mine',)))
     assert named.aligning.encoder == 'llava:other' and as_asked(link, TableRun()) == link
+
+def test_the_weights_of_every_generator_may_be_others_and_pinned():
+    link = next(r.last for r in TABLES['table2'].rows if r.name == 'CLIP + GMAIL')
+    drawings = [s for s in chain([link]) if isinstance(s, Drawing)]
+    assert drawings and {(d.repo, d.revision) for d in drawings} == {(None, None)}
+    asked = as_asked(link, TableRun(generator_repo='mine/sd2', generator_revision='a' * 40, draw_steps=7))
+    found = [s for s in chain([asked]) if isinstance(s, Drawing)]
+    assert {(d.repo, d.revision, d.draw.steps) for d in found} == {('mine/sd2', 'a' * 40, 7)}
+    assert len(found) == len(drawings)
 
 def test_table_10_is_tuned_asked_and_written(world, made):
     home, run = world

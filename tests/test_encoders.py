@@ -155,6 +155,8 @@ def test_timm_weights_that_do_not_fit_or_are_absent(tmp_path):
 
 @pytest.mark.parametrize('name, near', [
     ('embeded', "'embedded'"), ('open_clip:ViT-B-23/openai', "'ViT-B-32'"), ('open_clip:ViT-B-32/opnai', "'openai'"),
+    ('open_clip:ViT-B-32', 'names no weights: write open_clip:ViT-B-32/WEIGHTS with one of openai, .*random'),
+    ('open_clip:ViT-B-32/', 'names no weights'),
     ('open_clip:@@@/random', r'more\.'), ('timm:vit_tiny_patch16_223/random', "'vit_tiny_patch16_224'")])
 def test_an_unknown_name_is_answered_with_near_ones(name, near):
     with pytest.raises(ValueError, match=near): load_encoder(name)

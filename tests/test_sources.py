@@ -487,3 +487,12 @@ def test_captions_of_a_set():
     assert captions_of(ds)['key'][:] == list(dict.fromkeys(ds['key'])) and captions_of(captioned(['a']), which=5)[
         'caption'
     ][:] == ['a thing']
+
+def test_a_column_of_a_file_that_has_none_is_refused(tmp_path):
+    "It would be passed over without a word otherwise."
+    file = tmp_path/'captions_val2017.json'
+    file.write_text(json.dumps(dict(images=[dict(id=1, file_name='1.jpg')],
+                                    annotations=[dict(image_id=1, caption='a cat')])))
+    assert len(load_captioned(file, images=False)) == 1
+    with pytest.raises(ValueError, match='has no columns: leave caption .*nocol'):
+        load_captioned(file, SourceSettings(caption='nocol'), images=False)

@@ -324,5 +324,6 @@ def dry_curve(
     rate, where = RATES['embedded'] # for 16 steps
     seconds = sum(images * p.steps / 16 / rate for p, _ in todo)
     return [look_device(), look_out(out),
-            Look('chains', f'{len(todo)} of {len(asked)}', 'estimate', f'{images:,} drawings each'),
+            Look('chains', f'{len(todo)} of {len(asked)} to run', 'estimate',
+                 f'{images:,} drawings each; the others are finished'),
             Look('time', time_text(seconds), 'estimate', f'drawing alone, at a rate of {where}')]

@@ -336,8 +336,9 @@ def tables_text() -> str:
     lines = ['The tables of the paper, with --scale paper:', '']
     for name, t in TABLES.items():
         lines.append(f'  {name:8} {t.title}')
-        lines.append(f'{"":11}rows: {"; ".join(r.name for r in t.rows)}')
-        lines += [f'{"":11}{kind}: {", ".join(values)}' for kind, values in needs_of(t).items()]
+        if t.rows: lines.append(f'{"":11}rows: {"; ".join(r.name for r in t.rows)}')
+        told = {kind.replace('lms', 'language models'): v for kind, v in needs_of(t).items()}
+        lines += [f'{"":11}{kind}: {", ".join(values)}' for kind, values in told.items()]
         if t.left_out: lines.append(f'{"":11}left out: {t.left_out}')
     return '\n'.join(lines)
 
@@ -352,6 +353,8 @@ class TableRun:
     encoder:list=()             # [NAME=]OTHER in place of an encoder, repeatable
     lm:list=field(default=(), metadata=CALLED_LM) # [NAME=]OTHER in place of a language model, repeatable
     generator:list=()           # [NAME=]OTHER in place of a generator, repeatable
+    generator_repo:str|None=None     # Hub id of every generator's weights, in place of its own
+    generator_revision:str|None=None # commit of them, in place of the one written down
     test:list=()                # sets to measure on in place of the table's, repeatable
     epochs:int|None=None        # epochs of every alignment, in place of the paper's
     steps:int|None=None         # steps of every tuning, in place of the paper's
@@ -388,9 +391,8 @@ def as_asked(link:Link, run:TableRun) -> Link:
     def change(name, value):
         if name in names: return with_own_tower(name, value, exchanged(value, names[name]), run)
         return value if value is None or numbers.get(name) is None else numbers[name]
-    out = changed(link, change)
-    if run.draw_steps is None: return out
-    return changed_draw(out, run.draw_steps)
+    asked = run.draw_steps, run.generator_repo, run.generator_revision
+    return changed_draw(changed(link, change), run) if any(asked) else changed(link, change)
 
 def with_own_tower(name:str, value:str, other:str, run:TableRun) -> str:
     "The tower of a LLaVA that was exchanged is that one's, unless a tower was named too."
@@ -399,12 +401,13 @@ def with_own_tower(name:str, value:str, other:str, run:TableRun) -> str:
     return f'llava:{exchanged(rest, run.lm)}'
 
 # %% ../../nbs/experiments/60_tables.ipynb #2f85e73d
-def changed_draw(value, steps:int):
-    "A chain whose drawings take so many steps."
-    if isinstance(value, DrawSettings): return replace(value, steps=steps)
+def changed_draw(value, run:TableRun):
+    "A chain whose drawings take the steps and the weights that were asked for."
     if not is_dataclass(value): return value
-    return replace(value,
-                   **{f.name: changed_draw(getattr(value, f.name), steps) for f in fields(value)})
+    new = {f.name: changed_draw(getattr(value, f.name), run) for f in fields(value)}
+    asked = dict(steps=run.draw_steps) if isinstance(value, DrawSettings) else {}
+    if isinstance(value, Drawing): asked = dict(repo=run.generator_repo, revision=run.generator_revision)
+    return replace(value, **new | {name: v for name, v in asked.items() if v is not None})
 
 # %% ../../nbs/experiments/60_tables.ipynb #6be705e4
 @dataclass(frozen=True)

@@ -175,7 +175,8 @@ def look_open_clip(spec:str) -> Look: # ARCHITECTURE/PRETRAINED, hf-hub:ID or lo
     if name not in open_clip.list_models():
         unknown = unknown_name('architecture', name, open_clip.list_models())
         return Look(what, spec, 'missing', str(unknown))
-    if tag in ('', 'random'): return Look(what, spec, 'there', 'random weights')
+    if tag == 'random': return Look(what, spec, 'there', 'random weights')
+    if not tag: return Look(what, spec, 'missing', f'it names no weights: {name}/WEIGHTS or {name}/random')
     known = open_clip.get_pretrained_cfg(name, tag)
     if not known: return look_path(what, tag)
     repo = '/'.join(known.get('hf_hub', '').split('/')[:2])
