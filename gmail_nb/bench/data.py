@@ -6,7 +6,7 @@
 __all__ = ['BATCH', 'DECODERS', 'FORMS', 'FIRST', 'made_photo', 'made_photos', 'PlainPhotos', 'transform', 'rate', 'plain_rate',
            'our_rate', 'bench_data', 'handed_over', 'write_tar', 'in_form', 'work_rate', 'read_plainly', 'read_ours',
            'bench_forms', 'show_forms', 'cores_for', 'anonymous', 'Stage', 'write_rows', 'TinyTower', 'TinyPreprocess',
-           'Course', 'stages', 'measured_stages', 'Painter', 'made_features', 'work_stages', 'MadeImages',
+           'Course', 'steps_of', 'stages', 'measured_stages', 'Painter', 'made_features', 'work_stages', 'MadeImages',
            'MadeCaptions', 'TinyText', 'letters', 'tiny_encoder', 'tiny_captioner', 'caption_stages', 'training_stages',
            'seconds_per', 'slopes', 'planned_hours', 'held', 'show_costs']
 
@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,7 +45,7 @@ from ..captioning import Captioner, caption_tokenizer, small_decoder, train_capt
 from ..classification import Labelled, linear_probe
 from ..encoders import Encoder, NoText
 from ..data import column_of
-from ..features import Features, LazyPixels, embed
+from ..features import Features, LazyPixels, Parts, embed, embedder, folder_settings
 from ..generate import generate
 from ..plan import Plan, make_settings, read_captions
 from ..retrieval import nearest
@@ -297,6 +298,8 @@ class TinyPreprocess:
     def __repr__(self): return 'TinyPreprocess()'
 
 # %% ../../nbs/bench/50_data.ipynb #ac93af32
+FIRST = 20_000 # rows of a long pass that are measured; its seconds are told for all
+
 class Course:
     "Rows that are made for a measurement, and what each stage of the work on them took."
     def __init__(self, n:int, home:str|Path): # n: rows
@@ -316,13 +319,33 @@ class Course:
         self.found.append(dict(rows=self.rows, stage=name, seconds=seconds, megabytes=s.megabytes))
         return result
 
-    def embedded(self, ds) -> Features: # (N, 512)
-        return embed(ds, self.encoder, self.home/'features', settings=self.quiet)
+    def embedded(self, ds, part:str='0/1') -> Features: # (N, 512)
+        return embed(ds, self.encoder, self.home/'features', settings=replace(self.quiet, part=part))
+
+    def embed_some(self, ds) -> None:
+        "Embed some parts of many; numbers that are made take the place of the others."
+        side, every = embedder(self.encoder), max(1, self.rows // FIRST)
+        pixels = LazyPixels(ds, side.preprocess)
+        rows = self.quiet.part_rows
+        share = sum(min(rows, self.rows - i) for i in range(0, self.rows, rows * every)) / self.rows
+        self.timed('embed', lambda: self.embedded(ds, f'0/{every}'), share)
+        parts = Parts(self.home/'features', folder_settings(pixels, side, 'real', self.quiet))
+        for p in parts.todo():
+            parts.put(p, F.normalize(torch.randn(len(parts.indices(p)), 512), dim=-1).numpy(), [])
+        self.embedded(ds) # its card
 
     def alignment(self, sets) -> Alignment:
         "An alignment of the projections on these pairs, at its start."
         model = GenReal(self.encoder, AdapterSettings(tuning='projections'))
         return Alignment(model, sets.pixels, sets.features, self.run.align, max_bank=0)
+
+# %% ../../nbs/bench/50_data.ipynb #ac93af33
+def steps_of(
+    steps:int, # of an epoch
+    n:int      # rows
+) -> int:
+    "As many of them as see `FIRST` rows."
+    return max(1, min(steps, steps * FIRST // n))
 
 # %% ../../nbs/bench/50_data.ipynb #aaf1e49f
 def stages(
@@ -334,8 +357,8 @@ def stages(
     c.timed('load_captioned, the first time', lambda: load_captioned(c.file, c.how))
     ds = c.timed('load_captioned', lambda: load_captioned(c.file, c.how))
     c.timed('fingerprint of the pixels', lambda: LazyPixels(ds, c.encoder.preprocess).fingerprint)
-    features = c.timed('embed', lambda: c.embedded(ds))
-    c.timed('embed, when it is done', lambda: c.embedded(ds))
+    c.embed_some(ds)
+    features = c.timed('embed, when it is done', lambda: c.embedded(ds))
     made = c.timed('generated_images', lambda: generated_images(c.file, c.how))
     c.timed('check_pairs', lambda: check_common_keys(made, ds, c.run))
     sets = c.timed('pair_sets', lambda: pair_sets(made, features, c.encoder.preprocess, c.run))
@@ -377,8 +400,6 @@ def made_features(
     return Features([str(i) for i in range(n)], mapped, dict(content='0'), [])
 
 # %% ../../nbs/bench/50_data.ipynb #63e3b5dc
-FIRST = 100_000 # images of an epoch of alignment that are measured
-
 def work_stages(
     n:int,      # rows
     home:str|Path
@@ -389,14 +410,16 @@ def work_stages(
     captions = c.timed('read_captions', lambda: read_captions(c.file, c.how))
     plan = Plan(captions, make_settings(captions, painter, DrawSettings(), 1000, 'float32'))
     c.timed('plan: all items', lambda: sum(len(plan.items(k)) for k in range(len(plan))))
-    work = WorkSettings(shard_size=1000, batch_size=100, show_progress=False)
+    k = max(1, n // FIRST) # of so many parts of the shards, one is made
+    work = WorkSettings(shard_size=1000, batch_size=100, show_progress=False, part=(0, k))
+    share = sum(plan.size(i) for i in range(0, len(plan), k)) / n
     def shards(): generate(captions, painter, c.home/'made', work=work, pipeline=Painter())
-    c.timed('shards', shards)
-    c.timed('shards, when they are done', shards)
+    c.timed('shards', shards, share)
+    c.timed('shards, when they are done', shards, share)
     keys, x = column_of(load_captioned(c.file, c.how), 'key'), made_features(c.home/'x.npy', n).mapped
-    features, made = Features(keys, x, dict(content='0'), []), generated_images(c.home/'made', c.how)
+    features, made = Features(keys, x, dict(content='0'), []), generated_images(c.file, c.how)
     job = c.alignment(pair_sets(made, features, c.encoder.preprocess, c.run))
-    steps = min(len(job.plan), FIRST // c.run.align.batch_size)
+    steps = steps_of(len(job.plan), n)
     c.timed('align: an epoch', lambda: [job.advance() for _ in range(steps)], steps / len(job.plan))
     c.timed('nearest images of 1,000 captions', lambda: nearest(features[:1000], features.mapped))
     return c.found
@@ -443,7 +466,7 @@ def tiny_captioner() -> Captioner:
     return Captioner(small_decoder(words, 1, 32, 1, 32, 0.), words, 512, prefix_length=2, tuning='frozen')
 
 def caption_stages(
-    timed:Callable,  # name and work -> what the work gives
+    timed:Callable,  # name, work and its share of the whole -> what the work gives
     x:Features,      # (N, 512)
     home:Path
 ) -> None:
@@ -452,8 +475,11 @@ def caption_stages(
     captioner, made = tiny_captioner(), ([c] for c in MadeCaptions(len(x)))
     said = timed('captioner: captions to tokens', lambda: write_encoded(captioner, made, home/'said'))
     size = min(512, len(x) // 4)
-    once = CaptionerSettings(steps=-(-len(x) // size), batch_size=size)
-    timed('captioner: all of an epoch', lambda: train_captioner(captioner, x, said, once, desc=None))
+    steps = -(-len(x) // size)
+    some = steps_of(steps, len(x))
+    once = CaptionerSettings(steps=some, batch_size=size)
+    timed('captioner: all of an epoch', lambda: train_captioner(captioner, x, said, once, desc=None),
+          some / steps)
 
 # %% ../../nbs/bench/50_data.ipynb #5e3a7c24
 def training_stages(
@@ -465,15 +491,16 @@ def training_stages(
     torch.set_num_threads(1)
     home, found, x = Path(home), [], made_features(Path(home)/'features.npy', n)
     encoder = tiny_encoder()
-    def timed(name, work):
+    def timed(name, work, share=1.):
         with Stage() as s: result = work()
-        found.append(dict(rows=n, stage=name, seconds=s.seconds, megabytes=s.megabytes))
+        found.append(dict(rows=n, stage=name, seconds=s.seconds / share, megabytes=s.megabytes))
         return result
     batch = min(512, n // 4)
     align = AlignSettings(epochs=1, batch_size=batch, negatives=batch)
     model = GenReal(encoder, AdapterSettings(tuning='projections'))
     job = timed('align: checks, bank and plan', lambda: Alignment(model, MadeImages(n), x, align))
-    timed('align: steps of an epoch', lambda: [job.advance() for _ in range(len(job.plan))])
+    some = steps_of(len(job.plan), n)
+    timed('align: steps of an epoch', lambda: [job.advance() for _ in range(some)], some / len(job.plan))
     steps = max(1, int(.9 * n) // batch)
     text = TuneSettings('full', steps=steps, batch_size=batch, every=10**9, validation_limit=5000)
     timed('tune text: checks and split', lambda: (
