@@ -312,10 +312,11 @@ class Course:
         self.encoder = Encoder('tiny', TinyTower(), NoText(), TinyPreprocess(), NoText(), 512)
         write_rows(self.file, n)
 
-    def timed(self, name:str, work:Callable, share:float=1.):
-        "What the work gives; its megabytes are noted, and the seconds of all of which it is a share."
+    def timed(self, name:str, work:Callable, share:float=1., start:float=0.):
+        """What the work gives; its megabytes are noted, and the seconds of all of which it is a share.
+        What every share begins with, `start` seconds, counts once."""
         with Stage() as s: result = work()
-        seconds = s.seconds / share
+        seconds = start + max(0., s.seconds - start) / share
         self.found.append(dict(rows=self.rows, stage=name, seconds=seconds, megabytes=s.megabytes))
         return result
 
@@ -327,8 +328,9 @@ class Course:
         side, every = embedder(self.encoder), max(1, self.rows // FIRST)
         pixels = LazyPixels(ds, side.preprocess)
         rows = self.quiet.part_rows
+        with Stage() as start: self.embedded(ds, f'{self.rows}/{self.rows + 1}') # no part at all
         share = sum(min(rows, self.rows - i) for i in range(0, self.rows, rows * every)) / self.rows
-        self.timed('embed', lambda: self.embedded(ds, f'0/{every}'), share)
+        self.timed('embed', lambda: self.embedded(ds, f'0/{every}'), share, start.seconds)
         parts = Parts(self.home/'features', folder_settings(pixels, side, 'real', self.quiet))
         for p in parts.todo():
             parts.put(p, F.normalize(torch.randn(len(parts.indices(p)), 512), dim=-1).numpy(), [])
@@ -411,11 +413,14 @@ def work_stages(
     plan = Plan(captions, make_settings(captions, painter, DrawSettings(), 1000, 'float32'))
     c.timed('plan: all items', lambda: sum(len(plan.items(k)) for k in range(len(plan))))
     k = max(1, n // FIRST) # of so many parts of the shards, one is made
-    work = WorkSettings(shard_size=1000, batch_size=100, show_progress=False, part=(0, k))
     share = sum(plan.size(i) for i in range(0, len(plan), k)) / n
-    def shards(): generate(captions, painter, c.home/'made', work=work, pipeline=Painter())
-    c.timed('shards', shards, share)
-    c.timed('shards, when they are done', shards, share)
+    def shards(*part):
+        work = WorkSettings(shard_size=1000, batch_size=100, show_progress=False, part=part)
+        generate(captions, painter, c.home/'made', work=work, pipeline=Painter())
+    c.timed('shards: their start', lambda: shards(n, n + 1)) # none of them
+    with Stage() as start: shards(n, n + 1)
+    c.timed('shards', lambda: shards(0, k), share, start.seconds)
+    c.timed('shards, when they are done', lambda: shards(0, k), share, start.seconds)
     keys, x = column_of(load_captioned(c.file, c.how), 'key'), made_features(c.home/'x.npy', n).mapped
     features, made = Features(keys, x, dict(content='0'), []), generated_images(c.file, c.how)
     job = c.alignment(pair_sets(made, features, c.encoder.preprocess, c.run))
