@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAPTIONED', 'FEATURES', 'SOURCES', 'SPLITS', 'FORMATS', 'MAX_PIXELS', 'IN_MEMORY', 'WORDS_IN_MEMORY', 'emoji',
            'show_images', 'decode_image', 'check_columns', 'column_of', 'pieces', 'OneByOne', 'repeated',
-           'check_unique', 'undecoded', 'blank', 'check_captioned', 'quiet_datasets', 'as_captioned', 'spill',
+           'check_unique', 'undecoded', 'without_text', 'check_captioned', 'quiet_datasets', 'as_captioned', 'spill',
            'as_table', 'whole_parquet', 'check_parquet', 'read_parquet', 'parquet_files', 'Pairs', 'pairs',
            'show_pairs', 'png_of', 'show_captioned', 'set_as_grid', 'show_sets_in']
 
@@ -211,7 +211,7 @@ def column_of(
 
 def pieces(
     column:pa.ChunkedArray,
-    rows:int=2**16 # at most, of each piece
+    rows:int=2**14 # at most, of each piece
 ) -> Iterator[pa.Array]:
     "A column a piece at a time, none of them copied: what is made of one may go before the next."
     return (c.slice(i, rows) for c in column.chunks for i in range(0, len(c), rows))
@@ -243,7 +243,7 @@ def _hashes(table:pa.Table, rows:int) -> np.ndarray: # (N,), sorted
 
 def repeated(
     *columns:pa.ChunkedArray, # of equal length
-    rows:int=2**16            # that are looked at together
+    rows:int=2**14            # that are looked at together
 ) -> list: # of values, or of tuples of several columns; each once
     "What occurs more than once. Rows whose hashes differ do, and the others are compared."
     kept = lambda c: len(columns) > 1 and pa.types.is_integer(c.type)
@@ -278,14 +278,14 @@ def undecoded(ds:datasets.Dataset, *columns:str) -> datasets.Dataset:
     return ds.select_columns([*columns, 'image']).cast_column('image', datasets.Image(decode=False))
 
 # %% ../nbs/05_data.ipynb #a90e4c5d
-def blank(texts:pa.Array) -> pa.Array: # of truth values
+def without_text(texts:pa.Array) -> pa.Array: # of truth values
     "Which of some texts are absent, or nothing but spaces."
     return pc.equal(pc.utf8_trim_whitespace(pc.fill_null(pc.cast(texts, pa.large_string()), '')), '')
 
 def _check_keys(ds, name):
     wrong, start = [], 0
     for part in pieces(column_of(ds, 'key')):
-        wrong += (np.flatnonzero(blank(part)) + start + 1).tolist()
+        wrong += (np.flatnonzero(without_text(part)) + start + 1).tolist()
         start += len(part)
     if wrong: raise ValueError(f'{name}: row {name_some(wrong)} has no key')
     columns = ['key', *(c for c in ('source', 'sample') if c in ds.column_names)]
@@ -297,7 +297,7 @@ def _check_captions(ds, name):
     keys, start = column_of(ds, 'key'), 0
     for part in pieces(column_of(ds, 'captions')):
         some = pc.all(pc.greater(pc.fill_null(pc.list_value_length(part), 0), 0)).as_py()
-        if not some or pc.any(blank(part.flatten())).as_py():
+        if not some or pc.any(without_text(part.flatten())).as_py():
             for i, captions in enumerate(part.to_pylist(), start):
                 if captions and all(c and c.strip() for c in captions): continue
                 what = 'an empty caption' if captions else 'no caption'

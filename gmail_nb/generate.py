@@ -64,7 +64,7 @@ def check_folder(
     return replace(settings, **{n: found[n] for n in but})
 
 # %% ../nbs/10_generate.ipynb #203ed268
-GROUP = 2**16 # rows of captions that are written and read together
+GROUP = 2**14 # rows of captions that are written and read together
 
 def same_captions(
     path:Path,        # of captions.parquet

@@ -19,21 +19,21 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from .data import OneByOne, as_table, blank, column_of, repeated
+from .data import OneByOne, as_table, column_of, repeated, without_text
 from .files import name_some, unknown_name
 from .runtime import fingerprint_of, stable_seed
 from .settings import DrawSettings, Generator, SourceSettings, WorkSettings
 from .sources import load_captioned, read_coco
 
 # %% ../nbs/08_plan.ipynb #ca2b278b
-SOME = 2**16 # rows that are looked at together
+SOME = 2**14 # rows that are looked at together
 
 def _check_table(table:pa.Table, name:str):
     "`ValueError` naming duplicate keys, empty captions and captions without a key."
     if not len(table): raise ValueError(f'{name}: there is not one caption')
     empty, bad = [], []
     for b in table.to_batches(max_chunksize=SOME):
-        empty += b.filter(blank(b['caption']))['key'].to_pylist()
+        empty += b.filter(without_text(b['caption']))['key'].to_pylist()
         bad += b.filter(pc.equal(pc.fill_null(b['key'], ''), ''))['caption'].to_pylist()
     if empty: raise ValueError(f'{name}: empty caption for the key {name_some(map(str, empty))}')
     if bad: raise ValueError(f'{name}: {len(bad)} captions have no key, such as {name_some(bad)}')

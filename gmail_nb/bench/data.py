@@ -39,9 +39,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+# %% ../../nbs/bench/50_data.ipynb #e2217d90
+from fastcore.basics import patch
 from ..align import GenReal
 from .comparison import comparison
-from ..captioning import Captioner, caption_tokenizer, small_decoder, train_captioner, write_encoded
+from ..captioning import (Captioner, caption_tokenizer, small_decoder, train_captioner,
+                                 write_encoded)
 from ..classification import Labelled, linear_probe
 from ..encoders import Encoder, NoText
 from ..data import column_of
@@ -323,23 +326,25 @@ class Course:
     def embedded(self, ds, part:str='0/1') -> Features: # (N, 512)
         return embed(ds, self.encoder, self.home/'features', settings=replace(self.quiet, part=part))
 
-    def embed_some(self, ds) -> None:
-        "Embed some parts of many; numbers that are made take the place of the others."
-        side, every = embedder(self.encoder), max(1, self.rows // FIRST)
-        pixels = LazyPixels(ds, side.preprocess)
-        rows = self.quiet.part_rows
-        with Stage() as start: self.embedded(ds, f'{self.rows}/{self.rows + 1}') # no part at all
-        share = sum(min(rows, self.rows - i) for i in range(0, self.rows, rows * every)) / self.rows
-        self.timed('embed', lambda: self.embedded(ds, f'0/{every}'), share, start.seconds)
-        parts = Parts(self.home/'features', folder_settings(pixels, side, 'real', self.quiet))
-        for p in parts.todo():
-            parts.put(p, F.normalize(torch.randn(len(parts.indices(p)), 512), dim=-1).numpy(), [])
-        self.embedded(ds) # its card
-
     def alignment(self, sets) -> Alignment:
         "An alignment of the projections on these pairs, at its start."
         model = GenReal(self.encoder, AdapterSettings(tuning='projections'))
         return Alignment(model, sets.pixels, sets.features, self.run.align, max_bank=0)
+
+# %% ../../nbs/bench/50_data.ipynb #ac93af34
+@patch
+def embed_some(self:Course, ds) -> None:
+    "Embed some parts of many; numbers that are made take the place of the others."
+    side, every = embedder(self.encoder), max(1, self.rows // FIRST)
+    pixels = LazyPixels(ds, side.preprocess)
+    rows = self.quiet.part_rows
+    with Stage() as start: self.embedded(ds, f'{self.rows}/{self.rows + 1}') # no part at all
+    share = sum(min(rows, self.rows - i) for i in range(0, self.rows, rows * every)) / self.rows
+    self.timed('embed', lambda: self.embedded(ds, f'0/{every}'), share, start.seconds)
+    parts = Parts(self.home/'features', folder_settings(pixels, side, 'real', self.quiet))
+    for p in parts.todo():
+        parts.put(p, F.normalize(torch.randn(len(parts.indices(p)), 512), dim=-1).numpy(), [])
+    self.embedded(ds) # its card
 
 # %% ../../nbs/bench/50_data.ipynb #ac93af33
 def steps_of(
@@ -491,7 +496,7 @@ def training_stages(
     n:int,      # rows
     home:str|Path
 ) -> list[dict]: # rows, stage, seconds, megabytes
-    "An epoch of alignment with negatives from the whole set, of text tuning and of a captioner, a step of a probe."
+    "An epoch of alignment with negatives of the whole set, of texts, of a captioner; a probe's step."
     torch.manual_seed(0)
     torch.set_num_threads(1)
     home, found, x = Path(home), [], made_features(Path(home)/'features.npy', n)
