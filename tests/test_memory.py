@@ -72,20 +72,29 @@ def run(n, home):
     return most(lambda: probe_gradient(torch.zeros(1000, 33), data, index % 1000, index, 1.))
 '''
 
-def bytes_held(code, n, home):
-    "At most, of one process that has run the same on few rows before."
-    last = f'\nhome = Path({str(home)!r})\nrun(100, home/"few")\nprint(run({n}, home/"many"))'
-    home.mkdir()
+def bytes_held(code, home): # for each of the two sizes
+    "At most, of one process for each size that was forked after the imports and has run the same on few rows."
+    last = f'''
+import os
+for n in ({SMALL}, {LARGE}):
+    if not (child := os.fork()):
+        home = Path({str(home)!r})/str(n)
+        home.mkdir()
+        run(100, home/'few')
+        print(run(n, home/'many'), flush=True)
+        os._exit(0)
+    assert not os.waitpid(child, 0)[1]
+'''
     done = subprocess.run([sys.executable, '-c', code + last], capture_output=True, text=True,
                           env={**os.environ, 'HF_HOME': str(home/'hf'), 'OMP_NUM_THREADS': '1'})
     assert not done.returncode, done.stderr[-2000:]
-    return int(done.stdout.splitlines()[-1])
+    return map(int, done.stdout.split())
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='Linux counts this memory')
 @pytest.mark.parametrize('code, most', [(CAPTIONS, 150), (PROBE, 1000)], ids=['captions', 'probe'])
 def test_memory_does_not_grow_with_rows(tmp_path, code, most):
     "Captions of 200 letters, held once, would be 215 bytes a row; scores of a thousand classes, 4,000."
-    small, large = (bytes_held(code, n, tmp_path/str(n)) for n in (SMALL, LARGE))
+    small, large = bytes_held(code, tmp_path)
     each = (large - small) / (LARGE - SMALL)
     print(json.dumps(dict(small=small, large=large, bytes_a_row=round(each, 1))))
     assert each < most
