@@ -23,10 +23,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from .files import (atomic_write, file_sha256, name_some, on_disk, read_object, unknown_name,
-                            without_checksum)
+from .files import (atomic_write, file_sha256, name_some, on_disk, read_object,
+                            unknown_name, without_checksum)
 from .data import (CAPTIONED, FEATURES, IN_MEMORY, WORDS_IN_MEMORY, as_captioned, check_captioned,
-                           check_parquet, check_unique, column_of, parquet_files, quiet_datasets, read_parquet, spill)
+                           check_parquet, check_unique, column_of, parquet_files,
+                           quiet_datasets, read_parquet, spill)
 from .settings import SourceSettings
 
 # %% ../nbs/06_sources.ipynb #65477cc1
@@ -130,7 +131,8 @@ def _captioned_rows(
     columns = [c for c in CAPTIONED if images or c != 'image']
     features = datasets.Features({**{c: FEATURES[c] for c in columns}, **more})
     def placed(r): return {**r, 'image': dict(bytes=None, path=r['image'])} if images else r
-    found = _rows_as_table(map(placed, rows), features, in_memory=IN_MEMORY if images else WORDS_IN_MEMORY)
+    most = IN_MEMORY if images else WORDS_IN_MEMORY
+    found = _rows_as_table(map(placed, rows), features, in_memory=most)
     return check_captioned(found, name, images=decoded if images else 0)
 
 # %% ../nbs/06_sources.ipynb #284b3107
@@ -503,7 +505,8 @@ def _from_tars(files:list[Path], settings:SourceSettings, images:bool, name:str)
     features = datasets.Features({c: FEATURES[c] for c in CAPTIONED if images or c != 'image'})
     if not images or sum(size for _, size, _ in shards) <= IN_MEMORY:
         most = IN_MEMORY if images else WORDS_IN_MEMORY
-        ds = _rows_as_table(_rows_of_tars(shards, settings.caption, images), features, in_memory=most)
+        rows = _rows_of_tars(shards, settings.caption, images)
+        ds = _rows_as_table(rows, features, in_memory=most)
         return check_captioned(ds, name, images=settings.decoded if images else 0)
     made_from = dict(shards=shards, caption=settings.caption)
     try:
