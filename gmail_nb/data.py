@@ -211,10 +211,10 @@ def column_of(
 
 def pieces(
     column:pa.ChunkedArray,
-    rows:int=2**14 # at most, of each piece
+    chunk:int=2**14 # at most, of each piece
 ) -> Iterator[pa.Array]:
     "A column a piece at a time, none of them copied: what is made of one may go before the next."
-    return (c.slice(i, rows) for c in column.chunks for i in range(0, len(c), rows))
+    return (c.slice(i, chunk) for c in column.chunks for i in range(0, len(c), chunk))
 
 class OneByOne(list):
     "The values of a column where a list is counted and gone through, without making it."
@@ -230,12 +230,12 @@ def _hashed(batch:pa.RecordBatch) -> np.ndarray: # (B,) of 64 bits, one for all 
         out = out * np.uint64(1_000_003) + hash_array(texts, categorize=False)
     return out
 
-def _hashes(table:pa.Table, rows:int) -> np.ndarray: # (N,), sorted
+def _hashes(table:pa.Table, chunk:int) -> np.ndarray: # (N,), sorted
     "Of every row: eight bytes each, of many rows in a file without a name that is mapped."
     n, start = len(table), 0
     with tempfile.TemporaryFile() as file:
-        out = np.memmap(file, np.uint64, 'w+', shape=n) if n > rows else np.empty(n, np.uint64)
-    for b in table.to_batches(max_chunksize=rows):
+        out = np.memmap(file, np.uint64, 'w+', shape=n) if n > chunk else np.empty(n, np.uint64)
+    for b in table.to_batches(max_chunksize=chunk):
         out[start:start + len(b)] = _hashed(b)
         start += len(b)
     out.sort()
@@ -243,19 +243,19 @@ def _hashes(table:pa.Table, rows:int) -> np.ndarray: # (N,), sorted
 
 def repeated(
     *columns:pa.ChunkedArray, # of equal length
-    rows:int=2**14            # that are looked at together
+    chunk:int=2**14           # that are looked at together
 ) -> list: # of values, or of tuples of several columns; each once
     "What occurs more than once. Rows whose hashes differ do, and the others are compared."
     kept = lambda c: len(columns) > 1 and pa.types.is_integer(c.type)
     table = pa.table({str(i): c if kept(c) else pc.cast(c, pa.large_string()) if c.type != pa.string() else c
                       for i, c in enumerate(columns)})
-    hashes, twice = _hashes(table, rows), []
-    for i in range(0, len(hashes), rows):
-        some = hashes[i:i + rows + 1]
+    hashes, twice = _hashes(table, chunk), []
+    for i in range(0, len(hashes), chunk):
+        some = hashes[i:i + chunk + 1]
         twice.append(some[1:][some[1:] == some[:-1]])
     twice = np.unique(np.concatenate(twice)) if twice else []
     if not len(twice): return []
-    same = [b.filter(pa.array(np.isin(_hashed(b), twice))) for b in table.to_batches(max_chunksize=rows)]
+    same = [b.filter(pa.array(np.isin(_hashed(b), twice))) for b in table.to_batches(max_chunksize=chunk)]
     found = pa.Table.from_batches(same).group_by(table.column_names, use_threads=False)
     found = found.aggregate([([], 'count_all')]) # in the order of the first rows
     found = found.filter(pc.greater(found['count_all'], 1)).select(table.column_names)

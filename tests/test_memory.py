@@ -112,10 +112,10 @@ def test_what_is_mapped_is_the_same_table(tmp_path, monkeypatch):
 @pytest.mark.parametrize('rows', [1, 2, 100])
 def test_repeated_values_are_named_once_in_their_order(rows):
     keys, samples = column(['b', 'a', None], ['b', 'c', 'a', 'b']), column([0, 1, 0, 0, 0, 1, 2])
-    assert repeated(keys, rows=rows) == ['b', 'a']
-    assert repeated(keys, samples, rows=rows) == [('b', 0), ('a', 1)]
-    assert repeated(column(['a\0', 'a']), column(['b', '\0b']), rows=rows) == []
-    assert repeated(column([1, 2], [1]), rows=rows) == ['1'] and repeated(column(pa.array([], pa.string()))) == []
+    assert repeated(keys, chunk=rows) == ['b', 'a']
+    assert repeated(keys, samples, chunk=rows) == [('b', 0), ('a', 1)]
+    assert repeated(column(['a\0', 'a']), column(['b', '\0b']), chunk=rows) == []
+    assert repeated(column([1, 2], [1]), chunk=rows) == ['1'] and repeated(column(pa.array([], pa.string()))) == []
 
 def test_equal_hashes_alone_are_no_repetition(monkeypatch):
     monkeypatch.setattr(data, 'hash_array', lambda texts, categorize: data.np.zeros(len(texts), data.np.uint64))

@@ -324,7 +324,8 @@ class Course:
         return result
 
     def embedded(self, ds, part:str='0/1') -> Features: # (N, 512)
-        return embed(ds, self.encoder, self.home/'features', settings=replace(self.quiet, part=part))
+        how = replace(self.quiet, part=part)
+        return embed(ds, self.encoder, self.home/'features', settings=how)
 
     def alignment(self, sets) -> Alignment:
         "An alignment of the projections on these pairs, at its start."
@@ -346,7 +347,6 @@ def embed_some(self:Course, ds) -> None:
         parts.put(p, F.normalize(torch.randn(len(parts.indices(p)), 512), dim=-1).numpy(), [])
     self.embedded(ds) # its card
 
-# %% ../../nbs/bench/50_data.ipynb #ac93af33
 def steps_of(
     steps:int, # of an epoch
     n:int      # rows
@@ -426,7 +426,8 @@ def work_stages(
     with Stage() as start: shards(n, n + 1)
     c.timed('shards', lambda: shards(0, k), share, start.seconds)
     c.timed('shards, when they are done', lambda: shards(0, k), share, start.seconds)
-    keys, x = column_of(load_captioned(c.file, c.how), 'key'), made_features(c.home/'x.npy', n).mapped
+    keys = column_of(load_captioned(c.file, c.how), 'key')
+    x = made_features(c.home/'x.npy', n).mapped
     features, made = Features(keys, x, dict(content='0'), []), generated_images(c.file, c.how)
     job = c.alignment(pair_sets(made, features, c.encoder.preprocess, c.run))
     steps = steps_of(len(job.plan), n)
@@ -473,7 +474,8 @@ def tiny_encoder() -> Encoder:
 def tiny_captioner() -> Captioner:
     "A mapping from 512 numbers to two tokens, before a language model that stays as it is."
     words = caption_tokenizer(f'caption {i}' for i in range(1000))
-    return Captioner(small_decoder(words, 1, 32, 1, 32, 0.), words, 512, prefix_length=2, tuning='frozen')
+    decoder = small_decoder(words, 1, 32, 1, 32, 0.)
+    return Captioner(decoder, words, 512, prefix_length=2, tuning='frozen')
 
 def caption_stages(
     timed:Callable,  # name, work and its share of the whole -> what the work gives
@@ -483,13 +485,14 @@ def caption_stages(
     "Captions become tokens in a file, and a mapping is trained on all of them once."
     torch.manual_seed(0)
     captioner, made = tiny_captioner(), ([c] for c in MadeCaptions(len(x)))
-    said = timed('captioner: captions to tokens', lambda: write_encoded(captioner, made, home/'said'))
+    said = timed('captioner: captions to tokens',
+                 lambda: write_encoded(captioner, made, home/'said'))
     size = min(512, len(x) // 4)
     steps = -(-len(x) // size)
     some = steps_of(steps, len(x))
     once = CaptionerSettings(steps=some, batch_size=size)
-    timed('captioner: all of an epoch', lambda: train_captioner(captioner, x, said, once, desc=None),
-          some / steps)
+    timed('captioner: all of an epoch',
+          lambda: train_captioner(captioner, x, said, once, desc=None), some / steps)
 
 # %% ../../nbs/bench/50_data.ipynb #5e3a7c24
 def training_stages(
@@ -510,7 +513,8 @@ def training_stages(
     model = GenReal(encoder, AdapterSettings(tuning='projections'))
     job = timed('align: checks, bank and plan', lambda: Alignment(model, MadeImages(n), x, align))
     some = steps_of(len(job.plan), n)
-    timed('align: steps of an epoch', lambda: [job.advance() for _ in range(some)], some / len(job.plan))
+    timed('align: steps of an epoch',
+          lambda: [job.advance() for _ in range(some)], some / len(job.plan))
     steps = max(1, int(.9 * n) // batch)
     text = TuneSettings('full', steps=steps, batch_size=batch, every=10**9, validation_limit=5000)
     timed('tune text: checks and split', lambda: (
