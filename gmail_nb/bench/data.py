@@ -393,7 +393,6 @@ class Painter:
         drawn = [torch.rand(8, 8, 3, generator=g).numpy() for g in generator]
         return SimpleNamespace(images=np.stack(drawn))
 
-# %% ../../nbs/bench/50_data.ipynb #5e3a7c22
 def made_features(
     file:Path,
     n:int # rows
