@@ -569,10 +569,22 @@ def logits_of(
     x:torch.Tensor      # (B, D)
 ) -> torch.Tensor: # (B, C)
     "W x + b; of two classes, the first has logit zero."
-    z = x @ theta[:, :-1].T + theta[:, -1]
+    z = (x @ theta[:, :-1].T).add_(theta[:, -1])
     return z if len(theta) > 1 else torch.cat([torch.zeros_like(z), z], 1)
 
 # %% ../nbs/31_classification.ipynb #194ce114
+def _add_chunk(
+    gradient:torch.Tensor, theta:torch.Tensor, # (K, D + 1) each
+    x:torch.Tensor, y:torch.Tensor # (B, D), and (B,)
+) -> torch.Tensor: # (B, 1), the loss of each row
+    "Add the gradient of some rows, with one large array after the other and none that stays."
+    z, mine = logits_of(theta, x).log_softmax(1), y.to(x.device)[:, None]
+    loss = -z.gather(1, mine)
+    off = z.exp_().scatter_add_(1, mine, -torch.ones_like(mine, dtype=x.dtype))[:, -len(theta):]
+    gradient[:, :-1] += off.T @ x
+    gradient[:, -1] += off.sum(0)
+    return loss
+
 def probe_gradient(
     theta:torch.Tensor,   # (K, D + 1)
     data:Standardised,
@@ -581,18 +593,16 @@ def probe_gradient(
     strength:float        # C
 ) -> tuple[float, torch.Tensor]: # the objective, and its gradient (K, D + 1)
     "Summed over chunks of rows; the bias is not regularised."
-    losses, gradient, n = [], torch.zeros_like(theta), len(index)
-    for part, x in data.parts(index):
-        log_p, mine = logits_of(theta, x).log_softmax(1), y[part].to(x.device)[:, None]
-        losses.append(-log_p.gather(1, mine).to(data.wide).sum())
-        minus = -torch.ones_like(mine, dtype=x.dtype)
-        off = log_p.exp().scatter_add_(1, mine, minus)[:, -len(theta):]
-        gradient[:, :-1] += off.T @ x
-        gradient[:, -1] += off.sum(0)
+    gradient, n = torch.zeros_like(theta), len(index)
+    # a place each, made before: small new tensors between large ones that go keep their memory in pieces
+    losses = theta.new_zeros(-(-n // data.chunk), dtype=data.wide)
+    for i, (part, x) in enumerate(data.parts(index)):
+        losses[i] = _add_chunk(gradient, theta, x, y[part]).to(data.wide).sum()
+        del x # before the next is read
     weights, scale = theta[:, :-1], strength * n
     gradient /= n
     gradient[:, :-1] += weights / scale
-    value = torch.stack(losses).sum() / n + weights.square().sum() / (2 * scale)
+    value = losses.sum() / n + weights.square().sum() / (2 * scale)
     return value.item(), gradient
 
 # %% ../nbs/31_classification.ipynb #da51822a

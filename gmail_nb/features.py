@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOME', 'log', 'SIDES', 'MOST_HASHED', 'check_image_set', 'cores', 'LazyPixels', 'Team', 'caught', 'Arriving', 'begin',
-           'decode_some', 'decoding_processes', 'OneByOne', 'check_same', 'begin_folder', 'alone_in', 'open_features',
-           'Parts', 'Embedder', 'loaded', 'side_weights', 'embedder', 'check_bf16', 'native_precision', 'good_images',
+           'decode_some', 'decoding_processes', 'check_same', 'begin_folder', 'alone_in', 'open_features', 'Parts',
+           'Embedder', 'loaded', 'side_weights', 'embedder', 'check_bf16', 'native_precision', 'good_images',
            'embed_part', 'Features', 'read_card', 'write_keys', 'read_keys', 'known_failed', 'mapped_array',
            'check_rows', 'check_content', 'load_features', 'without_failed', 'model_name', 'failed_in',
            'finish_features', 'finished_parts', 'folder_settings', 'embed_local', 'fill', 'embed', 'as_column',
@@ -36,7 +36,7 @@ from fastcore.basics import patch
 from filelock import FileLock
 from numpy.lib.format import open_memmap
 
-from .data import column_of, decode_image
+from .data import OneByOne, column_of, decode_image
 from .runtime import fingerprint
 
 # %% ../nbs/24_features.ipynb #b7f08b8b
@@ -207,14 +207,6 @@ def __getitem__(self:LazyPixels, index) -> torch.Tensor: # (B, 3, H, W)
     return torch.stack([f.result() for f in self.futures(numbers)])
 
 # %% ../nbs/24_features.ipynb #a1c0e5d8
-class OneByOne(list):
-    "The values of a column where a list is counted and gone through, without making it."
-    def __init__(self, column:pa.ChunkedArray): self.column = column
-    def __len__(self): return len(self.column)
-    def __iter__(self):
-        parts = (c.slice(i, 4096) for c in self.column.chunks for i in range(0, len(c), 4096))
-        return (v for part in parts for v in part.to_pylist())
-
 @patch(as_prop=True)
 def keys(self:LazyPixels) -> pa.ChunkedArray: # (N,)
     "The key of every image. No image is read for it."

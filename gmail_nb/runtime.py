@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['torchvision_library_loads', 'mend_torchvision', 'default_device', 'default_dtype', 'fast_bfloat16', 'use_all_cores',
            'to_device', 'copied_late', 'machine', 'stable_seed', 'noise_generator', 'set_seed', 'leave_processes',
-           'fingerprint', 'module_fingerprint']
+           'fingerprint_of', 'fingerprint', 'module_fingerprint']
 
 # %% ../nbs/02_runtime.ipynb #d0e6f071
 import hashlib
@@ -179,13 +179,19 @@ def _update(h, x) -> None:
     for v in parts: _update(h, v)
 
 # %% ../nbs/02_runtime.ipynb #75c2fde1
+def fingerprint_of(
+    parts:Iterable # of what `fingerprint` takes; gone through once
+) -> str: # 16 hexadecimal digits
+    "As `fingerprint` of all of them, of which one is held at a time."
+    h = hashlib.sha256()
+    for x in parts: _update(h, x)
+    return h.hexdigest()[:16]
+
 def fingerprint(
     *parts # tensors, arrays, bytes, strings, numbers, None, and lists or dicts of these
 ) -> str: # 16 hexadecimal digits
     "A hash of contents: equal for equal contents, whatever the device or the process."
-    h = hashlib.sha256()
-    for x in parts: _update(h, x)
-    return h.hexdigest()[:16]
+    return fingerprint_of(parts)
 
 # %% ../nbs/02_runtime.ipynb #306ab2d4
 def module_fingerprint(

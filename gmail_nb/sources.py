@@ -14,20 +14,20 @@ import json
 import logging
 import re
 import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from .files import (atomic_write, file_sha256, name_some, on_disk, read_object, unknown_name,
-                            without_checksum)
-from .data import (CAPTIONED, FEATURES, IN_MEMORY, as_captioned, check_captioned, check_parquet,
-                           check_unique, column_of, parquet_files, quiet_datasets, read_parquet)
+from .files import (atomic_write, file_sha256, name_some, on_disk, read_object,
+                            unknown_name, without_checksum)
+from .data import (CAPTIONED, FEATURES, IN_MEMORY, WORDS_IN_MEMORY, as_captioned, check_captioned,
+                           check_parquet, check_unique, column_of, parquet_files,
+                           quiet_datasets, read_parquet, spill)
 from .settings import SourceSettings
 
 # %% ../nbs/06_sources.ipynb #65477cc1
@@ -105,20 +105,6 @@ def _check_folder(folder, files, captions):
         raise ValueError(f'{folder.name}: no caption for {name_some(bare)}. Write them into '
                          'metadata.csv (file_name,caption), captions.txt, or a .txt beside each image.')
 
-# %% ../nbs/06_sources.ipynb #2d8f15c7
-_spilled = []     # folders of such files, which go when Python ends
-
-def _spill(batches:list, more:Iterable, schema:pa.Schema) -> datasets.Dataset:
-    "All batches as a file of the library's cache folder, mapped into memory."
-    place = Path(datasets.config.HF_DATASETS_CACHE)
-    place.mkdir(parents=True, exist_ok=True)
-    _spilled.append(tempfile.TemporaryDirectory(dir=place, prefix='rows-'))
-    file = Path(_spilled[-1].name)/'rows.arrow'
-    with pa.OSFile(str(file), 'wb') as sink, pa.ipc.new_stream(sink, schema) as writer:
-        while batches: writer.write_batch(batches.pop(0))
-        for b in more: writer.write_batch(b)
-    return datasets.Dataset.from_file(str(file))
-
 # %% ../nbs/06_sources.ipynb #5c883a03
 def _rows_as_table(
     rows:Iterable[dict], features:datasets.Features,
@@ -133,7 +119,9 @@ def _rows_as_table(
     for b in batches:
         held.append(b)
         in_memory -= b.nbytes
-        if in_memory < 0: return _spill(held, batches, schema)
+        if in_memory >= 0: continue
+        more = chain((held.pop(0) for _ in range(len(held))), batches)
+        return datasets.Dataset.from_file(str(spill(more, schema)))
     return datasets.Dataset(pa.Table.from_batches(held, schema))
 
 def _captioned_rows(
@@ -143,7 +131,8 @@ def _captioned_rows(
     columns = [c for c in CAPTIONED if images or c != 'image']
     features = datasets.Features({**{c: FEATURES[c] for c in columns}, **more})
     def placed(r): return {**r, 'image': dict(bytes=None, path=r['image'])} if images else r
-    found = _rows_as_table(map(placed, rows), features)
+    most = IN_MEMORY if images else WORDS_IN_MEMORY
+    found = _rows_as_table(map(placed, rows), features, in_memory=most)
     return check_captioned(found, name, images=decoded if images else 0)
 
 # %% ../nbs/06_sources.ipynb #284b3107
@@ -515,7 +504,9 @@ def _from_tars(files:list[Path], settings:SourceSettings, images:bool, name:str)
     shards = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     features = datasets.Features({c: FEATURES[c] for c in CAPTIONED if images or c != 'image'})
     if not images or sum(size for _, size, _ in shards) <= IN_MEMORY:
-        ds = _rows_as_table(_rows_of_tars(shards, settings.caption, images), features)
+        most = IN_MEMORY if images else WORDS_IN_MEMORY
+        rows = _rows_of_tars(shards, settings.caption, images)
+        ds = _rows_as_table(rows, features, in_memory=most)
         return check_captioned(ds, name, images=settings.decoded if images else 0)
     made_from = dict(shards=shards, caption=settings.caption)
     try:
@@ -585,7 +576,8 @@ def _shards(folder:Path) -> list[Path]:
 def _from_generated(folder:Path, images:bool, cache_dir:str|None, decoded=SourceSettings.decoded) -> datasets.Dataset:
     "The images of a complete run, each with a list of the one caption it was drawn from."
     columns = None if images else ['key', 'caption', 'sample']
-    ds = read_parquet(_shards(folder), cache_dir, columns=columns)
+    most = IN_MEMORY if images else WORDS_IN_MEMORY
+    ds = read_parquet(_shards(folder), cache_dir, most, columns)
     ds = as_captioned(ds, image='image' if images else None, captions='caption', name=folder.name)
     return check_captioned(ds, folder.name, images=decoded if images else 0)
 
@@ -618,7 +610,8 @@ def _from_parquet(files:list[Path], settings, images, name):
         there = pq.read_schema(files[0]).names
         caption = _caption_column(there, settings, False, files[0].name)
         columns = [c for c in there if c in (settings.key, caption, 'source', 'sample')]
-    ds = read_parquet(files, settings.cache_dir, columns=columns)
+    most = IN_MEMORY if images else WORDS_IN_MEMORY
+    ds = read_parquet(files, settings.cache_dir, most, columns)
     return _captioned_columns(ds, settings, images, name)
 
 # %% ../nbs/06_sources.ipynb #4cf8d20b

@@ -390,7 +390,7 @@ def advance(
 # %% ../nbs/27_tune.ipynb #24def39f
 def lengths(
     x:ImageRows,
-    chunk:int=2**16 # rows at a time, so that none of a large file stays in memory
+    chunk:int=2**13 # rows at a time, so that none of a large file stays in memory
 ) -> tuple[torch.Tensor, torch.Tensor]: # (N,) each, of the shortest and the longest source
     "How long the rows are."
     shortest, longest = torch.empty(len(x)), torch.empty(len(x))

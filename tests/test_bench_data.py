@@ -52,7 +52,8 @@ def test_made_captions_end(): assert list(MadeCaptions(2)) == ['caption 0', 'cap
 
 def test_trainings_are_measured():
     found = measured_stages(400, 'training_stages')
-    assert [r['stage'].partition(':')[0] for r in found] == ['align'] * 2 + ['tune text'] * 2 + ['probe']
+    assert [r["stage"].partition(":")[0] for r in found] == [
+        "align", "align", "tune text", "tune text", "captioner", "captioner", "probe"]
     assert all(r['rows'] == 400 and 0 <= r['megabytes'] < 500 for r in found)
 
 def test_what_a_stage_holds_is_told_by_the_row_and_for_other_rows():

@@ -335,7 +335,7 @@ def test_what_a_sample_lacks_is_said(tmp_path, files, message):
 def test_rows_beyond_what_memory_is_for_are_mapped(tmp_path, monkeypatch):
     (tmp_path/'t.tsv').write_text('key\tcaption\n' + ''.join(f'{i}\tcaption {i}\n' for i in range(3000)))
     held = load_captioned(tmp_path/'t.tsv', images=False)
-    monkeypatch.setattr(sources._rows_as_table, '__defaults__', (1024, 10_000))
+    monkeypatch.setattr(sources, 'WORDS_IN_MEMORY', 10_000)
     mapped = load_captioned(tmp_path/'t.tsv', images=False)
     assert mapped.to_dict() == held.to_dict() and mapped.cache_files and not held.cache_files
 
