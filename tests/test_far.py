@@ -56,3 +56,9 @@ def test_the_sentence_says_whom_it_speaks_of_and_the_table_has_a_row_a_group():
     said = far_sentence(records, near, 'chance')
     assert said.startswith('By chance: for the quarter farthest from A') and '[' in said
     assert [r[0] for r in far_table(records, near, k=3)] == ['from far to near', '1 of 3', '2 of 3', '3 of 3']
+
+def test_every_question_to_the_chains_names_an_arm_that_a_finished_chain_has():
+    "By which its dry run tells what is left."
+    from gmail_nb.cli.commands import CHAIN_EXPERIMENTS
+    arms = {r['arm'] for r in stored()}
+    assert {arm for _, arm, _ in CHAIN_EXPERIMENTS.values()} <= arms

@@ -12,7 +12,7 @@ from gmail_nb.data import OneByOne, as_table, pieces, repeated
 from gmail_nb.plan import caption_table, read_captions
 from gmail_nb.runtime import fingerprint, fingerprint_of
 
-SMALL, LARGE = 20_000, 200_000
+SMALL, LARGE = 20_000, 100_000
 
 # Memory that no file stands behind, looked at every few milliseconds, above what the imports and a small run took.
 WATCH = '''
@@ -28,7 +28,7 @@ def most(work):
     seen = [base]
     def look():
         while not over.wait(.003): seen.append(held())
-    watch = threading.Thread(target=look)
+    watch = threading.Thread(target=look, daemon=True) # so that what fails in between ends the process
     watch.start()
     work()
     over.set()
@@ -69,7 +69,8 @@ def run(n, home):
     torch.set_num_threads(1)
     x, index = torch.zeros(1, 32).expand(n, 32), torch.arange(n)
     data = Standardised(x, torch.zeros(32), torch.ones(32))
-    return most(lambda: probe_gradient(torch.zeros(1000, 33), data, index % 1000, index, 1.))
+    theta = torch.zeros(1000, 33, dtype=data.dtype)
+    return most(lambda: probe_gradient(theta, data, index % 1000, index, 1.))
 '''
 
 def bytes_held(code, home): # for each of the two sizes

@@ -9,9 +9,9 @@ __all__ = ['SET_FORMS', 'ALIGN_RUNS', 'Arm', 'CaptionArm', 'LlavaArm', 'gmail_tu
            'gmail_chat', 'dry_page', 'gmail_app', 'gmail_eval_vqa', 'gmail_eval', 'dry_bench_run', 'gmail_bench',
            'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof', 'experiment_protocol',
            'experiment_curve', 'experiment_controls', 'dry_caption_curve', 'experiment_captions',
-           'experiment_on_chains', 'chain_command', 'experiment_captioning', 'experiment_ifcap', 'dry_llava_arms',
-           'experiment_llava', 'dry_experiment_table', 'beside_the_paper', 'experiment_table', 'table_command',
-           'dry_report_run', 'gmail_report']
+           'experiment_on_chains', 'dry_question', 'chain_command', 'experiment_captioning', 'experiment_ifcap',
+           'dry_llava_arms', 'experiment_llava', 'dry_experiment_table', 'beside_the_paper', 'experiment_table',
+           'table_command', 'dry_report_run', 'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -528,18 +528,18 @@ def experiment_captions(
     return show_file(out, 'captions.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #d3868584
-CHAIN_EXPERIMENTS = dict( # name -> what its room runs, and the question
-    pairs=('fewer_pairs',
+CHAIN_EXPERIMENTS = dict( # name -> what its room runs, an arm of a finished chain, the question
+    pairs=('fewer_pairs', '362 pairs, as many steps',
            'How few pairs the alignment needs: from a sixteenth of them to all.'),
-    far=('far_concepts',
+    far=('far_concepts', 'gmail',
          'Whether aligning helps concepts that resemble none of those that were aligned.'),
-    shares=('real_shares',
+    shares=('real_shares', 'both, all of real',
             'A few real images and many generated ones: mixed, aligned first, or real ones alone.'),
-    unseen=('keep_unseen',
+    unseen=('keep_unseen', 'gmail, half of the base',
             'What keeps the names of concepts that no caption names, and what it costs.'),
-    fair=('fair_targets',
+    fair=('fair_targets', 'blind heads, not aligned',
           "Aligning on targets that the encoder's heads never saw, and on some that they did see."),
-    thresholds=('thresholds',
+    thresholds=('thresholds', '193 concepts, 75.0% right, plain',
                 'Few pairs and pictures of something else: where aligning helps, and what makes '
                 'it help.'))
 
@@ -555,11 +555,15 @@ def experiment_on_chains(
     getattr(room, CHAIN_EXPERIMENTS[name][0])(out, proof_settings(False, seeds))
     return show_file(out, f'{name}.txt')
 
+def dry_question(name:str, **asked) -> list:
+    "Chains whose arms of this question are missing, with the images that they need."
+    return dry_proof(arm=CHAIN_EXPERIMENTS[name][1], **asked)
+
 def chain_command(name:str) -> Command:
     "The command of one question."
     return Command(experiment_on_chains, name=f'gmail_experiment {name}', fixed=dict(name=name),
-                   dry=dry_proof, example=f'gmail_experiment {name} --seeds 2 --out proof',
-                   doc=CHAIN_EXPERIMENTS[name][1])
+                   dry=dry_question, example=f'gmail_experiment {name} --seeds 2 --out proof',
+                   doc=CHAIN_EXPERIMENTS[name][2])
 
 # %% ../../nbs/cli/10_commands.ipynb #5d2ce686
 @command(name='gmail_experiment captioning', quick=QUICK_CAPTIONS, dry=dry('dry_demo'),

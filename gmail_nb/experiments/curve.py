@@ -314,12 +314,14 @@ def write_curve(out:str|Path, records:list[dict]) -> list[dict]: # the records
 
 # %% ../../nbs/experiments/12_curve.ipynb #7a86ba75
 def dry_curve(
-    out:str='proof', axis:str|None=None, quick:bool=False, seeds:int=ProofSettings().seeds, **rest
+    out:str='proof', axis:str|None=None, quick:bool=False, seeds:int=ProofSettings().seeds,
+    arm:str='gmail', # that a finished chain has
+    **rest
 ) -> list[Look]:
     "What `gmail_experiment curve` would do; without an axis, at the generator's own setting alone."
     s, chosen, known = proof_settings(quick, seeds), chosen_settings(out), [] if quick else stored()
     asked = chains(s.seeds, (axis,)) if axis else [(GOOD, seed) for seed in range(s.seeds)]
-    todo = [(p, seed) for p, seed in asked if not is_stored(known, p, seed, chosen)]
+    todo = [(p, seed) for p, seed in asked if not is_stored(known, p, seed, chosen, arm)]
     images = s.chain.align_captions * s.chain.draw.samples + s.chain.tune_captions
     rate, where = RATES['embedded'] # for 16 steps
     seconds = sum(images * p.steps / 16 / rate for p, _ in todo)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'stored_parts', 'stored_tables', 'claim_label', 'claims_axis', 'show_claims', 'result_sentences',
-           'results_page', 'headline_rows']
+           'results_page', 'headlines', 'headline_rows']
 
 # %% ../../nbs/experiments/75_results.ipynb #39a63cf9
 import json
@@ -96,11 +96,21 @@ def results_page(folder:str|Path|None=None) -> str: # markdown
         table_markdown(claim_rows(claims)), *tables))) + '\n'
 
 # %% ../../nbs/experiments/75_results.ipynb #04b010bf
+def headlines(claims:list[Checked]) -> list[Checked]: # in the paper's order
+    "Of each table aligned against not aligned, and else or beside it the paper's first comparison."
+    tables = {}
+    for c in claims:
+        if c.ours: tables.setdefault(int(c.table.removeprefix('table')), []).append(c)
+    found = []
+    for _, own in sorted(tables.items()):
+        fair = next((c for c in own if c.said.endswith(('no alignment', 'without alignment'))), None)
+        theirs = next((c for c in own if c.theirs), None)
+        if fair: found.append(fair)
+        if theirs and not (fair and fair.theirs): found.append(theirs)
+    return found
+
 def headline_rows(claims:list[Checked]) -> list[list[str]]: # a heading and its rows
-    "The first claim of each table that has a number in the paper and here, in the paper's order."
-    first = {}
-    for c in sorted(claims, key=lambda c: int(c.table.removeprefix('table'))):
-        if c.ours and c.theirs: first.setdefault(c.table, c)
-    rows = [[str(int(c.table.removeprefix('table'))), c.said, c.measure, c.theirs, c.text, c.state]
-            for c in first.values()]
-    return [['table', 'claim', 'measure', 'paper', 'here [95%]', ''], *rows]
+    "The `headlines` with the paper's number, ours, and what became of them."
+    rows = [[str(int(c.table.removeprefix('table'))), c.said, c.measure, c.theirs, c.text,
+             str(c.seeds), c.state] for c in headlines(claims)]
+    return [['table', 'claim', 'measure', 'paper', 'here [95%]', 'chains', 'what became of it'], *rows]

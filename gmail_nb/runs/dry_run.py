@@ -761,7 +761,10 @@ def dry_text(
     read_texts = captions if s.tuning == 'head' else STEP * s.steps * s.batch_size
     texts = encoder_speed(look, recipe.encoder, *run, texts=True)
     work = look_work(look, recipe.encoder, captions, 1, out, note='features of the images', run=run)
-    return [*rows, *work,
+    def images(w):
+        if w.what != 'time': return w
+        return w._replace(what='time of images', note=f'embedding alone: {w.note}')
+    return [*rows, *map(images, work),
             look_time(read_texts, texts.rate, f'texts; {texts.how}')._replace(what='time of texts')]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #a2f0ef4d
@@ -879,7 +882,8 @@ def look_models(
     memory = f'at least the weights of {size_text(largest)}' if largest else 'the weights are not here'
     unknown = next((s.how for s in speeds if not s.rate), None)
     rate = None if unknown else 1 / sum(1 / s.rate for s in speeds)
-    how = unknown or f'{len(speeds)} models one after the other; {speeds[0].how}'
+    several = f'{len(speeds)} models one after the other; ' if speeds[1:] else ''
+    how = unknown or f'{several}{speeds[0].how}'
     return [Look('memory', '', 'estimate', memory), look_time(images, rate, how)]
 
 # %% ../../nbs/runs/50_dry_run.ipynb #dfebdb11
