@@ -451,7 +451,8 @@ def compare(alone, together):
     for name, (history, weights) in alone.items():
         others, found = together[name]
         assert len(history) == len(others), name
-        assert max(abs(a['loss'] - b['loss']) for a, b in zip(history, others)) < 1e-4, name
+        # sums of another order, which a CPU's kernels decide: 1.1e-4 was seen with AVX2, less with AVX-512
+        assert max(abs(a['loss'] - b['loss']) for a, b in zip(history, others)) < 5e-4, name
         for k in weights: # Adam makes much of rounding where a gradient is zero
             torch.testing.assert_close(found[k], weights[k], atol=2e-3, rtol=0, msg=name)
     assert len(alone['even'][0]) == 40 and alone['even'][0][-1]['loss'] < alone['even'][0][0]['loss']
