@@ -130,12 +130,14 @@ def far_text(records:list[dict], near:dict[str, torch.Tensor]) -> str:
 def far_concepts(
     out:str|Path='proof',                    # as for `curve`, whose chains are read
     settings:ProofSettings=ProofSettings(),
-    shipped:bool=True                        # count what the package has as finished
+    shipped:bool=True,                       # count what the package has as finished
+    near:dict[str, torch.Tensor]|None=None   # from `nearest_in_a`, by measure; found now if absent
 ) -> list[dict]: # all records
     "Concepts of finished chains by nearness to A, in far.txt and far.png. Missing chains are run."
     records = every_chain('', chain_records, 'gmail', out, settings, shipped)
-    encoder = load_encoder('embedded')
-    near = {by: nearest_in_a(encoder, by)[0] for by in NEARNESS}
+    if near is None:
+        encoder = load_encoder('embedded')
+        near = {by: nearest_in_a(encoder, by)[0] for by in NEARNESS}
     atomic_write(Path(out)/'far.txt', far_text(records, near))
     save_figure(show_far(records, near), Path(out)/'far.png')
     return records
