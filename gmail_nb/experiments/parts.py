@@ -375,7 +375,8 @@ def run_part(
     columns:Iterable[tuple[str, str]]|None=None, # (split, metric); all if absent
     say:Callable[[str], None]=print
 ) -> list[dict]: # records
-    "Every chain of a part, or what was kept of the same; the last record is the seconds it took."
+    """Every chain of a part, or what was kept of the same. The last record is the seconds of this
+    call: chains whose scores an earlier call kept are read, and not in it."""
     pairs = list(pairs)
     file = part_file(out, part, settings, pairs, columns)
     if file.exists(): return read_results(file)
