@@ -5,6 +5,7 @@ between the devices is counted in `traffic`, and so is each time that the progra
 Numbers of no dimension may cross uncounted, as they do on a GPU. Autocast is a fallthrough: a block under it computes
 in float32, so what runs here under `precision='bf16'` shows where tensors lie, and nothing of bfloat16.
 """
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -49,7 +50,12 @@ class SimTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return run(func, args, kwargs or {})
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        watch = sys.getprofile() # of `device_cases.py`, which wants none of the many calls in here
+        if not watch: return run(func, args, kwargs or {})
+        sys.setprofile(None)
+        try: return run(func, args, kwargs or {})
+        finally: sys.setprofile(watch)
 
     def __repr__(self): return f'SimTensor({self.inner!r})'
     def tolist(self): return self.cpu().tolist()
