@@ -41,7 +41,7 @@ ASKED = [ # a command with something that is not there, and how its message begi
     ('align photos --generated photos --images nowhere', '--images nowhere: no such folder'),
     ('align photos --generated photos --encoder timm:vit/no.pth', '--encoder timm:vit/no.pth: no such file: no.pth'),
     ('embed photos --model nowhere', '--model nowhere: neither a folder nor an encoder'),
-    ('embed photos --model captions', '--model captions: this is a folder of gmail_tune caption, and not of gmail_align'),
+    ('embed photos --model captions', '--model captions: this is a folder of gmail_tune caption, and not of gmail_al'),
     ('tune text --generated nowhere --model aligned', '--generated nowhere: no such file or folder'),
     ('tune text --generated photos --model alignd', "--model alignd: no such folder: did you mean 'aligned'?"),
     ('tune text --generated photos --model tuned', '--model tuned: this is a folder of gmail_tune text, and not'),
@@ -51,7 +51,7 @@ ASKED = [ # a command with something that is not there, and how its message begi
     ('tune llava photos --instructions nowhere', '--instructions nowhere: no such file or folder'),
     ('tune llava photos --instruction-images nowhere', '--instruction-images nowhere: no such folder'),
     ('caption photos --model nowhere', '--model nowhere: no such folder'),
-    ('caption photos --model aligned', '--model aligned: this is a folder of gmail_align, and not of gmail_tune caption'),
+    ('caption photos --model aligned', '--model aligned: this is a folder of gmail_align, and not of gmail_tune cap'),
     ('caption nowhere.png --model captions', 'IMAGES nowhere.png: no such file or folder'),
     ('chat what --model llava --image nowhere.png', '--image nowhere.png: no such file'),
     ('chat what --model llava --image photos', '--image photos: this is a folder, and not a picture'),
@@ -160,7 +160,8 @@ def test_one_set_that_is_there_is_enough_for_eval(here):
 
 def test_cards_say_what_a_folder_is(here):
     found = {name: kind_of_folder(name) for name in ('aligned', 'tuned', 'captions', 'llava', 'other', 'photos')}
-    assert found == dict(aligned='aligned', tuned='tuned', captions='captioner', llava='llava', other='no model', photos=None)
+    assert found == dict(
+        aligned='aligned', tuned='tuned', captions='captioner', llava='llava', other='no model', photos=None)
     (here/'other'/'card.json').write_text('[')
     with pytest.raises(ValueError, match='card.json is no JSON'): kind_of_folder('other')
 
@@ -178,7 +179,7 @@ def test_the_encoder_follows_from_the_card_of_the_model(kind, at, here, capsys):
 
 @pytest.mark.parametrize('kind', ['text', 'caption'])
 def test_what_lacks_something_to_learn_from_is_told_at_once(kind, here, capsys):
-    assert told(capsys, f'tune {kind}').startswith('there is nothing to learn from: name generated images with --generated')
+    assert told(capsys, f'tune {kind}').startswith('there is nothing to learn from: name generated images with --gen')
     assert '--model' in told(capsys, f'tune {kind} photos --generated photos')
     assert 'learns from generated images' in told(capsys, f'tune {kind} photos --arm mix')
 

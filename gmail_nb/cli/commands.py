@@ -21,8 +21,8 @@ from typing import Literal
 
 from .flags import command
 from ..runs.places import (
-    base_of, why_no_captioner, why_no_eyes, why_no_llava, why_no_picture, why_no_pictures, why_no_row,
-    why_no_writer, why_not_aligned, why_not_measured)
+    base_of, why_no_captioner, why_no_eyes, why_no_llava, why_no_picture, why_no_pictures,
+    why_no_row, why_no_writer, why_not_aligned, why_not_measured)
 from ..runs.presets import EVAL_PRESETS, MODEL_FORMS, SET_NAMES, TASKS
 from ..settings import (
     GENERATORS, PAPER_ALIGN, AfterSettings, AlignRunSettings, DrawSettings, EmbedSettings,
@@ -187,9 +187,9 @@ def encoder_of_model(
         if base is None or asked == base: return typed
         if asked is None: return typed | {dest: base}
         if ':' in asked and ':' in base and asked.partition(':')[0] == base.partition(':')[0]:
-            return typed # two places may hold the same weights, which are compared once they are loaded
-        raise ValueError(f'--encoder {asked}: {model} was aligned on {base}. Leave --encoder out, which '
-                         'is then read from the card of --model')
+            return typed # two places may hold the same weights, which are compared once loaded
+        raise ValueError(f'--encoder {asked}: {model} was aligned on {base}. Leave --encoder out: '
+                         'the card of --model names it')
     return follow
 
 # %% ../../nbs/cli/10_commands.ipynb #37744511
@@ -199,8 +199,9 @@ def check_learned(
 ) -> None:
     "Before anything is loaded: `ValueError` for an arm that lacks its images or its model."
     if generated is None and real is None:
-        raise ValueError('there is nothing to learn from: name generated images with --generated and '
-                         'the model aligned on them with --model, or a captioned set of real images')
+        raise ValueError('there is nothing to learn from: name generated images with --generated '
+                         'and the model aligned on them with --model, or a captioned set of real '
+                         'images')
     check_arm(arm or ('real' if generated is None else 'gmail'), model, generated, real, arms)
 
 # %% ../../nbs/cli/10_commands.ipynb #832c7583
@@ -374,7 +375,7 @@ def gmail_eval_vqa(
     """Ask LLaVAs the same questions about pictures: accuracy by subject, and every further model
     beside the first, with intervals. Without --model it asks the folder llava."""
     if not model and (why := why_no_llava('llava')):
-        raise ValueError(f"name a LLaVA with --model: without it the folder 'llava' is asked: {why}")
+        raise ValueError(f"name a LLaVA with --model; without it 'llava' is read: {why}")
     from gmail_nb.runs.vqa import evaluate_vqa
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
@@ -693,14 +694,16 @@ def tell_shown(
     "Print a table of the paper with ours beside it, and where it lies; status 2 if it was not run."
     from gmail_nb.runs.evaluate import table_blocks
     def one(rows): # the row and where it was measured are one column
-        return table_blocks([[', '.join(filter(None, r[:2])) if r[0] else f'  {r[1]}', *r[2:]] for r in rows])
+        names = [f'{name}, {where}' if name else f'  {where}' for name, where, *_ in rows]
+        return table_blocks([[name, *r[2:]] for name, r in zip(names, rows)])
     claims = [f'{c.state}: {c.said} ({c.measure} {c.text}; in the paper {c.theirs or "no number"})'
               for c in shown.claims if c.ours]
     text = '\n\n'.join(filter(None, [
         shown.heading, shown.stands, *map(one, shown.tables), '\n'.join(claims), shown.absent]))
     place = f'{out}/{shown.name}/{shown.name}.md'
     print(f'{text}\n\nresults: {place}')
-    return dict(status=2 if shown.absent else 0, out=out, results=place, tables=shown.tables, claims=claims)
+    status = 2 if shown.absent else 0
+    return dict(status=status, out=out, results=place, tables=shown.tables, claims=claims)
 
 # %% ../../nbs/cli/10_commands.ipynb #4e05986a
 def experiment_table(
@@ -733,8 +736,8 @@ def table_command(table:str) -> Command:
 
 def list_of_tables() -> str:
     "What `--list` says of the tables."
-    return ('On the embedded set a table is run as gmail_report runs it, with the paper\'s numbers beside: '
-            'gmail_experiment table2 --seeds 1 --out proof.\n' + tables_text())
+    return ('On the embedded set a table is run as gmail_report runs it, and shown beside the '
+            'paper\'s: gmail_experiment table2 --seeds 1 --out proof.\n' + tables_text())
 
 # %% ../../nbs/cli/10_commands.ipynb #3b1f4fd7
 gmail_experiment = Commands(

@@ -116,7 +116,7 @@ def why_no_model(
     name:str|Path,
     *kinds:str # that the card may say, of `MAKERS`
 ) -> str:
-    "Why a name is none of a model's folder that a command of ours wrote, nor may be one of the Hub."
+    "Why a name is none of a folder that one of our commands wrote, and cannot be on the Hub."
     if may_be_on_hub(str(name)): return ''
     if why := why_no_folder(name): return why
     found, made = kind_of_folder(name), ' or '.join(MAKERS[k] for k in kinds)
@@ -151,7 +151,7 @@ def why_no_language_model(name:str|Path) -> str:
 
 # %% ../../nbs/runs/02_places.ipynb #f78d16bb
 def why_no_generator(name:str|Path) -> str:
-    "Why a name is none of a generator: one by name, the folder of a pipeline, or a name of the Hub."
+    "Why a name is none of a generator: a known one, the folder of a pipeline, or on the Hub."
     path = Path(name)
     if name in GENERATORS or may_be_on_hub(str(name)): return ''
     if path.exists() or on_disk(name): return why_no_folder(path, 'model_index.json')
@@ -217,7 +217,8 @@ def base_of(
 # %% ../../nbs/runs/02_places.ipynb #a0d1a212
 PLACES = dict( # name of a parameter or field -> why a value of it is not there
     captioned=why_no_set, test=why_no_set, real=why_no_set, generated=why_no_set,
-    images=why_no_folder, instruction_images=why_no_folder, root=why_no_folder, models=why_no_folder,
+    images=why_no_folder, instruction_images=why_no_folder,
+    root=why_no_folder, models=why_no_folder,
     encoder=why_no_encoder, quality=why_no_encoder, language_model=why_no_language_model,
     lm=why_no_language_model, instructions=why_no_questions, questions=why_no_questions,
     generator=why_no_generator, repo=why_no_pipeline, llava=why_no_llava)
