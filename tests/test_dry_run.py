@@ -181,7 +181,8 @@ def test_steps_and_images_are_those_of_the_plan_that_the_run_makes(root, monkeyp
     monkeypatch.setattr(dry_run, 'look_work', looked)
     rows = dry_align(root/'dataset_coco.json', root/'drawn', source=source, settings=settings)
     said = {r.what: r.note for r in rows}
-    assert said['steps'].startswith(f'{len(plan)} steps of 3 pairs: 3 epochs of ') and len(plan) == 3 * math.floor(plan.n / 3)
+    assert said['steps'].startswith(f'{len(plan)} steps of 3 pairs: 3 epochs of ')
+    assert len(plan) == 3 * math.floor(plan.n / 3)
     assert seen == [10 + dry_run.STEP * 3 * len(plan)] and '60 of 60' in said['pairs'] and '10 pairs' in said['pairs']
 
 def test_a_row_that_would_be_refused_for_a_leak_says_so_first(root, tmp_path):

@@ -14,7 +14,6 @@ __all__ = ['SET_FORMS', 'ALIGN_RUNS', 'Arm', 'CaptionArm', 'LlavaArm', 'gmail_tu
            'tell_shown', 'experiment_table', 'table_command', 'list_of_tables', 'dry_report_run', 'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -106,7 +105,7 @@ def gmail_generate(
     out:str='generated',      # folder of shards
     repo:str|None=None,       # a Hub id or a folder: other place of the weights of a named one
     revision:str|None=None,   # Hub revision of the generator, best a commit
-    part:str='0/1',           # i/n: the work of job i of n, counted from 0; of two jobs 0/2 and 1/2
+    part:str='0/1',           # i/n: the work of job i of n; of two jobs 0/2 and 1/2
     quiet:bool=False,         # show no bar of progress
     draw:DrawSettings=DrawSettings(),
     source:SourceSettings=SourceSettings(),
@@ -186,10 +185,7 @@ def encoder_of_model(
         model, asked = typed.get('model'), typed.get(dest)
         base = None if model is None else base_of(model)
         if base is None or asked == base: return typed
-        if asked is None:
-            said = f'encoder: {base}, on which {model} was aligned'
-            if os.environ.get('RANK', '0') == '0': print(said, file=sys.stderr)
-            return typed | {dest: base}
+        if asked is None: return typed | {dest: base}
         if ':' in asked and ':' in base and asked.partition(':')[0] == base.partition(':')[0]:
             return typed # two places may hold the same weights, which are compared once loaded
         raise ValueError(f'--encoder {asked}: {model} was aligned on {base}. Leave --encoder out: '
@@ -233,6 +229,7 @@ def gmail_tune_text(
     from gmail_nb.runs.tune_text import tune_from_files
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
+    if model: print(f'encoder: {recipe.encoder}')
     tuned = tune_from_files(out, recipe, generated, model, captioned, arm, source, test, read)
     print(f'{tuned.trained:,} parameters, {len(tuned.history)} steps, the best at {tuned.best}')
     found = say_verdict(out)
@@ -265,6 +262,7 @@ def gmail_tune_caption(
     from gmail_nb.runs.tune_caption import tune_captioner
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
+    if model: print(f'encoder: {preset.settings.encoder}')
     records = tune_captioner(captioned, out, preset.settings, generated, model, arm, test, source, run)
     found = say_verdict(out, f'{out}/captioner')
     print(f'captioner: {out}/captioner, scores: {out}/results.jsonl')

@@ -26,7 +26,7 @@ def meant(
     name:str, known # names that there are
 ) -> str: # '' where none is near
     "The nearest of some names, as the end of a sentence."
-    near = difflib.get_close_matches(name, sorted(map(str, known)), n=1, cutoff=.6)
+    near = difflib.get_close_matches(name, sorted(map(str, known)), n=1, cutoff=.75)
     return f': did you mean {near[0]!r}?' if near else ''
 
 def beside(path:Path) -> str:
