@@ -194,6 +194,11 @@ def test_fields_are_flags_in_messages(said, shown):
     written = dict(batch_size='--batch-size', beams='--beams', top_p='--top-p', image='--image-column')
     assert in_flags(said, written) == shown
 
+def test_a_field_of_two_stages_is_left_as_it_is():
+    from gmail_nb.cli.flags import of_one
+    written = {'s.project.epochs': '--project-epochs', 's.instruct.epochs': '--instruct-epochs', 's.lr': '--lr'}
+    assert of_one(written) == dict(lr='--lr')
+
 def test_bench_lists_what_there_is(capsys):
     bench = COMMANDS.commands['bench']
     assert bench(['--list']) == 0 and 'generate   batches of captions beside one a call' in capsys.readouterr().out

@@ -11,7 +11,7 @@ __all__ = ['HEADINGS', 'SETS', 'SPELLED', 'STATUS', 'OTHER_WORDS', 'METAVARS', '
            'outcome', 'printed', 'run_command', 'arguments_of', 'call_with', 'add_preset', 'preset_named', 'show_plan',
            'shell_name', 'complete_words', 'complete_flags', 'fish_text', 'fish_flags', 'fish_lines', 'completion',
            'functions_of', 'Completion', 'Command', 'command', 'takes_json', 'told_list', 'check_typed', 'in_flags',
-           'written_as', 'why_absent', 'Commands']
+           'written_as', 'why_absent', 'of_one', 'Commands']
 
 # %% ../../nbs/cli/00_flags.ipynb #cf690f1d
 import argparse
@@ -815,6 +815,11 @@ def carry_out(self:Command,
         return self.work(*bound.args, **bound.kwargs)
 
 # %% ../../nbs/cli/00_flags.ipynb #e9dab67d
+def of_one(written:dict[str, str]) -> dict[str, str]: # dest -> how it is written
+    "The last names of which there is one: `epochs` may be of either of two stages."
+    last = [dest.rpartition('.')[2] for dest in written]
+    return {name: w for name, w in zip(last, written.values()) if last.count(name) == 1}
+
 @patch
 def run(self:Command, argv:list[str]) -> int|dict|None:
     "Read the arguments, and call the function with what they say."
@@ -822,7 +827,7 @@ def run(self:Command, argv:list[str]) -> int|dict|None:
     try: return self.checked_run(argv, written)
     except ValueError as e:
         if type(e) is ValueError: # a message of our own: its fields are flags here
-            e.args = in_flags(str(e), {dest.rpartition('.')[2]: w for dest, w in written.items()}),
+            e.args = in_flags(str(e), of_one(written)),
         raise
 
 @patch
