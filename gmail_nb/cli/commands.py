@@ -201,7 +201,7 @@ def check_learned(
     if generated is None and real is None:
         raise ValueError('there is nothing to learn from: name generated images with --generated '
                          'and the model aligned on them with --model, or a captioned set of real '
-                         'images')
+                         'ones')
     check_arm(arm or ('real' if generated is None else 'gmail'), model, generated, real, arms)
 
 # %% ../../nbs/cli/10_commands.ipynb #832c7583
