@@ -377,7 +377,7 @@ class EmbedSettings:
     "How images become features on disk."
     batch_size:int=64           # images that go through the encoder at once
     part_rows:int=4096          # images whose features are written at once; a killed run goes on after them
-    part:str='0/1'              # i/n: only the parts whose number is i modulo n, for job arrays
+    part:str='0/1'              # i/n: the work of job i of n; of two jobs 0/2 and 1/2
     workers:int|None=None       # threads that decode, one a core if absent; of Ray, in all
     processes:int=0             # processes that decode images, in place of threads
     draft:bool=False            # JPEG at a fraction of its size: faster, other features
@@ -433,7 +433,7 @@ class TuneSettings:
     blocks:int=1                # how many last blocks are trained with last
     rank:int=4                  # rank of LoRA's matrices with lora
     projection:bool=True        # learn the shared projection P too
-    real_projection:bool=False  # learn one for real images beside it, where there are any
+    real_projection:bool=False  # learn one of real images too, where there are any
     steps:int=400               # training steps
     batch_size:int=256          # captions a step, over all processes together
     lr:float=1e-3               # peak rate of the text tower
@@ -443,8 +443,8 @@ class TuneSettings:
     noise:float=1.              # relative noise on what the head reads, with head alone
     validation_share:float=.1   # share of the captions kept out; 0 trains on all to the last step
     validation_limit:int=5000   # at most so many of the captions kept out are looked at
-    every:int=20                # steps between two looks at them
-    max_norm:float|None=field(default=None, metadata=CALLED_CLIP) # longer gradients are cut to it
+    every:int=20                # steps between two looks at the captions kept out
+    max_norm:float|None=field(default=None, metadata=CALLED_CLIP) # largest norm of a gradient
     patience:int|None=5         # checks without a better one until it stops; None: to the end
     precision:str='auto'        # bf16 for autocast, no for float32; auto: bf16 where it is fast
     seed:int=0                  # seed of order, noise and which captions are kept out
@@ -554,8 +554,8 @@ class CaptionerSettings:
                     'accumulation')
         if self.noise < 0: raise ValueError(f'noise is {self.noise}: a length is 0 or more')
         if self.four_bit and (self.tuning == 'full' or self.lm == 'small'):
-            raise ValueError('weights in 4 bit cannot be trained: name a language model with lm, '
-                             "and choose the tuning 'lora' or 'frozen'")
+            raise ValueError('weights in 4 bit cannot be trained: name a language model with lm '
+                             "(--language-model), and the tuning 'lora' or 'frozen'")
 
 # %% ../nbs/01_settings.ipynb #41f45634
 @dataclass(frozen=True)

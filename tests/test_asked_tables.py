@@ -1,5 +1,4 @@
 "Tables 10 and 15: a LLaVA of CLIP and a small Llama, and a Llama alone, go the way of the paper's tables in miniature."
-import json
 from dataclasses import replace
 
 import pytest
@@ -141,11 +140,12 @@ def test_embedded_records_stand_beside_the_papers_numbers(tmp_path, table, their
     with pytest.raises(FileNotFoundError, match='gmail_experiment llava writes it'):
         embedded_answers(table, tmp_path/'nowhere')
 
-def test_the_embedded_scale_shows_the_table(tmp_path, monkeypatch, capsys):
-    def ran(self, argv): embedded_records(tmp_path/'out'/'llava')
-    (tmp_path/'out'/'llava').mkdir(parents=True)
-    monkeypatch.setattr(type(gmail_experiment.find('llava')), 'run', ran)
-    from gmail_nb.cli.commands import experiment_table
-    told = experiment_table('table10', out=str(tmp_path/'out'))
-    assert '85.2' in told['table'] and '85.2' in capsys.readouterr().out
-    assert json.dumps(told) and (tmp_path/'out'/'table10'/'embedded.txt').exists()
+def test_the_experiment_of_llava_shows_both_tables(tmp_path, monkeypatch, capsys):
+    import gmail_nb.experiments.llava as room
+    def ran(out, *settings):
+        embedded_records(tmp_path)
+        (tmp_path/'llava_table.txt').write_text('a table')
+    monkeypatch.setattr(room, 'llava_experiment', ran)
+    assert gmail_experiment(['llava', '--out', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert '85.2' in out and '48.3' in out and 'a table' in out

@@ -391,26 +391,27 @@ def test_an_error_without_words_is_named(capsys):
         (gmail_tune, ['caption', '--preset', 'paper-table2'], "did you mean 'paper-table"),
         (gmail_tune, ['--task', 'text'], 'the kind comes first: gmail_tune text|caption'),
         (gmail_tune, ['speech'], "unknown kind 'speech'"),
-        (gmail_tune, ['text', 'a', '--clip', '0'], '--clip: max_norm is 0.0: it must be above 0'),
+        (gmail_tune, ['text', 'a', '--clip', '0'], '--clip is 0.0: it must be above 0'),
         (gmail_experiment, ['alignmnt'], "did you mean 'alignment'"),
         (commands.gmail_align, ['photos'], 'the following arguments are required: --generated'),
         (commands.gmail_align, [], 'the following arguments are required: set'),
         (gmail_experiment, ['table22'], "unknown name 'table22': did you mean"),
-        (gmail_experiment, ['table2', '--seeds', '2'], 'go with --scale paper'),
+        (gmail_experiment, ['table2', '--steps', '2'], 'go with --scale paper'),
+        (gmail_experiment, ['table2', '--scale', 'paper', '--quick'], '--quick is of the embedded set'),
         (
             gmail_experiment,
-            ['table2', '--scale', 'paper', '--rows', 'CLOP', '--root', 'x'],
+            ['table2', '--scale', 'paper', '--rows', 'CLOP'],
             "unknown row 'CLOP': did you mean",
         ),
-        (gmail_generate, ['a', '--batch-size', '-3'], 'batch_size is -3: it must be above 0'),
-        (gmail_generate, ['a', '--workers', '0'], 'workers is 0: it must be above 0'),
-        (commands.gmail_embed, ['a', '--batch-size', '0'], 'batch_size is 0'),
-        (commands.gmail_caption, ['a.png', '--batch-size', '0'], 'batch_size is 0'),
-        (commands.gmail_caption, ['a.png', '--top-p', '2'], 'top_p is 2.0'),
+        (gmail_generate, ['a', '--batch-size', '-3'], '--batch-size is -3: it must be above 0'),
+        (gmail_generate, ['a', '--workers', '0'], '--workers is 0: it must be above 0'),
+        (commands.gmail_embed, ['a', '--batch-size', '0'], '--batch-size is 0'),
+        (commands.gmail_caption, ['a.png', '--batch-size', '0'], '--batch-size is 0'),
+        (commands.gmail_caption, ['a.png', '--top-p', '2'], '--top-p is 2.0'),
         (gmail_generate, ['a', '--bogusss', '1'], 'gmail_generate --help lists all'),
         (commands.gmail_align, [*AB, '--epochs', 'many'], "invalid int value: 'many'"),
         (commands.gmail_align, [*AB, '--tuning', 'lorra'], "did you mean 'lora'"),
-        (commands.gmail_align, [*AB, '--validation-share', '2'], 'validation_share is 2.0'),
+        (commands.gmail_align, [*AB, '--validation-share', '2'], '--validation-share is 2.0'),
         (commands.gmail_embed, ['a', '--side', 'reel'], "invalid choice: 'reel'"),
         (gmail_generate, ['a', '--options', '{style}'], 'is not JSON'),
         (commands.gmail_caption, [], 'required: images'),
@@ -544,15 +545,40 @@ def test_bench_writes_where_it_is_told(monkeypatch, tmp_path, capsys):
     assert status == 0 and f'results: {tmp_path}/bench/generate.json' in out
     assert json.loads((tmp_path/'bench'/'generate.json').read_text()) == [line]
 
-def test_a_table_on_the_embedded_set_is_the_experiment_that_asks_the_same(monkeypatch, tmp_path, capsys):
-    import gmail_nb.experiments.retrieval as room
+@pytest.mark.parametrize('name', ['table2', 'table12'])
+def test_a_table_on_the_embedded_set_is_what_the_report_runs_for_it(name, monkeypatch, tmp_path, capsys):
+    "Also where no chain of steps draws it at the paper's scale."
+    import gmail_nb.experiments.report as room
+    asked = []
+    def called(scale, seeds, out, quick):
+        asked.append((scale, seeds, out, quick))
+        rows = [[name, 'where', 'mean recall'], ['CLIP', 'paper', '61.9'], ['', 'embedded, 2 chains', '14.1']]
+        return room.Shown(name, 'Retrieval', 'embedded', 'Drawings.', [rows])
+    monkeypatch.setitem(room.CALLS, name, called)
+    status, out, err = answer(capsys, gmail_experiment, name, '--out', tmp_path, '--seeds', '2')
+    assert status == 0 and asked == [('embedded', 2, str(tmp_path), False)], err
+    assert 'CLIP, paper' in out and '61.9' in out and '  embedded, 2 chains' in out
+    assert f'{tmp_path}/{name}/{name}.md' in out
+    assert answer(capsys, gmail_experiment, name, '--quick', '--out', tmp_path)[0] == 0 and asked[-1][3] is True
 
-    def note(out, *args, **kwargs):
-        Path(out).mkdir(parents=True, exist_ok=True), Path(out, 'retrieval_table.txt').write_text('a table\n')
+def test_a_table_that_nothing_stands_for_says_so_and_is_no_success(tmp_path, capsys):
+    status, out, _ = answer(capsys, gmail_experiment, 'table15', '--out', tmp_path)
+    assert status == 2 and 'Not run: nothing here stands for it' in out and '48.3' in out
 
-    monkeypatch.setattr(room, 'retrieval_experiment', note)
-    status, out, _ = answer(capsys, gmail_experiment, 'table2', '--out', tmp_path)
-    assert status == 0 and 'gmail_experiment retrieval' in out and 'a table' in out
+def test_what_tables_ran_before_has_names_of_its_own():
+    from gmail_nb.experiments.tables import TABLES
+    assert {t.embedded for t in TABLES.values()} <= set(gmail_experiment.commands)
+
+def test_the_scale_of_the_paper_takes_its_seeds(monkeypatch, tmp_path, capsys):
+    import gmail_nb.experiments.tables as room
+    asked = []
+    def note(table, out, run):
+        asked.append(run.seeds)
+        (tmp_path/table).mkdir()
+        (tmp_path/table/'paper.txt').write_text('a table')
+    monkeypatch.setattr(room, 'run_table', note)
+    status, out, _ = answer(capsys, gmail_experiment, 'table2', '--scale', 'paper', '--seeds', '3', '--out', tmp_path)
+    assert status == 0 and asked == [3] and 'a table' in out
 
 def test_a_gpu_that_is_too_small_says_what_to_do():
     import torch

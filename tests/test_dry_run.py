@@ -181,7 +181,8 @@ def test_steps_and_images_are_those_of_the_plan_that_the_run_makes(root, monkeyp
     monkeypatch.setattr(dry_run, 'look_work', looked)
     rows = dry_align(root/'dataset_coco.json', root/'drawn', source=source, settings=settings)
     said = {r.what: r.note for r in rows}
-    assert said['steps'].startswith(f'{len(plan)} of 3 pairs') and len(plan) == 3 * math.floor(plan.n / 3)
+    assert said['steps'].startswith(f'{len(plan)} steps of 3 pairs: 3 epochs of ')
+    assert len(plan) == 3 * math.floor(plan.n / 3)
     assert seen == [10 + dry_run.STEP * 3 * len(plan)] and '60 of 60' in said['pairs'] and '10 pairs' in said['pairs']
 
 def test_a_row_that_would_be_refused_for_a_leak_says_so_first(root, tmp_path):
@@ -371,7 +372,7 @@ def test_a_recipe_that_means_other_captions_says_so(root):
     found = dry_text(str(root/'dataset_coco.json'), source=SourceSettings(split='test'), recipe=TEXT_RECIPES['gmail-clip'])
     said = {look.what: look.note for look in found}
     assert said['recipe'] == 'its steps are one epoch of 414,113 captions: see --steps'
-    assert said['steps'].startswith('808 of 512, ')
+    assert said['steps'].startswith('808 steps of 512, ')
     own = dry_text(str(root/'dataset_coco.json'), source=SourceSettings(split='test'), recipe=TEXT_RECIPES['small'])
     assert 'recipe' not in {look.what for look in own}
 
@@ -387,7 +388,7 @@ def test_pictures_are_found_in_every_form_that_has_them_at_hand(root, tmp_path):
 
 def test_decoding_has_a_row_where_pictures_can_be_tried(root, tmp_path):
     row, = look_decoding(1000, root/'drawn')
-    assert row.what == 'decoding' and row.where and '1,000 at' in row.note and not look_decoding(None, root/'drawn')
+    assert row.what == 'decoding' and row.where and '1,000 images at' in row.note and not look_decoding(None, root/'drawn')
     (tmp_path/'a.png').write_bytes(b'no picture')
     assert look_decoding(5, tmp_path) == [] # the command says which does not decode
 
@@ -395,3 +396,44 @@ def test_the_dry_runs_that_read_images_say_what_decoding_takes(root, tmp_path):
     rows = dry_run.dry_embed(root/'drawn', out=tmp_path/'features')
     assert [r.what for r in rows].count('decoding') == 1
     assert next(r for r in rows if r.what == 'time').note.endswith('decoding is not in it')
+
+
+# In words that a stranger reads
+
+def test_counts_have_their_words_and_no_number_is_written_with_an_exponent(root, tmp_path):
+    captions = tmp_path/'one.csv'
+    captions.write_text('key,caption\nrose,a red rose\n')
+    said = {r.what: r for r in dry_generate(captions, out=tmp_path/'x')}
+    assert said['captions'].note == '1 caption, 1 image, 1 shard' and said['time'].where == 'under 1 s'
+    assert said['output'].note.startswith('1 image to draw; ') and ' needed, ' in said['output'].note
+    assert dry_run.look_steps(400, 256, 12).note == '400 steps of 256, 8,533 times through 12 captions'
+    assert dry_run.look_steps(1, 12, 12).note == '1 step of 12, once through 12 captions'
+    assert dry_run.look_time(12, 1879.2, 'here').note == '12 images at 1,879 a second: here'
+
+def test_tuning_a_text_side_says_what_training_takes(root, tmp_path):
+    "A head reads its texts once and is timed by itself; where the tower learns, its passes are counted."
+    rows = {r.what: r for r in dry_text(str(root/'dataset_coco.json'), out=tmp_path/'x', recipe=TEXT_RECIPES['small'],
+                                        source=SourceSettings(split='test'))}
+    assert rows['time of training'].where and '400 steps of 256: 10 of them were timed' in rows['time of training'].note
+    assert 'each once' in rows['time of texts'].note
+    slow = dry_run.look_training('embedded', TEXT_RECIPES['gmail-clip'].settings, 12, dry_run.Speed(1000., how='here'))
+    assert [r.what for r in slow] == ['time of training'] and '808 steps of 512, each as 3 passes' in slow[0].note
+    unknown, = dry_run.look_training('embedded', TEXT_RECIPES['small'].settings, 12, dry_run.Speed(how='not here'))
+    assert not unknown.where and 'not known: ' in unknown.note and 'not here' in unknown.note
+
+def test_a_head_that_learns_more_a_step_takes_longer():
+    from gmail_nb.settings import TuneSettings
+    small, large = (min(dry_run.head_seconds('embedded', TuneSettings(batch_size=n), 'cpu') for _ in range(3))
+                    for n in (8, 2048))
+    assert 0 < small < large
+
+@pytest.mark.parametrize('kind', ['text', 'caption'])
+def test_the_dry_run_says_which_encoder_a_model_was_aligned_on(kind, root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'aligned').mkdir()
+    (tmp_path/'aligned'/'card.json').write_text('{"base": "open_clip:ViT-B-32/random", "dim": 512}')
+    argv = ['tune', kind, root/'dataset_coco.json', '--generated', root/'drawn', '--model', 'aligned', '--dry-run']
+    monkeypatch.setattr(dry_run, 'encoder_speed', lambda *args, **how: dry_run.Speed(how='not asked'))
+    status, out, err = answer(capsys, *argv)
+    line = next(l for l in out.splitlines() if l.startswith('encoder'))
+    assert 'ViT-B-32/random' in line and 'aligned was aligned on it' in line, out + err

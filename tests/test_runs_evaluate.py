@@ -386,9 +386,10 @@ def test_published_weights_are_converted_once(world, tmp_path):
     (('--preset', 'paper-table22'), "did you mean 'paper-table2'"),
     (('--preset', 'paper-table4', '--task', 'long'), 'is a table of classification, not of long'),
     (('--task', 'speech'), "unknown task 'speech'"),
-    (('--model', 'clip'), 'unknown model'),
+    (('--model', 'clip'), '--model clip: no such encoder: known are embedded'),
     (('--preset', 'paper-table2', '--rows', 'CLOP'), "unknown row 'CLOP'"),
-    (('--preset', 'paper-table7', '--models', 'none', '--root', 'ROOT'), 'none of the models is there'),
+    (('--preset', 'paper-table7', '--models', 'none', '--root', 'ROOT'), '--models none: no such folder'),
+    (('--preset', 'paper-table7', '--models', 'ROOT', '--root', 'ROOT'), 'none of the models is there'),
     (('flicker30k',), "did you mean 'flickr30k'"),
     (('--task', 'classification', 'dtd'), 'needs the folder'),
     (('--rows', 'CLIP'), '--rows chooses rows of a --preset')])

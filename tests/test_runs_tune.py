@@ -483,10 +483,12 @@ def test_pictures_come_as_files_folders_and_sets(captions, tmp_path):
     (tmp_path/'empty').mkdir()
     with pytest.raises(ValueError, match='holds no pictures'): caption_files(tmp_path/'empty', folder/'base')
 
-def test_before_any_tuning_the_error_says_what_makes_a_captioner(captions, capsys):
-    status, _, err = answer(capsys, gmail_caption, 'x.png', '--model', captions['folder']/'nowhere')
-    assert status == 2 and str(captions['folder']/'nowhere'/'card.json') in err
-    assert 'gmail_tune caption' in err and '--model' in err
+def test_before_any_tuning_the_error_says_what_names_a_captioner(captions, tmp_path, capsys):
+    (tmp_path/'x.png').touch()
+    status, _, err = answer(capsys, gmail_caption, tmp_path/'x.png', '--model', captions['folder']/'nowhere')
+    assert status == 2 and f"--model {captions['folder']/'nowhere'}: no such folder" in err
+    status, _, err = answer(capsys, gmail_caption, tmp_path/'x.png', '--model', tmp_path)
+    assert status == 2 and 'no card.json, which gmail_tune caption writes' in err
 
 def test_flags_of_a_captioner(captions, capsys):
     folder = captions['folder']

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SET_FORMS', 'ALIGN_RUNS', 'Arm', 'CaptionArm', 'LlavaArm', 'gmail_tune', 'CHAIN_EXPERIMENTS', 'gmail_experiment',
            'COMMANDS', 'dry', 'dry_demo_run', 'gmail_demo', 'in_brackets', 'say_verdict', 'gmail_generate',
-           'gmail_align', 'gmail_embed', 'gmail_tune_text', 'gmail_tune_caption', 'gmail_tune_llava', 'gmail_caption',
-           'gmail_chat', 'dry_page', 'gmail_app', 'gmail_eval_vqa', 'gmail_eval', 'dry_bench_run', 'gmail_bench',
-           'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof', 'experiment_protocol',
-           'experiment_curve', 'experiment_controls', 'dry_caption_curve', 'experiment_captions',
+           'gmail_align', 'gmail_embed', 'encoder_of_model', 'check_learned', 'gmail_tune_text', 'gmail_tune_caption',
+           'gmail_tune_llava', 'gmail_caption', 'gmail_chat', 'dry_page', 'gmail_app', 'gmail_eval_vqa', 'gmail_eval',
+           'dry_bench_run', 'gmail_bench', 'experiment_retrieval', 'show_file', 'experiment_alignment', 'dry_proof',
+           'experiment_protocol', 'experiment_curve', 'experiment_controls', 'dry_caption_curve', 'experiment_captions',
            'experiment_on_chains', 'dry_question', 'chain_command', 'experiment_captioning', 'experiment_ifcap',
-           'dry_llava_arms', 'experiment_llava', 'dry_experiment_table', 'beside_the_paper', 'experiment_table',
-           'table_command', 'dry_report_run', 'gmail_report']
+           'dry_llava_arms', 'beside_the_paper', 'experiment_llava', 'check_scale', 'dry_experiment_table',
+           'tell_shown', 'experiment_table', 'table_command', 'list_of_tables', 'dry_report_run', 'gmail_report']
 
 # %% ../../nbs/cli/10_commands.ipynb #27bcb322
 import sys
@@ -20,6 +20,9 @@ from dataclasses import replace
 from typing import Literal
 
 from .flags import command
+from ..runs.places import (
+    base_of, why_no_captioner, why_no_eyes, why_no_llava, why_no_picture, why_no_pictures,
+    why_no_row, why_no_writer, why_not_aligned, why_not_measured)
 from ..runs.presets import EVAL_PRESETS, MODEL_FORMS, SET_NAMES, TASKS
 from ..settings import (
     GENERATORS, PAPER_ALIGN, AfterSettings, AlignRunSettings, DrawSettings, EmbedSettings,
@@ -102,7 +105,7 @@ def gmail_generate(
     out:str='generated',      # folder of shards
     repo:str|None=None,       # a Hub id or a folder: other place of the weights of a named one
     revision:str|None=None,   # Hub revision of the generator, best a commit
-    part:str='0/1',           # i/n: only the shards whose number is i modulo n, for job arrays
+    part:str='0/1',           # i/n: the work of job i of n; of two jobs 0/2 and 1/2
     quiet:bool=False,         # show no bar of progress
     draw:DrawSettings=DrawSettings(),
     source:SourceSettings=SourceSettings(),
@@ -147,7 +150,7 @@ def gmail_align(
 # %% ../../nbs/cli/10_commands.ipynb #8f7969a2
 @command(leave=('cache_dir', 'which', 'show_progress', 'part_rows'), dry=dry('dry_embed'),
          example='gmail_embed photos --model aligned --out features', alone=False,
-         more=dict(captioned=SET_FORMS))
+         more=dict(captioned=SET_FORMS), places=dict(model=why_no_eyes))
 def gmail_embed(
     captioned:str,          # a captioned set, or a folder of gmail_generate
     model:str='embedded',   # a folder of gmail_align, or an encoder by name
@@ -167,10 +170,39 @@ def gmail_embed(
 
 # %% ../../nbs/cli/10_commands.ipynb #d3e85f81
 from .flags import Commands
-from ..runs.presets import CAPTIONER_PRESETS, TEXT_RECIPES, CaptionerPreset, TextRecipe
+from ..runs.presets import (
+    ARMS, CAPTION_ARMS, CAPTIONER_PRESETS, TEXT_RECIPES, CaptionerPreset, TextRecipe, check_arm)
 from ..settings import (
     AppSettings, CaptionRunSettings, CaptionSettings, ChatSettings, LlavaSettings, ReadSettings,
     ReportSettings, RunSettings)
+
+# %% ../../nbs/cli/10_commands.ipynb #a121a7e9
+def encoder_of_model(
+    dest:str # of the encoder among the options
+) -> Callable[[dict], dict]: # of what was typed
+    "Lets `--encoder` follow from the card of `--model`. `ValueError` where another one was typed."
+    def follow(typed):
+        model, asked = typed.get('model'), typed.get(dest)
+        base = None if model is None else base_of(model)
+        if base is None or asked == base: return typed
+        if asked is None: return typed | {dest: base}
+        if ':' in asked and ':' in base and asked.partition(':')[0] == base.partition(':')[0]:
+            return typed # two places may hold the same weights, which are compared once loaded
+        raise ValueError(f'--encoder {asked}: {model} was aligned on {base}. Leave --encoder out: '
+                         'the card of --model names it')
+    return follow
+
+# %% ../../nbs/cli/10_commands.ipynb #37744511
+def check_learned(
+    arm:str|None, model, generated, real,
+    arms:tuple=ARMS
+) -> None:
+    "Before anything is loaded: `ValueError` for an arm that lacks its images or its model."
+    if generated is None and real is None:
+        raise ValueError('there is nothing to learn from: name generated images with --generated '
+                         'and the model aligned on them with --model, or a captioned set of real '
+                         'ones')
+    check_arm(arm or ('real' if generated is None else 'gmail'), model, generated, real, arms)
 
 # %% ../../nbs/cli/10_commands.ipynb #832c7583
 Arm = Literal['gmail', 'indiscriminate', 'real', 'mix']
@@ -179,7 +211,8 @@ _text = 'gmail_tune text --generated generated --model aligned --preset gmail-cl
 
 # %% ../../nbs/cli/10_commands.ipynb #69a035c3
 @command(presets=TEXT_RECIPES, name='gmail_tune text', leave=('cache_dir', 'which'),
-         dry=dry('dry_text'), example=_text, more=dict(captioned=SET_FORMS))
+         dry=dry('dry_text'), example=_text, more=dict(captioned=SET_FORMS),
+         places=dict(model=why_not_aligned), follows=encoder_of_model('recipe.encoder'))
 def gmail_tune_text(
     captioned:str|None=None,     # a captioned set of real images, for the arms real and mix
     out:str='tuned',             # the tuned folder, with the features that were learned from
@@ -192,9 +225,11 @@ def gmail_tune_text(
     read:ReadSettings=ReadSettings()
 ):
     "A text side for retrieval and classification, tuned on images and their captions."
+    check_learned(arm, model, generated, captioned)
     from gmail_nb.runs.tune_text import tune_from_files
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
+    if model: print(f'encoder: {recipe.encoder}')
     tuned = tune_from_files(out, recipe, generated, model, captioned, arm, source, test, read)
     print(f'{tuned.trained:,} parameters, {len(tuned.history)} steps, the best at {tuned.best}')
     found = say_verdict(out)
@@ -208,7 +243,9 @@ _caption = 'gmail_tune caption photos --generated generated --model aligned --ou
 # %% ../../nbs/cli/10_commands.ipynb #865f87f0
 @command(presets=CAPTIONER_PRESETS, leave=('cache_dir', 'which'),
          name='gmail_tune caption', more=dict(captioned=SET_FORMS),
-         dry=dry('dry_captioner'), example=_caption)
+         dry=dry('dry_captioner'), example=_caption,
+         places=dict(model=why_not_aligned, start=why_no_captioner),
+         follows=encoder_of_model('preset.settings.encoder'))
 def gmail_tune_caption(
     captioned:str|None=None,     # a captioned set of real images, or dataset_coco.json with --images
     out:str='captions',          # the captioner and its scores
@@ -221,9 +258,11 @@ def gmail_tune_caption(
     run:CaptionRunSettings=CaptionRunSettings()
 ):
     "A captioner, scored on real images through f_r."
+    check_learned(arm, model, generated, captioned or test, CAPTION_ARMS)
     from gmail_nb.runs.tune_caption import tune_captioner
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
+    if model: print(f'encoder: {preset.settings.encoder}')
     records = tune_captioner(captioned, out, preset.settings, generated, model, arm, test, source, run)
     found = say_verdict(out, f'{out}/captioner')
     print(f'captioner: {out}/captioner, scores: {out}/results.jsonl')
@@ -234,7 +273,8 @@ LlavaArm = Literal['gmail', 'indiscriminate', 'both', 'mix', 'real']
 _llava = 'gmail_tune llava photos --generated drawn --model aligned --arm both --out llava'
 
 @command(leave=('cache_dir', 'which', 'max_bank'), name='gmail_tune llava', example=_llava,
-         dry=dry('dry_llava', 'tune_llava'), more=dict(captioned=SET_FORMS))
+         dry=dry('dry_llava', 'tune_llava'), more=dict(captioned=SET_FORMS),
+         places=dict(model=why_not_aligned))
 def gmail_tune_llava(
     captioned:str|None=None,     # a captioned set of real images
     out:str='llava',             # the trained folder, its tokens and checkpoints
@@ -251,6 +291,7 @@ def gmail_tune_llava(
     run:RunSettings=RunSettings()
 ):
     "A LLaVA: a projector on captions, then LoRA in a language model too. Run it again to go on."
+    check_learned(arm, model, generated, captioned, CAPTION_ARMS)
     from gmail_nb.runs.tune_llava import tune_llava
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
@@ -268,7 +309,7 @@ gmail_tune = Commands('gmail_tune', 'Tune what reads an encoder, on generated im
                       text=gmail_tune_text, caption=gmail_tune_caption, llava=gmail_tune_llava)
 
 # %% ../../nbs/cli/10_commands.ipynb #095d956d
-@command(dry=dry('dry_write'),
+@command(dry=dry('dry_write'), places=dict(images=why_no_pictures, model=why_no_writer),
          example='gmail_caption photo.jpg --model captions --beams 4')
 def gmail_caption(
     *images:str,                           # picture files, folders of them, or captioned sets
@@ -287,7 +328,8 @@ def gmail_caption(
     return dict(captions=found, left_out=broken)
 
 # %% ../../nbs/cli/10_commands.ipynb #824ef0b5
-@command(dry=dry('dry_chat', 'tune_llava'), example='gmail_chat --image photo.jpg "What is in the picture?"')
+@command(dry=dry('dry_chat', 'tune_llava'), places=dict(image=why_no_picture, model=why_no_llava),
+         example='gmail_chat --image photo.jpg "What is in the picture?"')
 def gmail_chat(
     *question:str,           # one question; None: several turns are read, a line each, to an empty one
     image:list=(),           # a picture file, shown with the first turn; repeatable
@@ -305,7 +347,8 @@ def dry_page(**asked) -> list:
     return dry_app(**asked)
 
 # %% ../../nbs/cli/10_commands.ipynb #fbe24bdf
-@command(dry=dry_page, example='gmail_app --captioner gmail=captions --llava llava')
+@command(dry=dry_page, places=dict(model=why_not_aligned, captioner=why_no_writer),
+         example='gmail_app --captioner gmail=captions --llava llava')
 def gmail_app(
     demo:str='demo',           # a folder of gmail_demo; a short run makes it where there is none
     model:str|None=None,       # a folder of gmail_align, in place of the demo's model
@@ -323,7 +366,8 @@ def gmail_app(
 # %% ../../nbs/cli/10_commands.ipynb #a5d04f59
 _vqa = 'gmail_eval vqa derek-thomas/ScienceQA --model llava --model gmail=llava_g --images-only'
 
-@command(name='gmail_eval vqa', dry=dry('dry_vqa', 'vqa'), example=_vqa)
+@command(name='gmail_eval vqa', dry=dry('dry_vqa', 'vqa'), example=_vqa,
+         places=dict(model=why_no_llava))
 def gmail_eval_vqa(
     questions:str='emoji-questions', # folder of parquet or Hub id: ScienceQA, MMMU; or our drawings
     model:list=(),  # [ROW=]MODEL: a folder of gmail_tune llava, or a published LLaVA; repeatable
@@ -332,6 +376,8 @@ def gmail_eval_vqa(
 ):
     """Ask LLaVAs the same questions about pictures: accuracy by subject, and every further model
     beside the first, with intervals. Without --model it asks the folder llava."""
+    if not model and (why := why_no_llava('llava')):
+        raise ValueError(f"name a LLaVA with --model; without it 'llava' is read: {why}")
     from gmail_nb.runs.vqa import evaluate_vqa
     from gmail_nb.runtime import use_all_cores
     use_all_cores()
@@ -348,7 +394,8 @@ _known = dict(preset=EVAL_PRESETS, task=TASKS, model=MODEL_FORMS, captioned=SET_
 _eval = 'gmail_eval --preset paper-table2 --root sets --models models --out eval'
 
 @command(leave=('cache_dir', 'which', 'engine'), more={k: in_brackets(v) for k, v in _known.items()},
-         dry=dry('dry_eval'), example=_eval, words=dict(vqa=gmail_eval_vqa))
+         dry=dry('dry_eval'), example=_eval, words=dict(vqa=gmail_eval_vqa),
+         places=dict(captioned=why_not_measured, model=why_no_row), enough=('captioned', 'model'))
 def gmail_eval(
     *captioned:str,        # sets by name, or any captioned sets; None: the preset's, or our own
     preset:str|None=None,  # a table of the paper
@@ -400,7 +447,7 @@ def dry_bench_run(**asked) -> list:
 
 # %% ../../nbs/cli/10_commands.ipynb #661219a4
 @command(more=dict(name=in_brackets(BENCHES)), example='gmail_bench generate --out bench',
-         dry=dry_bench_run)
+         dry=dry_bench_run, listing={name: b.compares for name, b in BENCHES.items()})
 def gmail_bench(
     name:str,            # which benchmark
     json:bool=False,     # print the figures as a JSON list and no table
@@ -603,6 +650,12 @@ def dry_llava_arms(**asked) -> list:
     return dry_llava_experiment(**asked)
 
 # %% ../../nbs/cli/10_commands.ipynb #2f2f3ffc
+def beside_the_paper(out:str) -> None:
+    "Print what the embedded LLaVA answers beside the paper's numbers of Tables 10 and 15."
+    from gmail_nb.experiments.tables import embedded_answers
+    from gmail_nb.pages import table_text
+    for table in ('table10', 'table15'): print(f'{table_text(embedded_answers(table, out))}\n')
+
 @command(name='gmail_experiment llava', quick=QUICK_LLAVA, dry=dry_llava_arms,
          example='gmail_experiment llava --quick')
 def experiment_llava(
@@ -614,62 +667,85 @@ def experiment_llava(
     from gmail_nb.experiments.demo import headline_settings
     from gmail_nb.experiments.llava import llava_experiment
     llava_experiment(out, settings, headline_settings(quick, settings.seed))
+    beside_the_paper(out)
     return show_file(out, 'llava_table.txt')
 
 # %% ../../nbs/cli/10_commands.ipynb #7fc7ae73
-def dry_experiment_table(table:str, scale:str, out:str, settings:TableRun, **rest) -> list:
+def check_scale(scale:str, quick:bool, settings:TableRun) -> None:
+    "`ValueError` for flags of the other scale."
+    if scale == 'embedded' and settings != TableRun():
+        raise ValueError('the flags of a table go with --scale paper: add it')
+    if scale == 'paper' and quick: raise ValueError('--quick is of the embedded set: leave it out')
+
+def dry_experiment_table(
+    table:str, scale:str, out:str, quick:bool, seeds:int, settings:TableRun, **rest
+) -> list:
     "What a table would do, at either scale."
-    import gmail_nb.experiments.tables as tables
-    from gmail_nb.runs.dry_run import dry_demo
-    if scale == 'paper': return tables.dry_table(table, out, settings)
-    kind = TABLES[table].embedded
-    return dry_llava_arms(out=f'{out}/{kind}') if kind == 'llava' else dry_demo(out)
+    check_scale(scale, quick, settings)
+    if scale == 'paper':
+        from gmail_nb.experiments.tables import dry_table
+        return dry_table(table, out, replace(settings, seeds=seeds))
+    from gmail_nb.experiments.report import dry_report
+    return dry_report(out, scale, table, quick, seeds)
 
 # %% ../../nbs/cli/10_commands.ipynb #f6ac5162
-def beside_the_paper(table:str, out:str, folder:str) -> dict: # for `--json`
-    "The records of an embedded experiment beside the paper's numbers, printed and written."
-    from pathlib import Path
-    from gmail_nb.experiments.tables import embedded_answers
-    from gmail_nb.files import atomic_write, check_writable
-    from gmail_nb.pages import table_text
-    text = table_text(embedded_answers(table, folder))
-    atomic_write(check_writable(Path(out)/table)/'embedded.txt', text + '\n')
-    return show_file(f'{out}/{table}', 'embedded.txt')
+def tell_shown(
+    shown,  # from a table or figure of `gmail_nb.experiments.report`
+    out:str # the folder that it was run in
+) -> dict: # for `--json`
+    "Print a table of the paper with ours beside it, and where it lies; status 2 if it was not run."
+    from gmail_nb.runs.evaluate import table_blocks
+    def one(rows): # the row and where it was measured are one column
+        names = [f'{name}, {where}' if name else f'  {where}' for name, where, *_ in rows]
+        return table_blocks([[name, *r[2:]] for name, r in zip(names, rows)])
+    claims = [f'{c.state}: {c.said} ({c.measure} {c.text}; in the paper {c.theirs or "no number"})'
+              for c in shown.claims if c.ours]
+    text = '\n\n'.join(filter(None, [
+        shown.heading, shown.stands, *map(one, shown.tables), '\n'.join(claims), shown.absent]))
+    place = f'{out}/{shown.name}/{shown.name}.md'
+    print(f'{text}\n\nresults: {place}')
+    status = 2 if shown.absent else 0
+    return dict(status=status, out=out, results=place, tables=shown.tables, claims=claims)
 
 # %% ../../nbs/cli/10_commands.ipynb #4e05986a
 def experiment_table(
     table:str,           # given by the command
-    scale:Literal['embedded', 'paper']='embedded', # its question there, or the table itself
-    out:str='tables',    # folder that all tables share
+    scale:Literal['embedded', 'paper']='embedded', # the set that ships, or the paper's own sets
+    out:str='tables',    # folder that all tables share; run it again to go on
+    quick:bool=False,    # on the embedded set: one small chain, for a first look
+    seeds:int=TableRun.seeds, # whole chains; at the paper's scale they share their images
     settings:TableRun=TableRun()
 ):
     "A table of the paper."
+    check_scale(scale, quick, settings)
+    from gmail_nb.runtime import use_all_cores
+    use_all_cores()
     if scale == 'paper':
         from gmail_nb.experiments.tables import run_table
-        from gmail_nb.runtime import use_all_cores
-        use_all_cores()
-        run_table(table, out, settings)
+        run_table(table, out, replace(settings, seeds=seeds))
         return show_file(f'{out}/{table}', 'paper.txt')
-    if settings != TableRun(): raise ValueError('the flags of a table go with --scale paper: add it')
-    kind = TABLES[table].embedded
-    print(f'on the embedded set {table} is: gmail_experiment {kind} --out {out}/{kind}')
-    told = gmail_experiment.find(kind).run(['--out', f'{out}/{kind}'])
-    return beside_the_paper(table, out, f'{out}/{kind}') if TABLES[table].task == 'vqa' else told
+    from gmail_nb.experiments.report import CALLS
+    return tell_shown(CALLS[table](scale, seeds, out, quick), out)
 
 # %% ../../nbs/cli/10_commands.ipynb #ba8ce586
 def table_command(table:str) -> Command:
     "The command of one table."
-    name, title = f'gmail_experiment {table}', TABLES[table].title
+    name, t = f'gmail_experiment {table}', TABLES[table]
     return Command(experiment_table, name=name, fixed=dict(table=table), dry=dry_experiment_table,
-                   example=f'{name} --scale paper --root sets --dry-run' if TABLES[table].rows
-                   else f'gmail_report --only {table}',
-                   doc=f'Table {table.removeprefix("table")} of the paper: {title}.')
+                   leave=('seeds',), places=dict(encoder=None, test=None),
+                   example=f'{name} --seeds 1 --out proof',
+                   doc=f'Table {table.removeprefix("table")} of the paper: {t.title}.')
+
+def list_of_tables() -> str:
+    "What `--list` says of the tables."
+    return ('On the embedded set a table is run as gmail_report runs it, and shown beside the '
+            'paper\'s: gmail_experiment table2 --seeds 1 --out proof.\n' + tables_text())
 
 # %% ../../nbs/cli/10_commands.ipynb #3b1f4fd7
 gmail_experiment = Commands(
     'gmail_experiment',
     'Run an experiment of the paper, on the embedded set or at the paper\'s scale.',
-    word='name', listing=tables_text,
+    word='name', listing=list_of_tables,
     demo=Command(gmail_demo.work, name='gmail_experiment demo', dry=gmail_demo.dry,
                  example='gmail_experiment demo --quick'),
     protocol=experiment_protocol, curve=experiment_curve, controls=experiment_controls,
@@ -685,7 +761,7 @@ def dry_report_run(**asked) -> list:
     return room.dry_report(**asked)
 
 # %% ../../nbs/cli/10_commands.ipynb #5a700e0d
-@command(leave=('rows', 'test', 'seeds'), dry=dry_report_run,
+@command(leave=('rows', 'test', 'seeds'), dry=dry_report_run, places=dict(encoder=None),
          example='gmail_report --scale embedded --quick --only table2,figure3 --out report')
 def gmail_report(
     scale:Literal['embedded', 'paper']='embedded', # the embedded set, or the paper's own sets
@@ -696,12 +772,10 @@ def gmail_report(
     settings:TableRun=TableRun()
 ):
     "Every table and figure of the paper with ours beside it, on one page. Run it again to go on."
+    check_scale(scale, quick, settings)
     from gmail_nb.experiments.report import all_claims, counted, report
     from gmail_nb.runtime import use_all_cores
     from gmail_nb.settings import report_settings
-    if scale == 'embedded' and settings != TableRun():
-        raise ValueError('the flags of a table go with --scale paper: add it')
-    if scale == 'paper' and quick: raise ValueError('--quick is of the embedded set: leave it out')
     use_all_cores()
     asked = replace(settings, seeds=seeds) if scale == 'paper' else report_settings(quick, seeds)
     shown = report(out, scale, only, asked)

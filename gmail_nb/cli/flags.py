@@ -10,7 +10,8 @@ __all__ = ['HEADINGS', 'SETS', 'SPELLED', 'STATUS', 'OTHER_WORDS', 'METAVARS', '
            'Renamed', 'add_older', 'add_options', 'with_named', 'ours', 'one_line', 'Terminated', 'stopped_by_sigterm',
            'outcome', 'printed', 'run_command', 'arguments_of', 'call_with', 'add_preset', 'preset_named', 'show_plan',
            'shell_name', 'complete_words', 'complete_flags', 'fish_text', 'fish_flags', 'fish_lines', 'completion',
-           'functions_of', 'Completion', 'Command', 'command', 'takes_json', 'check_typed', 'Commands']
+           'functions_of', 'Completion', 'Command', 'command', 'takes_json', 'told_list', 'check_typed', 'in_flags',
+           'written_as', 'why_absent', 'of_one', 'Commands']
 
 # %% ../../nbs/cli/00_flags.ipynb #cf690f1d
 import argparse
@@ -37,6 +38,7 @@ from fastcore.basics import patch
 from fastcore.docments import docments
 
 from ..files import unknown_name
+from ..runs.places import PLACES, without_row
 from ..settings import check_value
 
 # %% ../../nbs/cli/00_flags.ipynb #4cd2d89c
@@ -668,13 +670,23 @@ class Command:
         fixed:dict|None=None,   # parameters that are given here and are no flags
         doc:str|None=None,      # describes the command in place of the docstring
         words:dict|None=None,   # further commands, by a first word
-        alone:bool=True         # whether one process at a time writes into the folder `out`
+        alone:bool=True,        # whether one process at a time writes into the folder `out`
+        places:dict|None=None,  # name -> why a value is not there, in place of `PLACES`
+        enough:tuple=(),        # names of which one value that is there is enough
+        follows:Callable|None=None, # of what was typed: that, and what follows from it
+        listing:dict|None=None  # name -> what it is: what `--list` prints
     ):
         functools.update_wrapper(self, work)
         self.work, self.presets, self.quick = work, presets, quick
         self.leave, self.more, self.name = leave, more or {}, name or work.__name__
         self.example, self.dry, self.fixed = example, dry, fixed or {}
         self.alone, self.words, self.__doc__ = alone, words or {}, doc or work.__doc__
+        self.places, self.enough = PLACES | (places or {}), enough
+        self.follows, self.listing = follows or dict, listing
+
+    def options(self) -> list[Option]:
+        "What it takes, in order."
+        return options_of(self.work, self.presets, self.leave, tuple(self.fixed))
 
 def command(
     **how # of `Command`
@@ -702,25 +714,90 @@ def parser(self:Command) -> Parser:
                             help='print one JSON object; what is for people goes to the error stream')
     parser.add_argument('--completion', choices=SHELLS, action=Completion, default=argparse.SUPPRESS,
                         help='print what makes the shell complete words of this command')
+    if self.listing: parser.add_argument('--list', action='store_true', default=argparse.SUPPRESS,
+                                         help='print what there is, and what each does')
     if self.presets: add_preset(parser, self.presets)
-    add_options(parser, options_of(self.work, self.presets, self.leave, tuple(self.fixed)), self.more)
+    add_options(parser, self.options(), self.more)
     return parser
+
+# %% ../../nbs/cli/00_flags.ipynb #1271ca7a
+def told_list(
+    name:str,             # of the command
+    names:dict[str, str], # what there is, and what each does
+    as_json:bool,
+    text:str=''           # what is printed for people; the names if absent
+) -> int: # exit status
+    "What `--list` prints; with `--json`, one object."
+    width = max(map(len, names))
+    listed = '\n'.join(f'  {n:{width}}  {about}' for n, about in names.items())
+    said = dict(command=name, status=0, names=names)
+    printed(json.dumps(said, ensure_ascii=False) if as_json else text or listed)
+    return 0
 
 # %% ../../nbs/cli/00_flags.ipynb #d92583e5
 def check_typed(
     values:dict,      # dest -> what was typed
-    spelled:dict|None=None # dest -> its flag, where that is not the name of the field
+    written:dict|None=None # dest -> how it is written; as the field if absent
 ) -> None:
     "`ValueError` for a value outside of its range, and for a device that is not there."
     for dest, value in values.items():
-        try: check_value(dest.rpartition('.')[2], value)
+        name = dest.rpartition('.')[2]
+        try: check_value(name, value)
         except ValueError as e:
-            raise ValueError(f'--{spelled[dest]}: {e}' if dest in (spelled or {}) else f'{e}') from e
+            flag, said = (written or {}).get(dest, name), str(e)
+            starts = said.startswith(f'{name} ')
+            raise ValueError(flag + said[len(name):] if starts else f'{flag}: {said}') from e
     asked = [v for dest, v in values.items()
              if dest.rpartition('.')[2] == 'device' and v not in (None, 'cpu')]
     if not asked: return
     from gmail_nb.train import check_device # loads torch, where a device was asked for alone
     for device in asked: check_device(device)
+
+# %% ../../nbs/cli/00_flags.ipynb #ff8f09fb
+def in_flags(
+    message:str,
+    written:dict[str, str] # name of a field -> how it is written in a shell
+) -> str:
+    "What is said of fields, in the words of the shell: `batch_size is 0` becomes `--batch-size is 0`."
+    def flag(m): return m[1] + written[m[2]] if m[2] in written else m[0]
+    value = r"(?= is (?:-?[\d.]|None\b|True\b|False\b|'))" # what follows the name of a field
+    said = re.sub(rf'(^|\band )([a-z]\w*){value}', flag, message)
+    return re.sub(r"(^|[\s(])([a-z]+(?:_[a-z]+)+)(?=[\s:,.)]|$)", flag, said)
+
+# %% ../../nbs/cli/00_flags.ipynb #b38e181b
+def written_as(options:list[Option]) -> dict[str, str]: # dest -> '--batch-size', or 'SET'
+    "How each option is written in a shell."
+    names = flag_names(options)
+    def word(o): return SPELLED.get(o.path[-1], o.path[-1]).upper() if o.positional else f'--{names[o.dest]}'
+    return {o.dest: word(o) for o in options}
+
+def why_absent(
+    o:Option, name:str, # an option, and one value of it
+    why:str,            # from `places`
+    written:str,        # how the option is written
+    typed:bool=True     # or a default
+) -> str:
+    "The message: what was typed and why that is not there, or which flag names another."
+    if typed: return f'{written} {name}: {why}'
+    return f'name one with {written} ({said_of(o)[0]}); without it {name!r} is read: {why}'
+
+@patch
+def check_places(self:Command,
+    values:dict, # dest -> what was typed
+    given:dict   # parameter -> argument
+) -> None:
+    "`ValueError` for what is not on this disk, or is something else there."
+    options, models = self.options(), given.get('models')
+    written = written_as(options)
+    for o in options:
+        look, value = self.places.get(o.path[-1]), given.get(o.path[0])
+        for name in o.path[1:]: value = getattr(value, name)
+        several = value if isinstance(value, (list, tuple)) else [value]
+        names = [str(v) for v in several if look and not isinstance(v, (bool, NoneType))]
+        below = {'below': models} if look and 'below' in inspect.signature(look).parameters and models else {}
+        lost = [(n, why) for n in names if (why := look(without_row(n), **below))]
+        if lost and (len(lost) == len(names) or o.path[-1] not in self.enough):
+            raise ValueError(why_absent(o, *lost[0], written[o.dest], o.dest in values))
 
 # %% ../../nbs/cli/00_flags.ipynb #5d1f6a04
 @patch
@@ -731,22 +808,41 @@ def carry_out(self:Command,
     "Call the function. The folder it writes is claimed, and a full disk is told as one."
     bound = arguments_of(self.work, values, preset, self.fixed)
     bound.apply_defaults()
+    self.check_places(values, bound.arguments)
     if not (folder := bound.arguments.get('out')): return self.work(*bound.args, **bound.kwargs)
     from gmail_nb.runs.claims import claimed, room_told
     with room_told(folder), claimed(folder) if self.alone else nullcontext():
         return self.work(*bound.args, **bound.kwargs)
 
 # %% ../../nbs/cli/00_flags.ipynb #e9dab67d
+def of_one(written:dict[str, str]) -> dict[str, str]: # dest -> how it is written
+    "The last names of which there is one: `epochs` may be of either of two stages."
+    last = [dest.rpartition('.')[2] for dest in written]
+    return {name: w for name, w in zip(last, written.values()) if last.count(name) == 1}
+
 @patch
 def run(self:Command, argv:list[str]) -> int|dict|None:
     "Read the arguments, and call the function with what they say."
+    written = written_as(self.options())
+    try: return self.checked_run(argv, written)
+    except ValueError as e:
+        if type(e) is ValueError: # a message of our own: its fields are flags here
+            e.args = in_flags(str(e), of_one(written)),
+        raise
+
+@patch
+def checked_run(self:Command,
+    argv:list[str],
+    written:dict[str, str] # dest -> how it is written
+) -> int|dict|None:
+    "As `run`, with the messages of Python."
     named = vars(self.parser().parse_args(argv))
     named.pop('as_json', None)
     preset, dry = self.quick if named.get('quick') else None, named.pop('dry_run', False)
     if self.presets: preset = preset_named(named.pop('preset'), self.presets)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
-    options = options_of(self.work, self.presets, self.leave, tuple(self.fixed))
-    check_typed(values, {o.dest: o.spelled for o in options if o.spelled})
+    check_typed(values, written)
+    values = self.follows(values)
     if not dry: return self.carry_out(values, preset)
     bound = arguments_of(self.work, values, preset, self.fixed)
     bound.apply_defaults()
@@ -759,6 +855,7 @@ def __call__(self:Command, argv:list[str]|None=None) -> int:
     argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
     if argv[:1] and argv[0] in self.words: return self.words[argv[0]](argv[1:])
     asked, own, work = '--json' in argv, takes_json(self.work), lambda: self.run(argv)
+    if self.listing and '--list' in argv: return told_list(self.name, self.listing, asked)
     if not asked or not own or '--dry-run' in argv:
         return run_command(self.name, work, '--debug' in argv, asked)
     status, found = outcome(self.name, work, '--debug' in argv) # its own JSON, but for an error
@@ -814,7 +911,5 @@ class Commands:
 def tell_list(self:Commands, as_json:bool) -> int: # exit status
     "What `--list` prints; with `--json`, each name with what it does."
     names = {name: c.__doc__ for name, c in self.commands.items()}
-    said = dict(command=self.name, status=0, names=names)
-    if as_json: print(json.dumps(said, ensure_ascii=False))
-    else: printed('\n\n'.join([f'{self}', *([self.listing()] if self.listing else [])]))
-    return 0
+    text = '\n\n'.join([f'{self}', *([self.listing()] if self.listing else [])])
+    return told_list(self.name, names, as_json, text)
