@@ -1,9 +1,12 @@
 "The package as pip sees it. Everything that may change is in settings.ini, which nbdev reads too."
 import shlex
+import subprocess
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='], interpolation=None) # '=' alone: a requirement may hold a colon
@@ -13,7 +16,31 @@ cfg = parser['DEFAULT']
 licences = {'apache2': 'Apache-2.0'}
 statuses = {'2': '2 - Pre-Alpha', '3': '3 - Alpha', '4': '4 - Beta', '5': '5 - Production/Stable'}
 
+def commit():
+    "The commit of this checkout, or the one that an sdist was made from; '' where nobody knows."
+    kept = here/cfg['lib_path']/'_commit'
+    if kept.is_file(): return kept.read_text()
+    def git(*args): return subprocess.run(['git', *args], capture_output=True, text=True, cwd=here)
+    try:
+        if git('ls-files', '--error-unmatch', 'setup.py').returncode: return '' # a checkout of something else, or none
+        return git('rev-parse', '--short=12', 'HEAD').stdout
+    except OSError: return ''
+
+def keep_commit(folder): # records name it, where the package is no checkout any more
+    if found := commit(): (Path(folder)/cfg['lib_path']/'_commit').write_text(found)
+
+class BuildWithCommit(build_py):
+    def run(self):
+        super().run()
+        if not self.editable_mode: keep_commit(self.build_lib)
+
+class SdistWithCommit(sdist):
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, files)
+        keep_commit(base_dir)
+
 setup(
+    cmdclass=dict(build_py=BuildWithCommit, sdist=SdistWithCommit),
     name=cfg['lib_name'],
     version=cfg['version'],
     description=cfg['description'],

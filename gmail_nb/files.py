@@ -331,16 +331,18 @@ def versions() -> dict[str, str|None]: # None for a library that is not installe
     return {n: _version(n) for n in names}
 
 # %% ../nbs/00_files.ipynb #64c0f1ab
-def commit() -> str|None: # None outside a git checkout
-    "The commit of the checkout the package is imported from."
+def commit() -> str|None: # None where neither git nor the installation knows
+    "The commit of the checkout the package is imported from, or that it was installed from."
+    home = resources.files('gmail_nb')
     def git(*args):
-        here = str(resources.files('gmail_nb'))
-        return subprocess.run(['git', *args], capture_output=True, text=True, cwd=here)
+        return subprocess.run(['git', *args], capture_output=True, text=True, cwd=str(home))
     try:
         # an environment may lie inside a checkout of something else
-        if git('ls-files', '--error-unmatch', '__init__.py').returncode: return None
-        return git('rev-parse', '--short=12', 'HEAD').stdout.strip() or None
-    except OSError: return None # no git on this machine
+        if not git('ls-files', '--error-unmatch', '__init__.py').returncode:
+            return git('rev-parse', '--short=12', 'HEAD').stdout.strip() or None
+    except OSError: pass # no git on this machine
+    kept = home/'_commit' # setup.py writes it into what pip builds of a checkout
+    return kept.read_text().strip() or None if kept.is_file() else None
 
 # %% ../nbs/00_files.ipynb #5b5b074d
 def record(

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from gmail_nb.files import (asset, atomic_path, atomic_write, check_writable, commit, name_some, progress, read_results,
@@ -44,6 +45,12 @@ def test_a_missing_asset_is_named():
 
 def test_progress_gives_every_item():
     assert sum(progress(range(1000), 'adding')) == 499500
+
+def test_an_installed_package_knows_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr('gmail_nb.files.resources', SimpleNamespace(files=lambda name: tmp_path))
+    assert commit() is None
+    (tmp_path/'_commit').write_text('0123456789ab\n')
+    assert commit() == '0123456789ab' == one()['commit']
 
 def test_records_come_back_as_they_were(tmp_path):
     rows = [one()]

@@ -73,7 +73,8 @@ def test_a_limit_that_is_none_is_told_in_a_line(limit):
     refused(lambda: data._pixel_limit(limit), f'GMAIL_MAX_PIXELS is {limit!r}', 'a whole number above 0')
 
 def test_a_command_with_a_limit_that_is_none_ends_with_a_line(tmp_path):
-    command = '-m', 'gmail_nb.cli.commands', 'embed', str(tmp_path), '--out', str(tmp_path/'out')
+    pictures_of(tmp_path/'set', 1, 0)
+    command = '-m', 'gmail_nb.cli.commands', 'embed', str(tmp_path/'set'), '--out', str(tmp_path/'out')
     env = {**os.environ, 'GMAIL_MAX_PIXELS': 'abc'}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
     assert done.returncode == 2 and not done.stdout and not (tmp_path/'out').exists(), done.stderr
@@ -469,12 +470,14 @@ def test_an_evaluation_measures_what_decodes(tmp_path, capsys, bad, status):
 @pytest.mark.parametrize('good, bad, more, status', [(3, 1, [], 0), (3, 2, [], 2), (3, 2, ['--most-damaged', '.5'],
     0),
                                                      (300, 3, [], 0), (3, 1, ['--most-damaged', '0'], 2)])
-def test_captions_are_written_and_too_many_damaged_pictures_end_badly(capsys, monkeypatch, good, bad, more, status):
+def test_captions_are_written_and_too_many_damaged_pictures_end_badly(
+        tmp_path, capsys, monkeypatch, good, bad, more, status):
     import gmail_nb.runs.tune_caption as room
     from gmail_nb.cli.commands import gmail_caption
     said = {f'{i}.png': 'a dog' for i in range(good)}, {f'{i}.gif': f'{i}.gif does not decode' for i in range(bad)}
     monkeypatch.setattr(room, 'caption_files', lambda images, captioner, settings: said)
-    try: ended = gmail_caption(['photos', *more]) or 0
+    (tmp_path/'card.json').write_text(json.dumps(dict(prefix_length=4))) # of the captioner that is named
+    try: ended = gmail_caption([str(tmp_path), '--model', str(tmp_path), *more]) or 0
     except SystemExit as e: ended = e.code
     out, err = capsys.readouterr()
     assert ended == status and out.count('a dog') == good and err.count('left out: ') == bad

@@ -216,7 +216,7 @@ FIGURES = [drawn_by_data, drawn_by_retrieval, drawn_by_judge, drawn_by_classes, 
 OUR_TEXTS = set('''show_comparison show_costs _grid show_controls show_curve show_gap_closed show_place show_llava
     show_fewer_pairs show_scaling show_shares quality_sections show_cosines show_gap show_token_gap show_lengths
     show_losses show_history show_tuning show_kept show_fair show_far show_ratios
-    show_thresholds show_claims'''.split()) # names of measures, settings and arms; `_grid` ends in `_finished`
+    show_thresholds show_claims show_evidence'''.split()) # names of measures, settings and arms; `_grid` ends in `_finished`
 
 def figures_of(tree):
     "Functions that open a figure, and whether its texts are drawn as they are written."

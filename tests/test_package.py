@@ -25,6 +25,9 @@ def wheel(tmp_path_factory):
             '.git', '.venv', '*.egg-info', 'build', 'dist', '_*cs', '__pycache__', '.pytest_cache', 'nbs', '.hypothesis'
         ),
     )
+    git = ('git', '-c', 'user.name=gmail_nb', '-c', 'user.email=gmail_nb@localhost', '-c', 'core.autocrlf=false')
+    for step in (('init', '-q'), ('add', 'setup.py'), ('commit', '-q', '-m', 'as it is')): run(*git, *step, cwd=copy)
+    head = run('git', 'rev-parse', '--short=12', 'HEAD', cwd=copy).stdout.strip()
     done = subprocess.run(
         [
             sys.executable,
@@ -42,7 +45,9 @@ def wheel(tmp_path_factory):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    with zipfile.ZipFile(next(out.glob('*.whl'))) as z: yield z
+    with zipfile.ZipFile(next(out.glob('*.whl'))) as z:
+        z.commit = head
+        yield z
 
 def read(wheel, ending): return next(wheel.read(n).decode() for n in wheel.namelist() if n.endswith(ending))
 
@@ -57,6 +62,9 @@ def test_wheel_carries_every_module_and_asset(wheel):
         ):
             assert path.relative_to(root).as_posix() in held, f'{path.relative_to(root)} is not in the wheel'
     assert all(n.startswith(('gmail_nb/', 'gmail_nb-')) for n in held), 'the wheel holds something besides the package'
+
+def test_wheel_says_of_which_commit_it_was_built(wheel):
+    assert read(wheel, '/_commit').strip() == wheel.commit
 
 def test_wheel_carries_notices(wheel):
     held = wheel.namelist()

@@ -3,7 +3,7 @@
 import re
 from configparser import ConfigParser
 
-from house import root
+from house import cells_of, names, root, source_of
 
 def weight(item): return 1
 
@@ -38,3 +38,16 @@ def test_what_a_run_shows_is_read_in_a_few_seconds():
     assert 0 < len(lines) <= 6 and all(len(l) < 280 for l in lines)
     assert said.index('points of mean recall') < said.index(lines[0]) and 'failed' in lines[0]
     assert len(said.split()) < 500
+
+MEASURED = re.compile(
+    r'(?<![\w.])[+-]\d+\.\d|\[[+-]?\d[\d.]*, ?[+-]?\d|\d (?:points|minutes|seconds|hours)\b|\bhalf an hour'
+    r'|\b(?:two|three|four|five|six|seven|eight|nine|ten) (?:points|minutes|seconds|hours)\b')
+OF_OTHERS = ('the paper', 'under 20 minutes', 'two points may be lost', 'a margin says') # a limit, or the protocol's
+
+def test_no_measured_number_is_typed_into_the_pages_of_results():
+    "What was measured is read from a record by a cell that runs; prose holds limits and the paper's numbers alone."
+    assert MEASURED.search('it takes nine minutes') and MEASURED.search('+6.9 [+5.4, +8.5]')
+    cells = [(n, p) for n in names if n == 'index' or n.startswith('experiments/') for c in cells_of(n)
+             if c['cell_type'] == 'markdown' for p in source_of(c).split('\n\n')]
+    typed = [(n, m[0]) for n, p in cells if (m := MEASURED.search(p)) and not any(w in p.lower() for w in OF_OTHERS)]
+    assert len(cells) > 300 and not typed, typed

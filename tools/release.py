@@ -34,6 +34,8 @@ def build(out):
     with tempfile.TemporaryDirectory() as tmp:
         copy, unpacked = Path(tmp)/'gmail_nb', Path(tmp)/'unpacked'
         shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        commit = run('git', 'rev-parse', '--short=12', 'HEAD', cwd=root)
+        (copy/'gmail_nb'/'_commit').write_text(commit) # the copy is no checkout
         run(sys.executable, 'setup.py', '--quiet', 'sdist', '-d', out, cwd=copy)
         with tarfile.open(next(out.glob('*.tar.gz'))) as t: t.extractall(unpacked, filter='data')
         source = next(unpacked.iterdir())

@@ -247,13 +247,14 @@ _asked = (Column('accuracy', 'accuracy', 'unseen-twemoji', 'accuracy'),)
 _cost = (Column('seconds (hours)', 'seconds', 'B', 'hours', 1, 0),
          Column('steps', 'steps', 'B', 'steps', 1, 0),
          Column('settled at', 'settled', 'B', None, 1, 0),
-         Column('GB', 'memory', 'B', 'GB', 1, 2),
+         Column('MB (GB)', 'memory', 'B', 'GB', 1e3, 0),
          Column('GFLOPs a step', 'gflops', 'B', 'GFLOPs', 1, 3),
          Column('TFLOPs in all', 'total', 'B', None, 1e-3, 2))
 _cosines = (Column('cosine', 'paired_cosine', 'B', 'cosine', 1, 3),
             Column('R@1 to real', 'gen_to_real_recall_at_1', 'B'))
 _settled = ("The tuning of a text side on real images, on a mix, and GMAIL's: the alignment, the "
-            'images of B through f_g, and the tuning. The paper counts hours, and we seconds; '
+            'images of B through f_g, and the tuning. The paper counts hours and GB, and we '
+            'seconds and MB, above what was held before: 0 is a training that fits into that; '
             'settled is the step at which 95% of the change of the loss is done.')
 
 # %% ../../nbs/experiments/70_report.ipynb #379936e6
