@@ -388,7 +388,8 @@ def test_pictures_are_found_in_every_form_that_has_them_at_hand(root, tmp_path):
 
 def test_decoding_has_a_row_where_pictures_can_be_tried(root, tmp_path):
     row, = look_decoding(1000, root/'drawn')
-    assert row.what == 'decoding' and row.where and '1,000 images at' in row.note and not look_decoding(None, root/'drawn')
+    assert row.what == 'decoding' and row.where and '1,000 images at' in row.note
+    assert not look_decoding(None, root/'drawn')
     (tmp_path/'a.png').write_bytes(b'no picture')
     assert look_decoding(5, tmp_path) == [] # the command says which does not decode
 

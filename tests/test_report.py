@@ -201,9 +201,9 @@ def test_the_command_asks_for_what_was_typed(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(report, 'report', lambda *a: seen.append(a) or [])
     assert commands.gmail_report(['--quick', '--only', 'table2,figure3', '--out', str(tmp_path)]) == 0
-    assert commands.gmail_report(['--scale', 'paper', '--root', 'sets', '--seeds', '2']) == 0
+    assert commands.gmail_report(['--scale', 'paper', '--root', str(tmp_path), '--seeds', '2']) == 0
     assert seen == [(str(tmp_path), 'embedded', 'table2,figure3', report_settings(quick=True)),
-                    ('report', 'paper', None, TableRun(root='sets', seeds=2))]
+                    ('report', 'paper', None, TableRun(root=str(tmp_path), seeds=2))]
     assert commands.gmail_report(['--epochs', '3']) == 2 and 'go with --scale paper' in capsys.readouterr().err
     assert commands.gmail_report(['--scale', 'paper', '--quick']) == 2
 

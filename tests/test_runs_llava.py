@@ -217,7 +217,7 @@ def test_several_turns_are_one_conversation(home):
     'argv, said',
     [
         (('what ?', '--image', 'nowhere.png', '--model', 'real'), 'nowhere.png'),
-        (('what ?', '--model', 'nowhere'), 'gmail_tune llava'),
+        (('what ?', '--model', 'nowhere'), '--model nowhere: no such folder'),
         (('what ?', '--model', 'lm'), 'without eyes'),
     ],
 )
@@ -335,7 +335,7 @@ def test_other_instructions_that_are_refused(capsys, home, tmp_path):
         with pytest.raises(ValueError, match=said): read_conversations(tmp_path/'x.json')
     with pytest.raises(ValueError, match='is for tests: learn from ScienceQA'): scienceqa_instructions(small_mmmu())
     status, _, err = tune(capsys, home, 'lost', home/'real.parquet', '--instructions', 'nowhere.json')
-    assert status == 2 and 'no instructions at' in err
+    assert status == 2 and '--instructions nowhere.json: no such file' in err
     assert picture_key('coco/train2017/000000000009.jpg') == picture_key('coco/COCO_train2014_000000000009.jpg') == '9'
     assert picture_key('gqa/images/0009.jpg') == 'gqa/images/0009'
     turns = conversation_turns(json.loads(written(home).read_text())[0], 'x')
@@ -434,7 +434,10 @@ def test_several_models_are_asked_the_same_and_compared(capsys, home):
     for name in ('answers', 'accuracy', 'differences'): assert (home/'vqa2'/f'{name}.png').exists()
 
 def test_models_that_cannot_be_asked_are_told_before_any_is(capsys, home, real):
-    for models, said in (((home/'real', home/'lm'), 'without eyes'), ((home/'real', 'nowhere'), 'gmail_tune llava'),
+    (home/'copy').mkdir()
+    (home/'copy'/'real').symlink_to(home/'real')
+    for models, said in (((home/'real', home/'lm'), 'without eyes'),
+                         ((home/'real', 'nowhere'), 'nowhere: no such folder'),
                          ((home/'real', home/'copy'/'real'), "two models are called 'real'")):
         argv = [a for m in models for a in ('--model', m)]
         status, _, err = answer(capsys, gmail_eval, 'vqa', '--limit', 4, '--out', home/'unasked', *argv)

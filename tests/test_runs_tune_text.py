@@ -91,7 +91,7 @@ def test_the_command_refuses_a_leak_and_says_what_is_missing(files, capsys):
     ]
     assert gmail_tune(argv) == 2 and 'are among those of the training set' in capsys.readouterr().err
     assert gmail_tune(['text', '--out', out]) == 2
-    assert 'name --generated with --model, or a captioned set' in capsys.readouterr().err
+    assert 'name generated images with --generated and the model' in capsys.readouterr().err
     assert gmail_tune([*argv[:7], '--device', 'cuda:9']) == 2 and "no device 'cuda:9'" in capsys.readouterr().err
 
 def test_real_partners_teach_their_own_projection(files):

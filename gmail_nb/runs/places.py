@@ -172,6 +172,7 @@ def why_no_weights(
     "Why the file or the folder of an encoder is not there."
     def there(name): return (below/name).exists() or Path(name).exists()
     name = rest.partition('/')[2] if kind in ('timm', 'synclr') else rest.partition('@')[0]
+    if kind == 'timm' and name in ('', 'random'): return '' # which loads no file
     if kind == 'open_clip': name = rest.removeprefix('local-dir:') if 'local-dir:' in rest else ''
     if kind in ('timm', 'synclr', 'longclip'):
         return '' if there(name) else f'no such file: {name or "it is missing behind the slash"}'
