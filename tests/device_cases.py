@@ -779,6 +779,7 @@ REASONS = {
     'features.embed_ray': 'hands parts to workers of Ray, which the tests have not',
     'pipelines.use_scheduler': 'changes the scheduler, which has no weights',
     'pipelines.count_truncated': 'counts words with the tokenizer',
+    'runs.places.base_of': 'reads the card of a model, whose folder it is given',
     'runs.app.Viewer': 'holds what `make_viewer` was given; its pictures go through `both_features`',
     'runs.app.make_viewer': 'moves its model to `default_device`, and needs a finished demo',
     'runs.evaluate.generated_training': '`set_features` through f_g, which embedding covers',

@@ -77,7 +77,7 @@ def test_outputs_that_are_kept_over_a_change_do_not_grow_in_number():
             if isinstance(e, dict) and 'same' in e}
     vague = {where: why for where, why in kept.items() if len(why.split()) < 3}
     assert not vague, f'these do not say what changed: {vague}'
-    assert len(kept) <= 31, f'{len(kept)} outputs are of an older source than stands beside them'
+    assert len(kept) <= 22, f'{len(kept)} outputs are of an older source than stands beside them'
 
 @pytest.mark.parametrize('name', names)
 def test_no_prose_excuses_what_is_stored(name):
