@@ -120,7 +120,7 @@ def headline_rows(claims:list[Checked]) -> list[list[str]]: # a heading and its 
     "The `headlines` with the paper's number, ours, and what became of them."
     def told(c):
         said, measure = (IN_WORDS.get(name, name) for name in (c.said, c.measure))
-        return [str(int(c.table.removeprefix('table'))), said, measure, c.theirs, c.text,
+        return [str(int(c.table.removeprefix('table'))), said, measure, c.theirs or 'no such row', c.text,
                 str(c.seeds), c.state]
     head = ['table', 'claim', 'measure', 'paper', 'here [95%]', 'chains', 'what became of it']
     return [head, *map(told, headlines(claims))]
