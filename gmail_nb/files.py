@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -320,7 +321,8 @@ def progress(
     return bar
 
 # %% ../nbs/00_files.ipynb #ebffa68f
-def _version(name):
+@cache
+def _version(name): # reading the metadata takes 5 ms, and each record asks for nine
     try: return metadata.version(name)
     except metadata.PackageNotFoundError: return None
 
@@ -331,16 +333,19 @@ def versions() -> dict[str, str|None]: # None for a library that is not installe
     return {n: _version(n) for n in names}
 
 # %% ../nbs/00_files.ipynb #64c0f1ab
+@cache
+def _checked_out(home:str) -> str|None: # asked once: what is imported stays what it was
+    def git(*args): return subprocess.run(['git', *args], capture_output=True, text=True, cwd=home)
+    try:
+        # an environment may lie inside a checkout of something else
+        if git('ls-files', '--error-unmatch', '__init__.py').returncode: return None
+        return git('rev-parse', '--short=12', 'HEAD').stdout.strip() or None
+    except OSError: return None # no git on this machine
+
 def commit() -> str|None: # None where neither git nor the installation knows
     "The commit of the checkout the package is imported from, or that it was installed from."
     home = resources.files('gmail_nb')
-    def git(*args):
-        return subprocess.run(['git', *args], capture_output=True, text=True, cwd=str(home))
-    try:
-        # an environment may lie inside a checkout of something else
-        if not git('ls-files', '--error-unmatch', '__init__.py').returncode:
-            return git('rev-parse', '--short=12', 'HEAD').stdout.strip() or None
-    except OSError: pass # no git on this machine
+    if found := _checked_out(str(home)): return found
     kept = home/'_commit' # setup.py writes it into what pip builds of a checkout
     return kept.read_text().strip() or None if kept.is_file() else None
 

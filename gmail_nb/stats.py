@@ -7,7 +7,8 @@ __all__ = ['DRAWS', 'STATISTICS', 'Interval', 'resample', 'bootstrap', 'paired_d
 
 # %% ../nbs/03_stats.ipynb #decc7f81
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -88,6 +89,34 @@ def _grouped(values:np.ndarray, groups:np.ndarray, median:bool, draws:int, seed:
     whole = values[(len(values) + 1) // 2 - 1] if median else values.mean()
     return Interval(float(whole), *_ends(drawn), len(values))
 
+# %% ../nbs/03_stats.ipynb #03a11c11
+def _counted(seeds:int, items:int, draws:int, rng:np.random.Generator) -> tuple:
+    "How often each seed (draws, seeds) and each item (draws, items) is drawn: the draws of `resample`."
+    drawn = [(rng.integers(0, seeds, seeds), rng.integers(0, items, items)) for _ in range(draws)]
+    def count(rows, n):
+        at = np.stack(rows) + n * np.arange(draws)[:, None]  # each draw has bins of its own
+        return np.bincount(at.ravel(), minlength=draws * n).reshape(draws, n).astype(float)
+    return tuple(count(rows, n) for rows, n in zip(zip(*drawn), (seeds, items)))
+
+@lru_cache(4) # a few MB each
+def _kept_counts(seeds:int, items:int, draws:int, seed:int) -> tuple:
+    return _counted(seeds, items, draws, np.random.default_rng(seed))
+
+def _counts(seeds:int, items:int, draws:int, seed:int) -> Iterator[tuple]:
+    "The counts in parts that fit into memory."
+    parts = _parts(draws, items, 3_000_000)
+    if len(parts) == 1: yield _kept_counts(seeds, items, draws, seed); return
+    rng = np.random.default_rng(seed)
+    for part in parts: yield _counted(seeds, items, part, rng)
+
+# %% ../nbs/03_stats.ipynb #03a11c13
+def _mean_of_sums(total:np.ndarray, size:np.ndarray, draws:int, seed:int) -> Interval:
+    "The mean over drawn seeds and items, whose sums are `total`, (S, N), of `size` values each."
+    if not total.size: raise ValueError('there is nothing to draw from')
+    found = [((s @ total) * i).sum(1) / (len(total) * (i @ size))
+             for s, i in _counts(*total.shape, draws, seed)]
+    return Interval(float(total.sum() / (len(total) * size.sum())), *_ends(found), total.shape[1])
+
 # %% ../nbs/03_stats.ipynb #03a11c02
 STATISTICS = dict(mean=np.mean, median=np.median)
 _known = {} # digest of scores, and what was asked of them -> interval
@@ -97,8 +126,8 @@ def _of_seeds(x:np.ndarray, statistic:str, draws:int, seed:int) -> Interval:
     digest = hashlib.blake2b(np.ascontiguousarray(x)).digest()
     key = digest, x.shape, statistic, draws, seed
     if key not in _known:
-        found = STATISTICS[statistic]
-        _known[key] = resample(lambda s, i: found(x[s][:, i]), *x.shape, draws, seed)
+        if statistic == 'mean': _known[key] = _mean_of_sums(x, np.ones(x.shape[1]), draws, seed)
+        else: _known[key] = resample(lambda s, i: np.median(x[s][:, i]), *x.shape, draws, seed)
     return _known[key]
 
 # %% ../nbs/03_stats.ipynb #be483cdb
@@ -110,8 +139,7 @@ def _grouped_seeds(
     place = np.unique(groups, return_inverse=True)[1]
     size = np.bincount(place)
     total = np.stack([np.bincount(place, row) for row in values]) # (S, groups)
-    def mean(s, g): return total[s][:, g].sum() / (len(s) * size[g].sum())
-    return resample(mean, len(values), len(size), draws, seed)._replace(n=values.shape[1])
+    return _mean_of_sums(total, size, draws, seed)._replace(n=values.shape[1])
 
 # %% ../nbs/03_stats.ipynb #ab40ef7e
 def bootstrap(
