@@ -26,7 +26,7 @@ from scipy.optimize import linprog
 
 from .caption_tokens import tokenize_caption
 from .encoders import Encoder, encode_texts, minilm_folder
-from .stats import DRAWS, Interval, resample
+from .stats import DRAWS, Interval, bootstrap, paired_difference, resample
 
 # %% ../nbs/34_caption_metrics.ipynb #afd89748
 def _some(keys, n=3):
@@ -72,9 +72,12 @@ class Score:
     combine:Callable|None=None       # from summed counts (..., P) to the score
     whole:float|None=None            # of all captions, where a program computed it otherwise
 
+    @property
+    def is_mean(self) -> bool: return self.combine is None # as CIDEr is, and BLEU is not
+
     def on(self, indices:np.ndarray) -> float:
         "The score on a choice of captions, which may repeat."
-        if self.combine is None: return float(self.each[indices].mean())
+        if self.is_mean: return float(self.each[indices].mean())
         return float(self.combine(self.parts[indices].sum(0)))
 
     @property
@@ -419,6 +422,7 @@ def score_interval(
 ) -> Interval:
     "The score (the mean over seeds) and its 95% interval, over captions and seeds."
     runs = [score] if isinstance(score, Score) else list(score)
+    if all(s.is_mean for s in runs): return bootstrap(np.stack([s.each for s in runs]), draws=draws, seed=seed)
     def mean(seeds, captions): return np.mean([runs[s].on(captions) for s in seeds])
     return resample(mean, len(runs), len(runs[0]), draws, seed)
 
@@ -434,6 +438,9 @@ def score_difference(
     if len(ours) != len(theirs) or len({(s.name, len(s)) for s in ours + theirs}) != 1:
         raise ValueError(f'cannot pair {ours} with {theirs}: they must be the same metric on the same '
                          'captions, and as many seeds')
+    if all(s.is_mean for s in ours + theirs):
+        a, b = (np.stack([s.each for s in runs]) for runs in (ours, theirs))
+        return paired_difference(a, b, draws=draws, seed=seed)
     def apart(s, captions): return ours[s].on(captions) - theirs[s].on(captions)
     def mean(seeds, captions): return np.mean([apart(s, captions) for s in seeds])
     return resample(mean, len(ours), len(ours[0]), draws, seed)
