@@ -25,7 +25,7 @@ from ..encoders import Encoder, embedded_encoder, encode_images, open_clip_encod
 from ..features import native_precision
 from ..lora import LeanAttention
 from ..losses import bank_info_nce, info_nce
-from ..runtime import default_device, set_seed
+from ..runtime import default_device, give_back_freed_memory, set_seed
 from ..settings import AdapterSettings, AlignSettings
 from ..train import Alignment, alignment_parameters, cosine_rate, in_precision
 
@@ -144,6 +144,7 @@ def memory_counter(
 ) -> tuple[float, Callable]: # KiB in use now, and a function that gives the most since
     "Start to count the peak memory of this process."
     from pathlib import Path
+    give_back_freed_memory()
     def of(name):
         lines = Path(status, 'status').read_text().splitlines()
         return next(int(l.split()[1]) for l in lines if l.startswith(name))

@@ -53,6 +53,7 @@ from ..generate import generate
 from ..plan import Plan, make_settings, read_captions
 from ..retrieval import nearest
 from ..runs.align import check_common_keys, generated_images, pair_sets
+from ..runtime import give_back_freed_memory
 from ..settings import (AdapterSettings, AlignRunSettings, AlignSettings, DrawSettings,
                                CaptionerSettings, EmbedSettings, Generator, ProbeSettings, SourceSettings,
                                TuneSettings, WorkSettings)
@@ -260,6 +261,7 @@ def anonymous() -> float: # MB
 class Stage:
     "Seconds that cores worked in a block, and how many MB it took more than there were, at most."
     def __enter__(self):
+        give_back_freed_memory()
         self.start, self.base, self.over = time.process_time(), anonymous(), threading.Event()
         self.peak = self.base
         def look():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from .comparison import comparison
 from ..retrieval import WAYS, retrieval
+from ..runtime import give_back_freed_memory
 
 # %% ../../nbs/bench/20_retrieval.ipynb #7181680f
 def dense_recall_at_k(
@@ -102,6 +103,7 @@ def measure_here(ways:list[str], n:int, m:int, d:int) -> dict[str, dict]:
     features, known, out = random_features(n, m, d), dict(plain=plain_recalls, ours=our_recalls), {}
     for way in ways:
         known[way](*random_features(64, 320, d, seed=1)) # warm up
+        give_back_freed_memory()
         Path('/proc/self/clear_refs').write_text('5')    # the peak counts from here
         before, start = proc_status('VmRSS'), time.perf_counter()
         recalls = known[way](*features)

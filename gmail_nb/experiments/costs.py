@@ -85,6 +85,7 @@ def peak_counter(
 ) -> Callable[[], float]: # GB: the most that was taken since
     "Begin to watch the memory."
     gc.collect()
+    give_back_freed_memory()
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
         return lambda: torch.cuda.max_memory_allocated(device) / 1e9
