@@ -1,6 +1,7 @@
 "The pages are built from the committed notebooks: one for each, with its pictures, no link broken, nothing fetched from elsewhere."
 
 import functools
+import html
 import html.parser
 import http.server
 import importlib.util
@@ -95,6 +96,38 @@ def test_no_link_is_broken(site):
             assert to.exists(), f'{name}: link to {link}'
             other = pages.get(to.resolve().relative_to(out.resolve()).as_posix())
             if parts.fragment and other: assert unquote(parts.fragment) in other.anchors, f'{name}: no {link}'
+
+def said(page):
+    "(text outside code, each block of code), as a browser shows them."
+    body = re.sub(r'<(script|style|head|math)\b.*?</\1>', '', page.read_text(encoding='utf-8'), flags=re.S)
+    plain = lambda text: html.unescape(re.sub(r'<[^>]+>', '', text))
+    blocks = [plain(m[1]) for m in re.finditer(r'<pre\b[^>]*>(.*?)</pre>', body, re.S)]
+    body = re.sub(r'<pre\b.*?</pre>', '', body, flags=re.S)
+    return plain(re.sub(r'<code\b.*?</code>', '`code`', body, flags=re.S)), blocks
+
+def test_no_page_shows_a_link_as_it_is_written(site):
+    "Neither in prose, where a link would stand in another, nor in the signatures that nbdev writes."
+    for name in site[1]:
+        prose, blocks = said(site[0]/name)
+        written = re.findall(r'.{0,40}\]\([\w./#-]+\)', prose)
+        assert not written, f'{name}: {written[:2]}'
+        for block in (b for b in blocks if re.match(r'\s*(def|class) \w+', b)):
+            assert not re.search(r'\[`[^`]+`\]\([\w./#-]+\)', block), f'{name}: {block[:200]}'
+            assert max(map(len, block.splitlines())) <= 320, f'{name}: a line of pages: {block[:200]}'
+
+def test_a_link_in_the_words_of_a_link_is_taken_out():
+    whole_links, name = site_tool().whole_links, '[`align`](train.html#align)'
+    assert whole_links(f'[{name}](train.ipynb)') == '[`align`](train.ipynb)'
+    assert whole_links(f'of [a {name} and {name}](a.ipynb), {name}') == f'of [a `align` and `align`](a.ipynb), {name}'
+    assert whole_links(f'[1] {name} (so) [2]') == f'[1] {name} (so) [2]'
+    assert whole_links(f'{name}\n```python\ndef f(x) # an {name}\n```\n{name}') == (
+        f'{name}\n```python\ndef f(x) # an `align`\n```\n{name}')
+
+def test_a_signature_shows_a_long_default_by_its_kind():
+    shown = site_tool().short_default(repr)
+    assert shown(3) == '3' and shown(('a', 'b')) == "('a', 'b')"
+    assert shown(tuple(range(99))) == '(...)' and shown({i: i for i in range(99)}) == '{...}'
+    assert shown(range(10**50, 10**60)) == 'range(...)'
 
 def test_pages_show_every_picture(site):
     for name in names:

@@ -67,19 +67,54 @@ def stage(work):
     sidebar.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     (work/'nbs'/'evidence.ipynb').write_text(json.dumps(evidence_notebook(), ensure_ascii=False), encoding='utf-8')
 
+NAMED = re.compile(r'\[(`[^`\]]+`)\]\([^()\s]+\)') # what nbdev makes of a name in backticks
+AROUND = re.compile(rf'\[((?:[^\[\]]|{NAMED.pattern})+)\]\(([^()\s]+)\)')
+
+def whole_links(text):
+    """Markdown whose links are those of its author: nbdev makes a link of a name wherever it stands.
+
+    In the words of a link, `[`align`](train.ipynb)`, that makes one inside another, which no browser follows;
+    in code, as in the comments of a signature, it is shown as it is written."""
+    parts = re.split(r'(^```.*?^```)', text, flags=re.M | re.S) # prose, code, prose, ...
+    plain = lambda said: NAMED.sub(r'\1', said)
+    parts[::2] = [AROUND.sub(lambda m: f'[{plain(m[1])}]({m[3]})', part) for part in parts[::2]]
+    parts[1::2] = map(plain, parts[1::2])
+    return ''.join(parts)
+
+def mend_links(nb):
+    "`whole_links` of the prose of a notebook, and of what its cells show as Markdown."
+    for cell in nb['cells']:
+        if cell['cell_type'] == 'markdown': cell['source'] = whole_links(''.join(cell['source']))
+        for data in (out['data'] for out in cell.get('outputs', []) if 'text/markdown' in out.get('data', {})):
+            data['text/markdown'] = whole_links(''.join(data['text/markdown']))
+
+def short_default(plain, most=80):
+    "How a signature shows a default: nbdev writes out every field of it, on pages of text for a large one."
+    def shown(o):
+        text = plain(o)
+        if len(text) <= most: return text
+        return {tuple: '(...)', list: '[...]', dict: '{...}'}.get(type(o), f'{type(o).__name__}(...)')
+    return shown
+
 def process(work):
     "nbdev's processing of every notebook in one process (libraries are imported once); returns the folder of results."
     os.chdir(work)
     # before the notebooks: each would mend torchvision for itself, and once is all it takes
     import gmail_nb.runtime, torchvision
+    from fastcore import docments
     from nbdev.config import get_config
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
     refresh_quarto_yml()
-    done = proc_nbs(n_workers=0, force=True)
+    plain = docments._fmt_default
+    docments._fmt_default = short_default(plain)
+    try: done = proc_nbs(n_workers=0, force=True)
+    finally: docments._fmt_default = plain
     home = get_config()
     for path in done.glob('**/*.ipynb'): # links among our own pages work from any folder, and without a network
-        text = path.read_text(encoding='utf-8')
+        nb = json.loads(path.read_text(encoding='utf-8'))
+        mend_links(nb)
+        text = json.dumps(nb, ensure_ascii=False)
         path.write_text(text.replace(f'{home.doc_host}{home.doc_baseurl}/', to_top(path, done)), encoding='utf-8')
     return done, home.doc_path.name
 
