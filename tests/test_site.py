@@ -114,6 +114,8 @@ def test_no_page_shows_a_link_as_it_is_written(site):
         for block in (b for b in blocks if re.match(r'\s*(def|class) \w+', b)):
             assert not re.search(r'\[`[^`]+`\]\([\w./#-]+\)', block), f'{name}: {block[:200]}'
             assert max(map(len, block.splitlines())) <= 320, f'{name}: a line of pages: {block[:200]}'
+        flags = re.findall(r'(?:^|[\s(])\u2013[a-z]\S+', prose)
+        assert not flags, f'{name}: a dash where a flag is typed: {flags[:2]}'
 
 def test_a_link_in_the_words_of_a_link_is_taken_out():
     whole_links, name = site_tool().whole_links, '[`align`](train.html#align)'
@@ -122,6 +124,12 @@ def test_a_link_in_the_words_of_a_link_is_taken_out():
     assert whole_links(f'[1] {name} (so) [2]') == f'[1] {name} (so) [2]'
     assert whole_links(f'{name}\n```python\ndef f(x) # an {name}\n```\n{name}') == (
         f'{name}\n```python\ndef f(x) # an `align`\n```\n{name}')
+
+def test_a_flag_keeps_its_hyphens():
+    as_typed = site_tool().flags_as_typed
+    assert as_typed('Without --model it asks, (--no-key).') == 'Without `--model` it asks, (`--no-key`).'
+    for text in ('`--model` --- a dash', 'a--b', '```\ngmail --model\n```', '[x](a--b.html)', '|---|--:|'):
+        assert as_typed(text) == text
 
 def test_a_signature_shows_a_long_default_by_its_kind():
     shown = site_tool().short_default(repr)

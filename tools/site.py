@@ -81,12 +81,19 @@ def whole_links(text):
     parts[1::2] = map(plain, parts[1::2])
     return ''.join(parts)
 
-def mend_links(nb):
-    "`whole_links` of the prose of a notebook, and of what its cells show as Markdown."
+def flags_as_typed(text):
+    "Markdown whose flags are code: a renderer makes a dash of the two hyphens, in docstrings above all."
+    parts = re.split(r'(^```.*?^```|`[^`\n]+`|\]\([^()\s]+\))', text, flags=re.M | re.S) # prose, code or address, ...
+    parts[::2] = [re.sub(r'(?<![\w-])--[a-z][\w-]*', r'`\g<0>`', part) for part in parts[::2]]
+    return ''.join(parts)
+
+def mend_prose(nb):
+    "The prose of a notebook, and what its cells show as Markdown, with links and flags as they are meant."
+    mended = lambda text: flags_as_typed(whole_links(''.join(text)))
     for cell in nb['cells']:
-        if cell['cell_type'] == 'markdown': cell['source'] = whole_links(''.join(cell['source']))
+        if cell['cell_type'] == 'markdown': cell['source'] = mended(cell['source'])
         for data in (out['data'] for out in cell.get('outputs', []) if 'text/markdown' in out.get('data', {})):
-            data['text/markdown'] = whole_links(''.join(data['text/markdown']))
+            data['text/markdown'] = mended(data['text/markdown'])
 
 def short_default(plain, most=80):
     "How a signature shows a default: nbdev writes out every field of it, on pages of text for a large one."
@@ -113,7 +120,7 @@ def process(work):
     home = get_config()
     for path in done.glob('**/*.ipynb'): # links among our own pages work from any folder, and without a network
         nb = json.loads(path.read_text(encoding='utf-8'))
-        mend_links(nb)
+        mend_prose(nb)
         text = json.dumps(nb, ensure_ascii=False)
         path.write_text(text.replace(f'{home.doc_host}{home.doc_baseurl}/', to_top(path, done)), encoding='utf-8')
     return done, home.doc_path.name
