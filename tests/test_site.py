@@ -116,6 +116,7 @@ def test_no_page_shows_a_link_as_it_is_written(site):
             assert max(map(len, block.splitlines())) <= 320, f'{name}: a line of pages: {block[:200]}'
         flags = re.findall(r'(?:^|[\s(])\u2013[a-z]\S+', prose)
         assert not flags, f'{name}: a dash where a flag is typed: {flags[:2]}'
+        assert 'Call self as a function' not in prose, f'{name}: words of Python for a function without any'
 
 def test_a_link_in_the_words_of_a_link_is_taken_out():
     whole_links, name = site_tool().whole_links, '[`align`](train.html#align)'
@@ -130,6 +131,17 @@ def test_a_flag_keeps_its_hyphens():
     assert as_typed('Without --model it asks, (--no-key).') == 'Without `--model` it asks, (`--no-key`).'
     for text in ('`--model` --- a dash', 'a--b', '```\ngmail --model\n```', '[x](a--b.html)', '|---|--:|'):
         assert as_typed(text) == text
+
+def test_columns_of_words_stand_at_the_left():
+    table = '| arm | of | mean |\n|---|---:|---:|\n| a \\| b | real | +1.2 |\n| c | made | none |'
+    assert site_tool().words_left(f'So:\n\n{table}\n') == f'So:\n\n{table}\n'.replace('---:|---:', '---|---:')
+
+def test_what_was_printed_in_columns_is_marked(tmp_path):
+    cell = '<div class="cell-output cell-output-stdout">\n<pre><code>{}</code></pre></div>'
+    table, prose = cell.format('arm   R@1   R@5\na     1.2   3.4'), cell.format('One.  Two words.\nThree.')
+    (tmp_path/'a.html').write_text(table + prose)
+    site_tool().keep_columns(tmp_path)
+    assert (tmp_path/'a.html').read_text() == table.replace('<pre>', '<pre class="columns">') + prose
 
 def test_a_signature_shows_a_long_default_by_its_kind():
     shown = site_tool().short_default(repr)

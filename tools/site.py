@@ -87,10 +87,25 @@ def flags_as_typed(text):
     parts[::2] = [re.sub(r'(?<![\w-])--[a-z][\w-]*', r'`\g<0>`', part) for part in parts[::2]]
     return ''.join(parts)
 
+TABLE = re.compile(r'^(\|.*\|\n)(\|[-:|]+\|)\n((?:\|.*\|(?:\n|$))+)', re.M) # heading, rule, rows
+
+def words_left(text):
+    "Markdown whose tables have columns of words at the left: `table_markdown` puts all but the first at the right."
+    cells = lambda line: [c.strip() for c in re.split(r'(?<!\\)\|', line)[1:-1]]
+    def aligned(m):
+        columns = zip(*map(cells, m[3].splitlines()))
+        number = [any(re.match(r'[+-]?\d', c) for c in column) for column in columns]
+        rule = [r if n else '---' for r, n in zip(cells(m[2]), number)]
+        return f'{m[1]}|{"|".join(rule)}|\n{m[3]}'
+    return TABLE.sub(aligned, text)
+
+NO_WORDS = '*Call self as a function.*' # Python's words of any function, where one has no docstring
+
 def mend_prose(nb):
     "The prose of a notebook, and what its cells show as Markdown, with links and flags as they are meant."
-    mended = lambda text: flags_as_typed(whole_links(''.join(text)))
+    mended = lambda text: words_left(flags_as_typed(whole_links(''.join(text)))).replace(NO_WORDS, '')
     for cell in nb['cells']:
+        if cell['cell_type'] == 'code': cell['source'] = ''.join(cell['source']).lstrip('\n') # below a magic taken out
         if cell['cell_type'] == 'markdown': cell['source'] = mended(cell['source'])
         for data in (out['data'] for out in cell.get('outputs', []) if 'text/markdown' in out.get('data', {})):
             data['text/markdown'] = mended(data['text/markdown'])
@@ -184,12 +199,23 @@ def methods_to_classes(site):
         mended = re.sub(r'href="([^"#:]*)#([\w-]+)\.([\w.-]+)"', repair, text)
         if mended != text: page.write_text(mended, encoding='utf-8')
 
+def keep_columns(site):
+    "Mark what was printed in columns, so that a narrow window scrolls it; other lines wrap there."
+    printed = re.compile(r'(<div class="cell-output[^>]*>\s*<pre)(><code>)(.*?)(?=</code></pre>)', re.S)
+    in_columns = re.compile(r'\S {2,}\S.* {2,}\S')
+    def marked(m): return f'{m[1]} class="columns"{m[2]}{m[3]}' if in_columns.search(m[3]) else m[0]
+    for page in site.glob('**/*.html'):
+        text = page.read_text(encoding='utf-8')
+        mended = printed.sub(marked, text)
+        if mended != text: page.write_text(mended, encoding='utf-8')
+
 def finish(site):
     "What the pages of either renderer still need."
     local_katex(site)
     no_scripts_from_elsewhere(site)
     no_fonts_from_elsewhere(site)
     methods_to_classes(site)
+    keep_columns(site)
     return site
 
 def by_smalldocs(done):
