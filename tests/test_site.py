@@ -143,6 +143,12 @@ def test_what_was_printed_in_columns_is_marked(tmp_path):
     site_tool().keep_columns(tmp_path)
     assert (tmp_path/'a.html').read_text() == table.replace('<pre>', '<pre class="columns">') + prose
 
+def test_a_short_flag_in_prose_is_not_broken(tmp_path):
+    page = '<p><code>{}--real</code> <code>gmail_align --real</code></p><pre><code>--real</code></pre>'
+    (tmp_path/'a.html').write_text(page.replace('{}', ''))
+    site_tool().keep_flags(tmp_path)
+    assert (tmp_path/'a.html').read_text() == page.replace('<code>{}', '<code class="flag">')
+
 def test_a_signature_shows_a_long_default_by_its_kind():
     shown = site_tool().short_default(repr)
     assert shown(3) == '3' and shown(('a', 'b')) == "('a', 'b')"

@@ -209,6 +209,14 @@ def keep_columns(site):
         mended = printed.sub(marked, text)
         if mended != text: page.write_text(mended, encoding='utf-8')
 
+def keep_flags(site):
+    "Mark short flags in prose, which a browser would break after a hyphen."
+    flag = re.compile(r'(?<!<pre>)<code>(?=-[^<\n]{1,23}</code>)')
+    for page in site.glob('**/*.html'):
+        text = page.read_text(encoding='utf-8')
+        mended = flag.sub('<code class="flag">', text)
+        if mended != text: page.write_text(mended, encoding='utf-8')
+
 def finish(site):
     "What the pages of either renderer still need."
     local_katex(site)
@@ -216,6 +224,7 @@ def finish(site):
     no_fonts_from_elsewhere(site)
     methods_to_classes(site)
     keep_columns(site)
+    keep_flags(site)
     return site
 
 def by_smalldocs(done):
