@@ -136,18 +136,18 @@ def test_columns_of_words_stand_at_the_left():
     table = '| arm | of | mean |\n|---|---:|---:|\n| a \\| b | real | +1.2 |\n| c | made | none |'
     assert site_tool().words_left(f'So:\n\n{table}\n') == f'So:\n\n{table}\n'.replace('---:|---:', '---|---:')
 
-def test_what_was_printed_in_columns_is_marked(tmp_path):
+def test_what_was_printed_in_columns_is_marked():
     cell = '<div class="cell-output cell-output-stdout">\n<pre><code>{}</code></pre></div>'
     table, prose = cell.format('arm   R@1   R@5\na     1.2   3.4'), cell.format('One.  Two words.\nThree.')
-    (tmp_path/'a.html').write_text(table + prose)
-    site_tool().keep_columns(tmp_path)
-    assert (tmp_path/'a.html').read_text() == table.replace('<pre>', '<pre class="columns">') + prose
+    assert site_tool().for_the_eye(table + prose) == table.replace('<pre>', '<pre class="columns">') + prose
 
-def test_a_short_flag_in_prose_is_not_broken(tmp_path):
+def test_a_short_flag_in_prose_is_not_broken():
     page = '<p><code>{}--real</code> <code>gmail_align --real</code></p><pre><code>--real</code></pre>'
-    (tmp_path/'a.html').write_text(page.replace('{}', ''))
-    site_tool().keep_flags(tmp_path)
-    assert (tmp_path/'a.html').read_text() == page.replace('<code>{}', '<code class="flag">')
+    assert site_tool().for_the_eye(page.replace('{}', '')) == page.replace('<code>{}', '<code class="flag">')
+
+def test_code_does_not_begin_with_an_empty_line():
+    cell = '<pre class="sourceCode bash"><code class="sourceCode bash">{}ls\n\npwd</code></pre>'
+    assert site_tool().for_the_eye(cell.format('\n')) == cell.format('')
 
 def test_a_signature_shows_a_long_default_by_its_kind():
     shown = site_tool().short_default(repr)

@@ -105,7 +105,6 @@ def mend_prose(nb):
     "The prose of a notebook, and what its cells show as Markdown, with links and flags as they are meant."
     mended = lambda text: words_left(flags_as_typed(whole_links(''.join(text)))).replace(NO_WORDS, '')
     for cell in nb['cells']:
-        if cell['cell_type'] == 'code': cell['source'] = ''.join(cell['source']).lstrip('\n') # below a magic taken out
         if cell['cell_type'] == 'markdown': cell['source'] = mended(cell['source'])
         for data in (out['data'] for out in cell.get('outputs', []) if 'text/markdown' in out.get('data', {})):
             data['text/markdown'] = mended(data['text/markdown'])
@@ -199,22 +198,20 @@ def methods_to_classes(site):
         mended = re.sub(r'href="([^"#:]*)#([\w-]+)\.([\w.-]+)"', repair, text)
         if mended != text: page.write_text(mended, encoding='utf-8')
 
-def keep_columns(site):
-    "Mark what was printed in columns, so that a narrow window scrolls it; other lines wrap there."
+def for_the_eye(text):
+    """HTML in which a browser breaks less: what was printed in columns is marked, to be scrolled where it is wide,
+    and so are short flags in prose, which would break after a hyphen; no code begins with an empty line."""
     printed = re.compile(r'(<div class="cell-output[^>]*>\s*<pre)(><code>)(.*?)(?=</code></pre>)', re.S)
     in_columns = re.compile(r'\S {2,}\S.* {2,}\S')
     def marked(m): return f'{m[1]} class="columns"{m[2]}{m[3]}' if in_columns.search(m[3]) else m[0]
-    for page in site.glob('**/*.html'):
-        text = page.read_text(encoding='utf-8')
-        mended = printed.sub(marked, text)
-        if mended != text: page.write_text(mended, encoding='utf-8')
+    text = re.sub(r'(?<!<pre>)<code>(?=-[^<\n]{1,23}</code>)', '<code class="flag">', printed.sub(marked, text))
+    return re.sub(r'(<code class="sourceCode[^>]*>)\n+', r'\1', text) # where `%%bash` stood
 
-def keep_flags(site):
-    "Mark short flags in prose, which a browser would break after a hyphen."
-    flag = re.compile(r'(?<!<pre>)<code>(?=-[^<\n]{1,23}</code>)')
+def ease_reading(site):
+    "`for_the_eye` of every page."
     for page in site.glob('**/*.html'):
         text = page.read_text(encoding='utf-8')
-        mended = flag.sub('<code class="flag">', text)
+        mended = for_the_eye(text)
         if mended != text: page.write_text(mended, encoding='utf-8')
 
 def finish(site):
@@ -223,8 +220,7 @@ def finish(site):
     no_scripts_from_elsewhere(site)
     no_fonts_from_elsewhere(site)
     methods_to_classes(site)
-    keep_columns(site)
-    keep_flags(site)
+    ease_reading(site)
     return site
 
 def by_smalldocs(done):
