@@ -1,6 +1,7 @@
 "The pages are built from the committed notebooks: one for each, with its pictures, no link broken, nothing fetched from elsewhere."
 
 import functools
+import html
 import html.parser
 import http.server
 import importlib.util
@@ -95,6 +96,64 @@ def test_no_link_is_broken(site):
             assert to.exists(), f'{name}: link to {link}'
             other = pages.get(to.resolve().relative_to(out.resolve()).as_posix())
             if parts.fragment and other: assert unquote(parts.fragment) in other.anchors, f'{name}: no {link}'
+
+def said(page):
+    "(text outside code, each block of code), as a browser shows them."
+    body = re.sub(r'<(script|style|head|math)\b.*?</\1>', '', page.read_text(encoding='utf-8'), flags=re.S)
+    plain = lambda text: html.unescape(re.sub(r'<[^>]+>', '', text))
+    blocks = [plain(m[1]) for m in re.finditer(r'<pre\b[^>]*>(.*?)</pre>', body, re.S)]
+    body = re.sub(r'<pre\b.*?</pre>', '', body, flags=re.S)
+    return plain(re.sub(r'<code\b.*?</code>', '`code`', body, flags=re.S)), blocks
+
+def test_no_page_shows_a_link_as_it_is_written(site):
+    "Neither in prose, where a link would stand in another, nor in the signatures that nbdev writes."
+    for name in site[1]:
+        prose, blocks = said(site[0]/name)
+        written = re.findall(r'.{0,40}\]\([\w./#-]+\)', prose)
+        assert not written, f'{name}: {written[:2]}'
+        for block in (b for b in blocks if re.match(r'\s*(def|class) \w+', b)):
+            assert not re.search(r'\[`[^`]+`\]\([\w./#-]+\)', block), f'{name}: {block[:200]}'
+            assert max(map(len, block.splitlines())) <= 320, f'{name}: a line of pages: {block[:200]}'
+        flags = re.findall(r'(?:^|[\s(])\u2013[a-z]\S+', prose)
+        assert not flags, f'{name}: a dash where a flag is typed: {flags[:2]}'
+        assert 'Call self as a function' not in prose, f'{name}: words of Python for a function without any'
+
+def test_a_link_in_the_words_of_a_link_is_taken_out():
+    whole_links, name = site_tool().whole_links, '[`align`](train.html#align)'
+    assert whole_links(f'[{name}](train.ipynb)') == '[`align`](train.ipynb)'
+    assert whole_links(f'of [a {name} and {name}](a.ipynb), {name}') == f'of [a `align` and `align`](a.ipynb), {name}'
+    assert whole_links(f'[1] {name} (so) [2]') == f'[1] {name} (so) [2]'
+    assert whole_links(f'{name}\n```python\ndef f(x) # an {name}\n```\n{name}') == (
+        f'{name}\n```python\ndef f(x) # an `align`\n```\n{name}')
+
+def test_a_flag_keeps_its_hyphens():
+    as_typed = site_tool().flags_as_typed
+    assert as_typed('Without --model it asks, (--no-key).') == 'Without `--model` it asks, (`--no-key`).'
+    for text in ('`--model` --- a dash', 'a--b', '```\ngmail --model\n```', '[x](a--b.html)', '|---|--:|'):
+        assert as_typed(text) == text
+
+def test_columns_of_words_stand_at_the_left():
+    table = '| arm | of | mean |\n|---|---:|---:|\n| a \\| b | real | +1.2 |\n| c | made | none |'
+    assert site_tool().words_left(f'So:\n\n{table}\n') == f'So:\n\n{table}\n'.replace('---:|---:', '---|---:')
+
+def test_what_was_printed_in_columns_is_marked():
+    cell = '<div class="cell-output cell-output-stdout">\n<pre><code>{}</code></pre></div>'
+    table, prose = cell.format('arm   R@1   R@5\na     1.2   3.4'), cell.format('One.  Two words.\nThree.')
+    assert site_tool().for_the_eye(table + prose) == table.replace('<pre>', '<pre class="columns">') + prose
+
+def test_a_short_flag_in_prose_is_not_broken():
+    page = '<p><code>{}--real</code> <code>gmail_align --real</code></p><pre><code>--real</code></pre>'
+    assert site_tool().for_the_eye(page.replace('{}', '')) == page.replace('<code>{}', '<code class="flag">')
+
+def test_code_does_not_begin_with_an_empty_line():
+    cell = '<pre class="sourceCode bash"><code class="sourceCode bash">{}ls\n\npwd</code></pre>'
+    assert site_tool().for_the_eye(cell.format('\n')) == cell.format('')
+
+def test_a_signature_shows_a_long_default_by_its_kind():
+    shown = site_tool().short_default(repr)
+    assert shown(3) == '3' and shown(('a', 'b')) == "('a', 'b')"
+    assert shown(tuple(range(99))) == '(...)' and shown({i: i for i in range(99)}) == '{...}'
+    assert shown(range(10**50, 10**60)) == 'range(...)'
 
 def test_pages_show_every_picture(site):
     for name in names:

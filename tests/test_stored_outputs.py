@@ -2,11 +2,12 @@
 import ast
 import base64
 import hashlib
+import io
 import re
-import struct
 import sys
 
 import pytest
+from PIL import Image
 from house import cells_of, flags_of, names, root, source_of
 
 sys.path.insert(0, str(root/'tools'))
@@ -100,9 +101,34 @@ def test_stored_text_fits_the_page(name):
     ]
     assert not wide, f'stored lines over 120 characters: {wide}'
 
-@pytest.mark.parametrize('name', EXPERIMENTS)
+INSIDE = re.compile(r'data:image/(?:png|jpeg);base64,([\w+/=]+)') # a picture that a page carries
+
+def shown(name):
+    "(cell, bytes) of every PNG and JPEG that a notebook shows, those inside HTML among them."
+    yield from pictures(name)
+    for cell, out in outputs(name):
+        if jpeg := data_of(out, 'image/jpeg'): yield cell, base64.b64decode(jpeg)
+        for found in INSIDE.findall(data_of(out, 'text/html')): yield cell, base64.b64decode(found)
+
+@pytest.mark.parametrize('name', names)
 def test_pictures_have_the_width_of_a_page(name):
     "Drawn for about 800 pixels, so that no letter is stretched or shrunk; narrow ones stay as they are."
-    for cell, png in pictures(name):
-        width, _ = struct.unpack('>II', png[16:24])
+    for cell, data in shown(name):
+        width, _ = Image.open(io.BytesIO(data)).size
         assert width <= 1100, f'{cell["id"]} is {width} pixels wide: letters shrink on a page of 800'
+
+def test_no_stored_picture_has_a_palette():
+    "A screenshot of 256 colours has specks around its letters and stripes in its photographs."
+    kept = {path.relative_to(root).as_posix(): path.read_bytes()
+            for folder in ('gmail_nb/assets', 'index_files') for path in (root/folder).glob('**/*.png')}
+    kept |= {f'{name}, {cell["id"]}': data for name in names for cell, data in shown(name)}
+    assert len(kept) > 100, 'pictures are looked for where they are not'
+    wrong = [where for where, data in kept.items() if Image.open(io.BytesIO(data)).mode == 'P']
+    assert not wrong, f'store these in true colour: {wrong}'
+
+def test_a_picture_of_the_app_is_small_and_as_it_ships():
+    "The notebook shows the file that the package brings, byte for byte."
+    kept = {path.name: path.read_bytes() for path in (root/'gmail_nb'/'assets'/'demo').glob('app*.png')}
+    assert len(kept) == 2 and set(kept.values()) == {png for _, png in pictures('cli/05_app')}
+    large = {name: len(data) for name, data in kept.items() if len(data) > 350_000}
+    assert not large, f'these are over 350 KB: {large}'

@@ -67,19 +67,75 @@ def stage(work):
     sidebar.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     (work/'nbs'/'evidence.ipynb').write_text(json.dumps(evidence_notebook(), ensure_ascii=False), encoding='utf-8')
 
+NAMED = re.compile(r'\[(`[^`\]]+`)\]\([^()\s]+\)') # what nbdev makes of a name in backticks
+AROUND = re.compile(rf'\[((?:[^\[\]]|{NAMED.pattern})+)\]\(([^()\s]+)\)')
+
+def whole_links(text):
+    """Markdown whose links are those of its author: nbdev makes a link of a name wherever it stands.
+
+    In the words of a link, `[`align`](train.ipynb)`, that makes one inside another, which no browser follows;
+    in code, as in the comments of a signature, it is shown as it is written."""
+    parts = re.split(r'(^```.*?^```)', text, flags=re.M | re.S) # prose, code, prose, ...
+    plain = lambda said: NAMED.sub(r'\1', said)
+    parts[::2] = [AROUND.sub(lambda m: f'[{plain(m[1])}]({m[3]})', part) for part in parts[::2]]
+    parts[1::2] = map(plain, parts[1::2])
+    return ''.join(parts)
+
+def flags_as_typed(text):
+    "Markdown whose flags are code: a renderer makes a dash of the two hyphens, in docstrings above all."
+    parts = re.split(r'(^```.*?^```|`[^`\n]+`|\]\([^()\s]+\))', text, flags=re.M | re.S) # prose, code or address, ...
+    parts[::2] = [re.sub(r'(?<![\w-])--[a-z][\w-]*', r'`\g<0>`', part) for part in parts[::2]]
+    return ''.join(parts)
+
+TABLE = re.compile(r'^(\|.*\|\n)(\|[-:|]+\|)\n((?:\|.*\|(?:\n|$))+)', re.M) # heading, rule, rows
+
+def words_left(text):
+    "Markdown whose tables have columns of words at the left: `table_markdown` puts all but the first at the right."
+    cells = lambda line: [c.strip() for c in re.split(r'(?<!\\)\|', line)[1:-1]]
+    def aligned(m):
+        columns = zip(*map(cells, m[3].splitlines()))
+        number = [any(re.match(r'[+-]?\d', c) for c in column) for column in columns]
+        rule = [r if n else '---' for r, n in zip(cells(m[2]), number)]
+        return f'{m[1]}|{"|".join(rule)}|\n{m[3]}'
+    return TABLE.sub(aligned, text)
+
+NO_WORDS = '*Call self as a function.*' # Python's words of any function, where one has no docstring
+
+def mend_prose(nb):
+    "The prose of a notebook, and what its cells show as Markdown, with links and flags as they are meant."
+    mended = lambda text: words_left(flags_as_typed(whole_links(''.join(text)))).replace(NO_WORDS, '')
+    for cell in nb['cells']:
+        if cell['cell_type'] == 'markdown': cell['source'] = mended(cell['source'])
+        for data in (out['data'] for out in cell.get('outputs', []) if 'text/markdown' in out.get('data', {})):
+            data['text/markdown'] = mended(data['text/markdown'])
+
+def short_default(plain, most=80):
+    "How a signature shows a default: nbdev writes out every field of it, on pages of text for a large one."
+    def shown(o):
+        text = plain(o)
+        if len(text) <= most: return text
+        return {tuple: '(...)', list: '[...]', dict: '{...}'}.get(type(o), f'{type(o).__name__}(...)')
+    return shown
+
 def process(work):
     "nbdev's processing of every notebook in one process (libraries are imported once); returns the folder of results."
     os.chdir(work)
     # before the notebooks: each would mend torchvision for itself, and once is all it takes
     import gmail_nb.runtime, torchvision
+    from fastcore import docments
     from nbdev.config import get_config
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
     refresh_quarto_yml()
-    done = proc_nbs(n_workers=0, force=True)
+    plain = docments._fmt_default
+    docments._fmt_default = short_default(plain)
+    try: done = proc_nbs(n_workers=0, force=True)
+    finally: docments._fmt_default = plain
     home = get_config()
     for path in done.glob('**/*.ipynb'): # links among our own pages work from any folder, and without a network
-        text = path.read_text(encoding='utf-8')
+        nb = json.loads(path.read_text(encoding='utf-8'))
+        mend_prose(nb)
+        text = json.dumps(nb, ensure_ascii=False)
         path.write_text(text.replace(f'{home.doc_host}{home.doc_baseurl}/', to_top(path, done)), encoding='utf-8')
     return done, home.doc_path.name
 
@@ -142,12 +198,29 @@ def methods_to_classes(site):
         mended = re.sub(r'href="([^"#:]*)#([\w-]+)\.([\w.-]+)"', repair, text)
         if mended != text: page.write_text(mended, encoding='utf-8')
 
+def for_the_eye(text):
+    """HTML in which a browser breaks less: what was printed in columns is marked, to be scrolled where it is wide,
+    and so are short flags in prose, which would break after a hyphen; no code begins with an empty line."""
+    printed = re.compile(r'(<div class="cell-output[^>]*>\s*<pre)(><code>)(.*?)(?=</code></pre>)', re.S)
+    in_columns = re.compile(r'\S {2,}\S.* {2,}\S')
+    def marked(m): return f'{m[1]} class="columns"{m[2]}{m[3]}' if in_columns.search(m[3]) else m[0]
+    text = re.sub(r'(?<!<pre>)<code>(?=-[^<\n]{1,23}</code>)', '<code class="flag">', printed.sub(marked, text))
+    return re.sub(r'(<code class="sourceCode[^>]*>)\n+', r'\1', text) # where `%%bash` stood
+
+def ease_reading(site):
+    "`for_the_eye` of every page."
+    for page in site.glob('**/*.html'):
+        text = page.read_text(encoding='utf-8')
+        mended = for_the_eye(text)
+        if mended != text: page.write_text(mended, encoding='utf-8')
+
 def finish(site):
     "What the pages of either renderer still need."
     local_katex(site)
     no_scripts_from_elsewhere(site)
     no_fonts_from_elsewhere(site)
     methods_to_classes(site)
+    ease_reading(site)
     return site
 
 def by_smalldocs(done):

@@ -86,7 +86,7 @@ def written(path, s):
     "The notebook as it should be, as text."
     nb = json.loads(path.read_text(encoding='utf-8'))
     ran = taken(nb, ALONE.get(path.stem)) + tested(path)
-    put(nb, BADGE, 'markdown', 1, f'[![Open in Colab](colab.svg)]({colab_link(path, s)}) {ran}')
+    put(nb, BADGE, 'markdown', 1, f'[![Open in Colab](colab.svg)]({colab_link(path, s)})\n\n{ran}')
     put(nb, SETUP, 'code', 2, setup.replace('{repository}', s['git_url']))
     put(nb, TIME, 'code', None, last)
     return json.dumps(nb, ensure_ascii=False, indent=1) + '\n'

@@ -103,7 +103,7 @@ def evidence_axis(
         ax.plot(100 * d.value, i, 'o', ms=5, color=color, mfc=color if seeds >= NEEDED else 'white')
         if c.margin: ax.plot([-100 * c.margin] * 2, [i - .4, i + .4], color='black', lw=1)
     ax.axvline(0, color='black', lw=.8)
-    names = [textwrap.fill(c.said, 62) for c, _, _ in rows]
+    names = [textwrap.fill(c.said, 70) for c, _, _ in rows]
     ax.set_yticks(range(len(rows)), names, fontsize=8.5)
     ax.set_ylim(len(rows) - .4, -.6)
     ax.spines[['top', 'right']].set_visible(False)
