@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN_WAYS',
-           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'LEAST_VALIDATION', 'TEXT_TUNINGS', 'CALLED_CLIP',
-           'CALLED_LM', 'CALLED_SHARE', 'CALLED_DEPTH', 'CALLED_WIDTH', 'SMOLLM2_FROM', 'STUDY', 'STUDY_SEEDS',
-           'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number',
-           'check_value', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'AfterSettings', 'Generator', 'is_commit',
+           'YOUNG', 'PAPER_ALIGN', 'MOST_DAMAGED', 'LEAST_VALIDATION', 'TEXT_TUNINGS', 'CALLED_CLIP', 'CALLED_LM',
+           'CALLED_SHARE', 'CALLED_DEPTH', 'CALLED_WIDTH', 'SMOLLM2_FROM', 'STUDY', 'STUDY_SEEDS', 'QUICK_CAPTIONS',
+           'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number', 'check_value',
+           'DrawSettings', 'SourceSettings', 'WorkSettings', 'AfterSettings', 'Generator', 'is_commit',
            'AdapterSettings', 'described', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings',
            'AlignRunSettings', 'part_of', 'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings',
            'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
@@ -316,7 +316,6 @@ class AlignSettings:
 
 # %% ../nbs/01_settings.ipynb #38cd8cef
 PAPER_ALIGN = AlignSettings(lr=1e-4, weight_decay=.01, batch_size=256, cycles=4)
-ALIGN_PRESETS = dict(small=AlignSettings(), paper=PAPER_ALIGN)
 
 # %% ../nbs/01_settings.ipynb #a90e70cc
 @dataclass(frozen=True)
