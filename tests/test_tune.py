@@ -182,7 +182,7 @@ def test_features_of_other_captions_are_refused(encoder, features, captions):
     with pytest.raises(ValueError, match='230 images but 229 captions'): tune_text(encoder, features, captions[1:])
 
 def test_too_few_to_train_on_are_refused(encoder, features, captions):
-    with pytest.raises(ValueError, match='5 pairs, of which 4 are for validation'):
+    with pytest.raises(ValueError, match='5 pairs leave 1 to train on and 4 to look at.*--validation-share'):
         tune_text(encoder, features[:5], captions[:5], TuneSettings(validation_share=.8))
     with pytest.raises(ValueError, match='a share is at least 0 and below 1'): TuneSettings(validation_share=1.)
 
