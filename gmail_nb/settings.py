@@ -475,7 +475,7 @@ class ProbeSettings:
 @dataclass(frozen=True)
 class FineTuneSettings:
     "What fine-tuning a tower on classes depends on besides its images and labels."
-    start:str='f_g'             # where it begins with an aligned model: f_g, or f_r, its base encoder
+    start:str=field(default='f_g', metadata=dict(flag='tower')) # where it begins with an aligned model: f_g, or f_r, its base
     epochs:int=10               # how often training passes over the training images
     batch_size:int=32           # images a step, over all processes together
     lr:float=1e-4               # peak learning rate of the tower
@@ -488,7 +488,8 @@ class FineTuneSettings:
     seed:int=0                  # seed of the head's bias and the order of the images
 
     def __post_init__(self):
-        check_known(self, 'start', ('f_g', 'f_r'))
+        if self.start not in ('f_g', 'f_r'):
+            raise unknown_name('tower to start from', self.start, ('f_g', 'f_r'))
         check_known(self, 'precision', PRECISIONS)
         check_above(self, 'epochs', 'batch_size', 'lr', 'head_lr', 'clip', 'save_every')
 

@@ -7,9 +7,10 @@ __all__ = ['DEMO_ARMS', 'PRIMARY_ROWS', 'PRIMARY', 'PLACE', 'headline_settings',
            'kept_features', 'make_side', 'align_side', 'demo_gap_records', 'arm_ranks', 'downstream', 'recall_records',
            'arm_differences', 'point_of', 'score_records', 'demo_cell', 'demo_table', 'demo_claims', 'said_of_claim',
            'demo_verdict', 'place_arms', 'place_benefit', 'show_place', 'demo_test_features', 'demo_tests', 'demo_arms',
-           'write_demo_report', 'demo_records', 'demo', 'dry_headline']
+           'write_demo_report', 'demo_records', 'demo', 'demo_seconds', 'dry_headline']
 
 # %% ../../nbs/experiments/10_demo.ipynb #3a69d7cc
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -442,6 +443,13 @@ def demo(
     return records
 
 # %% ../../nbs/experiments/10_demo.ipynb #6586d6f7
+def demo_seconds(
+    quick:bool=False # as in `headline_settings`
+) -> float|None: # of one core
+    "What a whole run took where it was measured, from its start to its page; None where it was not."
+    told = json.loads(asset('evidence', 'part_seconds.json').read_text(encoding='utf-8'))
+    return told.get('demo', {}).get('quick' if quick else 'full', {}).get('cores')
+
 def dry_headline(
     out:str='demo', quick:bool=False, seed:int=0, crude:bool=False, steps:int|None=None,
     guidance:float|None=None, **rest
@@ -451,6 +459,8 @@ def dry_headline(
     images = s.align_captions * s.draw.samples + s.tune_captions
     rate, where = RATES['embedded'] # for 16 steps
     took = time_text(images * s.draw.steps / 16 / rate)
+    whole = None if crude or (steps, guidance) != (None, None) else demo_seconds(quick)
+    said = f'; all of it once took {time_text(whole)} of one core' if whole else ''
     *parts, _, _ = dry_demo(out, quick)
     return [*parts, look_out(out, note=f'{images:,} drawings'),
-            Look('time', took, 'estimate', f'drawing alone, at a rate of {where}')]
+            Look('time', took, 'estimate', f'drawing alone, at a rate of {where}{said}')]

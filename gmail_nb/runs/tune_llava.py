@@ -744,6 +744,7 @@ def dry_chat(
 ) -> list[Look]:
     "What `gmail_chat` would do."
     lost = [str(i) for i in image if not Path(i).exists()]
-    seen = Look('images', ', '.join(lost), 'missing' if lost else 'there',
-                f'{len(image) - len(lost)} of {len(image)} are there')
-    return [look_device(settings.device), look_llava(model), seen]
+    rows, n = [look_device(settings.device), look_llava(model)], len(image) - len(lost)
+    if not image: return rows # a talk about nothing that is seen
+    note = f'{n} of {len(image)} {"is" if n == 1 else "are"} there'
+    return [*rows, Look('images', ', '.join(lost), 'missing' if lost else 'there', note)]
