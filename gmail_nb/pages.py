@@ -53,25 +53,27 @@ def table_text(
 def text_columns(
     rows:list[list[str]] # a heading and its rows
 ) -> list[bool]: # of each column
-    "Whether it holds words: the first does, and every one in which fewer than half begin with a number."
+    "Whether it holds words: the first, and every one in which most cells begin without a number."
     def words(column):
         told = [c for c in column if c.strip(' -')] # neither empty nor a dash
         return 2 * sum(bool(re.match(r'[+-]?\.?\d', c.strip())) for c in told) < len(told)
-    return [not i or words(column) for i, column in enumerate(zip(*rows[1:]))] or [True] * len(rows[0])
+    columns = list(zip(*rows[1:]))
+    return [not i or words(c) for i, c in enumerate(columns)] or [True] * len(rows[0])
 
 # %% ../nbs/04_pages.ipynb #cd4b54f7
 def table_markdown(rows:list[list[str]]) -> str:
     "The table for a README or a notebook."
     bar = lambda r: '| ' + ' | '.join(c.replace('|', '\\|') for c in r) + ' |'
-    rule = '|' + ''.join('---|' if words else '---:|' for words in text_columns(rows))
+    rule = '|' + ''.join('---|' if w else '---:|' for w in text_columns(rows))
     return '\n'.join([bar(rows[0]), rule, *map(bar, rows[1:])])
 
 # %% ../nbs/04_pages.ipynb #a0dd7954
 def table_html(rows:list[list[str]]) -> str:
     "The table for a page; every cell is escaped."
-    left = ['', *(' style="text-align:left"' if words else '' for words in text_columns(rows)[1:])]
+    left = ['', *(' style="text-align:left"' if w else '' for w in text_columns(rows)[1:])]
     def line(r, tag):
-        return '<tr>' + ''.join(f'<{tag}{s}>{html.escape(c)}</{tag}>' for c, s in zip(r, left)) + '</tr>'
+        cells = (f'<{tag}{s}>{html.escape(c)}</{tag}>' for c, s in zip(r, left))
+        return f'<tr>{"".join(cells)}</tr>'
     return '<table>' + line(rows[0], 'th') + ''.join(line(r, 'td') for r in rows[1:]) + '</table>'
 
 # %% ../nbs/04_pages.ipynb #5d4d1995

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN_WAYS',
-           'YOUNG', 'PAPER_ALIGN', 'MOST_DAMAGED', 'LEAST_VALIDATION', 'TEXT_TUNINGS', 'CALLED_CLIP', 'CALLED_LM',
-           'CALLED_SHARE', 'CALLED_DEPTH', 'CALLED_WIDTH', 'SMOLLM2_FROM', 'STUDY', 'STUDY_SEEDS', 'QUICK_CAPTIONS',
-           'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number', 'check_value',
-           'DrawSettings', 'SourceSettings', 'WorkSettings', 'AfterSettings', 'Generator', 'is_commit',
+           'YOUNG', 'PAPER_ALIGN', 'MOST_DAMAGED', 'LEAST_VALIDATION', 'TEXT_TUNINGS', 'CALLED_CLIP', 'CALLED_TOWER',
+           'CALLED_LM', 'CALLED_SHARE', 'CALLED_DEPTH', 'CALLED_WIDTH', 'SMOLLM2_FROM', 'STUDY', 'STUDY_SEEDS',
+           'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number',
+           'check_value', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'AfterSettings', 'Generator', 'is_commit',
            'AdapterSettings', 'described', 'check_align', 'check_parts', 'AlignSettings', 'RunSettings',
            'AlignRunSettings', 'part_of', 'EmbedSettings', 'ReadSettings', 'TuneSettings', 'ProbeSettings',
            'FineTuneSettings', 'EvalSettings', 'same_settings', 'CaptionerSettings', 'CaptionSettings',
@@ -472,10 +472,12 @@ class ProbeSettings:
         if not self.strengths: raise ValueError('strengths is empty: a probe needs at least one')
 
 # %% ../nbs/01_settings.ipynb #edb773be
+CALLED_TOWER = dict(flag='tower')
+
 @dataclass(frozen=True)
 class FineTuneSettings:
     "What fine-tuning a tower on classes depends on besides its images and labels."
-    start:str=field(default='f_g', metadata=dict(flag='tower')) # where it begins with an aligned model: f_g, or f_r, its base
+    start:str=field(default='f_g', metadata=CALLED_TOWER) # which side of an aligned model it begins with: f_g or f_r
     epochs:int=10               # how often training passes over the training images
     batch_size:int=32           # images a step, over all processes together
     lr:float=1e-4               # peak learning rate of the tower

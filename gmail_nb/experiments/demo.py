@@ -446,7 +446,7 @@ def demo(
 def demo_seconds(
     quick:bool=False # as in `headline_settings`
 ) -> float|None: # of one core
-    "What a whole run took where it was measured, from its start to its page; None where it was not."
+    "What a whole run took, from its start to its page; None where it was not measured."
     told = json.loads(asset('evidence', 'part_seconds.json').read_text(encoding='utf-8'))
     return told.get('demo', {}).get('quick' if quick else 'full', {}).get('cores')
 
@@ -459,7 +459,8 @@ def dry_headline(
     images = s.align_captions * s.draw.samples + s.tune_captions
     rate, where = RATES['embedded'] # for 16 steps
     took = time_text(images * s.draw.steps / 16 / rate)
-    whole = None if crude or (steps, guidance) != (None, None) else demo_seconds(quick)
+    own = not crude and steps is None and guidance is None
+    whole = demo_seconds(quick) if own else None
     said = f'; all of it once took {time_text(whole)} of one core' if whole else ''
     *parts, _, _ = dry_demo(out, quick)
     return [*parts, look_out(out, note=f'{images:,} drawings'),
