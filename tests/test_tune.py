@@ -186,6 +186,7 @@ def test_twenty_pictures_are_enough_as_the_readme_says():
     from house import root
     from gmail_nb.runs.align import keep_pairs_out, validation_indices
     from gmail_nb.settings import LEAST_VALIDATION, AlignRunSettings
+    from gmail_nb.tune import split_pairs
     readme, n = ' '.join((root/'README.md').read_text(encoding='utf-8').split()), 20
     assert 'Twenty pictures run' in readme
     train, looked_at = split_pairs(n, TuneSettings())
