@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADAPTER_FILE', 'FrozenTower', 'generated_tower', 'Projection', 'identity_projection', 'trained_parameters',
-           'check_base', 'adapter_tensors', 'load_adapter', 'check_plain', 'DualTower', 'write_weights', 'read_weights',
-           'card_of', 'model_card', 'model_folder', 'GenReal', 'aligned_model']
+           'check_base', 'adapter_tensors', 'load_adapter', 'check_plain', 'seeded', 'DualTower', 'write_weights',
+           'read_weights', 'card_of', 'model_card', 'model_folder', 'GenReal', 'aligned_model']
 
 # %% ../nbs/23_align.ipynb #5591096f
 import copy
@@ -159,25 +159,39 @@ def _state_twice(model, state, prefix, *_): # the other way round, for `load_sta
     names = [k for k in state if again and k.startswith(own)]
     state.update({again + k.removeprefix(own): state[k] for k in names})
 
+# %% ../nbs/23_align.ipynb #9492bab9
+@contextmanager
+def seeded(
+    seed:int|None # any non-negative integer; nothing is done if absent
+):
+    "Draw what is drawn on the CPU inside by a seed, and put the state of torch's generator back."
+    if seed is None: yield; return
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed) # not those of accelerators, which nothing here draws from
+        yield
+
 # %% ../nbs/23_align.ipynb #e81cb19a
 class DualTower(nn.Module):
     "The parts of `GenReal`: `encoder` (f_r and h), `f_g`, and a projection for each kind of image."
     def __init__(self,
         encoder:Encoder,                            # its tower is adapted; as an encoder it stays `f_r`
         adapters:AdapterSettings=AdapterSettings(), # what of the image tower is trained
-        folder:str|Path|None=None                   # a PEFT adapter to load; begins afresh if absent
+        folder:str|Path|None=None,                  # a PEFT adapter to load; begins afresh if absent
+        seed:int|None=None                          # of the adapters' first weights; torch's state if absent
     ):
         super().__init__()
         check_plain(encoder)
         encoder.requires_grad_(False).eval()
         self.tuning, self.base_fingerprint = adapters.tuning, encoder.fingerprint
-        if folder: self.f_g = load_adapter(encoder, Path(folder))
-        else: self.f_g = generated_tower(encoder.visual, adapters)
-        if self.tuning == 'lora': encoder.visual = FrozenTower(self.f_g)
-        self.encoder = encoder # behind f_g, by which a weight of both is named
         # what is trained stays in 32 bits above a tower of 16
         where = encoder.device, torch.promote_types(encoder.dtype, torch.float32)
-        self.proj_real, self.proj_gen = (identity_projection(encoder.dim).to(*where) for _ in range(2))
+        with seeded(seed):
+            if folder: self.f_g = load_adapter(encoder, Path(folder))
+            else: self.f_g = generated_tower(encoder.visual, adapters)
+            projections = [identity_projection(encoder.dim).to(*where) for _ in range(2)]
+        if self.tuning == 'lora': encoder.visual = FrozenTower(self.f_g)
+        self.encoder = encoder # behind f_g, by which a weight of both is named
+        self.proj_real, self.proj_gen = projections
         self.register_state_dict_post_hook(_state_once)
         self.register_load_state_dict_pre_hook(_state_twice)
 

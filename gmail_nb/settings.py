@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'TEXTS', 'MAY_BE_EMPTY', 'GENERATORS', 'TUNINGS', 'LAYERS', 'LOSS_NAMES', 'PRECISIONS', 'TOKEN_WAYS',
-           'YOUNG', 'PAPER_ALIGN', 'ALIGN_PRESETS', 'MOST_DAMAGED', 'LEAST_VALIDATION', 'TEXT_TUNINGS', 'CALLED_CLIP',
+           'YOUNG', 'PAPER_ALIGN', 'MOST_DAMAGED', 'LEAST_VALIDATION', 'TEXT_TUNINGS', 'CALLED_CLIP', 'CALLED_TOWER',
            'CALLED_LM', 'CALLED_SHARE', 'CALLED_DEPTH', 'CALLED_WIDTH', 'SMOLLM2_FROM', 'STUDY', 'STUDY_SEEDS',
            'QUICK_CAPTIONS', 'QUICK_IFCAP', 'QUICK_LLAVA', 'check_above', 'check_share', 'check_known', 'check_number',
            'check_value', 'DrawSettings', 'SourceSettings', 'WorkSettings', 'AfterSettings', 'Generator', 'is_commit',
@@ -316,7 +316,6 @@ class AlignSettings:
 
 # %% ../nbs/01_settings.ipynb #38cd8cef
 PAPER_ALIGN = AlignSettings(lr=1e-4, weight_decay=.01, batch_size=256, cycles=4)
-ALIGN_PRESETS = dict(small=AlignSettings(), paper=PAPER_ALIGN)
 
 # %% ../nbs/01_settings.ipynb #a90e70cc
 @dataclass(frozen=True)
@@ -473,10 +472,12 @@ class ProbeSettings:
         if not self.strengths: raise ValueError('strengths is empty: a probe needs at least one')
 
 # %% ../nbs/01_settings.ipynb #edb773be
+CALLED_TOWER = dict(flag='tower')
+
 @dataclass(frozen=True)
 class FineTuneSettings:
     "What fine-tuning a tower on classes depends on besides its images and labels."
-    start:str='f_g'             # where it begins with an aligned model: f_g, or f_r, its base encoder
+    start:str=field(default='f_g', metadata=CALLED_TOWER) # which side of an aligned model it begins with: f_g or f_r
     epochs:int=10               # how often training passes over the training images
     batch_size:int=32           # images a step, over all processes together
     lr:float=1e-4               # peak learning rate of the tower
@@ -489,7 +490,8 @@ class FineTuneSettings:
     seed:int=0                  # seed of the head's bias and the order of the images
 
     def __post_init__(self):
-        check_known(self, 'start', ('f_g', 'f_r'))
+        if self.start not in ('f_g', 'f_r'):
+            raise unknown_name('tower to start from', self.start, ('f_g', 'f_r'))
         check_known(self, 'precision', PRECISIONS)
         check_above(self, 'epochs', 'batch_size', 'lr', 'head_lr', 'clip', 'save_every')
 

@@ -430,8 +430,9 @@ def check_training_set(
     if n != len(captions):
         raise ValueError(f'{n} images but {len(captions)} captions: pass them as pairs')
     if n - kept < 2 or kept == 1:
-        raise ValueError(f'{n} pairs, of which {kept} are for validation: '
-                         'at least 2 to train on, and none or 2 to look at')
+        raise ValueError(f'{n} pairs leave {n - kept} to train on and {kept} to look at: at least 2 '
+                         'to train on, and none or 2 to look at, so bring more pairs or change '
+                         '--validation-share; 0 keeps none out')
     check_features_fit(encoder, x)
 
 # %% ../nbs/27_tune.ipynb #1b2c0028

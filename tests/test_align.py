@@ -80,6 +80,18 @@ def test_a_share_of_blocks_is_late_targets_by_name(before, pixels):
     assert list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
 
 
+def test_a_seed_gives_the_same_adapters_and_leaves_the_state_of_torch(before):
+    def weights(**how):
+        model = GenReal(copy.deepcopy(before), **how)
+        return torch.cat([p.flatten() for n, p in model.named_parameters() if 'lora_A' in n])
+    torch.manual_seed(7)
+    of_the_state, state = weights(), torch.get_rng_state()
+    first, other = weights(seed=7), weights(seed=8)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(weights(seed=7), first) and torch.equal(first, of_the_state)
+    assert not torch.equal(other, first) and not torch.equal(weights(), of_the_state)
+
+
 @pytest.mark.parametrize('how, message', [
     (dict(rank=4000), 'rank 4000 does not fit'), (dict(rank=0), 'rank 0 does not fit'),
     (dict(targets=('trunk.blocks.0.0.conv_pww',)), 'module of Lite0Tower')])

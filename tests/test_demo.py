@@ -102,11 +102,12 @@ def test_the_primary_metric_heads_the_table():
     rows = demo_table(stored())
     assert [r[0] for r in rows[1:3]] == [*PRIMARY_ROWS.values()] and rows[0][1:-1] == [*DEMO_ARMS]
     assert all(len(r) == len(rows[0]) for r in rows)
+    assert not any('_' in r[0] for r in rows) and not any(cell == '' for r in rows for cell in r)
 
 def test_records_of_an_older_demo_are_named():
     old = read_results(asset('demo', 'crude.jsonl'))
     with pytest.raises(ValueError, match='before 0.5'): demo_verdict(old)
-    assert demo_table(old)[1][0] == 'paired_cosine' # the table needs no more than it has
+    assert demo_table(old)[1][0] == 'paired cosine' # the table needs no more than it has
 
 def test_a_run_with_other_steps_stands_among_the_chains():
     own = [dict(r, point=dict(steps=4, guidance=8., trained=1.)) if 'point' in r else r for r in stored()]

@@ -24,6 +24,17 @@ def test_every_extra_is_said_to_be_for_something():
     row, = (l for l in README.splitlines() if l.startswith('| `gmail_app`'))
     assert '".[app]"' in row
 
+def test_the_repository_can_be_cited_with_its_version():
+    entry = README.split('@software{')[1].split('```')[0]
+    said = dict(re.findall(r'(\w+)\s*= \{+([^{}]+)\}', entry))
+    ini = parser['DEFAULT']
+    assert said['version'] == ini['version'] and said['url'] == ini['git_url'] and said['author'] == ini['author']
+
+def test_the_lines_in_python_give_the_same_numbers_every_time():
+    "Seeds of images come from their keys, that of the order from the settings; adapters need one."
+    line, = (l for l in section('In Python').splitlines() if 'GenReal(' in l)
+    assert 'seed=' in line
+
 def test_nothing_is_installed_from_a_registry_that_does_not_have_it():
     assert not re.search(r'pip install \S*gmail_nb', README)
 

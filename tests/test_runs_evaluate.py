@@ -174,7 +174,7 @@ def test_fine_tuning_an_aligned_tower_trains_all_of_it(world, capsys):
     )
     tower = sum(p.numel() for p in timm.create_model('test_vit', num_classes=0).parameters())
     for start in ('f_g', 'f_r'):
-        status, _, _ = world.preset(capsys, 'paper-table4', *asked, '--start', start, out=f'fine_{start}')
+        status, _, _ = world.preset(capsys, 'paper-table4', *asked, '--tower', start, out=f'fine_{start}')
         records = [r for r in world.records(f'fine_{start}') if 'trained' in r]
         assert status == 0 and {r['trained'] for r in records} == {tower}
         assert {r['how'] for r in records if r['arm'] == 'SynCLR + GMAIL'} == {f'fine-tuned from {start}'}

@@ -181,8 +181,23 @@ def test_a_loss_that_is_no_number_stops_it(encoder, features, captions):
 def test_features_of_other_captions_are_refused(encoder, features, captions):
     with pytest.raises(ValueError, match='230 images but 229 captions'): tune_text(encoder, features, captions[1:])
 
+def test_twenty_pictures_are_enough_as_the_readme_says():
+    "With the settings as they are, an alignment and a tuning keep two out at least, and train on the others."
+    from house import root
+    from gmail_nb.runs.align import keep_pairs_out, validation_indices
+    from gmail_nb.settings import LEAST_VALIDATION, AlignRunSettings
+    from gmail_nb.tune import split_pairs
+    readme, n = ' '.join((root/'README.md').read_text(encoding='utf-8').split()), 20
+    assert 'Twenty pictures run' in readme
+    train, looked_at = split_pairs(n, TuneSettings())
+    assert len(looked_at) >= 2 and len(train) + len(looked_at) == n
+    share = AlignRunSettings().validation_share
+    for named in range(50): # whatever the pictures are called
+        kept_out = validation_indices([f'{named}/{i}' for i in range(n)], share, LEAST_VALIDATION)
+        assert len(keep_pairs_out(n, kept_out, share)) + len(kept_out) == n
+
 def test_too_few_to_train_on_are_refused(encoder, features, captions):
-    with pytest.raises(ValueError, match='5 pairs, of which 4 are for validation'):
+    with pytest.raises(ValueError, match='5 pairs leave 1 to train on and 4 to look at.*--validation-share'):
         tune_text(encoder, features[:5], captions[:5], TuneSettings(validation_share=.8))
     with pytest.raises(ValueError, match='a share is at least 0 and below 1'): TuneSettings(validation_share=1.)
 

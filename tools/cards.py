@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gmail_nb.files import atomic_write, read_object, read_results
 from gmail_nb.splits import trained_on
+from gmail_nb.stats import value_text
 
 # kind -> what it is called, what it is and was made by, how it is used, and what the Hub calls its task
 KINDS = {
@@ -71,9 +72,7 @@ def measured(folder):
     "Rows of a table in markdown, from the results of the run; empty where there are none."
     file = next((f/'results.jsonl' for f in (folder, folder.parent) if (f/'results.jsonl').exists()), None)
     records = read_results(file) if file else []
-    def text(r):
-        ends = f" [{r['low']:.3f}, {r['high']:.3f}]" if 'low' in r else ''
-        return f"| {r['arm']} | {r['metric']} | {r['value']:.3f}{ends} | {r['n']} | {r['dataset']}, {r['split']} |"
+    def text(r): return f"| {r['arm']} | {r['metric']} | {value_text(r)} | {r['n']} | {r['dataset']}, {r['split']} |"
     if not records: return ''
     return '\n'.join(['| arm | metric | value [95%] | n | on |', '|---|---|---|---|---|', *map(text, records)])
 

@@ -1,11 +1,17 @@
 """Put the seconds that the parts of a report took into the package: `python tools/publish_times.py FOLDER`.
+With `--demo quick full` both demos run once more, in folders of their own, and what they took is put there too.
 
 FOLDER is that of `gmail_report --scale embedded`, with or without --quick, run on the machine where this is called.
 Parts that it has not finished keep what was measured of them before. Writes assets/evidence/part_seconds.json, which
-`gmail_report --dry-run` reads.
+`gmail_report --dry-run`, `gmail_demo --dry-run` and the README read.
 """
 import argparse
 import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from importlib import resources
 from pathlib import Path
 
@@ -26,15 +32,26 @@ def measured(run, quick, most=20):
             found[part] = round(took['cores'] / (1 if part in ONCE else seeds), 1)
     return found
 
-def publish(run, file):
+def of_demo(kind):
+    "Seconds of a whole `gmail_demo`, from its start to its page: on the clock, and of one core."
+    def spent(): return sum(os.times()[2:4]) # of children that have ended
+    with tempfile.TemporaryDirectory() as folder:
+        cores, began = spent(), time.monotonic()
+        argv = ['demo', '--out', f'{folder}/demo', *(['--quick'] if kind == 'quick' else [])]
+        subprocess.run([sys.executable, '-m', 'gmail_nb.cli.commands', *argv], check=True)
+        return dict(clock=round(time.monotonic() - began, 1), cores=round(spent() - cores, 1))
+
+def publish(run, file, demos=()):
     told = json.loads(file.read_text(encoding='utf-8')) if file.exists() else dict(seconds={})
-    for kind, quick in (('full', False), ('quick', True)):
+    for kind, quick in (('full', False), ('quick', True)) if run else ():
         told['seconds'][kind] = told['seconds'].get(kind, {}) | measured(run, quick)
-    atomic_write(file, json.dumps(dict(machine=machine(), seconds=told['seconds']), indent=1) + '\n')
-    return told['seconds']
+    demos = told.get('demo', {}) | {kind: of_demo(kind) for kind in demos}
+    atomic_write(file, json.dumps(dict(machine=machine(), seconds=told['seconds'], demo=demos), indent=1) + '\n')
+    return told['seconds'] | dict(demo=demos)
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('run', type=Path, help='the folder of gmail_report')
-    home = Path(str(resources.files('gmail_nb')))/'assets'/'evidence'
-    for kind, parts in publish(parser.parse_args().run, home/'part_seconds.json').items(): print(kind, parts)
+    parser.add_argument('run', type=Path, nargs='?', help='the folder of gmail_report')
+    parser.add_argument('--demo', nargs='*', default=[], choices=('quick', 'full'), help='demos that are run and timed')
+    home, args = Path(str(resources.files('gmail_nb')))/'assets'/'evidence', parser.parse_args()
+    for kind, took in publish(args.run, home/'part_seconds.json', args.demo).items(): print(kind, took)

@@ -617,7 +617,7 @@ def chain_command(name:str) -> Command:
          example='gmail_experiment captioning --quick --out captions')
 def experiment_captioning(
     out:str='captions',      # results, figures and the captioner of the GMAIL arm
-    rows:Literal['main', 'all']='main', # rows of the table; all has other backbones, ranks and generators too
+    all_rows:bool=False,     # rows of other heads, ranks and generators too
     quick:bool=False,        # fewer concepts, steps and seeds
     processes:int|None=None, # processes that train at once; one a core if absent
     settings:CaptionExperimentSettings=CaptionExperimentSettings()
@@ -625,7 +625,7 @@ def experiment_captioning(
     "Captioners in five arms: what generated images teach, aligned and not."
     from gmail_nb.experiments.captioning import FEATURE_VARIANTS, caption_experiment
     from gmail_nb.settings import demo_settings
-    variants = FEATURE_VARIANTS if rows == 'all' else None
+    variants = FEATURE_VARIANTS if all_rows else None
     caption_experiment(out, settings, demo_settings(quick, settings.seed), variants, processes)
     return show_file(out, 'caption_table.txt')
 

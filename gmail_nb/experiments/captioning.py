@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FEATURE_VARIANTS', 'caption_arm_features', 'CaptionWorld', 'train_small', 'base_captioner', 'tune_arm',
            'written_captions', 'CaptionRun', 'scored_run', 'in_file_names', 'run_file', 'SeedArms', 'save_arm',
-           'seed_runs', 'caption_runs', 'run_records', 'interval_record', 'metric_records', 'arm_records',
-           'interval_of', 'arms_table', 'show_intervals', 'show_captions', 'FeatureVariant', 'varied', 'drawing_inputs',
-           'pair_loss', 'train_sigmoid_heads', 'sigmoid_heads', 'variant_encoder', 'align_demo_pairs', 'drawn_features',
+           'seed_runs', 'caption_runs', 'run_records', 'interval_record', 'metric_records', 'arm_records', 'arms_table',
+           'show_intervals', 'show_captions', 'FeatureVariant', 'varied', 'drawing_inputs', 'pair_loss',
+           'train_sigmoid_heads', 'sigmoid_heads', 'variant_encoder', 'align_demo_pairs', 'drawn_features',
            'variant_features', 'caption_world', 'experiment_jobs', 'caption_verdict', 'show_runs', 'caption_experiment']
 
 # %% ../../nbs/experiments/40_captioning.ipynb #c88c91d7
@@ -45,7 +45,7 @@ from ..pages import as_written, save_figure, table_text
 from ..runtime import default_device, fingerprint, noise_generator, set_seed, stable_seed
 from ..settings import CaptionerSettings, CaptionExperimentSettings, DemoSettings, HeadSettings
 from ..settings import described
-from ..stats import DRAWS, Interval, sentence
+from ..stats import DRAWS, Interval, interval_of, sentence
 from ..train import align
 
 # %% ../../nbs/experiments/40_captioning.ipynb #5372b351b
@@ -319,12 +319,6 @@ def arm_records(
     return out
 
 # %% ../../nbs/experiments/40_captioning.ipynb #6222d520
-def interval_of(
-    r:dict # a record with an interval
-) -> Interval:
-    "The interval that a record holds."
-    return Interval(r['value'], r['low'], r['high'], r['n'])
-
 def _by_arm(records):
     "Records by arm and metric, and the seeds of each arm."
     by, seeds = {}, {}
@@ -390,7 +384,7 @@ def _wrapped(text, letters):
     "In two lines at most; what is longer still ends in an ellipsis."
     return '\n'.join(textwrap.wrap(text, letters, max_lines=2, placeholder=' …'))
 
-def _caption_lines(ax, reference, captions, letters):
+def _caption_lines(ax, reference, captions, letters, measure):
     "The reference in bold, then (arm, caption, score) by line."
     step = 1 / (len(captions) + 1)
     ax.text(0, 1 - step / 2, _wrapped(reference, letters + 16), va='center', fontsize=12,
@@ -400,8 +394,8 @@ def _caption_lines(ax, reference, captions, letters):
         if caption.lower() == reference.lower(): color = 'tab:green'
         ax.text(0, y, arm, va='center', fontsize=11, color='gray')
         if score is not None:
-            ax.text(.31, y, f'{score:.2f}', va='center', ha='right', fontsize=11, color='gray')
-        ax.text(.33, y, _wrapped(caption, letters), va='center', fontsize=11, color=color,
+            ax.text(.33, y, f'{measure} {score:.2f}', va='center', ha='right', fontsize=9, color='gray')
+        ax.text(.35, y, _wrapped(caption, letters), va='center', fontsize=11, color=color,
                 linespacing=.95)
 
 # %% ../../nbs/experiments/40_captioning.ipynb #h8exp018
@@ -411,7 +405,8 @@ def show_captions(
     captions:dict[str, list[str]],     # by arm, for each image
     scores:dict[str, np.ndarray]|None=None, # by arm, of each caption
     size:float=2.,                     # width of an image in inches
-    letters:int=48                     # of a line of a caption
+    letters:int=48,                    # of a line of a caption
+    measure:str='CIDEr'                # what the scores are
 ) -> Figure:
     "A row an image: beside it its reference and, arm by arm, the caption with its score."
     n, height = len(images), max(size, .38 * (len(captions) + 1))
@@ -421,7 +416,7 @@ def show_captions(
     for i, ((left, right), image, reference) in enumerate(zip(axes, images, references)):
         left.imshow(image)
         said = [(a, c[i], scores[a][i] if scores else None) for a, c in captions.items()]
-        _caption_lines(right, reference, said, letters)
+        _caption_lines(right, reference, said, letters, measure)
     as_written(fig).subplots_adjust(0, 0, 1, 1, wspace=.05, hspace=.1)
     plt.close(fig)
     return fig

@@ -7,9 +7,10 @@ __all__ = ['DEMO_ARMS', 'PRIMARY_ROWS', 'PRIMARY', 'PLACE', 'headline_settings',
            'kept_features', 'make_side', 'align_side', 'demo_gap_records', 'arm_ranks', 'downstream', 'recall_records',
            'arm_differences', 'point_of', 'score_records', 'demo_cell', 'demo_table', 'demo_claims', 'said_of_claim',
            'demo_verdict', 'place_arms', 'place_benefit', 'show_place', 'demo_test_features', 'demo_tests', 'demo_arms',
-           'write_demo_report', 'demo_records', 'demo', 'dry_headline']
+           'write_demo_report', 'demo_records', 'demo', 'demo_seconds', 'dry_headline']
 
 # %% ../../nbs/experiments/10_demo.ipynb #3a69d7cc
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,14 +34,14 @@ from ..files import (
 from ..gap import (
     centroid_distance, modality_probe, paired_cosines, ranks, recall_at_k, show_cosines, show_tsne)
 from ..generate import generate, load_generated
-from ..pages import report_page, save_figure
+from ..pages import metric_words, report_page, save_figure
 from ..plan import read_captions
 from ..retrieval import WAYS
 from ..runtime import (
     default_device, fast_bfloat16, fingerprint, machine, noise_generator, set_seed, stable_seed)
 from ..runs.dry_run import RATES, Look, dry_demo, look_out, time_text
 from ..settings import DemoSettings, WorkSettings, demo_settings, proof_settings
-from ..stats import Interval, paired_difference, sentence
+from ..stats import interval_of, paired_difference, sentence
 from ..train import align, show_history
 from ..tune import head_inputs, head_module, tune_text
 
@@ -249,11 +250,11 @@ DEMO_ARMS = ('base', 'indiscriminate', 'gmail', 'matched', 'real')
 
 def demo_cell(found:list[dict]) -> str:
     "The mean over seeds of one metric and arm, or a difference with its interval."
-    if not found: return ''
+    if not found: return '-'
     first, value = found[0], np.mean([r['value'] for r in found])
     share = 'recall' in first['metric'] or 'accuracy' in first['metric']
     if 'low' in first:
-        return Interval(value, first['low'], first['high']).text(100 if share else 1, '+')
+        return interval_of(first | dict(value=value)).text(100 if share else 1, '+')
     return f'{100 * value:.1f}' if share else f'{value:.3f}'
 
 # %% ../../nbs/experiments/10_demo.ipynb #90b685c9
@@ -263,14 +264,14 @@ PRIMARY_ROWS = {('mean_recall', TESTS['seen']): 'mean recall (primary)',
 def demo_table(
     records:list[dict] # of a demo run
 ) -> list[list[str]]: # a heading and its rows, as text
-    "One row a metric, one column an arm: mean over heads, and the paired difference."
+    "One row a metric, one column an arm: mean over heads, the paired difference, or a dash."
     values, pair = {}, 'gmail-indiscriminate'
     for r in records: values.setdefault((r['metric'], r['split'], r['arm']), []).append(r)
     metrics = dict.fromkeys(key[:2] for key in values)
     rows = [*(m for m in PRIMARY_ROWS if m in metrics), *(m for m in metrics if m not in PRIMARY_ROWS)]
     def cells(m): return [demo_cell(values.get((*m, a))) for a in (*DEMO_ARMS, pair)]
     heading = ['metric (recalls and accuracy in %)', *DEMO_ARMS, 'gmail - indiscriminate [95%]']
-    return [heading] + [[PRIMARY_ROWS.get(m, m[0]), *cells(m)] for m in rows]
+    return [heading] + [[PRIMARY_ROWS.get(m, metric_words(m[0])), *cells(m)] for m in rows]
 
 # %% ../../nbs/experiments/10_demo.ipynb #ac42c400
 PRIMARY = ('The primary metric, named before any run: mean recall, the mean of R@1, R@5 and R@10 both '
@@ -442,6 +443,13 @@ def demo(
     return records
 
 # %% ../../nbs/experiments/10_demo.ipynb #6586d6f7
+def demo_seconds(
+    quick:bool=False # as in `headline_settings`
+) -> float|None: # of one core
+    "What a whole run took, from its start to its page; None where it was not measured."
+    told = json.loads(asset('evidence', 'part_seconds.json').read_text(encoding='utf-8'))
+    return told.get('demo', {}).get('quick' if quick else 'full', {}).get('cores')
+
 def dry_headline(
     out:str='demo', quick:bool=False, seed:int=0, crude:bool=False, steps:int|None=None,
     guidance:float|None=None, **rest
@@ -451,6 +459,9 @@ def dry_headline(
     images = s.align_captions * s.draw.samples + s.tune_captions
     rate, where = RATES['embedded'] # for 16 steps
     took = time_text(images * s.draw.steps / 16 / rate)
+    own = not crude and steps is None and guidance is None
+    whole = demo_seconds(quick) if own else None
+    said = f'; all of it once took {time_text(whole)} of one core' if whole else ''
     *parts, _, _ = dry_demo(out, quick)
     return [*parts, look_out(out, note=f'{images:,} drawings'),
-            Look('time', took, 'estimate', f'drawing alone, at a rate of {where}')]
+            Look('time', took, 'estimate', f'drawing alone, at a rate of {where}{said}')]

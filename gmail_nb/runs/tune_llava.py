@@ -178,7 +178,7 @@ def likelihoods(
 # %% ../../nbs/runs/60_tune_llava.ipynb #6c71444a
 def words_alone(likelier:Interval, seeing:Interval) -> str:
     "What is said where captions became likelier and the picture has no part in it."
-    def text(d): return f'{d.value:+.3f} (95% interval {d.low:+.3f} to {d.high:+.3f})'
+    def text(d): return d.words(scale=1, digits=3)
     return ('Words were learned, and not to see: a word in captions of images kept out became '
             f'likelier by {text(likelier)} in log-likelihood, but its own picture in place of '
             f'another image\'s makes a difference of {text(seeing)}, so the picture has no part '
@@ -744,6 +744,7 @@ def dry_chat(
 ) -> list[Look]:
     "What `gmail_chat` would do."
     lost = [str(i) for i in image if not Path(i).exists()]
-    seen = Look('images', ', '.join(lost), 'missing' if lost else 'there',
-                f'{len(image) - len(lost)} of {len(image)} are there')
-    return [look_device(settings.device), look_llava(model), seen]
+    rows, n = [look_device(settings.device), look_llava(model)], len(image) - len(lost)
+    if not image: return rows # a talk about nothing that is seen
+    note = f'{n} of {len(image)} {"is" if n == 1 else "are"} there'
+    return [*rows, Look('images', ', '.join(lost), 'missing' if lost else 'there', note)]
