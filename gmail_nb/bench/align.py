@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +144,6 @@ def memory_counter(
     status:str='/proc/self' # where Linux tells about a process
 ) -> tuple[float, Callable]: # KiB in use now, and a function that gives the most since
     "Start to count the peak memory of this process."
-    from pathlib import Path
     give_back_freed_memory()
     def of(name):
         lines = Path(status, 'status').read_text().splitlines()
