@@ -866,7 +866,8 @@ class LlavaExperimentSettings:
 QUICK_CAPTIONS = CaptionExperimentSettings(base_steps=300, tune_steps=400, seeds=2, extra_seeds=2)
 QUICK_IFCAP = IFCapSettings(base_steps=200, tune_steps=200, seeds=1)
 QUICK_LLAVA = LlavaExperimentSettings(base_steps=40, steps=30, concepts=60, tested=30,
-                                      asked=30, seeds=1, longer_seeds=0)
+                                      asked=30, seeds=1, longer_seeds=0,
+                                      dtype='float32') # which every CPU computes in
 
 # %% ../nbs/01_settings.ipynb #a7c51e03
 @dataclass(frozen=True)
@@ -890,6 +891,8 @@ def report_settings(
 ) -> ReportSettings:
     "The settings of `gmail_report`, with or without `--quick`."
     if not quick: return ReportSettings(seeds)
-    captions = replace(QUICK_CAPTIONS, seeds=1, extra_seeds=1)
-    return ReportSettings(1, proof_settings(quick=True).chain, True, captions, QUICK_IFCAP,
-                          QUICK_LLAVA, shown=4)
+    chain = replace(proof_settings(quick=True).chain, align_captions=128, tune_captions=96)
+    captions = replace(QUICK_CAPTIONS, base_steps=150, tune_steps=200, seeds=1, extra_seeds=1)
+    ifcap = replace(QUICK_IFCAP, base_steps=100, tune_steps=100)
+    llava = replace(QUICK_LLAVA, base_steps=16, steps=12, concepts=40, tested=16, asked=16)
+    return ReportSettings(1, chain, True, captions, ifcap, llava, shown=4)

@@ -24,6 +24,7 @@ from ..align import GenReal
 from ..encoders import Encoder, encode_images
 from .demo import Side, align_side
 from ..files import record
+from ..runtime import give_back_freed_memory
 from ..settings import DemoSettings
 from ..train import align
 from ..tune import head_inputs, tune_text

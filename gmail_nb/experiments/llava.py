@@ -54,7 +54,8 @@ from ..llava_training import Example, adapt_language, example, fit_projector, tr
 from ..losses import by_best
 from ..pages import save_figure, table_text
 from ..runs.dry_run import RATES, Look, look_device, look_lm, look_out, time_text
-from ..runtime import default_device, fingerprint, noise_generator, set_seed, stable_seed
+from ..runtime import (
+    default_device, fast_bfloat16, fingerprint, noise_generator, set_seed, stable_seed)
 from ..settings import (
     QUICK_LLAVA, DemoSettings, LlavaExperimentSettings, ProofSettings, RunSettings, same_settings)
 from ..splits import check_apart
@@ -984,8 +985,10 @@ def dry_llava_experiment(
     seconds = (arms * s.steps + longer * s.longer) * ARM_SECONDS * s.batch_size / 640
     rate, where = RATES['embedded']
     drawing = images * demo.draw.steps / 16 / rate
+    slow = s.dtype == 'bfloat16' and default_device().type == 'cpu' and not fast_bfloat16()
     return [look_device(), look_lm(s.language_model), look_out(out, note=f'{images:,} drawings'),
             Look('arms', f'{arms + longer}', 'estimate',
                  f'whole chains: {s.seeds}, three alignments in each; {longer} arms train longer'),
             Look('time', time_text(drawing), 'estimate', f'drawing alone, at a rate of {where}'),
-            Look('time', time_text(seconds), 'estimate', 'the arms, on one core')]
+            Look('time', time_text(seconds), 'estimate', 'the arms, on one core' + (
+                '; many times that here: this CPU only imitates bfloat16' if slow else ''))]
