@@ -130,7 +130,7 @@ def test_the_card_of_a_push_has_them_too(clip_folder, tmp_path):
         def upload_folder(self, repo_id, folder_path, allow_patterns): return (folder_path/'README.md').read_text()
     model = GenReal(hf_encoder(clip_folder), AdapterSettings(rank=2))
     (tmp_path/'results.jsonl').write_text(json.dumps(recorded('gmail', 'paired_cosine', .5)) + '\n')
-    assert '| paired_cosine |  | 0.500 |' in push_to_hub(model, 'owner/name', tmp_path, api=Api())
+    assert '| paired_cosine | - | 0.500 |' in push_to_hub(model, 'owner/name', tmp_path, api=Api())
 
 
 def test_a_folder_that_is_neither_gets_no_card(tmp_path):
