@@ -892,7 +892,7 @@ def report_settings(
     "The settings of `gmail_report`, with or without `--quick`."
     if not quick: return ReportSettings(seeds)
     chain = replace(proof_settings(quick=True).chain, align_captions=128, tune_captions=96)
-    captions = replace(QUICK_CAPTIONS, base_steps=150, tune_steps=200, seeds=1, extra_seeds=1)
+    captions = replace(QUICK_CAPTIONS, base_steps=100, tune_steps=150, seeds=1, extra_seeds=1)
     ifcap = replace(QUICK_IFCAP, base_steps=100, tune_steps=100)
-    llava = replace(QUICK_LLAVA, base_steps=16, steps=12, concepts=40, tested=16, asked=16)
+    llava = replace(QUICK_LLAVA, base_steps=8, steps=6, batch_size=4, concepts=24, tested=8, asked=8)
     return ReportSettings(1, chain, True, captions, ifcap, llava, shown=4)
