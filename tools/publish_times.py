@@ -25,7 +25,7 @@ def measured(run, quick, most=20):
     "Seconds of one core a chain by part, of the parts that this folder has finished."
     found = {}
     for part in PARTS:
-        for seeds in range(1, most + 1):
+        for seeds in range(1, 1 + (1 if quick else most)): # a quick run has one chain whatever is asked
             file = part_file(run, part, report_settings(quick, seeds), *asked_of(part))
             if not file.exists(): continue
             took = next(r for r in read_results(file) if r['metric'] == 'run_seconds')

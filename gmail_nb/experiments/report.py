@@ -694,7 +694,8 @@ def dry_parts(names:list[str], out:str, settings:ReportSettings) -> list[Look]:
         used = ', '.join(n for n in names if part in parts_needed([n]))
         chains = 1 if part in ONCE else settings.seeds
         if not file.exists():
-            core = f'about {time_text(chains * known[part])} of one core' if part in known else 'not measured'
+            took = time_text(chains * known[part]) if part in known else ''
+            core = f'about {took} of one core'.replace('about under', 'under') if took else 'not measured'
             note = f'chains: {chains}; {core}; for {used}'
             return Look(part, f'records/{file.name}', 'to write', note)
         took = next(r for r in read_results(file) if r['metric'] == 'run_seconds')
