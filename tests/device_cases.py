@@ -6,7 +6,9 @@ told where its tensors lie but by the model that it is given; what loads a model
 says, which is `sim`.
 """
 import gmail_nb.runtime
+import ast
 import copy
+import functools
 import inspect
 import json
 import logging
@@ -801,6 +803,27 @@ def not_called(name, called): return sorted(set(told()['covered'].get(name, ()))
 
 PACKAGE = str(Path(gmail_nb.runtime.__file__).parent)
 
+@functools.cache
+def qualnames(file):
+    "Names with those of what stands around them, by first line and name."
+    found = {}
+    def walk(node, around):
+        for child in ast.iter_child_nodes(node):
+            is_class = isinstance(child, ast.ClassDef)
+            if not is_class and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                walk(child, around)
+                continue
+            first = min(part.lineno for part in (child, *child.decorator_list))
+            found[first, child.name] = around + child.name
+            walk(child, f'{around}{child.name}.' + '<locals>.' * (not is_class))
+    walk(ast.parse(Path(file).read_text(encoding='utf-8')), '')
+    return found
+
+def qualname(code):
+    "Python 3.10 knows that of functions alone, not of their code."
+    known = getattr(code, 'co_qualname', None)
+    return known or qualnames(code.co_filename).get((code.co_firstlineno, code.co_name), code.co_name)
+
 class Called:
     "Names of the functions and classes of the package that were called, such as `tune.tune_text`."
     def __init__(self): self.names, self.known = set(), {}
@@ -818,7 +841,7 @@ class Called:
         body = not code.co_flags & inspect.CO_OPTIMIZED # of a class, or of a file that is imported
         if body or not code.co_filename.startswith(PACKAGE): return None
         room = '.'.join(Path(code.co_filename).relative_to(PACKAGE).with_suffix('').parts)
-        return f'{room}.{code.co_qualname.removesuffix(".__init__")}' # with a class for its methods
+        return f'{room}.{qualname(code).removesuffix(".__init__")}' # with a class for its methods
 
 def outcome(name):
     "The error of a case, or None, and what it called."

@@ -26,7 +26,8 @@ def writes(event, args):
     "The path that an event of the interpreter is about to change, or None."
     if event == 'open' and isinstance(args[0], (str, bytes)):
         return os.fsdecode(args[0]) if args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else None
-    if event in ('os.rename', 'os.mkdir', 'os.remove', 'os.truncate', 'os.chmod'): return os.fsdecode(args[0])
+    if event in ('os.rename', 'os.mkdir', 'os.remove', 'os.truncate', 'os.chmod'):
+        return None if isinstance(args[0], int) else os.fsdecode(args[0]) # 3.10 gives the number of an open file
 
 def at_touches(below, act):
     "Call `act(n, path)` before the n-th change of anything below a folder."
