@@ -124,7 +124,7 @@ def _counted(seeds:int, items:int, draws:int, rng:np.random.Generator) -> tuple:
         return np.bincount(at.ravel(), minlength=draws * n).reshape(draws, n).astype(float)
     return tuple(count(rows, n) for rows, n in zip(zip(*drawn), (seeds, items)))
 
-@lru_cache(4) # a few MB each
+@lru_cache(4) # 24 MB each at most
 def _kept_counts(seeds:int, items:int, draws:int, seed:int) -> tuple:
     return _counted(seeds, items, draws, np.random.default_rng(seed))
 
