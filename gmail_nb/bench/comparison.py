@@ -80,7 +80,7 @@ BENCHES = dict(
     generate=Bench(f'{_room}.generate:bench_generation', 'batches of captions beside one a call',
                    38, 'bench_generate'),
     align=Bench(f'{_room}.align:bench_align',
-                'one tower a step beside two; the loss in parts beside whole; memory kept', 114),
+                'one tower a step beside two; the loss in parts beside whole; memory kept', 300),
     retrieval=Bench(f'{_room}.retrieval:bench_retrieval',
                     'counting beside a sorted matrix of scores', 40),
     llava=Bench(f'{_room}.llava:bench_llava', 'tokens in a file beside a tower in every step',
