@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from gmail_nb.cli import commands
 from gmail_nb.experiments import parts, report, results
@@ -13,7 +14,7 @@ from gmail_nb.experiments.parts import (
     PARTS, chain_demo, report_chain, dealt, kept_scores, miniature_report, part_file, part_name, run_part)
 from gmail_nb.experiments.report import (
     EMBEDDED, PartRecords, Shown, all_claims, asked_of, checked_claims, chosen_names, claim_rows, counted, dry_parts,
-    dry_report, page_html, parts_needed, report_snippet, paper_numbers, table_rows)
+    dry_report, intro_text, page_html, parts_needed, report_snippet, paper_numbers, suited, table_rows)
 from gmail_nb.experiments.protocol import (
     GOOD, NOT_CONFIRMED, STATES, chain_settings, chosen_settings, plain_state)
 from gmail_nb.experiments.tables import TABLES, TableRun
@@ -196,6 +197,18 @@ def test_a_table_at_the_scale_of_the_paper_says_why_it_was_not_run(tmp_path):
         assert s.absent.startswith('Not run: ') and not s.tables and s.scale == 'paper'
 
 # The command
+
+@pytest.mark.parametrize('fast, device, dtype', [
+    (False, 'cpu', 'float32'), (True, 'cpu', 'bfloat16'), (False, 'cuda', 'bfloat16'), (False, 'mps', 'bfloat16')])
+def test_a_cpu_that_imitates_bfloat16_computes_in_float32(monkeypatch, fast, device, dtype):
+    "And the page says so; the seconds of its parts are looked up all the same."
+    monkeypatch.setattr(report, 'fast_bfloat16', lambda: fast)
+    monkeypatch.setattr(report, 'default_device', lambda: torch.device(device))
+    full, quick = suited(report_settings(seeds=3)), report_settings(quick=True)
+    assert full.llava.dtype == dtype and suited(quick) == quick
+    assert replace(full, llava=replace(full.llava, dtype='bfloat16')) == report_settings(seeds=3)
+    assert ('float32' in intro_text('embedded', full)) == (dtype == 'float32')
+    assert report.measured_seconds(full)[0] == report.measured_seconds(report_settings())[0] != {}
 
 def test_the_command_asks_for_what_was_typed(tmp_path, monkeypatch, capsys):
     seen = []

@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 
 from gmail_nb.experiments.parts import ONCE, PARTS, part_file
-from gmail_nb.experiments.report import asked_of
+from gmail_nb.experiments.report import asked_of, suited
 from gmail_nb.files import atomic_write, read_results
 from gmail_nb.runtime import machine
 from gmail_nb.settings import report_settings
@@ -26,7 +26,7 @@ def measured(run, quick, most=20):
     found = {}
     for part in PARTS:
         for seeds in range(1, 1 + (1 if quick else most)): # a quick run has one chain whatever is asked
-            file = part_file(run, part, report_settings(quick, seeds), *asked_of(part))
+            file = part_file(run, part, suited(report_settings(quick, seeds)), *asked_of(part))
             if not file.exists(): continue
             took = next(r for r in read_results(file) if r['metric'] == 'run_seconds')
             found[part] = round(took['cores'] / (1 if part in ONCE else seeds), 1)

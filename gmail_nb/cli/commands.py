@@ -773,11 +773,11 @@ def gmail_report(
 ):
     "Every table and figure of the paper with ours beside it, on one page. Run it again to go on."
     check_scale(scale, quick, settings)
-    from gmail_nb.experiments.report import all_claims, counted, report
+    from gmail_nb.experiments.report import all_claims, counted, report, suited
     from gmail_nb.runtime import use_all_cores
     from gmail_nb.settings import report_settings
     use_all_cores()
-    asked = replace(settings, seeds=seeds) if scale == 'paper' else report_settings(quick, seeds)
+    asked = replace(settings, seeds=seeds) if scale == 'paper' else suited(report_settings(quick, seeds))
     shown = report(out, scale, only, asked)
     claims = counted(all_claims(shown))
     print(f'\nclaims: {claims}\nreport: {out}/report.html')

@@ -30,7 +30,7 @@ from ..pages import as_written, save_figure, table_text
 from ..runtime import default_device, fingerprint, set_seed, stable_seed
 from ..settings import STUDY, STUDY_SEEDS, AdapterSettings, AlignSettings, DemoSettings
 from ..settings import described
-from ..stats import Interval, paired_difference, verdict
+from ..stats import Interval, interval_of, paired_difference, verdict
 from ..train import align
 
 # %% ../../nbs/experiments/30_alignment.ipynb #d34ab324
@@ -231,7 +231,7 @@ def reference_differences(
     for r in records:
         if 'low' not in r or r['metric'] != metric: continue
         name = r['arm'].removesuffix(f' - {reference}')
-        found[name] = Interval(r['value'], r['low'], r['high'], r['n'])
+        found[name] = interval_of(r)
     return reference, found
 
 # %% ../../nbs/experiments/30_alignment.ipynb #3a0c0026

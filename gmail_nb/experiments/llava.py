@@ -59,7 +59,7 @@ from ..runtime import (
 from ..settings import (
     QUICK_LLAVA, DemoSettings, LlavaExperimentSettings, ProofSettings, RunSettings, same_settings)
 from ..splits import check_apart
-from ..stats import DRAWS, Interval, bootstrap, paired_difference, sentence
+from ..stats import DRAWS, Interval, bootstrap, interval_of, paired_difference, sentence
 from ..train import align
 from ..vqa import Answered, Question, drawing_questions, show_answers
 
@@ -499,8 +499,7 @@ def llava_records(results:LlavaResults, pairs:tuple=PAIRS) -> list[dict]:
 # %% ../../nbs/experiments/55_llava.ipynb #4ba65b5d
 def by_arm(records:list[dict]) -> dict[tuple, Interval]: # (arm, metric) -> what was found
     "Intervals of records."
-    return {(r['arm'], r['metric']): Interval(r['value'], r['low'], r['high'], r['n'])
-            for r in records}
+    return {(r['arm'], r['metric']): interval_of(r) for r in records}
 
 def with_first_stage(records:list[dict]) -> dict[str, float]: # arm -> seconds without that stage
     """Arms whose seconds hold the first stage too, as they did when an arm was run by itself: they

@@ -10,7 +10,7 @@ __all__ = ['MORE', 'SCORES', 'CAPTION_TABLES', 'MORE_CAPTION_TABLES', 'VARIANT_T
            'Column', 'recall_columns', 'caption_columns', 'Row', 'Counterpart', 'chosen_names', 'parts_needed',
            'asked_of', 'PartRecords', 'run_parts', 'chains_text', 'our_cells', 'their_cell', 'table_rows', 'Checked',
            'checked_claims', 'shown_samples', 'shown_gap', 'Shown', 'kept_shown', 'table_shown', 'embedded_shown',
-           'paper_shown', 'PaperCall', 'all_claims', 'claim_rows', 'counted', 'shown_html', 'evidence_html',
+           'paper_shown', 'suited', 'PaperCall', 'all_claims', 'claim_rows', 'counted', 'shown_html', 'evidence_html',
            'page_html', 'report_json', 'intro_text', 'write_paper_report', 'report', 'report_snippet',
            'measured_seconds', 'dry_parts', 'dry_chains', 'dry_tables', 'dry_report']
 
@@ -32,7 +32,7 @@ from .parts import ONCE, chain_demo, report_chain, part_file, run_part
 from .parts import share_name
 from .protocol import CURVES, NOT_CONFIRMED, STATES, STATES_TOLD, TESTS, Claim
 from .protocol import chosen_settings, claims_table, plain_state, said_first, state
-from .retrieval import of_record, retrieval_world
+from .retrieval import retrieval_world
 from .tables import MANY, TABLES, TableRun, check_runs, paper_plan, paper_table
 from .tables import run_table
 from ..files import asset, atomic_write, check_writable, read_results, unknown_name, versions
@@ -41,9 +41,9 @@ from ..gap import show_tsne
 from ..pages import STYLE, save_figure, table_html, table_markdown
 from ..runs.dry_run import RATES, Look, first_line, look_device, look_out, time_text
 from ..runs.presets import RECALLS
-from ..runtime import machine
+from ..runtime import default_device, fast_bfloat16, machine
 from ..settings import ReportSettings, report_settings
-from ..stats import Interval
+from ..stats import Interval, interval_of
 
 # %% ../../nbs/experiments/70_report.ipynb #0aba941e
 def _of(metrics, **rows): return {n: dict(zip(metrics, v)) for n, v in rows.items()}
@@ -355,7 +355,7 @@ def chains_text(n:int) -> str: return f'embedded, {n} chain' + 's'[:n > 1]
 def our_cells(r:dict|None, column:Column, sign:str='') -> str:
     "A number of ours with its interval, where it has one."
     if r is None: return ''
-    found = of_record(r)
+    found = interval_of(r)
     if found.low == found.high: return f'{column.scale * found.value:{sign},.{column.digits}f}'
     return found.text(column.scale, sign, column.digits)
 
@@ -410,7 +410,7 @@ def checked_claims(name:str, found:PartRecords) -> list[Checked]:
         numbers = [theirs.get(n, {}).get(k.theirs) for n in claim]
         gain = None if None in numbers else numbers[0] - numbers[1]
         r = found.find(ours, k, other)
-        d, seeds = (of_record(r), r['seeds']) if r else (None, 0)
+        d, seeds = (interval_of(r), r['seeds']) if r else (None, 0)
         said = ' beats '.join(n.removeprefix('+ ') for n in claim)
         out.append(Checked(name, said, k.heading, their_cell(gain, '+'), d, our_cells(r, k, '+'),
                            seeds, state(Claim(said, *c.arms(claim)), d, seeds)))
@@ -514,6 +514,12 @@ def paper_shown(
     shown = Shown(name, title, 'paper', stands, tables, [], {}, records, absent)
     return kept_shown(shown, out)
 
+# %% ../../nbs/experiments/70_report.ipynb #5u1t3dse
+def suited(settings:ReportSettings) -> ReportSettings:
+    "The same; with a language model in float32 where this CPU only imitates bfloat16."
+    if fast_bfloat16() or default_device().type != 'cpu': return settings
+    return replace(settings, llava=replace(settings.llava, dtype='float32'))
+
 # %% ../../nbs/experiments/70_report.ipynb #ccd8fc93
 class PaperCall:
     "A table or figure of the paper, to be called."
@@ -534,7 +540,7 @@ class PaperCall:
         if scale == 'paper':
             return paper_shown(self.name, out, settings or TableRun(seeds=seeds), say)
         if scale != 'embedded': raise unknown_name('scale', scale, ('embedded', 'paper'))
-        return embedded_shown(self.name, out, settings or report_settings(quick, seeds), say)
+        return embedded_shown(self.name, out, settings or suited(report_settings(quick, seeds)), say)
 
 # %% ../../nbs/experiments/70_report.ipynb #fa9de597
 table_1, table_2, table_3 = PaperCall('table1'), PaperCall('table2'), PaperCall('table3')
@@ -643,8 +649,10 @@ def intro_text(
     if least < most: chains = f'{least} to {chains}, as each row says'
     what = (f'{settings.demo.align_captions} concepts of A, {settings.demo.tune_captions} of B'
             if isinstance(settings, ReportSettings) else 'sets and models of the paper')
+    floats = isinstance(settings, ReportSettings) and settings.llava.dtype == 'float32'
     return (f'Scale: {scale}, {chains}, {what}. {machine()}. Intervals are 95%, over items and '
-            'chains; with one chain they are over items alone.')
+            'chains; with one chain they are over items alone.'
+            + ' The language model of the LLaVA computes in float32.' * floats)
 
 def write_paper_report(out:Path, shown:list[Shown], scale:str, settings, evidence:str) -> None:
     "report.html, report.json and report.md."
@@ -665,7 +673,7 @@ def report(
 ) -> list[Shown]:
     "All tables and figures, or some, and the page of them. `ValueError` for unknown names."
     names, out = chosen_names(only), check_writable(out)
-    settings = settings or (TableRun() if scale == 'paper' else ReportSettings())
+    settings = settings or (TableRun() if scale == 'paper' else suited(ReportSettings()))
     evidence, shown = evidence_html(out), []
     for i, name in enumerate(names):
         say(f'[{i + 1}/{len(names)}] {name}: {EMBEDDED[name].title}')
@@ -682,8 +690,8 @@ def report_snippet(out:str|Path='report') -> str: # markdown
 def measured_seconds(settings:ReportSettings) -> tuple[dict[str, float], str]: # of one core, and where
     "Seconds a chain by part, where they were measured with these settings; and of which machine."
     told = json.loads(asset('evidence', 'part_seconds.json').read_text(encoding='utf-8'))
-    one = replace(settings, seeds=1)
-    kinds = [kind for kind, quick in (('full', False), ('quick', True)) if one == report_settings(quick)]
+    one, known = replace(settings, seeds=1), dict(full=report_settings(), quick=report_settings(quick=True))
+    kinds = [kind for kind, s in known.items() if one in (s, suited(s))]
     return told['seconds'].get(kinds[0], {}) if kinds else {}, told['machine']
 
 def dry_parts(names:list[str], out:str, settings:ReportSettings) -> list[Look]:
@@ -743,5 +751,5 @@ def dry_report(
     first = look_device(settings.device if scale == 'paper' else None)
     run = replace(settings, seeds=seeds)
     if scale == 'paper': return [first, *dry_tables(names, out, run), look_out(out)]
-    s = report_settings(quick, seeds)
+    s = suited(report_settings(quick, seeds))
     return [first, *dry_parts(names, out, s), *dry_chains(out, s), look_out(out)]

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['FIVE_ARMS', 'FRACTIONS', 'Hits', 'DIFFERENCES', 'COLORS', 'SeenImages', 'World', 'arm_features', 'demo_aligned',
            'shown', 'described_tests', 'world_features', 'kept_world', 'retrieval_world', 'head_ranks', 'nested',
-           'check_arms', 'stacked', 'tune_arms', 'hits_and_ranks', 'intervals', 'hit_records', 'of_record',
-           'recall_table', 'bars', 'show_arms', 'found_by_any', 'answers_row', 'show_found', 'scaling', 'curves',
-           'show_scaling', 'result_sentences', 'lost_ability', 'retrieval_verdict', 'write_retrieval',
-           'retrieval_experiment']
+           'check_arms', 'stacked', 'tune_arms', 'hits_and_ranks', 'intervals', 'hit_records', 'recall_table', 'bars',
+           'show_arms', 'found_by_any', 'answers_row', 'show_found', 'scaling', 'curves', 'show_scaling',
+           'result_sentences', 'lost_ability', 'retrieval_verdict', 'write_retrieval', 'retrieval_experiment']
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #1665ecb1
 import json
@@ -30,7 +29,7 @@ from ..pages import as_written, save_figure, table_text
 from ..retrieval import WAYS, nearest, retrieval
 from ..runtime import default_device, fingerprint, stable_seed
 from ..settings import DemoSettings, TuneSettings, described, same_settings
-from ..stats import DRAWS, Interval, bootstrap, paired_difference, verdict
+from ..stats import DRAWS, Interval, bootstrap, interval_of, paired_difference, verdict
 from ..tune import TunedText, head_inputs, head_module, save_tuned, tune_text
 
 # %% ../../nbs/experiments/20_retrieval.ipynb #ce8a543e
@@ -272,9 +271,6 @@ def hit_records(
         out += [one(a, test, f'{way}_{m}', v) for (a, m), v in found.items()]
     return out
 
-# %% ../../nbs/experiments/20_retrieval.ipynb #61d1dfa9
-def of_record(r:dict) -> Interval: return Interval(r['value'], r['low'], r['high'], r['n'])
-
 # %% ../../nbs/experiments/20_retrieval.ipynb #4abe3f31
 def recall_table(
     records:list[dict], # from `hit_records`
@@ -282,7 +278,7 @@ def recall_table(
     ks:tuple=(1, 5, 10)
 ) -> list[list[str]]: # a header and its rows, as text
     "One row an arm or difference, in points, with 95% intervals."
-    by = {(r['arm'], r['metric']): of_record(r) for r in records if r['split'] == test}
+    by = {(r['arm'], r['metric']): interval_of(r) for r in records if r['split'] == test}
     columns = [(way, k) for way in WAYS for k in ks]
     def cell(arm, way, k):
         return by[arm, f'{way}_recall_at_{k}'].text(sign='+' if '-' in arm else '')
@@ -394,7 +390,7 @@ def curves(ax, rows:list[dict]) -> None:
     "A line an arm over the number of captions, with its interval as a band."
     for arm in (a for a in COLORS if a in {r['arm'] for r in rows} and a != 'gmail f_g'):
         mine = [r for r in rows if r['arm'] == arm]
-        x, found = [r['captions'] for r in mine], [of_record(r) for r in mine]
+        x, found = [r['captions'] for r in mine], [interval_of(r) for r in mine]
         ax.plot(x, [100 * v.value for v in found], marker='o', color=COLORS[arm], label=arm)
         low, high = ([100 * getattr(v, end) for v in found] for end in ('low', 'high'))
         ax.fill_between(x, low, high, color=COLORS[arm], alpha=.15)
@@ -445,7 +441,7 @@ def lost_ability(by:dict, arm:str) -> str: # by: intervals by arm, split and met
 # %% ../../nbs/experiments/20_retrieval.ipynb #f593919b
 def retrieval_verdict(records:list[dict]) -> str:
     "What the paired intervals allow one to say, and what zero-shot ability was lost."
-    by = {(r['arm'], r['split'], r['metric']): of_record(r) for r in records}
+    by = {(r['arm'], r['split'], r['metric']): interval_of(r) for r in records}
     tests = dict.fromkeys(r['split'] for r in records)
     said = [result_sentences(by, test, way) for test in tests for way in WAYS]
     lost = [lost_ability(by, arm) for arm in ('gmail', 'indiscriminate')]

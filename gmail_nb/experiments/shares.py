@@ -190,7 +190,7 @@ def worth(
     real = [share_arm('real', s) for s in SHARES]
     x = share_scores(records, [*real, *arms], point) # (arms, S, N)
     def statistic(seeds, concepts):
-        *heights, = x[:, seeds][:, :, concepts].mean((1, 2))
+        *heights, = x[:, seeds].mean(1)[:, concepts].mean(1)
         found = [reached(SHARES, heights[:len(real)], level) for level in heights[len(real):]]
         return found[0] if len(found) == 1 else found[0] - found[1]
     return resample(statistic, *x.shape[1:])

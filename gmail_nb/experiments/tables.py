@@ -898,7 +898,7 @@ def embedded_answers(
     folder:str|Path      # of the embedded experiment, with llava_results.jsonl
 ) -> list[list[str]]: # a heading and its rows
     "Accuracy of the embedded LLaVA beside the paper's. `FileNotFoundError` without records."
-    from gmail_nb.stats import Interval
+    from gmail_nb.stats import interval_of
     t, file = TABLES[table], Path(folder)/'llava_results.jsonl'
     if not file.exists():
         raise FileNotFoundError(f'{file} is missing: gmail_experiment llava writes it')
@@ -906,7 +906,7 @@ def embedded_answers(
     theirs = {r.name: f'{r.reported[t.data[0]][0]}' for r in t.rows if r.reported}
     def ours(arm):
         sign, r = '+' if ' - ' in arm else '', by.get(arm)
-        return Interval(r['value'], r['low'], r['high'], r['n']).text(100, sign) if r else ''
+        return interval_of(r).text(100, sign) if r else ''
     rows = [[name, ours(arm), theirs.pop(name, '')] for name, arm in EMBEDDED_ARMS.items()]
     heading = [f'{table}: {t.title}', 'embedded [95%], %', 'in the paper, %']
     return [heading, *rows, *([name, '', number] for name, number in theirs.items())]

@@ -35,7 +35,7 @@ from .embed import tell_skipped
 from .judge import FEWEST, Verdict, show_differences, word_of
 from .models import safe_name
 from ..settings import EvalSettings, SourceSettings
-from ..stats import Interval, bootstrap, sentence
+from ..stats import Interval, bootstrap, interval_of, sentence
 
 # %% ../../nbs/runs/40_evaluate.ipynb #8d9b6362
 @dataclass
@@ -709,7 +709,7 @@ def differences_told(
             and r['dataset'] in data and r['metric'] in TOLD]
     ours.sort(key=lambda r: TOLD.index(r['metric']))
     name = lambda r: f"{r['arm']}, {short_name(r['metric'])} on {Path(r['dataset']).name}"
-    return {name(r): (r, Interval(r['value'], r['low'], r['high'], r['n'])) for r in ours}
+    return {name(r): (r, interval_of(r)) for r in ours}
 
 # %% ../../nbs/runs/40_evaluate.ipynb #a806d643
 def told(r:dict, d:Interval) -> str:
