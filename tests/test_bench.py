@@ -44,6 +44,7 @@ def test_days_of_the_paper_stand_beside_our_rate(monkeypatch):
     assert listed[0]['days_COCO'] == round(560_000 / 2 / 86_400, 2)
     assert set(bench_generate.CAPTION_SETS) == {n[5:] for n in listed[0] if n.startswith('days_')}
 
+@pytest.mark.slow
 def test_generation_has_both_number_formats():
     quick = bench_generate.bench_generate(n=4, rounds=1)
     assert {r['name'] for r in quick} == {'generate', 'generate_float32'}
@@ -90,6 +91,7 @@ def test_retrieval_is_faster_in_less_memory():
     time, memory = bench_retrieval.compare_retrieval(1000, 5000, 128)
     assert time['ratio'] > 3 and memory['ratio'] > 1
 
+@pytest.mark.slow
 def test_a_large_gallery_stands_beside_its_matrix():
     big = bench_retrieval.bench_retrieval_large(2000, 10_000, 64)[0]
     assert big['seconds'] > 0 and big['plain'] > 76 and big['n'] == 20_000_000
@@ -102,6 +104,7 @@ def test_lack_of_memory_is_said(monkeypatch):
 
 # alignment
 
+@pytest.mark.slow
 def test_memory_is_counted_without_linux_too():
     here = bench_align.measured_loss('dense', 8192, 128)
     # through a shell: the peak that Linux counts for a process begins with that of its parent, and pytest is large
@@ -114,7 +117,9 @@ def test_every_bound_belongs_to_a_row():
               for what in ('cached real side', 'and frozen prefix')}
     assert set(bench_align.MUST) == towers | {'loss memory', 'loss time', 'encoding by 64, freed memory kept'}
 
-def test_streamed_loss_needs_less():
+def test_streamed_loss_needs_less(monkeypatch):
+    "In glibc's own way: what it keeps of freed memory is no need of the loss, and differs from run to run."
+    monkeypatch.setenv('GLIBC_TUNABLES', '')
     memory, time = bench_align.compare_loss(8192, 128)
     assert memory['name'] == 'loss memory' and memory['ratio'] > 1.5 and time['name'] == 'loss time'
 
@@ -125,6 +130,7 @@ def test_batches_double_until_they_do_not_fit():
     assert bench_align.largest_batch(fits) == (512, 512)
     assert bench_align.largest_batch(fits, 2048) == (0, None)
 
+@pytest.mark.slow
 def test_rows_of_a_gpu_in_small():
     rows = bench_align.compare_on_gpu('embedded', bench_align.embedded_encoder(), 64, batch=4, most=8)
     assert rows[2]['ours'] == rows[2]['plain'] == 8

@@ -37,7 +37,9 @@ XL = UNET | dict(
     projection_class_embeddings_input_dim=64,
 )
 LLAMA = NARROW | dict(vocab_size=49408, num_key_value_heads=1, max_position_embeddings=128)
-FORMATS = pytest.mark.parametrize('on', [HERE, HALF], ids=['float32', 'bfloat16'])
+# Most CPUs imitate bfloat16, many times slower.
+FORMATS = pytest.mark.parametrize('on', [
+    pytest.param(HERE, id='float32'), pytest.param(HALF, id='bfloat16', marks=pytest.mark.slow)])
 
 @pytest.fixture
 def clip(tmp_path):

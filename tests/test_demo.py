@@ -66,6 +66,7 @@ def test_crude_is_what_it_was():
     s = DemoSettings()
     assert (s.draw.steps, s.draw.guidance, s.draw.samples, s.seeds) == (3, 8, 3, 5)
 
+@pytest.mark.slow
 def test_the_demo_is_a_point_of_the_chain(tmp_path):
     "The same concepts are found, one by one, by another function in another folder."
     chain = replace(small(), seeds=1, draw=replace(small().draw, samples=1))

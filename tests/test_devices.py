@@ -22,6 +22,12 @@ HEAVY = (
     'align_streamed',
     'align_tokens_best',
     'the_benchmark_of_a_gpu',
+    'genreal_projections',
+    'aligned_and_tuned_by_name',
+    'a_cached_prefix',
+    'fine_tuning',
+    'long_captions',
+    'a_set_of_classes_is_evaluated',
 )
 GROUPS = dict(
     models=(
@@ -29,14 +35,8 @@ GROUPS = dict(
         'encoder_open_clip',
         'encoder_clip',
         'genreal_lora',
-        'genreal_projections',
         'exported',
-        'aligned_and_tuned_by_name',
-        'a_cached_prefix',
-        'fine_tuning',
         'zero_shot_and_probe',
-        'long_captions',
-        'a_set_of_classes_is_evaluated',
     ),
     alignment=(
         'align_batch',
@@ -74,6 +74,9 @@ GROUPS = dict(
     more=HEAVY,
 )
 
+# Those that every run tries; `-m slow` tries the others as well.
+OFTEN = ('models', 'alignment', 'uses')
+
 CASES = root/'tests'/'device_cases.py'
 
 def outcome(forks, group, folder):
@@ -83,7 +86,7 @@ def outcome(forks, group, folder):
     assert out.exists(), done.err[-3000:]
     return {name: found['error'] for name, found in json.loads(out.read_text()).items() if found['error']}
 
-@pytest.mark.parametrize('group', [*list(GROUPS)[:-1], pytest.param('more', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('group', [g if g in OFTEN else pytest.param(g, marks=pytest.mark.slow) for g in GROUPS])
 def test_on_a_second_device(forks, group, tmp_path):
     errors = outcome(forks, group, tmp_path)
     assert not errors, '\n\n'.join(f'{name}: {error}' for name, error in errors.items())

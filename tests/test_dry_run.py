@@ -422,6 +422,7 @@ def test_tuning_a_text_side_says_what_training_takes(root, tmp_path):
     unknown, = dry_run.look_training('embedded', TEXT_RECIPES['small'].settings, 12, dry_run.Speed(how='not here'))
     assert not unknown.where and 'not known: ' in unknown.note and 'not here' in unknown.note
 
+@pytest.mark.slow
 def test_a_head_that_learns_more_a_step_takes_longer():
     from gmail_nb.settings import TuneSettings
     small, large = (min(dry_run.head_seconds('embedded', TuneSettings(batch_size=n), 'cpu') for _ in range(3))

@@ -164,9 +164,11 @@ def test_quick_is_smaller_and_keeps_the_generator():
 
 # what ships
 
-def test_the_page_is_made_of_the_records_byte_for_byte():
-    page = asset('evidence', 'page.md').read_bytes()
-    assert evidence.evidence_page(curve.stored()).encode() == page
+@pytest.fixture(scope='module')
+def stored_page(): return evidence.evidence_page(curve.stored())
+
+def test_the_page_is_made_of_the_records_byte_for_byte(stored_page):
+    assert stored_page.encode() == asset('evidence', 'page.md').read_bytes()
 
 def test_the_runs_used_the_settings_that_were_chosen():
     chosen, times = chosen_settings(), {**controls.LONGER}
@@ -193,9 +195,9 @@ def test_records_that_ship_are_whole():
         arms = {r['arm'] for r in records if (r['seed'], tuple(r['point'].values())) == (seed, point)}
         assert arms >= {'base', 'indiscriminate', 'gmail', 'matched', 'real'}
 
-def test_the_page_names_what_the_records_hold():
+def test_the_page_names_what_the_records_hold(stored_page):
     "A section for captions and one for shares, where there are such records, and none where there are not."
-    records, page = curve.stored(), evidence.evidence_page(curve.stored())
+    records, page = curve.stored(), stored_page
     captions, shares = (any(r['metric'] == 'CIDEr' for r in records),
                         any(r['arm'].startswith('both, ') for r in records))
     assert ('## Captions' in page) == captions and ('mix is worth' in page) == shares

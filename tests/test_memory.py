@@ -92,8 +92,8 @@ for n in ({SMALL}, {LARGE}):
     return map(int, done.stdout.split())
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='Linux counts this memory')
-@pytest.mark.parametrize('code, most', [
-    pytest.param(CAPTIONS, 150, id='captions'), pytest.param(PROBE, 1000, id='probe', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('code, most', [(CAPTIONS, 150), (PROBE, 1000)], ids=['captions', 'probe'])
 def test_memory_does_not_grow_with_rows(tmp_path, code, most):
     "Captions of 200 letters, held once, would be 215 bytes a row; scores of a thousand classes, 4,000."
     small, large = bytes_held(code, tmp_path)

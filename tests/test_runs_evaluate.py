@@ -98,7 +98,8 @@ def value_of(records):
 
 # The presets, one by one
 
-@pytest.mark.parametrize('name, more', [('paper-table2', ()), ('paper-table3', ()), ('paper-table5', ()),
+@pytest.mark.parametrize('name, more', [pytest.param('paper-table2', (), marks=pytest.mark.slow), ('paper-table3', ()),
+                                        pytest.param('paper-table5', (), marks=pytest.mark.slow),
                                         ('paper-table7', ('--rows', 'COCO captions', '--rows', 'CC12M captions'))])
 def test_retrieval_presets(world, capsys, name, more):
     status, printed, _ = world.preset(capsys, name, *more, out=name)
@@ -129,6 +130,7 @@ def test_table4_zero_shot_on_all_eight_sets(world, capsys):
     assert status == second == 0 and set(mains) == set(EIGHT)
     assert [mains[d] for d in ('pets', 'aircraft', 'caltech101', 'dtd')] == ['mean_per_class'] * 3 + ['top1']
 
+@pytest.mark.slow
 def test_table4_rows_without_a_text_side(world, capsys):
     probe = world.preset(
         capsys, 'paper-table4', '--rows', 'SynCLR', '--rows', 'SynCLR + GMAIL', '--model', SYNCLR, out='probe'

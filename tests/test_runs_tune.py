@@ -202,7 +202,8 @@ def tune(capsys, captions, kind, steps, *more):
     )
     return status, out, [l for l in err.splitlines() if 'left out' in l or l.startswith('gmail')]
 
-@pytest.mark.parametrize('kind, steps', [('gpt2', 80), ('opt', 10), ('llama', 10)])
+@pytest.mark.parametrize('kind, steps', [
+    ('gpt2', 80), pytest.param('opt', 10, marks=pytest.mark.slow), ('llama', 10)])
 def test_a_preset_trains_on_a_karpathy_file(captions, capsys, kind, steps):
     status, out, said = tune(capsys, captions, kind, steps)
     results = {r['metric']: r for r in read_results(captions['folder']/f'out_{kind}'/'results.jsonl')}
@@ -456,6 +457,7 @@ def test_a_mapper_first_and_the_language_model_later(captions):
         assert found.settings['tuning'] == tuning
         assert found.lm.dtype == (torch.float32 if tuning == 'full' else torch.bfloat16)
 
+@pytest.mark.slow
 def test_a_projection_that_was_trained_goes_with_the_captioner(captions):
     folder, model = captions['folder'], GenReal(load_encoder('embedded'))
     with torch.no_grad(): model.proj_real.weight.copy_(torch.eye(256).flip(0))
