@@ -87,6 +87,7 @@ def test_ways_agree_on_every_recall():
     features = bench_retrieval.random_features(200, 1000, 64, noise=2)
     assert bench_retrieval.our_recalls(*features) == bench_retrieval.plain_recalls(*features)
 
+@pytest.mark.slow
 def test_retrieval_is_faster_in_less_memory():
     time, memory = bench_retrieval.compare_retrieval(1000, 5000, 128)
     assert time['ratio'] > 3 and memory['ratio'] > 1

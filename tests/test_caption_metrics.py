@@ -107,6 +107,7 @@ def test_scores_that_need_java_are_named_as_absent_without_it(references, vector
     with pytest.raises(KeyError, match="no score 'BLEU'"): result['BLEU']
     assert '| CIDEr |' in result._repr_markdown_() and 'absent' in repr(result)
 
+@pytest.mark.slow
 def test_scores_fall_for_every_way_to_spoil_a_caption_and_order_matters_to_some(references, vectors):
     some, rng = dict(list(references.items())[:200]), np.random.default_rng(0)
     long = {k: v[1] for k, v in some.items()}

@@ -26,6 +26,7 @@ def small():
     return replace(s, align_captions=12, tune_captions=12, validation_captions=4, seeds=2,
                    align=replace(s.align, epochs=2, batch_size=4), tune=replace(s.tune, steps=10))
 
+@pytest.mark.slow
 def test_images_of_a_side_lie_by_sample(tmp_path):
     encoder = load_encoder('embedded')
     side = make_side(encoder, 'A', 6, 2, small(), tmp_path)

@@ -411,6 +411,7 @@ def test_counts_have_their_words_and_no_number_is_written_with_an_exponent(root,
     assert dry_run.look_steps(1, 12, 12).note == '1 step of 12, once through 12 captions'
     assert dry_run.look_time(12, 1879.2, 'here').note == '12 images at 1,879 a second: here'
 
+@pytest.mark.slow
 def test_tuning_a_text_side_says_what_training_takes(root, tmp_path):
     "A head reads its texts once and is timed by itself; where the tower learns, its passes are counted."
     rows = {r.what: r for r in dry_text(str(root/'dataset_coco.json'), out=tmp_path/'x', recipe=TEXT_RECIPES['small'],

@@ -122,7 +122,7 @@ def slow_but(*cheap, kinds=KINDS):
 LARGEST = dict(generate=30_000, report=30_000, embed=20_000, align=60_000, text=100_000, caption=200_000, llava=60_000,
                vqa=10_000, demo=60_000, eval=15_000, tables=60_000)
 
-@slow_but(*[k for k in KINDS if k in ('align', 'text')])
+@slow_but(*[k for k in KINDS if k == 'align'])
 def test_a_run_that_meets_one_fault_after_another(world, go, tmp_path, kind):
     "Stopped, killed, and begun a second time while it runs: then it ends as an unbroken one. The demo is killed once."
     out, held, free, touches = tmp_path/kind, tmp_path/'held', tmp_path/'free', world.touches_of(kind)
@@ -173,9 +173,9 @@ def stopped_and_resumed(world, go, out, kind, sign, at):
 def test_a_stop_at_ten_moments(world, go, tmp_path, kind, sign):
     for i in range(10): stopped_and_resumed(world, go, tmp_path/f'{i}'/kind, kind, sign, at=.05 + i / 10.6)
 
-@slow_but('llava', kinds=('llava', 'tables'))
+@slow_but(kinds=('llava', 'tables'))
 def test_each_signal_once(world, go, tmp_path, kind):
-    "Ctrl-C, SIGTERM and SIGKILL on one folder, and then it goes on to its end. Of a table of the report it is slow."
+    "Ctrl-C, SIGTERM and SIGKILL on one folder, and then it goes on to its end."
     out, touches = tmp_path/kind, world.touches_of(kind)
     stopped(go, out, kind, INT, touch=touches // 2)
     stopped(go, out, kind, TERM, touch=25) # of a run that goes on there are fewer touches
@@ -280,6 +280,7 @@ def test_jobs_of_different_parts_embed_into_one_folder(world, go, tmp_path):
     free.touch()
     assert first.wait().status == 0 and not same(world, 'embed', out)
 
+@pytest.mark.slow
 def test_a_whole_run_and_the_jobs_of_parts_keep_each_other_out(world, go, tmp_path):
     "Whichever comes first: the other is told, and what the first is writing stays."
     for i, (first, then, touch) in enumerate([(('--part', '0/2'), (), 25), ((), ('--part', '1/2'), 25)]):
@@ -400,7 +401,7 @@ def some(cases, every):
     return [pytest.param(*c, d, id=f'{c[0]}-{c[1]}-{d}', marks=[] if (i * 5 + j) % every == 0 and c[0] != 'demo' else pytest.mark.slow)
             for i, c in enumerate(cases) for j, d in enumerate(DAMAGES)]
 
-@pytest.mark.parametrize('kind, name, read, damage', some(READ, 6))
+@pytest.mark.parametrize('kind, name, read, damage', some(READ, 13))
 def test_a_damaged_file_is_refused_by_name(world, others, tmp_path, kind, name, read, damage):
     "Read it: an error that names it or its folder."
     if name == 'results.jsonl' and damage in ('another', 'empty'): pytest.skip('each record stands for itself')
@@ -428,7 +429,7 @@ AGAIN = [('generate', 'shard-00001-of-00003.parquet'), ('generate', 'shard-00001
          ('eval', 'results.jsonl'),
          ('demo', 'cache/*.safetensors'), ('demo', 'generated_A_12x3_0/shard-00000-of-00001.parquet')]
 
-@pytest.mark.parametrize('kind, name, damage', some(AGAIN, 30))
+@pytest.mark.parametrize('kind, name, damage', some(AGAIN, 60))
 def test_a_damaged_file_is_made_anew_or_named(world, others, go, tmp_path, kind, name, damage):
     out, path = damaged_copy(world, others, tmp_path, kind, name, damage)
     damaged = path.read_bytes()

@@ -71,6 +71,7 @@ def test_the_pairs_that_judge_did_not_choose(good):
     best = max((r for r in rows if 'paired_cosine' in r), key=lambda r: r['paired_cosine'])
     assert verdict.facts['kept_step'] in (0, best['step'])
 
+@pytest.mark.slow
 def test_a_run_of_before_that_is_over_says_which_weights_it_has(home):
     "Begun without the best weights, it goes on with them and has those of its end."
     last = aligned(home, 'drawn', 'before', keep_best=False)
@@ -249,6 +250,7 @@ def test_a_text_side_is_judged_on_captions_kept_out(tuned):
     assert page.index('<img') < page.index(verdict.sentences[0][:20]) < page.index('T2I R@1') < page.index('recipe.')
     assert {'found.png', 'worst.png', 'difference.png', 'loss.png'} <= {p.name for p in tuned.iterdir()}
 
+@pytest.mark.slow
 def test_a_measurement_has_a_sentence_for_each_difference(home, tuned, monkeypatch, capsys):
     monkeypatch.chdir(home)
     test = emoji('B', source='twemoji').select(range(30))

@@ -127,6 +127,7 @@ def test_the_command_makes_what_the_function_makes_and_goes_on(home, capsys):
     )
     assert status == 2 and 'rank' in text # nothing is written over
 
+@pytest.mark.slow
 def test_a_set_of_the_hub_is_aligned_as_its_file_is(home, capsys, tmp_path, monkeypatch):
     "A set with the names of columns of its owner, as `datasets` would load it."
     asked = []

@@ -341,6 +341,7 @@ def by_key(captions, keys, named=None):
     ds = captions['ds'].select(keys).remove_columns('key')
     return ds.add_column('key', [str(k) for k in (named or keys)])
 
+@pytest.mark.slow
 def test_arms_and_seeds_share_features_and_decode_nothing_twice(captions, monkeypatch):
     shared = str(captions['folder']/'shared')
     run_of(captions, 'seed0', captions['made'], arm='mix', features=shared)
@@ -351,6 +352,7 @@ def test_arms_and_seeds_share_features_and_decode_nothing_twice(captions, monkey
     assert sorted(p.name for p in Path(shared).iterdir()) == before
     assert [n.split('-')[0] for n in before] == ['generated', 'real', 'test']
 
+@pytest.mark.slow
 def test_sixteen_bits_on_disk(captions):
     run_of(captions, 'half', store='float16')
     cards = [json.loads(p.read_text()) for p in (captions['folder']/'half'/'features').glob('*/card.json')]
@@ -405,6 +407,7 @@ def test_test_images_that_are_learned_from_are_refused(captions):
     run_of(captions, 'apart', arm='real', test=apart)
     assert sorted(trained_on(folder/'apart'/'captioner')) == sorted(str(i) for i in range(40) if i % 4)
 
+@pytest.mark.slow
 def test_a_karpathy_file_as_the_test_set_says_what_is_learned_from(captions):
     folder = captions['folder']
     source = SourceSettings(images=str(folder/'coco'))
@@ -425,6 +428,7 @@ def test_what_the_models_below_were_trained_on_is_no_test(captions):
     with pytest.raises(ValueError, match='among those of the captioner to start from'):
         tune_captioner(by_key(captions, [20, 24], ['x', 'y']), folder/'leak3', start, test=by_key(captions, [1, 2]))
 
+@pytest.mark.slow
 def test_a_captioner_goes_on_from_another(captions):
     folder = captions['folder']
     run_of(captions, 'first', settings=replace(FEW, steps=20))
@@ -441,6 +445,7 @@ def test_a_captioner_goes_on_from_another(captions):
             run_of(captions, 'third', settings=replace(FEW, start=str(folder/'first'), **how))
 
 
+@pytest.mark.slow
 def test_a_mapper_first_and_the_language_model_later(captions):
     "A frozen language model is tuned in a second run, with LoRA or in full."
     folder = captions['folder']

@@ -477,7 +477,8 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(forks, tmp_path)
     for done in forks.together(script, tmp_path, tmp_path/'checkpoints', processes=2):
         assert done.status != 0 and 'was written by 1 processes that trained together, and here are 2' in done.err
 
-@pytest.mark.parametrize('victim', [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
 def test_when_one_of_two_is_killed_the_other_ends_and_the_same_command_goes_on(forks, tmp_path, victim):
     "It waits for nobody: here without a launcher, which would end it too."
     checkpoints = tmp_path/'checkpoints'

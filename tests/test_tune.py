@@ -408,7 +408,8 @@ def test_the_base_is_loaded_by_the_name_on_the_card(folders):
     load_tuned(folders/'tuned', load=lambda name: asked.append(name) or load_encoder(name))
     assert asked == ['embedded']
 
-@pytest.mark.parametrize('victim', [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
 def test_when_one_of_two_is_killed_the_other_ends_and_the_same_command_goes_on(forks, tmp_path, victim):
     "As of an alignment, in tests/test_train.py."
     def kept(name):
