@@ -79,7 +79,8 @@ def asked(root):
 
 CALLS = list(asked(Path('x')))
 
-@pytest.mark.parametrize('name', CALLS)
+@pytest.mark.parametrize('name', [
+    pytest.param(n, marks=pytest.mark.slow if n == 'tune text without' else ()) for n in CALLS])
 def test_every_command_says_what_it_would_do_and_writes_nothing(name, root, tmp_path, monkeypatch, capsys):
     argv, wanted = asked(root)[name]
     words = [
@@ -367,6 +368,7 @@ def test_what_was_timed_names_precision_and_batch():
     rate, dim, _, how = dry_run.forward_rate('embedded', 4, 'bf16')
     assert rate > 0 and dim == 256 and 'bfloat16 and batches of 4' in how
 
+@pytest.mark.slow
 def test_a_recipe_that_means_other_captions_says_so(root):
     "Its steps are one epoch of the published set; a small set would be read hundreds of times."
     found = dry_text(str(root/'dataset_coco.json'), source=SourceSettings(split='test'), recipe=TEXT_RECIPES['gmail-clip'])

@@ -58,8 +58,8 @@ def feature_keys(folder): return sorted(pq.read_table(folder/'keys.parquet')['ke
 def way(request, photos, forks, tmp_path_factory):
     """The whole way from the folder to a tuned model, and what each command said.
 
-    Three of them start from a shell, as a person's do: the first, the last, and one between, each of which reads what
-    another process wrote. With `-m slow` all of them do, which takes two minutes."""
+    Two of them start from a shell, as a person's do: the first, and the last, which reads what other processes wrote.
+    With `-m slow` all of them do, which takes two minutes."""
     home, folder = tmp_path_factory.mktemp('home'), photos[0]
     steps = [
         ('align', folder, '--generated', 'generated', '--epochs', 3, '--batch-size', 8, '--validation-share', .2,
@@ -73,7 +73,7 @@ def way(request, photos, forks, tmp_path_factory):
          '--equal-keys', 'allow')] # the same pictures: a measure of what was learned by heart
     said = []
     for argv in (('generate', folder, '--steps', 2, '--quiet'), *steps):
-        alone = request.param == 'shell' or argv[0] in ('generate', 'eval') or 'features_g' in argv
+        alone = request.param == 'shell' or argv[0] in ('generate', 'eval')
         said.append(shell(home, *argv) if alone else forked(forks, home, *argv))
     return home, said
 

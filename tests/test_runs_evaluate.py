@@ -98,9 +98,11 @@ def value_of(records):
 
 # The presets, one by one
 
-@pytest.mark.parametrize('name, more', [pytest.param('paper-table2', (), marks=pytest.mark.slow), ('paper-table3', ()),
-                                        pytest.param('paper-table5', (), marks=pytest.mark.slow),
-                                        ('paper-table7', ('--rows', 'COCO captions', '--rows', 'CC12M captions'))])
+def slow(*case): return pytest.param(*case, marks=pytest.mark.slow)
+
+@pytest.mark.parametrize('name, more', [
+    slow('paper-table2', ()), slow('paper-table3', ()), slow('paper-table5', ()),
+    ('paper-table7', ('--rows', 'COCO captions', '--rows', 'CC12M captions'))])
 def test_retrieval_presets(world, capsys, name, more):
     status, printed, _ = world.preset(capsys, name, *more, out=name)
     records = world.records(name)
