@@ -118,11 +118,9 @@ def test_every_bound_belongs_to_a_row():
               for what in ('cached real side', 'and frozen prefix')}
     assert set(bench_align.MUST) == towers | {'loss memory', 'loss time', 'encoding by 64, freed memory kept'}
 
-def test_streamed_loss_needs_less(monkeypatch):
-    "In glibc's own way: what it keeps of freed memory is no need of the loss, and differs from run to run."
-    monkeypatch.setenv('GLIBC_TUNABLES', '')
+def test_streamed_loss_needs_less():
     memory, time = bench_align.compare_loss(8192, 128)
-    assert memory['name'] == 'loss memory' and memory['ratio'] > 1.5 and time['name'] == 'loss time'
+    assert memory['name'] == 'loss memory' and memory['ratio'] > 3 and time['name'] == 'loss time'
 
 def test_batches_double_until_they_do_not_fit():
     def fits(batch):
@@ -131,7 +129,6 @@ def test_batches_double_until_they_do_not_fit():
     assert bench_align.largest_batch(fits) == (512, 512)
     assert bench_align.largest_batch(fits, 2048) == (0, None)
 
-@pytest.mark.slow
 def test_rows_of_a_gpu_in_small():
     rows = bench_align.compare_on_gpu('embedded', bench_align.embedded_encoder(), 64, batch=4, most=8)
     assert rows[2]['ours'] == rows[2]['plain'] == 8

@@ -50,7 +50,6 @@ def test_work_of_other_processes_is_counted():
 
 def test_made_captions_end(): assert list(MadeCaptions(2)) == ['caption 0', 'caption 1']
 
-@pytest.mark.slow
 def test_trainings_are_measured():
     found = measured_stages(400, 'training_stages')
     assert [r["stage"].partition(":")[0] for r in found] == [

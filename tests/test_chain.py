@@ -457,7 +457,6 @@ def test_an_export_is_read_by_its_own_library(chain, mini, drawn, tmp_path, requ
     torch.testing.assert_close(see(x), model.encode_generated(x), atol=1e-5, rtol=0)
     torch.testing.assert_close(read(texts), model.encode_text(model.encoder.tokenize(texts)), atol=1e-5, rtol=0)
 
-@pytest.mark.slow
 @torch.inference_mode()
 def test_an_export_keeps_the_activation_of_its_weights(monkeypatch, tmp_path):
     "OpenAI's weights have QuickGELU, which the name of their architecture does not say."

@@ -40,7 +40,6 @@ def test_fewer_concepts_are_among_more():
 def test_more_concepts_than_there_are():
     with pytest.raises(ValueError, match='choose between'): some_concepts('B', 10**6, 0)
 
-@pytest.mark.slow
 def test_the_demo_repeats_and_writes_its_records(tmp_path):
     records, again = demo(tmp_path/'one', small()), demo(tmp_path/'two', small())
     assert [r['value'] for r in records] == [r['value'] for r in again]

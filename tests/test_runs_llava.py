@@ -187,7 +187,6 @@ def test_an_aligned_model_is_found_from_any_directory(capsys, home, tmp_path, mo
         load_talker(tmp_path/'second'/'llava', generated=True)
     assert load_talker(tmp_path/'second'/'llava').keys # f_r needs none of it
 
-@pytest.mark.slow
 def test_another_alignment_in_the_same_folder_is_refused(capsys, home, tmp_path):
     shutil.copytree(home/'aligned', tmp_path/'aligned')
     drawn = '--generated', home/'drawn.parquet', '--model', tmp_path/'aligned'
@@ -395,7 +394,6 @@ def test_plain_folders_that_cannot_be_saved(capsys, home, more, said):
     status, _, err = tune(capsys, home, 'unsaved', home/'real.parquet', *more)
     assert status == 2 and said in err and not (home/'unsaved'/'card.json').exists()
 
-@pytest.mark.slow
 def test_two_kinds_take_half_of_each(home):
     "The steps of one pass are those of an arm with one kind, and every concept is learned from once."
     stages = dict(project=StageSettings(batch_size=4), instruct=StageSettings(steps=0))

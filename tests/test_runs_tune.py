@@ -352,7 +352,6 @@ def test_arms_and_seeds_share_features_and_decode_nothing_twice(captions, monkey
     assert sorted(p.name for p in Path(shared).iterdir()) == before
     assert [n.split('-')[0] for n in before] == ['generated', 'real', 'test']
 
-@pytest.mark.slow
 def test_sixteen_bits_on_disk(captions):
     run_of(captions, 'half', store='float16')
     cards = [json.loads(p.read_text()) for p in (captions['folder']/'half'/'features').glob('*/card.json')]
@@ -407,7 +406,6 @@ def test_test_images_that_are_learned_from_are_refused(captions):
     run_of(captions, 'apart', arm='real', test=apart)
     assert sorted(trained_on(folder/'apart'/'captioner')) == sorted(str(i) for i in range(40) if i % 4)
 
-@pytest.mark.slow
 def test_a_karpathy_file_as_the_test_set_says_what_is_learned_from(captions):
     folder = captions['folder']
     source = SourceSettings(images=str(folder/'coco'))
@@ -462,7 +460,6 @@ def test_a_mapper_first_and_the_language_model_later(captions):
         assert found.settings['tuning'] == tuning
         assert found.lm.dtype == (torch.float32 if tuning == 'full' else torch.bfloat16)
 
-@pytest.mark.slow
 def test_a_projection_that_was_trained_goes_with_the_captioner(captions):
     folder, model = captions['folder'], GenReal(load_encoder('embedded'))
     with torch.no_grad(): model.proj_real.weight.copy_(torch.eye(256).flip(0))

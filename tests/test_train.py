@@ -220,7 +220,6 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(plain, real, tmp_path
     rows = [json.loads(line) for line in (tmp_path/'log.jsonl').read_text().splitlines()]
     assert [r['step'] for r in rows] == list(range(1, 7))
 
-@pytest.mark.slow
 def test_a_prefix_is_recorded_in_the_precision_of_the_run(drawings):
     bf16 = replace(short, precision='bf16', epochs=1)
     early, whole = (drawn(drawings, bf16, prefix=p) for p in (True, False))
@@ -464,7 +463,6 @@ def test_two_processes_follow_the_curve_of_one(forks, tmp_path):
     "With batches that do not divide by two as well; the script makes every gather an error."
     compare(run(forks, tmp_path/'one'), run(forks, tmp_path/'two', processes=2))
 
-@pytest.mark.slow
 def test_when_a_process_fails_the_others_stop_and_say_why(tmp_path):
     "The second of two cannot decode an image; without a word the first would wait for it."
     command = [sys.executable, *launcher(2), script, str(tmp_path), 'fails']

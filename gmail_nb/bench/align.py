@@ -189,9 +189,10 @@ print(json.dumps(loss_here(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys
 '''
 
 def measured_loss(way:str, n:int, d:int, *more:str) -> dict:
-    "`loss_here` in a process of its own. `RuntimeError` when it fails, as for lack of memory."
+    """`loss_here` in a process of its own, whose memory is left to glibc: what is kept of freed memory is
+    no need of the loss. `RuntimeError` when it fails, as for lack of memory."""
     command = [sys.executable, '-c', _LOSS, way, str(n), str(d), *more]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'GLIBC_TUNABLES': ''})
     if not done.returncode: return json.loads(done.stdout)
     raise RuntimeError(f'{way} loss over {n} pairs failed with exit status {done.returncode} '
                        f'(-9 is lack of memory): {done.stderr[-300:]}')
