@@ -154,6 +154,12 @@ def _smollm2_file() -> Path:
         if str(f).endswith('.gguf'): return Path(f.locate())
     raise ImportError(SMOLLM2_FROM)
 
+def _unpacked() -> dict: # for `from_pretrained` of a GGUF file
+    "Plain weights, where transformers could leave them packed (from 5.23 on): nothing is trained through those."
+    import transformers
+    kind = getattr(transformers, 'GgufConfig', None)
+    return {} if kind is None else dict(quantization_config=kind(dequantize=True))
+
 # %% ../nbs/35_captioning.ipynb #b760d3ce
 def check_four_bit(name:str) -> None: # name of a language model
     "`ValueError` or `ImportError` where weights in 4 bit cannot be had."
@@ -185,7 +191,8 @@ def load_lm(
         file = _smollm2_file()
         where = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
         with quiet_weights(), redirect_stderr(io.StringIO()): # its reader has a bar of its own
-            return AutoModelForCausalLM.from_pretrained(**where, **kwargs), AutoTokenizer.from_pretrained(**where)
+            lm = AutoModelForCausalLM.from_pretrained(**where, **(_unpacked() | kwargs))
+            return lm, AutoTokenizer.from_pretrained(**where)
     lm = load_whole(AutoModelForCausalLM, name, **kwargs)
     return lm, load_part(AutoTokenizer, name, revision=revision)
 

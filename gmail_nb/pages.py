@@ -107,7 +107,8 @@ def save_figure(
 STYLE = ('body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;'
          'color:#222}table{border-collapse:collapse;font-size:14px}'
          'td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}'
-         'td:first-child,th:first-child{text-align:left}img{max-width:100%}')
+         'td:first-child,th:first-child{text-align:left}img{max-width:100%}'
+         'td:not(:first-child):not([style]){white-space:nowrap}') # a number and its interval
 
 def report_page(
     title:str,

@@ -70,7 +70,8 @@ RANGES = dict( # name of a field -> least, most; above: the least is left out, b
     part_rows=_count, patience=_count, port=(1, 2**16 - 1), prefix_length=(1, 4096),
     processes=(0, 1024), projection_lr=_rate, rank=_size, samples=(1, 10**6),
     save_every=_count, seed=(0, 2**63 - 1), seeds=(1, 10**6), shard_size=(1, 10**7), steps=_count,
-    tau=(0, 1e6, 'above'), temperature=(0, 1e6, 'above'), tolerance=(0, 1, 'above'),
+    pull_weight=(0, 1e6), tau=(0, 1e6, 'above'), temperature=(0, 1e6, 'above'),
+    tolerance=(0, 1, 'above'),
     top_p=(0, 1, 'above'), tune_lr=_rate,
     tune_steps=_count, validation_limit=_count, validation_share=_share, warmup=_several,
     weight_decay=(0, 1e6), which=_several, width=_size, workers=(1, 1024))
@@ -252,6 +253,8 @@ def check_align(s) -> None:  # s: an `AlignSettings`
     if s.epochs < 1 or s.batch_size < 2:
         raise ValueError(f'{s.epochs} epochs of {s.batch_size} pairs: '
                          'at least 1 epoch, and 2 pairs to tell apart')
+    if not s.pull_weight >= 0:
+        raise ValueError(f'pull_weight is {s.pull_weight}: at least 0, which pulls not at all')
     if s.ema is not None and not 0 < s.ema < 1:
         raise ValueError(f'ema is {s.ema}: a decay between 0 and 1, such as .999')
     known = s.negatives in ('batch', 'all') or isinstance(s.negatives, int) and s.negatives > 0
@@ -297,6 +300,7 @@ class AlignSettings:
     most_bad_steps:int=10       # steps with a loss that is no number before it stops
     tokens:str=field(default='none', metadata=YOUNG) # align tokens too: position, or best (the nearest)
     token_weight:float=field(default=1., metadata=YOUNG) # weight of the tokens' loss beside Eq. 1
+    pull_weight:float=field(default=0., metadata=YOUNG) # weight of a pull back to f_r
     seed:int=0                  # seed of the data order and the adapters
 
     @property
@@ -502,7 +506,7 @@ class EvalSettings:
     embed:EmbedSettings=EmbedSettings()
     probe:ProbeSettings=ProbeSettings()
     fine_tune:FineTuneSettings=FineTuneSettings()
-    equal_keys:str='refuse'     # in training and test: refuse; allow where equal by accident
+    equal_keys:str='refuse'     # keys in both training and test: refuse them, or allow them
 
     def __post_init__(self): check_known(self, 'equal_keys', ('refuse', 'allow'))
 

@@ -179,7 +179,7 @@ def split_files(
     there = sorted({split_of(f) for f in files})
     if not split and len(there) > 1:
         raise ValueError(f'{folder.name} holds the splits {name_some([t or "without a name" for t in there])}: '
-                         'choose one with --split')
+                         'choose one (split in Python, --split)')
     if split and any(there):
         files = [f for f in files if split_of(f) == split]
         if not files: _none(folder, split, 'split', there)

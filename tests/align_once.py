@@ -63,6 +63,7 @@ ways = dict(
     symmetric_two=dict(loss='symmetric', negatives='batch', batch_size=2, epochs=1),
     tokens=dict(tokens='position', batch_size=15, epochs=2, accumulation=2),
     tokens_symmetric=dict(tokens='best', loss='symmetric', negatives='batch', batch_size=15, epochs=2, accumulation=2),
+    pull=dict(pull_weight=2., batch_size=15, epochs=2, accumulation=2),
     stops=dict(evaluate=look, patience=2, epochs=9))
 
 class Failing:

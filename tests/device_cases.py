@@ -204,7 +204,7 @@ ALIGNMENTS = dict(
     patience=dict(patience=1, evaluate=lambda model: dict(value=0.)), prefix=dict(prefix=True, share=1/2),
     ids=dict(ids=torch.arange(16) // 2), full=dict(tuning='full'), projections=dict(tuning='projections'),
     streamed=dict(run=RunSettings(max_bank=1)), tokens=dict(tokens='position', accumulation=2),
-    tokens_best=dict(tokens='best', loss='symmetric'))
+    tokens_best=dict(tokens='best', loss='symmetric'), pull=dict(pull_weight=2., accumulation=2))
 
 def aligned(evaluate=None, prefix=False, share=1., ids=None, tuning='lora', run=RunSettings(), device=SIM, **how):
     "History and trained weights of a small alignment."
@@ -270,7 +270,7 @@ def an_alignment_step_moves_what_it_reads():
 @case
 def an_alignment_step_waits_once():
     for how in ({}, dict(negatives=4), dict(loss='symmetric'), dict(learn_tau=True), dict(tokens='position'),
-                dict(tokens='best', accumulation=2)):
+                dict(tokens='best', accumulation=2), dict(pull_weight=2.)):
         moved, images, waits, back, shapes = step_traffic(**how)
         assert waits <= 1, f'{how}: {waits} waits in a step'
 

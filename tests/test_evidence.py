@@ -71,7 +71,11 @@ def test_failed_claims_stand_first_and_a_margin_is_a_margin():
         ['not run', 'not run']]
     whole = made_up('gmail', 5, worst=12) + made_up('base', 5, worst=60)
     assert claims_table(whole, claims[1:2])[1][1] == 'confirmed'
-    assert said_first(records, claims).endswith('Failed:\n  - none\nCannot be told:\n  - equal')
+    told = 'Failed:\n  - none\nCannot be told:\n  - equal\nOne chain alone:\n  - none'
+    assert said_first(records, claims).endswith(told)
+    one = made_up('gmail', 1, worst=12) + made_up('base', 1, worst=60)
+    assert [r[1] for r in claims_table(one, claims[1:2])[1:]] == ['one chain alone'] # items alone confirm nothing
+    assert said_first(one, claims[1:2]).endswith('One chain alone:\n  - better')
 
 @pytest.mark.parametrize('low, high, plain, may_lose_two', [
     (.01, .03, 'confirmed', 'confirmed'), (0., .03, 'cannot be told', 'confirmed'),

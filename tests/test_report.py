@@ -93,7 +93,8 @@ def test_a_table_has_the_papers_row_and_ours_below_it():
     assert [r[1] for r in rows if r[0].startswith('+ IFCap')] == ['none: not run'] * 2
 
 @pytest.mark.parametrize('gmail, half, seeds, state', [
-    (.5, .05, 1, 'confirmed so far'), (.5, .05, 5, 'confirmed'), (.31, .05, 5, 'cannot be told'), (.31, .05, 1, 'cannot be told so far'),
+    (.5, .05, 1, 'one chain alone'), (.5, .05, 2, 'confirmed so far'), (.5, .05, 5, 'confirmed'),
+    (.31, .05, 5, 'cannot be told'), (.31, .05, 1, 'cannot be told so far'),
     (.2, .05, 1, 'failed so far')])
 def test_a_claim_is_what_its_interval_says(gmail, half, seeds, state):
     c = checked_claims('table6', small(gmail, .3, half, seeds))[0]
@@ -118,11 +119,11 @@ def test_claims_that_were_not_confirmed_stand_first_and_nothing_is_fetched():
     good, bad = shown('table6', small(.5, .3)), shown('table6', small(.2, .3))
     claims = all_claims([good, bad])
     assert [c.state for c in claims][0] == 'failed so far' and counted(claims) == (
-        'failed: 1, cannot be told: 0, confirmed: 1, not run: 4')
+        'failed: 1, cannot be told: 0, one chain alone: 1, confirmed: 0, not run: 4')
     page = page_html([good, bad], 'A <run>.')
     assert page.index('Claims that were not confirmed') < page.index('All claims') < page.index('id="table6"')
     assert 'A &lt;run&gt;.' in page and 'src="http' not in page and 'href="http' not in page
-    assert '<p>None of those' in page_html([good], '')
+    assert '<p>None of those' in page_html([shown('table6', small(.5, .3, .05, 2))], '')
 
 def test_pictures_are_in_the_page(tmp_path):
     page = page_html([Shown('figure2', 'x', 'embedded', 'y', pictures={'a & b': 'data:image/png;base64,AA'})], '')
@@ -130,7 +131,7 @@ def test_pictures_are_in_the_page(tmp_path):
 
 def test_a_table_is_shown_in_a_notebook():
     said = shown('table6', small(.5, .3))._repr_markdown_()
-    assert said.startswith('**Table 6. ') and '*GMAIL beats without alignment*: confirmed so far; +20.0' in said
+    assert said.startswith('**Table 6. ') and '*GMAIL beats without alignment*: one chain alone; +20.0' in said
 
 def test_the_readme_gets_every_claim(tmp_path):
     rows = claim_rows(all_claims([shown('table6', small(.5, .3))]))
@@ -145,7 +146,7 @@ def test_a_report_is_written_and_goes_on(tmp_path, calls):
     files = {p.name for p in tmp_path.iterdir()}
     assert files >= {'report.html', 'report.json', 'report.md', 'records', 'table6', 'table14'}
     told = json.loads((tmp_path/'report.json').read_text())['shown']
-    assert list(told) == ['table6', 'table14'] and told['table14']['claims'][0]['state'] == 'confirmed so far'
+    assert list(told) == ['table6', 'table14'] and told['table14']['claims'][0]['state'] == 'one chain alone'
     again = report.report(tmp_path, only='table6,table14,table9', settings=mini, say=quiet)
     assert len(calls) == 4 and again[0].records == first[0].records # table 9 has the captioners of table 6
     assert report_snippet(tmp_path).count('\n| table') == sum(len(s.claims) for s in again)

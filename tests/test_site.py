@@ -145,6 +145,10 @@ def test_a_short_flag_in_prose_is_not_broken():
     page = '<p><code>{}--real</code> <code>gmail_align --real</code></p><pre><code>--real</code></pre>'
     assert site_tool().for_the_eye(page.replace('{}', '')) == page.replace('<code>{}', '<code class="flag">')
 
+def test_no_line_of_a_table_ends_inside_an_interval():
+    page = '<td>+1.3 [-0.4,{}+3.0]</td><td align="right">[.1,{}.2]</td><td>one, two</td><p>[-0.4, +3.0]</p>'
+    assert site_tool().for_the_eye(page.format(' ', ' ')) == page.format('&nbsp;', '&nbsp;')
+
 def test_code_does_not_begin_with_an_empty_line():
     cell = '<pre class="sourceCode bash"><code class="sourceCode bash">{}ls\n\npwd</code></pre>'
     assert site_tool().for_the_eye(cell.format('\n')) == cell.format('')

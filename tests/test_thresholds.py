@@ -7,7 +7,7 @@ import torch
 from gmail_nb.experiments.demo import Side
 from gmail_nb.experiments.protocol import GOOD, TESTS
 from gmail_nb.experiments.thresholds import (
-    HARD, RIGHT_SHARES, THRESHOLD_SHARES, WAYS, half_way, is_of, threshold_arm, threshold_cells,
+    COSTS, HARD, RIGHT_SHARES, THRESHOLD_SHARES, WAYS, half_way, is_of, threshold_arm, threshold_cells,
     threshold_sentences, threshold_table, way_settings, wrong_pictures)
 from gmail_nb.settings import ProofSettings
 
@@ -91,4 +91,5 @@ def test_the_grid_holds_the_hard_case():
     cells = threshold_cells()
     assert {c[:2] for c in cells if c[2] == 'plain'} == {(n, r) for n in THRESHOLD_SHARES for r in RIGHT_SHARES}
     assert {c[2] for c in cells if c[:2] == HARD} == set(WAYS) and cells[-1][:2] == HARD
-    assert [c for c in cells if c[:2] != HARD and c[2] != 'plain'] == [(n, 1., 'best step') for n in THRESHOLD_SHARES]
+    costs = [(n, 1., way) for way in COSTS for n in THRESHOLD_SHARES]
+    assert [c for c in cells if c[:2] != HARD and c[2] != 'plain'] == costs and set(COSTS) < set(WAYS)

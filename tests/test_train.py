@@ -202,7 +202,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize('how', [
     dict(), dict(accumulation=4), dict(negatives=8), dict(loss='symmetric'), dict(loss='sigmoid'),
-    dict(loss='symmetric', accumulation=2), dict(loss='cosine'), dict(ema=.9)], ids=str)
+    dict(loss='symmetric', accumulation=2), dict(loss='cosine'), dict(ema=.9), dict(pull_weight=2.)], ids=str)
 def test_a_step_waits_for_its_device_once(real, how, monkeypatch):
     run = Alignment(new_model(), x_g, real, AlignSettings(**(dict(epochs=2, batch_size=16) | how)))
     run.advance()

@@ -370,7 +370,8 @@ def test_a_folder_is_read_by_split_and_subject(laid_out):
     for folder in ('ScienceQA', 'ScienceQA/data'):
         found = load_questions(laid_out/folder, 'test')
         assert [q.text for q in found] == science[2::3] and found.place('1') == 'scienceqa/test/1'
-        with pytest.raises(ValueError, match="the splits 'test', 'train', 'validation': choose one with --split"):
+        asked = r"the splits 'test', 'train', 'validation': choose one \(split in Python, --split\)"
+        with pytest.raises(ValueError, match=asked):
             load_questions(laid_out/folder)
         with pytest.raises(ValueError, match="no parquet files of the split 'dev'"):
             load_questions(laid_out/folder, 'dev')

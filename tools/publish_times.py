@@ -15,6 +15,8 @@ import time
 from importlib import resources
 from pathlib import Path
 
+import torch
+
 from gmail_nb.experiments.parts import ONCE, PARTS, part_file
 from gmail_nb.experiments.report import asked_of, suited
 from gmail_nb.files import atomic_write, read_results
@@ -32,6 +34,13 @@ def measured(run, quick, most=20):
             found[part] = round(took['cores'] / (1 if part in ONCE else seeds), 1)
     return found
 
+def on_the_clock(run, quick):
+    "Seconds of all parts of one chain, drawing among them, if this folder has them all."
+    files = [part_file(run, part, suited(report_settings(quick, 1)), *asked_of(part)) for part in PARTS]
+    if not all(f.exists() for f in files): return {}
+    took = sum(next(r['value'] for r in read_results(f) if r['metric'] == 'run_seconds') for f in files)
+    return {'quick' if quick else 'full': round(took, 1)}
+
 def of_demo(kind):
     "Seconds of a whole `gmail_demo`, from its start to its page: on the clock, and of one core."
     def spent(): return sum(os.times()[2:4]) # of children that have ended
@@ -45,9 +54,13 @@ def publish(run, file, demos=()):
     told = json.loads(file.read_text(encoding='utf-8')) if file.exists() else dict(seconds={})
     for kind, quick in (('full', False), ('quick', True)) if run else ():
         told['seconds'][kind] = told['seconds'].get(kind, {}) | measured(run, quick)
-    demos = told.get('demo', {}) | {kind: of_demo(kind) for kind in demos}
-    atomic_write(file, json.dumps(dict(machine=machine(), seconds=told['seconds'], demo=demos), indent=1) + '\n')
-    return told['seconds'] | dict(demo=demos)
+    cpu, known = torch.backends.cpu.get_cpu_capability(), told.get('demo', {})
+    demos = known | {cpu: known.get(cpu, {}) | {kind: of_demo(kind) for kind in demos}} if demos else known
+    reports, own = told.get('report', {}), on_the_clock(run, False) | on_the_clock(run, True) if run else {}
+    if own: reports[cpu] = reports.get(cpu, {}) | own
+    found = dict(machine=machine(), seconds=told['seconds'], report=reports, demo=demos)
+    atomic_write(file, json.dumps(found, indent=1) + '\n')
+    return told['seconds'] | dict(report=reports, demo=demos)
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])

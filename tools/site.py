@@ -198,13 +198,17 @@ def methods_to_classes(site):
         mended = re.sub(r'href="([^"#:]*)#([\w-]+)\.([\w.-]+)"', repair, text)
         if mended != text: page.write_text(mended, encoding='utf-8')
 
+INTERVAL = re.compile(r'\[([+-]?[\d.]+), ([+-]?[\d.]+)\]')
+
 def for_the_eye(text):
     """HTML in which a browser breaks less: what was printed in columns is marked, to be scrolled where it is wide,
-    and so are short flags in prose, which would break after a hyphen; no code begins with an empty line."""
+    and so are short flags in prose, which would break after a hyphen; no code begins with an empty line, and no line
+    of a table ends inside an interval."""
     printed = re.compile(r'(<div class="cell-output[^>]*>\s*<pre)(><code>)(.*?)(?=</code></pre>)', re.S)
     in_columns = re.compile(r'\S {2,}\S.* {2,}\S')
     def marked(m): return f'{m[1]} class="columns"{m[2]}{m[3]}' if in_columns.search(m[3]) else m[0]
     text = re.sub(r'(?<!<pre>)<code>(?=-[^<\n]{1,23}</code>)', '<code class="flag">', printed.sub(marked, text))
+    text = re.sub(r'(<td[^>]*>)([^<]*)(?=</td>)', lambda m: m[1] + INTERVAL.sub(r'[\1,&nbsp;\2]', m[2]), text)
     return re.sub(r'(<code class="sourceCode[^>]*>)\n+', r'\1', text) # where `%%bash` stood
 
 def ease_reading(site):

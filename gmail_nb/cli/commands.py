@@ -305,7 +305,7 @@ def gmail_tune_llava(
     return told | dict(steps={stage: len(found) for stage, found in losses.items()})
 
 # %% ../../nbs/cli/10_commands.ipynb #d7399cd7
-gmail_tune = Commands('gmail_tune', 'Tune what reads an encoder, on generated images.',
+gmail_tune = Commands('gmail_tune', 'Train a text side, a captioner or a LLaVA on generated images.',
                       text=gmail_tune_text, caption=gmail_tune_caption, llava=gmail_tune_llava)
 
 # %% ../../nbs/cli/10_commands.ipynb #095d956d
@@ -404,7 +404,7 @@ def gmail_eval(
     root:str|None=None,    # the folder that the named sets lie below, as they are published
     models:str='.',        # the folder of tuned models and weights
     rows:list=(),          # only these rows of the preset's table, repeatable
-    how:Literal['probe', 'fine-tune']='probe', # what gives classes to a model without a text side
+    how:Literal['probe', 'fine-tune']='probe', # how a model without a text side is tested on classes
     generated:str|None=None, # a folder of gmail_generate, keys CLASS/NUMBER, for a probe through f_g
     no_pictures:bool=False, # write results and tables alone
     out:str='eval',        # results.jsonl, table.txt and pictures
@@ -520,7 +520,7 @@ def experiment_protocol(
     out:str='proof',   # folder that curve and controls share
     choose:bool=False  # choose the settings of the text head anew, on validation concepts
 ):
-    "The claims of the evidence, those that were not confirmed first; and the choice of settings."
+    "Print all claims and what became of each; or choose the settings of the text head anew."
     from gmail_nb.experiments.chain import choose_settings
     from gmail_nb.experiments.protocol import chosen_settings
     from gmail_nb.experiments.evidence import write_evidence_page
@@ -617,7 +617,7 @@ def chain_command(name:str) -> Command:
          example='gmail_experiment captioning --quick --out captions')
 def experiment_captioning(
     out:str='captions',      # results, figures and the captioner of the GMAIL arm
-    all_rows:bool=False,     # rows of other heads, ranks and generators too
+    all_rows:bool=False,     # also other heads, LoRA ranks and generators
     quick:bool=False,        # fewer concepts, steps and seeds
     processes:int|None=None, # processes that train at once; one a core if absent
     settings:CaptionExperimentSettings=CaptionExperimentSettings()

@@ -12,7 +12,7 @@ __all__ = ['MORE', 'SCORES', 'CAPTION_TABLES', 'MORE_CAPTION_TABLES', 'VARIANT_T
            'checked_claims', 'shown_samples', 'shown_gap', 'Shown', 'kept_shown', 'table_shown', 'embedded_shown',
            'paper_shown', 'suited', 'PaperCall', 'all_claims', 'claim_rows', 'counted', 'shown_html', 'evidence_html',
            'page_html', 'report_json', 'intro_text', 'write_paper_report', 'report', 'report_snippet',
-           'measured_seconds', 'dry_parts', 'dry_chains', 'dry_tables', 'dry_report']
+           'measured_seconds', 'report_clock', 'dry_parts', 'dry_chains', 'dry_tables', 'dry_report']
 
 # %% ../../nbs/experiments/70_report.ipynb #0457f782
 import html
@@ -439,7 +439,7 @@ def shown_gap(out:Path, settings:ReportSettings) -> dict[str, object]:
 FIGURES = dict(shown_samples=shown_samples, shown_gap=shown_gap)
 
 # %% ../../nbs/experiments/70_report.ipynb #d31438c9
-@dataclass
+@dataclass(repr=False)
 class Shown:
     "A table or a figure of the paper, with what stands beside it."
     name:str
@@ -456,6 +456,10 @@ class Shown:
     def heading(self) -> str:
         kind = 'Figure' if self.name.startswith('figure') else 'Table'
         return f'{kind} {self.name.lstrip("tablefigur")}. {self.title}'
+
+    def __repr__(self) -> str:
+        return (f'Shown({self.heading!r}, {self.scale}, tables: {len(self.tables)}, '
+                f'claims: {len(self.claims)}, pictures: {len(self.pictures)})')
 
     def _repr_markdown_(self) -> str:
         said = [f'*{c.said}*: {c.state}; {c.text} here, {c.theirs or "no number"} in the paper'
@@ -693,6 +697,10 @@ def measured_seconds(settings:ReportSettings) -> tuple[dict[str, float], str]: #
     one, known = replace(settings, seeds=1), dict(full=report_settings(), quick=report_settings(quick=True))
     kinds = [kind for kind, s in known.items() if one in (s, suited(s))]
     return told['seconds'].get(kinds[0], {}) if kinds else {}, told['machine']
+
+def report_clock() -> dict[str, dict[str, float]]: # seconds of one chain, full and quick, by the CPU's kind
+    "What the parts of a whole report took on two cores, drawing among them, where it was measured."
+    return json.loads(asset('evidence', 'part_seconds.json').read_text(encoding='utf-8'))['report']
 
 def dry_parts(names:list[str], out:str, settings:ReportSettings) -> list[Look]:
     "The parts of these tables with the seconds they took: here, or else where they were measured."

@@ -66,7 +66,7 @@ def show_claims(claims:list[Checked]) -> Figure:
         claims_axis(ax, claims)
         cider = claims[0].measure == 'CIDEr'
         ax.set_xlabel('points of CIDEr' if cider else 'points of recall or accuracy')
-    for state in STATES[:3]: axes[0, 0].plot([], [], 'o-', color=COLORS[state], label=state)
+    for state in STATES[:4]: axes[0, 0].plot([], [], 'o-', color=COLORS[state], label=state)
     axes[0, 0].plot([], [], 'D', mfc='none', mec='black', label='the paper')
     axes[0, 0].legend(fontsize=8.5, loc='lower left')
     plt.close(fig)
@@ -117,10 +117,11 @@ IN_WORDS = { # where the table has the paper's names
         'all names (CC12M in the paper) beat a quarter of them (COCO)'}
 
 def headline_rows(claims:list[Checked]) -> list[list[str]]: # a heading and its rows
-    "The `headlines` with the paper's number, ours, and what became of them."
+    "The `headlines` with the paper's number, ours, and what became of them: failures first."
     def told(c):
         said, measure = (IN_WORDS.get(name, name) for name in (c.said, c.measure))
         return [str(int(c.table.removeprefix('table'))), said, measure, c.theirs or 'no such row', c.text,
                 str(c.seeds), c.state]
     head = ['table', 'claim', 'measure', 'paper', 'here [95%]', 'chains', 'what became of it']
-    return [head, *map(told, headlines(claims))]
+    order = sorted(headlines(claims), key=lambda c: STATES.index(plain_state(c.state)))
+    return [head, *map(told, order)]

@@ -695,7 +695,8 @@ def dry_align(
     match, keys = look_matches(ds, generated)
     more, seen = look_epochs(keys, settings.validation_share, s)
     real_images = None if ds is None else len(ds)
-    images = real_images + STEP * seen if real_images and keys else None
+    step = STEP + (s.pull_weight > 0) # a pass through f_r more
+    images = real_images + step * seen if real_images and keys else None
     said = f'features of {"the" if real_images is None else f"{real_images:,}"} real images'
     rows += [*([match] if match else []), *more]
     run = -(-s.batch_size // s.accumulation), s.precision, settings.run.device
