@@ -27,6 +27,7 @@ HEAVY = (
     'align_parts',
     'align_ema',
     'align_ids',
+    'align_pull',
     'align_full',
     'align_projections',
     'captioning_from_text',

@@ -125,7 +125,7 @@ def show_evidence(
         evidence_axis(ax, rows)
         ax.set_xlabel(f'difference in {rows[0][0].measure}', fontsize=9)
     for name in STATES[:4]: axes[0, 0].plot([], [], 'o-', color=STATE_COLORS[name], label=name)
-    axes[0, 0].legend(fontsize=9, loc='lower right')
+    axes[0, 0].legend(fontsize=9, loc=(.68, .2)) # beside the claims of shares, where nothing lies
     plt.close(fig)
     return fig
 
