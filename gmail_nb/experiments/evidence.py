@@ -124,7 +124,7 @@ def show_evidence(
     for ax, rows in zip(axes[:, 0], panels):
         evidence_axis(ax, rows)
         ax.set_xlabel(f'difference in {rows[0][0].measure}', fontsize=9)
-    for name in STATES[:4]: axes[0, 0].plot([], [], 'o-', color=STATE_COLORS[name], label=name)
+    for name in STATES[:-1]: axes[0, 0].plot([], [], 'o-', color=STATE_COLORS[name], label=name)
     axes[0, 0].legend(fontsize=9, loc=(.68, .2)) # beside the claims of shares, where nothing lies
     plt.close(fig)
     return fig

@@ -66,7 +66,7 @@ def show_claims(claims:list[Checked]) -> Figure:
         claims_axis(ax, claims)
         cider = claims[0].measure == 'CIDEr'
         ax.set_xlabel('points of CIDEr' if cider else 'points of recall or accuracy')
-    for state in STATES[:4]: axes[0, 0].plot([], [], 'o-', color=COLORS[state], label=state)
+    for state in STATES[:-1]: axes[0, 0].plot([], [], 'o-', color=COLORS[state], label=state)
     axes[0, 0].plot([], [], 'D', mfc='none', mec='black', label='the paper')
     axes[0, 0].legend(fontsize=8.5, loc='lower left')
     plt.close(fig)

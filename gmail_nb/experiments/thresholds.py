@@ -7,7 +7,7 @@ __all__ = ['PULLS', 'WAYS', 'THRESHOLD_SHARES', 'RIGHT_SHARES', 'HARD', 'COSTS',
            'begun_elsewhere', 'threshold_features', 'threshold_arm', 'threshold_cells', 'threshold_records', 'is_of',
            'finished_thresholds', 'hard_case', 'threshold_row', 'threshold_table', 'threshold_sentences',
            'ways_sentences', 'worst_threshold', 'shares_axis', 'ways_axis', 'show_thresholds', 'thresholds_text',
-           'thresholds']
+           'missing_cells', 'thresholds']
 
 # %% ../../nbs/experiments/17_thresholds.ipynb #cce501bc
 import copy
@@ -22,13 +22,14 @@ from ..align import GenReal
 from ..encoders import Encoder, encode_images
 from .chain import Chain, some_of
 from .controls import against, every_chain
-from .curve import KEPT_GAPS, mean_of, shown_number, stored
+from .curve import (
+    KEPT_GAPS, gathered, is_stored, joined, mean_of, shown_number, stored)
 from .demo import Side, align_side
 from .pairs import fewer_indices, fewer_settings, pair_records
-from .protocol import GOOD, Point
+from .protocol import GOOD, Point, chosen_settings
 from ..files import atomic_write
 from ..pages import save_figure, table_text
-from ..runtime import noise_generator
+from ..runtime import fingerprint, noise_generator
 from ..settings import DemoSettings, ProofSettings
 from ..stats import Interval
 
@@ -115,8 +116,8 @@ def threshold_arm(pairs:int, right:float, way:str='plain') -> str:
 def threshold_cells() -> list[tuple[float, float, str]]: # share, right, way
     "All that is aligned in one chain."
     grid = [(n, r, 'plain') for n in THRESHOLD_SHARES for r in RIGHT_SHARES]
-    grid += [(n, 1., w) for w in COSTS for n in THRESHOLD_SHARES]
-    return grid + [(*HARD, w) for w in WAYS if w != 'plain']
+    grid += [(*HARD, w) for w in WAYS if w != 'plain']
+    return grid + [(n, 1., w) for w in COSTS for n in THRESHOLD_SHARES]
 
 # %% ../../nbs/experiments/17_thresholds.ipynb #a1721e0a
 def threshold_records(
@@ -261,15 +262,31 @@ def thresholds_text(records:list[dict]) -> str:
     return '\n\n'.join(['\n'.join(threshold_sentences(records)), *tables]) + '\n'
 
 # %% ../../nbs/experiments/17_thresholds.ipynb #e2bd1649
+def missing_cells(
+    records:list[dict], seed:int,
+    chosen:dict,     # settings of the text head
+    concepts:int     # of A
+) -> list[tuple[float, float, str]]: # of `threshold_cells`
+    "What a chain has not been aligned on yet."
+    def there(cell):
+        arm = threshold_arm(round(cell[0] * concepts), *cell[1:])
+        return is_stored(records, GOOD, seed, chosen, arm)
+    return [cell for cell in threshold_cells() if not there(cell)]
+
 def thresholds(
     out:str|Path='proof',                    # as for `curve`, whose chains are read
     settings:ProofSettings=ProofSettings(),
     shipped:bool=True                        # count what the package has as finished
 ) -> list[dict]: # all records
     "Every alignment that is missing at the generator's own setting; thresholds.txt and .png too."
-    share, right, way = threshold_cells()[-1]
-    arm = threshold_arm(round(share * settings.chain.align_captions), right, way)
-    records = every_chain('thresholds', threshold_records, arm, out, settings, shipped)
+    known = joined(gathered(out), stored() if shipped else [])
+    concepts = settings.chain.align_captions
+    def compute(chain):
+        missing = missing_cells(known, chain.seed, chosen_settings(out), concepts)
+        return threshold_records(chain, missing)
+    newest = threshold_arm(round(THRESHOLD_SHARES[-1] * concepts), 1., COSTS[-1])
+    what = f'thresholds-{fingerprint(threshold_cells())[:8]}' # more cells are another file
+    records = every_chain(what, compute, newest, out, settings, shipped)
     atomic_write(Path(out)/'thresholds.txt', thresholds_text(records))
     save_figure(show_thresholds(records), Path(out)/'thresholds.png')
     return records
